@@ -1,1 +1,32 @@
-//! Placeholder.
+//! All that the dispatcher and a worker share, and nothing else.
+//!
+//! | module | noun |
+//! |---|---|
+//! | [`segment`] | a piece of shared memory with one writing process |
+//! | [`layout`] | where things lie in the two segments of a worker |
+//! | [`descriptor`] | 16 bytes that stand for a packet |
+//! | [`ring`] | the single-producer, single-consumer ring that descriptors travel through |
+//! | [`doorbell`] | how a sleeping consumer is woken, once |
+//! | [`protocol`] | the conversation on the control socket |
+//! | [`flow`] | which packets belong together |
+//! | [`clock`] | time stamps and busy time |
+//!
+//! Two processes write no word in common: the dispatcher writes a worker's *down* segment, the worker its
+//! *up* segment, and each maps the other's read-only.
+
+#[cfg(not(loom))]
+pub mod clock;
+pub mod descriptor;
+pub mod doorbell;
+#[cfg(not(loom))]
+pub mod flow;
+#[cfg(not(loom))]
+pub mod layout;
+#[cfg(not(loom))]
+pub mod protocol;
+pub mod ring;
+#[cfg(not(loom))]
+pub mod segment;
+pub(crate) mod sync;
+
+pub use descriptor::Descriptor;

@@ -1,0 +1,78 @@
+//! A descriptor: the 16 bytes that stand for a packet on its way to a worker.
+//!
+//! ```text
+//! word 0   bits  0..32  offset of the packet's first byte in the UMEM
+//!          bits 32..64  receive time, low 32 bits of monotonic nanoseconds
+//! word 1   bits  0..16  length of the packet in bytes
+//!          bits 16..24  ingress port
+//!          bits 24..32  flags; bit 31 is the ring's lap mark, see `ring`
+//!          bits 32..64  flow hash
+//! ```
+
+/// The lap mark of word 1: it belongs to the ring, not to the packet.
+pub(crate) const LAP: u64 = 1 << 31;
+
+/// A packet, by reference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Offset of the packet's first byte in the UMEM, in bytes.
+    pub offset: u32,
+    /// Receive time: the low 32 bits of `CLOCK_MONOTONIC` in nanoseconds, taken once per batch.
+    pub time: u32,
+    /// Length of the packet in bytes.
+    pub length: u16,
+    /// The interface the packet came in by, as the dispatcher numbers them.
+    pub port: u8,
+    /// Flags, 7 bits; see the constants of this type.
+    pub flags: u8,
+    /// Hash of the packet's flow; equal for both directions.
+    pub hash: u32,
+}
+
+impl Descriptor {
+    /// Flag: no 5-tuple could be read; the hash is over what addresses there are.
+    pub const UNPARSED: u8 = 1;
+
+    /// The two words of a slot, with the lap mark clear.
+    #[inline(always)]
+    pub(crate) fn to_words(self) -> (u64, u64) {
+        (
+            u64::from(self.offset) | u64::from(self.time) << 32,
+            u64::from(self.length)
+                | u64::from(self.port) << 16
+                | u64::from(self.flags & 0x7f) << 24
+                | u64::from(self.hash) << 32,
+        )
+    }
+
+    /// Reads a slot's two words; the lap mark is left out.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
+    pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
+        Descriptor {
+            offset: word0 as u32,
+            time: (word0 >> 32) as u32,
+            length: word1 as u16,
+            port: (word1 >> 16) as u8,
+            flags: (word1 >> 24) as u8 & 0x7f,
+            hash: (word1 >> 32) as u32,
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn words_hold_every_field(offset: u32, time: u32, length: u16, port: u8, flags in 0u8..128, hash: u32) {
+            let descriptor = Descriptor { offset, time, length, port, flags, hash };
+            let (word0, word1) = descriptor.to_words();
+            prop_assert_eq!(word1 & LAP, 0);
+            prop_assert_eq!(Descriptor::from_words(word0, word1), descriptor);
+            prop_assert_eq!(Descriptor::from_words(word0, word1 | LAP), descriptor);
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Which packets belong together: reading a frame's 5-tuple.
+//!
+//! The dispatcher and its workers must mean the same by *flow*, so both read frames with [`Packet::parse`].
+//!
+//! - Ethernet, up to two VLAN tags (802.1Q, 802.1ad), IPv4 or IPv6; IPv6 extension headers are walked.
+//! - Ports are those of TCP, UDP, UDP-Lite, SCTP and DCCP. Other protocols have ports 0.
+//! - A fragment (also the first) has ports 0: only so do all fragments of a datagram have the same key.
+//! - VLAN tags are not part of the key, so a mirrored flow whose directions carry different tags is one flow.
+
+use std::net::IpAddr;
+
+/// Ethertype of IPv4.
+pub const IPV4: u16 = 0x0800;
+/// Ethertype of IPv6.
+pub const IPV6: u16 = 0x86dd;
+
+/// Protocol number of ICMP.
+pub const ICMP: u8 = 1;
+/// Protocol number of TCP.
+pub const TCP: u8 = 6;
+/// Protocol number of UDP.
+pub const UDP: u8 = 17;
+/// Protocol number of DCCP.
+pub const DCCP: u8 = 33;
+/// Protocol number of ICMP for IPv6.
+pub const ICMPV6: u8 = 58;
+/// Protocol number of SCTP.
+pub const SCTP: u8 = 132;
+/// Protocol number of UDP-Lite.
+pub const UDP_LITE: u8 = 136;
+
+/// Most IPv6 extension headers that are walked; what follows them is left unread.
+const MAX_EXTENSION_HEADERS: usize = 8;
+
+/// A directed 5-tuple.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowKey {
+    /// Source address.
+    pub source: IpAddr,
+    /// Destination address.
+    pub destination: IpAddr,
+    /// Source port; 0 where there is none.
+    pub source_port: u16,
+    /// Destination port; 0 where there is none.
+    pub destination_port: u16,
+    /// Protocol number, after IPv6 extension headers.
+    pub protocol: u8,
+}
+
+impl FlowKey {
+    /// The same flow seen from its other end.
+    pub fn reversed(self) -> Self {
+        FlowKey {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            protocol: self.protocol,
+        }
+    }
+
+    /// One key for both directions, and whether it is the reverse of this one.
+    pub fn canonical(self) -> (Self, bool) {
+        let backwards = (self.source, self.source_port) > (self.destination, self.destination_port);
+        if backwards { (self.reversed(), true) } else { (self, false) }
+    }
+}
+
+/// What can be read of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet<'a> {
+    /// The flow it belongs to.
+    pub key: FlowKey,
+    /// Whether it is a fragment of a datagram.
+    pub fragment: bool,
+    /// What follows the IP headers, as far as it was captured and belongs to the datagram.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Packet<'a> {
+    /// Reads an Ethernet frame. `None`: not IP, or cut off within the IP header.
+    pub fn parse(frame: &'a [u8]) -> Option<Self> {
+        let (ethertype, offset) = ethertype(frame)?;
+        let datagram = &frame[offset..];
+        match ethertype {
+            IPV4 => Self::parse_v4(datagram),
+            IPV6 => Self::parse_v6(datagram),
+            _ => None,
+        }
+    }
+
+    fn parse_v4(datagram: &'a [u8]) -> Option<Self> {
+        let header: &[u8; 20] = datagram.first_chunk()?;
+        let header_bytes = usize::from(header[0] & 0x0f) * 4;
+        if header[0] >> 4 != 4 || header_bytes < 20 {
+            return None;
+        }
+        // A total length of 0 is what segmentation offload leaves behind: then the frame tells the length.
+        let total = match be16(header, 2) {
+            0 => datagram.len(),
+            total => usize::from(total).min(datagram.len()),
+        };
+        let payload = datagram.get(header_bytes..total).unwrap_or(&[]);
+        let fragment = be16(header, 6) & 0x3fff != 0;
+        let address = |at: usize| IpAddr::from([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        Some(Self::new(address(12), address(16), header[9], fragment, payload))
+    }
+
+    fn parse_v6(datagram: &'a [u8]) -> Option<Self> {
+        let header: &[u8; 40] = datagram.first_chunk()?;
+        if header[0] >> 4 != 6 {
+            return None;
+        }
+        let total = match be16(header, 4) {
+            0 => datagram.len(), // a jumbogram, or segmentation offload
+            length => (40 + usize::from(length)).min(datagram.len()),
+        };
+        let (protocol, fragment, payload) = skip_extension_headers(header[6], &datagram[40..total]);
+        let address = |at: usize| {
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&header[at..at + 16]);
+            IpAddr::from(octets)
+        };
+        Some(Self::new(address(8), address(24), protocol, fragment, payload))
+    }
+
+    fn new(source: IpAddr, destination: IpAddr, protocol: u8, fragment: bool, payload: &'a [u8]) -> Self {
+        let (source_port, destination_port) = match payload.first_chunk::<4>() {
+            Some(ports) if has_ports(protocol) && !fragment => (be16(ports, 0), be16(ports, 2)),
+            _ => (0, 0),
+        };
+        let key = FlowKey { source, destination, source_port, destination_port, protocol };
+        Packet { key, fragment, payload }
+    }
+
+    /// TCP flags, the 8 bits from CWR to FIN; `None` if it is not TCP, a fragment, or cut off.
+    pub fn tcp_flags(&self) -> Option<u8> {
+        if self.key.protocol == TCP && !self.fragment { self.payload.get(13).copied() } else { None }
+    }
+}
+
+/// Whether a protocol's header begins with two 16-bit ports.
+#[inline(always)]
+pub fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP | DCCP | SCTP | UDP_LITE)
+}
+
+/// The ethertype of a frame behind up to two VLAN tags, and where its payload begins.
+pub fn ethertype(frame: &[u8]) -> Option<(u16, usize)> {
+    let mut at = 12;
+    for _ in 0..2 {
+        let ethertype = u16::from_be_bytes(*frame.get(at..)?.first_chunk()?);
+        if !matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
+            return Some((ethertype, at + 2));
+        }
+        at += 4;
+    }
+    Some((u16::from_be_bytes(*frame.get(at..)?.first_chunk()?), at + 2))
+}
+
+/// Walks IPv6 extension headers: the protocol after them, whether this is a fragment, and the rest. Stops early, at
+/// the protocol of the header it could not read, where the packet is cut off or the chain too long.
+fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &[u8]) {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const AUTHENTICATION: u8 = 51;
+    const DESTINATION: u8 = 60;
+    let mut protocol = first;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        let length = match (protocol, rest) {
+            (HOP_BY_HOP | ROUTING | DESTINATION, [_, units, ..]) => 8 + usize::from(*units) * 8,
+            (AUTHENTICATION, [_, units, ..]) => 8 + usize::from(*units) * 4,
+            (FRAGMENT, [next, _, high, low, ..]) => {
+                // 13 bits offset, 2 reserved, 1 "more": all 0 is an atomic fragment, a whole datagram.
+                if u16::from_be_bytes([*high, *low]) & 0xfff9 != 0 {
+                    return (*next, true, rest.get(8..).unwrap_or(&[]));
+                }
+                8
+            }
+            _ => break,
+        };
+        let Some(behind) = rest.get(length..) else { break };
+        (protocol, rest) = (rest[0], behind);
+    }
+    (protocol, false, rest)
+}
+
+#[inline(always)]
+fn be16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame(tags: &[u16], ethertype: u16, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![2; 12];
+        for tag in tags {
+            frame.extend(tag.to_be_bytes());
+            frame.extend([0, 7]);
+        }
+        frame.extend(ethertype.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    fn v4(protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
+        let total = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
+        let fragment = fragment.to_be_bytes();
+        let mut packet = vec![
+            0x45,
+            0,
+            total[0],
+            total[1],
+            0,
+            1,
+            fragment[0],
+            fragment[1],
+            64,
+            protocol,
+            0,
+            0,
+            10,
+            0,
+            0,
+            1,
+            10,
+            0,
+            0,
+            2,
+        ];
+        packet.extend(payload);
+        packet
+    }
+
+    fn v6(next: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut packet = vec![0x60, 0, 0, 0, length[0], length[1], next, 64];
+        packet.extend([1; 16]);
+        packet.extend([2; 16]);
+        packet.extend(payload);
+        packet
+    }
+
+    const PORTS: [u8; 8] = [0x12, 0x34, 0, 80, 0, 8, 0, 0];
+
+    fn ports_of(frame: &[u8]) -> (u8, u16, u16, bool) {
+        let packet = Packet::parse(frame).unwrap();
+        (packet.key.protocol, packet.key.source_port, packet.key.destination_port, packet.fragment)
+    }
+
+    #[test]
+    fn reads_the_tuple_behind_up_to_two_tags() {
+        for tags in [&[][..], &[0x8100], &[0x88a8, 0x8100], &[0x9100, 0x8100]] {
+            let frame = frame(tags, IPV4, &v4(UDP, 0x4000, &PORTS));
+            assert_eq!(ports_of(&frame), (UDP, 0x1234, 80, false));
+            assert_eq!(Packet::parse(&frame).unwrap().key.source, IpAddr::from([10, 0, 0, 1]));
+        }
+        assert_eq!(Packet::parse(&frame(&[0x88a8, 0x8100, 0x8100], IPV4, &v4(UDP, 0, &PORTS))), None);
+    }
+
+    #[test]
+    fn fragments_have_no_ports() {
+        for offset in [0x2000, 1, 0x2001] {
+            assert_eq!(ports_of(&frame(&[], IPV4, &v4(UDP, offset, &PORTS))), (UDP, 0, 0, true));
+        }
+        let mut first = vec![UDP, 0, 0, 1, 0, 0, 0, 9];
+        first.extend(PORTS);
+        assert_eq!(ports_of(&frame(&[], IPV6, &v6(44, &first))), (UDP, 0, 0, true));
+        first[3] = 0; // an atomic fragment
+        assert_eq!(ports_of(&frame(&[], IPV6, &v6(44, &first))), (UDP, 0x1234, 80, false));
+    }
+
+    #[test]
+    fn walks_extension_headers() {
+        let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop, then routing
+        chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // routing of 16 bytes, then destination
+        chain.extend([51, 0, 0, 0, 0, 0, 0, 0]); // destination, then authentication
+        chain.extend([TCP, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // authentication of 12 bytes, then TCP
+        chain.extend(PORTS);
+        assert_eq!(ports_of(&frame(&[], IPV6, &v6(0, &chain))), (TCP, 0x1234, 80, false));
+    }
+
+    #[test]
+    fn ethernet_padding_is_not_payload() {
+        let mut frame = frame(&[], IPV4, &v4(UDP, 0, &[]));
+        frame.extend([0xff; 26]);
+        assert_eq!(Packet::parse(&frame).unwrap().payload, &[] as &[u8]);
+        assert_eq!(ports_of(&frame), (UDP, 0, 0, false));
+    }
+
+    #[test]
+    fn tcp_flags_of_whole_tcp_segments_only() {
+        let mut segment = [0; 20];
+        segment[13] = 0x12;
+        let flags = |protocol, fragment| {
+            Packet::parse(&frame(&[], IPV4, &v4(protocol, fragment, &segment))).unwrap().tcp_flags()
+        };
+        assert_eq!(flags(TCP, 0), Some(0x12));
+        assert_eq!(flags(UDP, 0), None);
+        assert_eq!(flags(TCP, 0x2000), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(
+            mut bytes in prop::collection::vec(any::<u8>(), 0..200),
+            ethertype in prop_oneof![Just(IPV4), Just(IPV6), Just(0x8100), any::<u16>()],
+            version in prop_oneof![Just(0x45), Just(0x60), any::<u8>()],
+        ) {
+            if bytes.len() > 14 {
+                bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
+                bytes[14] = version;
+            }
+            if let Some(packet) = Packet::parse(&bytes) {
+                let (canonical, reversed) = packet.key.canonical();
+                prop_assert_eq!(packet.key.reversed().canonical().0, canonical);
+                prop_assert_eq!(if reversed { canonical.reversed() } else { canonical }, packet.key);
+            }
+        }
+    }
+}

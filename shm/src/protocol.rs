@@ -1,0 +1,260 @@
+//! The conversation on the control socket: `SOCK_SEQPACKET`, one JSON value per message, descriptors as `SCM_RIGHTS`.
+//!
+//! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this order:
+//! the packet memory (read-only), its down segment (read-only), its up segment, its doorbell (an eventfd). The connection
+//! stays open for as long as the worker works; its end is the end of the worker. An operator's tool sends
+//! [`Request::Stats`] and gets [`Reply::Stats`].
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::layout::Geometry;
+
+/// Environment: where the control socket is.
+pub const ENV_SOCKET: &str = "XFAN_SOCKET";
+/// Environment: the member that a supervised worker is to take, such as `default/0`.
+pub const ENV_MEMBER: &str = "XFAN_MEMBER";
+/// Environment: what proves that a process was started for that member.
+pub const ENV_TOKEN: &str = "XFAN_TOKEN";
+
+/// Longest request, in bytes. Replies may be longer.
+pub const MAX_REQUEST: usize = 16 << 10;
+/// Longest reply, in bytes.
+pub const MAX_REPLY: usize = 4 << 20;
+/// Descriptors that come with [`Reply::Attached`].
+pub const ATTACHED_FDS: usize = 4;
+
+/// What a client asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Become a member.
+    Attach(Attach),
+    /// Leave: no more packets, please; [`Phase::Closing`](crate::layout::Phase::Closing) follows when the last is in the rings.
+    Detach,
+    /// Report on everything.
+    Stats,
+}
+
+/// A worker introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// [`VERSION`](crate::layout::VERSION) of the worker.
+    pub version: u32,
+    /// The member whose place it takes, such as `default/0`; none: any vacant one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member: Option<String>,
+    /// Proof that it may, from [`ENV_TOKEN`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Name of its program, for people.
+    pub program: String,
+}
+
+/// What the dispatcher answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Welcome.
+    Attached(Attached),
+    /// No.
+    Refused(Refusal),
+    /// The report, see the documentation of `xfan stats --json`.
+    Stats(serde_json::Value),
+}
+
+/// All that a worker needs, beside the descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The member it is now, such as `default/0`.
+    pub member: String,
+    /// Interface names; a descriptor's `port` is an index into them.
+    pub ports: Vec<String>,
+    /// Sizes of its segments.
+    #[serde(flatten)]
+    pub geometry: Geometry,
+    /// Length of the packet memory in bytes.
+    pub umem_bytes: u64,
+    /// The core it is to run on.
+    pub core: Option<usize>,
+    /// How long to spin when there is nothing to do, in nanoseconds.
+    pub spin_ns: u64,
+    /// How long to yield after that, in nanoseconds, before sleeping.
+    pub yield_ns: u64,
+}
+
+/// Why not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// For programs.
+    pub code: RefusalCode,
+    /// For people: a sentence.
+    pub message: String,
+}
+
+/// Kinds of refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalCode {
+    /// The two speak different versions.
+    Version,
+    /// There is no such member.
+    UnknownMember,
+    /// The member has a worker, or all have.
+    Occupied,
+    /// This user or process may not.
+    Forbidden,
+    /// The message made no sense here.
+    Malformed,
+    /// The dispatcher is stopping.
+    Closing,
+}
+
+/// A message could not be sent or received.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// The other side has closed the connection.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// A message longer than allowed.
+    #[error("a message longer than {0} bytes")]
+    TooLong(usize),
+    /// Not what was expected.
+    #[error("a message that makes no sense: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// The system call failed.
+    #[error("control socket: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl From<Errno> for ProtocolError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::ECONNRESET | Errno::EPIPE => ProtocolError::Closed,
+            _ => ProtocolError::Io(errno.into()),
+        }
+    }
+}
+
+impl ProtocolError {
+    /// Whether a non-blocking socket had nothing, or no room.
+    pub fn would_block(&self) -> bool {
+        matches!(self, ProtocolError::Io(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// Sends one message with descriptors.
+///
+/// # Errors
+/// [`ProtocolError::Closed`], [`ProtocolError::Io`] (also when a non-blocking socket has no room)
+pub fn send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), ProtocolError> {
+    let bytes = serde_json::to_vec(message)?;
+    let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    loop {
+        match sendmsg::<()>(
+            socket.as_fd().as_raw_fd(),
+            &[IoSlice::new(&bytes)],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        ) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Receives one message of at most `limit` bytes, and its descriptors. Descriptors beyond
+/// [`ATTACHED_FDS`] are closed by the kernel, those the caller does not want by dropping them.
+///
+/// # Errors
+/// [`ProtocolError`]
+pub fn receive<T: DeserializeOwned>(
+    socket: impl AsFd,
+    limit: usize,
+) -> Result<(T, Vec<OwnedFd>), ProtocolError> {
+    let mut bytes = vec![0; limit];
+    let mut control = nix::cmsg_space!([std::os::fd::RawFd; ATTACHED_FDS]);
+    let (length, truncated, fds) = loop {
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        match recvmsg::<()>(
+            socket.as_fd().as_raw_fd(),
+            &mut buffers,
+            Some(&mut control),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
+            Ok(message) => {
+                let mut fds = Vec::new();
+                for control in message.cmsgs().into_iter().flatten() {
+                    if let ControlMessageOwned::ScmRights(raw) = control {
+                        // SAFETY: the kernel has just installed these for us, nobody else owns them.
+                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                break (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC), fds);
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    };
+    if length == 0 {
+        return Err(ProtocolError::Closed);
+    }
+    if truncated {
+        return Err(ProtocolError::TooLong(limit));
+    }
+    Ok((serde_json::from_slice(&bytes[..length])?, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "sockets")]
+    fn messages_and_descriptors_arrive_whole() {
+        let (a, b) = pair();
+        let request = Request::Attach(Attach {
+            version: 1,
+            member: Some("default/0".into()),
+            token: None,
+            program: "me".into(),
+        });
+        send(&a, &request, &[a.as_fd(), b.as_fd()]).unwrap();
+        send(&a, &Request::Stats, &[]).unwrap();
+        let (got, fds) = receive::<Request>(&b, MAX_REQUEST).unwrap();
+        assert_eq!((got, fds.len()), (request, 2));
+        let (got, fds) = receive::<Request>(&b, MAX_REQUEST).unwrap();
+        assert_eq!((got, fds.len()), (Request::Stats, 0));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "sockets")]
+    fn what_is_wrong_has_a_name() {
+        let (a, b) = pair();
+        send(&a, &"x".repeat(100), &[]).unwrap();
+        assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::TooLong(50))));
+        send(&a, &"hello", &[]).unwrap();
+        assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::Malformed(_))));
+        drop(a);
+        assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::Closed)));
+        assert!(matches!(send(&b, &1, &[]), Err(ProtocolError::Closed)));
+    }
+}

@@ -1,0 +1,366 @@
+//! The ring that descriptors travel through: one producing thread, one consuming process.
+//!
+//! ```text
+//!             consumed                 head
+//!                │                      │
+//!    … free … ───┼── lent to consumer ──┼─── free …      positions are free-running u32, masked at access
+//!                │                      │
+//!   published by │                      │ private to the producer: a slot announces itself
+//!   the consumer ┘                      └ by the lap mark in its second word
+//! ```
+//!
+//! A slot is two words. The producer stores the first, then the second with Release; the second carries a mark
+//! that flips each lap. The consumer waits for the mark of its lap with Acquire on the very slot it wants, so no
+//! producer index travels between the caches. The consumer index travels back: it is stored once per commit, and the
+//! producer loads it when its private copy says *full* or when it wants its slots' frames back.
+//!
+//! The producer believes nothing: a consumer index that went backwards or past what was produced is an [`IndexError`].
+//! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics
+//! while production runs them over mapped memory (`layout`).
+
+use crate::descriptor::{Descriptor, LAP};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+
+/// One place in a ring: two words that only the producer writes.
+#[repr(C, align(16))]
+#[derive(Debug)]
+pub struct Slot {
+    body: AtomicU64,
+    mark: AtomicU64,
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<Slot>() == 16);
+
+impl Slot {
+    /// A slot as it lies in zeroed memory.
+    pub fn zeroed() -> Self {
+        Slot { body: AtomicU64::new(0), mark: AtomicU64::new(0) }
+    }
+}
+
+/// Where a ring lies.
+pub trait RingMemory {
+    /// Number of slots: a power of two, at least 1 and at most 2³¹; never changes.
+    fn slots(&self) -> u32;
+    /// Slot `index`, which is less than [`slots`](Self::slots).
+    fn slot(&self, index: u32) -> &Slot;
+    /// The consumer index: a free-running position that only the consumer writes.
+    fn consumer(&self) -> &AtomicU32;
+}
+
+/// The consumer index is one that no honest consumer can have written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the consumer index says {seen}, but only positions {consumed} to {head} are possible: \
+     the worker moved it backwards or past what it was given"
+)]
+pub struct IndexError {
+    /// Where the consumer stood before.
+    pub consumed: u32,
+    /// The first position not yet produced.
+    pub head: u32,
+    /// What its segment says now.
+    pub seen: u32,
+}
+
+/// The mark that a published slot at `position` carries. Memory starts zeroed, so lap 0 is marked by one.
+#[inline(always)]
+fn lap_mark(position: u32, slots: u32) -> u64 {
+    // `slots` is a power of two: the bit above the mask is the parity of the lap. It also flips across the wrap
+    // of `position`, since 2³² is an even number of laps.
+    if position & slots == 0 { LAP } else { 0 }
+}
+
+/// The producing end.
+#[derive(Debug)]
+pub struct Producer<M> {
+    memory: M,
+    slots: u32,
+    head: u32,
+    consumed: u32,
+}
+
+impl<M: RingMemory> Producer<M> {
+    /// The producing end of a ring whose memory is zeroed and whose consumer index is 0.
+    pub fn new(memory: M) -> Self {
+        let slots = memory.slots();
+        assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
+        Producer { memory, slots, head: 0, consumed: 0 }
+    }
+
+    /// Like [`new`](Self::new), at a position that is a multiple of twice the slots: for tests near the wrap-around.
+    #[doc(hidden)]
+    pub fn starting_at(memory: M, position: u32) -> Self {
+        let mut producer = Producer::new(memory);
+        assert_eq!(position % producer.slots.saturating_mul(2), 0);
+        (producer.head, producer.consumed) = (position, position);
+        producer
+    }
+
+    /// Slots that are not lent, by the private copy of the consumer index; there may be more by now.
+    #[inline(always)]
+    pub fn room(&self) -> u32 {
+        self.slots - self.lent()
+    }
+
+    /// Slots that hold descriptors the consumer has not committed, by the private copy of its index.
+    #[inline(always)]
+    pub fn lent(&self) -> u32 {
+        self.head.wrapping_sub(self.consumed)
+    }
+
+    /// Publishes one descriptor. `false`: full by the private copy, nothing was written;
+    /// [`take_back`](Self::take_back) may make room.
+    #[inline(always)]
+    pub fn push(&mut self, descriptor: Descriptor) -> bool {
+        if self.room() == 0 {
+            return false;
+        }
+        let slot = self.memory.slot(self.head & (self.slots - 1));
+        let (word0, word1) = descriptor.to_words();
+        slot.body.store(word0, Ordering::Relaxed);
+        // Release: pairs with the Acquire in `Consumer::peek`; who sees the mark sees the body,
+        // and the packet's bytes that were written before this push.
+        slot.mark.store(word1 | lap_mark(self.head, self.slots), Ordering::Release);
+        self.head = self.head.wrapping_add(1);
+        true
+    }
+
+    /// Loads the consumer index and hands every descriptor committed since the last call to `returned`, in order.
+    /// Returns how many these were.
+    ///
+    /// # Errors
+    /// [`IndexError`] if no honest consumer can have written that index. Nothing was handed back then, and what the
+    /// ring holds is still there for [`take_all`](Self::take_all).
+    #[inline]
+    pub fn take_back(&mut self, returned: impl FnMut(Descriptor)) -> Result<u32, IndexError> {
+        // Acquire: pairs with the Release in `Consumer::commit`; the consumer's reads of the packets
+        // are over before their frames are used again.
+        let seen = self.memory.consumer().load(Ordering::Acquire);
+        let committed = seen.wrapping_sub(self.consumed);
+        if committed > self.lent() {
+            return Err(IndexError { consumed: self.consumed, head: self.head, seen });
+        }
+        self.hand_back(committed, returned);
+        Ok(committed)
+    }
+
+    /// Hands back every descriptor the consumer has not committed, in order, whatever its index says: for a consumer
+    /// that is gone. Returns how many these were.
+    pub fn take_all(&mut self, returned: impl FnMut(Descriptor)) -> u32 {
+        let lent = self.lent();
+        self.hand_back(lent, returned);
+        lent
+    }
+
+    #[inline(always)]
+    fn hand_back(&mut self, count: u32, mut returned: impl FnMut(Descriptor)) {
+        for position in 0..count {
+            let slot = self.memory.slot(self.consumed.wrapping_add(position) & (self.slots - 1));
+            // Own words: only this producer writes them.
+            returned(Descriptor::from_words(
+                slot.body.load(Ordering::Relaxed),
+                slot.mark.load(Ordering::Relaxed),
+            ));
+        }
+        self.consumed = self.consumed.wrapping_add(count);
+    }
+}
+
+/// The consuming end.
+#[derive(Debug)]
+pub struct Consumer<M> {
+    memory: M,
+    slots: u32,
+    position: u32,
+}
+
+impl<M: RingMemory> Consumer<M> {
+    /// The consuming end of a ring whose memory is zeroed and whose consumer index is 0.
+    pub fn new(memory: M) -> Self {
+        let slots = memory.slots();
+        assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
+        Consumer { memory, slots, position: 0 }
+    }
+
+    /// See [`Producer::starting_at`].
+    #[doc(hidden)]
+    pub fn starting_at(memory: M, position: u32) -> Self {
+        let mut consumer = Consumer::new(memory);
+        assert_eq!(position % consumer.slots.saturating_mul(2), 0);
+        consumer.position = position;
+        consumer
+    }
+
+    /// The descriptor `ahead` places after the first uncommitted one, if it has been published.
+    #[inline(always)]
+    pub fn peek(&self, ahead: u32) -> Option<Descriptor> {
+        if ahead >= self.slots {
+            return None;
+        }
+        let position = self.position.wrapping_add(ahead);
+        let slot = self.memory.slot(position & (self.slots - 1));
+        // Acquire: pairs with the Release in `Producer::push`.
+        let mark = slot.mark.load(Ordering::Acquire);
+        if mark & LAP != lap_mark(position, self.slots) {
+            return None;
+        }
+        Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
+    }
+
+    /// Gives the first `count` descriptors and their frames back: all that were seen by [`peek`](Self::peek) with
+    /// `ahead < count`. Their packets must not be read afterwards.
+    #[inline(always)]
+    pub fn commit(&mut self, count: u32) {
+        self.position = self.position.wrapping_add(count);
+        // Release: pairs with the Acquire in `Producer::take_back`.
+        self.memory.consumer().store(self.position, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod heap {
+    use super::*;
+
+    /// A ring in ordinary memory, for tests and models.
+    pub(crate) struct HeapRing {
+        slots: Box<[Slot]>,
+        consumer: AtomicU32,
+    }
+
+    impl HeapRing {
+        pub(crate) fn new(slots: u32) -> Self {
+            HeapRing { slots: (0..slots).map(|_| Slot::zeroed()).collect(), consumer: AtomicU32::new(0) }
+        }
+
+        /// A ring that has run up to `position`, a multiple of twice its slots: marks as after an odd lap.
+        pub(crate) fn starting_at(slots: u32, position: u32) -> Self {
+            let ring = HeapRing::new(slots);
+            ring.consumer.store(position, Ordering::Relaxed);
+            ring
+        }
+    }
+
+    impl RingMemory for &HeapRing {
+        fn slots(&self) -> u32 {
+            u32::try_from(self.slots.len()).expect("small")
+        }
+        fn slot(&self, index: u32) -> &Slot {
+            &self.slots[index as usize]
+        }
+        fn consumer(&self) -> &AtomicU32 {
+            &self.consumer
+        }
+    }
+
+    impl RingMemory for std::sync::Arc<HeapRing> {
+        fn slots(&self) -> u32 {
+            (&**self).slots()
+        }
+        fn slot(&self, index: u32) -> &Slot {
+            &self.slots[index as usize]
+        }
+        fn consumer(&self) -> &AtomicU32 {
+            &self.consumer
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::heap::HeapRing;
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    fn numbered(n: u32) -> Descriptor {
+        Descriptor { offset: n, time: !n, length: 60, port: 3, flags: 5, hash: n.rotate_left(9) }
+    }
+
+    #[test]
+    fn an_index_past_the_head_or_backwards_is_an_error_and_nothing_is_handed_back() {
+        let ring = HeapRing::new(8);
+        let mut producer = Producer::new(&ring);
+        for n in 0..5 {
+            assert!(producer.push(numbered(n)));
+        }
+        let lie = |value| RingMemory::consumer(&&ring).store(value, Ordering::Relaxed);
+        let none = |_| panic!("handed back");
+        lie(6);
+        assert_eq!(producer.take_back(none), Err(IndexError { consumed: 0, head: 5, seen: 6 }));
+        lie(u32::MAX);
+        assert!(producer.take_back(none).is_err());
+        lie(3);
+        assert_eq!(producer.take_back(|_| ()), Ok(3));
+        lie(2);
+        assert_eq!(producer.take_back(none), Err(IndexError { consumed: 3, head: 5, seen: 2 }));
+        let mut left = Vec::new();
+        assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
+        assert_eq!(left, [3, 4]);
+        assert_eq!(producer.room(), 8);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push,
+        Commit(u32),
+        TakeBack,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![3 => Just(Step::Push), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
+    }
+
+    proptest! {
+        /// The ring against a queue: same order, same contents, nothing lost, starting shortly before the wrap of positions.
+        #[test]
+        fn behaves_like_a_queue(
+            slots in (0u32..6).prop_map(|log| 1 << log),
+            near_wrap: bool,
+            steps in prop::collection::vec(step(), 0..600),
+        ) {
+            let start = if near_wrap { 0u32.wrapping_sub(slots * 4) } else { 0 };
+            let ring = HeapRing::starting_at(slots, start);
+            let mut producer = Producer::starting_at(&ring, start);
+            let mut consumer = Consumer::starting_at(&ring, start);
+            let (mut queue, mut lent) = (VecDeque::new(), VecDeque::new());
+            let mut next = 0;
+            for step in steps {
+                match step {
+                    Step::Push => {
+                        let fits = lent.len() < slots as usize;
+                        prop_assert_eq!(producer.push(numbered(next)), fits);
+                        if fits {
+                            queue.push_back(next);
+                            lent.push_back(next);
+                            next += 1;
+                        }
+                    }
+                    Step::Commit(count) => {
+                        let count = count.min(u32::try_from(queue.len()).unwrap());
+                        for ahead in 0..count {
+                            prop_assert_eq!(consumer.peek(ahead), Some(numbered(queue.pop_front().unwrap())));
+                        }
+                        if queue.is_empty() {
+                            prop_assert_eq!(consumer.peek(count), None);
+                        }
+                        consumer.commit(count);
+                    }
+                    Step::TakeBack => {
+                        let mut back = Vec::new();
+                        producer.take_back(|d| back.push(d)).unwrap();
+                        for d in back {
+                            prop_assert_eq!(d, numbered(lent.pop_front().unwrap()));
+                        }
+                        prop_assert_eq!(lent.len(), queue.len());
+                    }
+                }
+                prop_assert_eq!(producer.lent() as usize, lent.len());
+            }
+            let mut rest = 0;
+            producer.take_all(|_| rest += 1);
+            prop_assert_eq!(rest, lent.len());
+        }
+    }
+}
