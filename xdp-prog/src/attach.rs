@@ -1,0 +1,290 @@
+//! The program's place on an interface: a link that the kernel takes away when the process ends.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use libbpf_rs::query::ProgInfoIter;
+use libbpf_rs::{Xdp, XdpFlags, libbpf_sys};
+use nix::errno::Errno;
+use nix::net::if_::if_indextoname;
+use thiserror::Error;
+
+use crate::privilege::Lacking;
+
+/// The program's name in the kernel, by which a primary knows another one.
+const PROGRAM_NAME: &str = "xfan_steer";
+
+/// Where on an interface's receive path a program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver, before the kernel has made a socket buffer of the packet.
+    Native,
+    /// Behind the driver, at the cost of a socket buffer and a copy per packet. Works on every driver.
+    Generic,
+}
+
+impl XdpMode {
+    fn flag(self) -> XdpFlags {
+        match self {
+            Self::Native => XdpFlags::DRV_MODE,
+            Self::Generic => XdpFlags::SKB_MODE,
+        }
+    }
+}
+
+impl fmt::Display for XdpMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        })
+    }
+}
+
+/// The mode that is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ModeChoice {
+    /// Native, or generic where the driver cannot.
+    #[default]
+    Auto,
+    /// Native or fail.
+    Native,
+    /// Generic, even where the driver could do native.
+    Generic,
+}
+
+/// Why the program could not be attached.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// A program of this name is attached: another primary's.
+    #[error(
+        "another xfan primary owns {interface} (XDP program {PROGRAM_NAME}, id {id}); \
+         stop it first, an interface has one primary"
+    )]
+    AnotherPrimary {
+        /// The interface.
+        interface: String,
+        /// The other program's id.
+        id: u32,
+    },
+    /// Somebody else's program is attached.
+    #[error(
+        "{interface} already runs another XDP program, {} (id {id}); stop what uses it, \
+         or remove it with: ip link set dev {interface} xdp off", quoted(name.as_deref())
+    )]
+    AnotherProgram {
+        /// The interface.
+        interface: String,
+        /// The other program's name; `None` when this process may not ask for it, for want of CAP_SYS_ADMIN.
+        name: Option<String>,
+        /// The other program's id.
+        id: u32,
+    },
+    /// This very program is attached already.
+    #[error("the XDP program is attached already and cannot be attached to {interface} too; detach it first")]
+    Twice {
+        /// The interface it was to be attached to.
+        interface: String,
+    },
+    /// The kernel forbids it.
+    #[error("the kernel does not let this process attach an XDP program to {interface} ({source}); {advice}")]
+    Privilege {
+        /// The interface.
+        interface: String,
+        /// The kernel's answer.
+        source: io::Error,
+        /// What the process lacks.
+        advice: String,
+    },
+    /// The driver cannot run a program in native mode, or not as the interface is set up now.
+    #[error(
+        "the driver of {interface} refuses native XDP ({source}); if it supports XDP at all, \
+         lower the MTU (most drivers stop at some 3000 bytes), turn off LRO, leave it spare queues; or choose generic mode"
+    )]
+    NoNativeMode {
+        /// The interface.
+        interface: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// There is no interface with this index, or no longer.
+    #[error("interface {interface} (index {ifindex}) does not exist in this network namespace")]
+    NoSuchInterface {
+        /// The interface.
+        interface: String,
+        /// Its index.
+        ifindex: u32,
+    },
+    /// Anything else.
+    #[error("the kernel refuses to attach the XDP program to {interface} in {mode} mode: {source}")]
+    Refused {
+        /// The interface.
+        interface: String,
+        /// The mode tried last.
+        mode: XdpMode,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+fn quoted(name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("\"{name}\""),
+        None => "of a name that only CAP_SYS_ADMIN may see".into(),
+    }
+}
+
+/// A program on an interface. Dropping it takes the program off.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    link: OwnedFd,
+    mode: XdpMode,
+}
+
+impl Attachment {
+    pub(crate) fn new(
+        program: BorrowedFd<'_>,
+        ifindex: u32,
+        interface: &str,
+        choice: ModeChoice,
+    ) -> Result<Self, AttachError> {
+        let Ok(device) = i32::try_from(ifindex) else {
+            return Err(AttachError::NoSuchInterface { interface: interface.into(), ifindex });
+        };
+        let attach = |mode: XdpMode| match create_link(program, device, mode) {
+            Ok(link) => Ok(Self { link, mode }),
+            Err(error) => Err((mode, error)),
+        };
+        let attached = match choice {
+            ModeChoice::Native => attach(XdpMode::Native),
+            ModeChoice::Generic => attach(XdpMode::Generic),
+            ModeChoice::Auto => attach(XdpMode::Native).or_else(|(mode, error)| {
+                if driver_cannot(&error) { attach(XdpMode::Generic) } else { Err((mode, error)) }
+            }),
+        };
+        attached.map_err(|(mode, error)| explain(program, device, interface, mode, error))
+    }
+
+    pub(crate) fn mode(&self) -> XdpMode {
+        self.mode
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        // Closing the link would do, but for a child process between fork and exec that still holds a copy of it.
+        // SAFETY: takes no pointers; `link` is an open file descriptor until this function is over.
+        // An error (an interface that is gone, a kernel before 5.11) leaves the work to closing.
+        unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) };
+    }
+}
+
+/// Whether an attempt at native mode failed for the driver's sake, so that generic mode may work. Drivers say so in
+/// many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel setting they cannot
+/// combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or buffers left (ENOSPC, ENOMEM).
+fn driver_cannot(error: &io::Error) -> bool {
+    /// Internal to the kernel, but some drivers let it out.
+    const ENOTSUPP: i32 = 524;
+    error.raw_os_error().is_some_and(|raw| {
+        raw == ENOTSUPP
+            || matches!(
+                Errno::from_raw(raw),
+                Errno::EOPNOTSUPP
+                    | Errno::EINVAL
+                    | Errno::ERANGE
+                    | Errno::E2BIG
+                    | Errno::EFBIG
+                    | Errno::ENOSPC
+                    | Errno::ENOMEM
+            )
+    })
+}
+
+/// As `bpf_program__attach_xdp` of libbpf does, which cannot be told the mode.
+fn create_link(program: BorrowedFd<'_>, ifindex: i32, mode: XdpMode) -> io::Result<OwnedFd> {
+    let options = libbpf_sys::bpf_link_create_opts {
+        sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
+        flags: mode.flag().bits(),
+        ..Default::default()
+    };
+    // SAFETY: `options` lives through the call and has its size in `sz`, and its pointers are null, as they are
+    // for an XDP link; `program` is an open file descriptor.
+    let fd = unsafe {
+        libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, libbpf_sys::BPF_XDP, &raw const options)
+    };
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(-fd));
+    }
+    // SAFETY: the call returned a new file descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Turns the kernel's answer into what an operator can act on.
+fn explain(
+    program: BorrowedFd<'_>,
+    device: i32,
+    interface: &str,
+    mode: XdpMode,
+    source: io::Error,
+) -> AttachError {
+    let interface = interface.to_string();
+    let ifindex = device.unsigned_abs();
+    match source.raw_os_error().map(Errno::from_raw) {
+        // EEXIST: it is attached in the other mode.
+        Some(Errno::EBUSY | Errno::EEXIST) => match attached_program(program, device) {
+            Some((id, Some(name))) if name == PROGRAM_NAME => AttachError::AnotherPrimary { interface, id },
+            Some((id, name)) => AttachError::AnotherProgram { interface, name, id },
+            None => AttachError::Refused { interface, mode, source },
+        },
+        Some(Errno::EPERM | Errno::EACCES) => {
+            AttachError::Privilege { interface, source, advice: Lacking::of_this_thread().to_string() }
+        }
+        _ if if_indextoname(ifindex).is_err() => AttachError::NoSuchInterface { interface, ifindex },
+        _ if mode == XdpMode::Native && driver_cannot(&source) => {
+            AttachError::NoNativeMode { interface, source }
+        }
+        _ => AttachError::Refused { interface, mode, source },
+    }
+}
+
+/// Id and, if this process may know it, name of the program that an interface runs. `any` is any program.
+fn attached_program(any: BorrowedFd<'_>, ifindex: i32) -> Option<(u32, Option<String>)> {
+    let found = Xdp::new(any).query(ifindex, XdpFlags::NONE).ok()?;
+    let ids = [found.prog_id, found.drv_prog_id, found.skb_prog_id, found.hw_prog_id];
+    let id = ids.into_iter().find(|&id| id != 0)?;
+    let program = ProgInfoIter::default().find(|program| program.id == id);
+    Some((id, program.map(|program| program.name.to_string_lossy().into_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn falls_back_for_the_drivers_sake_alone() {
+        let cannot = |raw| driver_cannot(&io::Error::from_raw_os_error(raw));
+        for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ERANGE, Errno::ENOMEM] {
+            assert!(cannot(errno as i32), "{errno}");
+        }
+        assert!(cannot(524));
+        for errno in [Errno::EBUSY, Errno::EEXIST, Errno::EPERM, Errno::EACCES, Errno::ENODEV] {
+            assert!(!cannot(errno as i32), "{errno}");
+        }
+    }
+
+    #[test]
+    fn names_the_other_program() {
+        let another = |name: Option<&str>| AttachError::AnotherProgram {
+            interface: "eth1".into(),
+            name: name.map(String::from),
+            id: 7,
+        };
+        assert!(
+            another(Some("xdp_pass"))
+                .to_string()
+                .starts_with("eth1 already runs another XDP program, \"xdp_pass\" (id 7); stop what uses it")
+        );
+        assert!(another(None).to_string().contains("of a name that only CAP_SYS_ADMIN may see (id 7)"));
+    }
+}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * Steers each RX queue's IP packets into the AF_XDP socket of that queue, and leaves the host what it needs:
+ *
+ *   frame ── Ethernet, up to 2 VLAN tags ──┬─ not IP ──────────────────────────► kernel  pass_non_ip
+ *                                          ├─ IPv6 neighbour/router discovery ─► kernel  pass_nd
+ *                                          ├─ a rule of the operator ──────────► kernel  pass_rule
+ *                                          └─ IPv4, IPv6 ─┬─ queue has socket ─► socket  redirect
+ *                                                         └─ it has none ──────► kernel  pass_no_socket
+ *
+ * An IP header that is cut short or makes no sense is redirected: a sensor wants to see it.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "maps.h"
+#include "parsing.h"
+#include "rules.h"
+
+enum class {
+	CLASS_NON_IP,
+	CLASS_ND,
+	CLASS_RULE,
+	CLASS_STEER,
+};
+
+static __always_inline enum class classify(struct cursor c)
+{
+	struct ipv6hdr *ip6;
+
+	switch (take_link_headers(&c)) {
+	case bpf_htons(ETH_P_IP):
+		return rules.active && ipv4_passes(&c) ? CLASS_RULE : CLASS_STEER;
+	case bpf_htons(ETH_P_IPV6):
+		ip6 = take_ipv6(&c);
+		if (!ip6)
+			return CLASS_STEER;
+		if (is_neighbour_discovery(ip6, c))
+			return CLASS_ND;
+		return rules.active && ipv6_passes(&c, ip6->nexthdr) ? CLASS_RULE : CLASS_STEER;
+	default:
+		return CLASS_NON_IP;
+	}
+}
+
+static __always_inline struct queue_counters *counters_of(__u32 queue)
+{
+	__u32 key = queue + 1, beyond = 0;
+	struct queue_counters *counts = bpf_map_lookup_elem(&counters, &key);
+
+	return counts ? counts : bpf_map_lookup_elem(&counters, &beyond);
+}
+
+SEC("xdp")
+int xfan_steer(struct xdp_md *ctx)
+{
+	struct cursor c = { .at = (void *)(long)ctx->data, .end = (void *)(long)ctx->data_end };
+	__u32 queue = ctx->rx_queue_index;
+	struct queue_counters *counts = counters_of(queue);
+	int verdict;
+
+	if (!counts) /* never: entry 0 exists; the verifier cannot know */
+		return XDP_PASS;
+
+	switch (classify(c)) {
+	case CLASS_NON_IP:
+		counts->pass_non_ip++;
+		return XDP_PASS;
+	case CLASS_ND:
+		counts->pass_nd++;
+		return XDP_PASS;
+	case CLASS_RULE:
+		counts->pass_rule++;
+		return XDP_PASS;
+	case CLASS_STEER:
+		break;
+	}
+	verdict = bpf_redirect_map(&xsks, queue, XDP_PASS);
+	if (verdict == XDP_REDIRECT)
+		counts->redirect++;
+	else
+		counts->pass_no_socket++;
+	return verdict;
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

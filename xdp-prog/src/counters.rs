@@ -1,0 +1,81 @@
+//! The program's counters: where each packet of a queue went.
+
+use std::mem::{offset_of, size_of};
+use std::ops::AddAssign;
+
+use crate::object::skeleton::types;
+
+/// Packets of one RX queue by outcome, since the program was loaded. Every packet is in exactly one field.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueCounters {
+    /// Handed to the queue's AF_XDP socket. The socket may have dropped some of them, for want of a frame or
+    /// of room in its RX ring: that is in its own statistics.
+    pub redirect: u64,
+    /// Passed to the kernel: neither IPv4 nor IPv6, such as ARP and LLDP, or shorter than its link header.
+    pub pass_non_ip: u64,
+    /// Passed to the kernel: IPv6 neighbour or router discovery.
+    pub pass_nd: u64,
+    /// Passed to the kernel: a [`PassRule`](crate::PassRule).
+    pub pass_rule: u64,
+    /// Passed to the kernel: the queue has no socket.
+    pub pass_no_socket: u64,
+}
+
+const WORDS: usize = size_of::<types::queue_counters>() / size_of::<u64>();
+const _: () = assert!(size_of::<QueueCounters>() == size_of::<types::queue_counters>());
+const _: () = assert!(offset_of!(types::queue_counters, redirect) == 0);
+const _: () = assert!(offset_of!(types::queue_counters, pass_non_ip) == 8);
+const _: () = assert!(offset_of!(types::queue_counters, pass_nd) == 16);
+const _: () = assert!(offset_of!(types::queue_counters, pass_rule) == 24);
+const _: () = assert!(offset_of!(types::queue_counters, pass_no_socket) == 32);
+
+impl QueueCounters {
+    /// One CPU's value of an entry of the program's `counters` map, as the words it consists of: for a loader other than
+    /// [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to `queue`.
+    pub fn from_words([redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket]: [u64; WORDS]) -> Self {
+        Self { redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket }
+    }
+
+    /// The same from the map's bytes; zero where there are too few of them.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
+        let (words, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
+        let mut values = [0; WORDS];
+        for (value, word) in values.iter_mut().zip(words) {
+            *value = u64::from_ne_bytes(*word);
+        }
+        Self::from_words(values)
+    }
+
+    /// Packets passed to the kernel, for whatever reason.
+    pub fn passed(&self) -> u64 {
+        self.pass_non_ip + self.pass_nd + self.pass_rule + self.pass_no_socket
+    }
+}
+
+impl AddAssign for QueueCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.redirect += other.redirect;
+        self.pass_non_ip += other.pass_non_ip;
+        self.pass_nd += other.pass_nd;
+        self.pass_rule += other.pass_rule;
+        self.pass_no_socket += other.pass_no_socket;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_become_fields_in_order() {
+        let bytes: Vec<u8> = (1..=5_u64).flat_map(u64::to_ne_bytes).collect();
+        let mut counters = QueueCounters::from_bytes(&bytes);
+        assert_eq!(
+            counters,
+            QueueCounters { redirect: 1, pass_non_ip: 2, pass_nd: 3, pass_rule: 4, pass_no_socket: 5 }
+        );
+        assert_eq!(counters.passed(), 14);
+        counters += counters;
+        assert_eq!((counters.redirect, counters.passed()), (2, 28));
+    }
+}

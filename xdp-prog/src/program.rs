@@ -1,0 +1,292 @@
+//! The loaded program: its sockets, rules and counters, and its place on an interface.
+
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle};
+use thiserror::Error;
+
+use crate::attach::{AttachError, Attachment, ModeChoice, XdpMode};
+use crate::counters::QueueCounters;
+use crate::libbpf_log;
+use crate::object::skeleton::XfanSkelBuilder;
+use crate::privilege::Lacking;
+use crate::rule::PassRule;
+use crate::rule_table::rule_table;
+
+/// The most RX queues a program can be loaded for: the kernel numbers queues with 16 bits.
+pub const MAX_QUEUES: u32 = 65_535;
+
+/// Why the program could not be loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// There is no such number of queues.
+    #[error("an interface has 1 to {MAX_QUEUES} RX queues, the XDP program was to be loaded for {0}")]
+    Queues(u32),
+    /// The kernel forbids it.
+    #[error("the kernel does not let this process load an XDP program ({source:#}); {advice}")]
+    Privilege {
+        /// What the process lacks.
+        advice: String,
+        /// The kernel's answer.
+        source: libbpf_rs::Error,
+    },
+    /// The kernel has no memory for the maps.
+    #[error(
+        "the kernel has no memory for the maps of an XDP program with {queues} RX queues ({source:#}); \
+         raise the memory limit of this process's control group, or RLIMIT_MEMLOCK on a kernel before 5.11"
+    )]
+    Memory {
+        /// Number of queues asked for.
+        queues: u32,
+        /// The kernel's answer.
+        source: libbpf_rs::Error,
+    },
+    /// The kernel refuses the program or a map, most likely for its age.
+    #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.9 or newer{}", Log(log))]
+    Refused {
+        /// The kernel's answer.
+        source: libbpf_rs::Error,
+        /// What libbpf and the verifier said about it.
+        log: String,
+    },
+}
+
+/// The end of a log that may be long: that is where the reason stands.
+struct Log<'a>(&'a str);
+
+impl fmt::Display for Log<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN_LINES: usize = 20;
+        let lines: Vec<&str> = self.0.lines().collect();
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+/// Why a map of the loaded program could not be read or written.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// The program was loaded for fewer queues.
+    #[error("there is no RX queue {queue}: the XDP program was loaded for queues 0 to {}", queues - 1)]
+    NoSuchQueue {
+        /// The queue asked for.
+        queue: u32,
+        /// The number of queues the program was loaded for.
+        queues: u32,
+    },
+    /// The kernel refuses the socket.
+    #[error("the kernel refuses file descriptor {fd} as the AF_XDP socket of RX queue {queue}: {source:#}")]
+    Socket {
+        /// The queue.
+        queue: u32,
+        /// The file descriptor that was to be its socket.
+        fd: i32,
+        /// The kernel's answer.
+        source: libbpf_rs::Error,
+    },
+    /// The kernel refuses access to a map.
+    #[error("the kernel refuses access to the XDP program's map \"{map}\": {source:#}")]
+    Access {
+        /// The map.
+        map: &'static str,
+        /// The kernel's answer.
+        source: libbpf_rs::Error,
+    },
+}
+
+/// The steering program, loaded and perhaps attached. Dropping it detaches and unloads it.
+#[derive(Debug)]
+pub struct SteerProgram {
+    // First, so that it is dropped first: traffic returns to the kernel before the maps go.
+    attachment: Option<Attachment>,
+    program: OwnedFd,
+    sockets: MapHandle,
+    counters: MapHandle,
+    rules: MapHandle,
+    queues: u32,
+}
+
+impl SteerProgram {
+    /// Loads the program for an interface with `queues` RX queues. No queue has a socket yet, and nothing is steered
+    /// before [`attach`](Self::attach).
+    ///
+    /// # Errors
+    ///
+    /// See [`LoadError`]. The process needs CAP_NET_ADMIN, and CAP_BPF or CAP_SYS_ADMIN.
+    pub fn load(queues: u32, rules: &[PassRule]) -> Result<Self, LoadError> {
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(LoadError::Queues(queues));
+        }
+        let (loaded, log) = libbpf_log::collect(|| load(queues, rules));
+        loaded.map_err(|source| match source.kind() {
+            ErrorKind::PermissionDenied if !log.contains("BEGIN PROG LOAD LOG") => {
+                LoadError::Privilege { advice: Lacking::of_this_thread().to_string(), source }
+            }
+            ErrorKind::OutOfMemory => LoadError::Memory { queues, source },
+            _ => LoadError::Refused { source, log },
+        })
+    }
+
+    /// Attaches the program to an interface: from now on its packets are steered. Returns the mode it got, which
+    /// with [`ModeChoice::Auto`] may be the slow one and is worth telling the operator.
+    ///
+    /// The interface is looked up by `ifindex`, in the calling thread's network namespace; `interface` is its name for
+    /// error messages.
+    ///
+    /// # Errors
+    ///
+    /// See [`AttachError`]. The program remains loaded and can be attached again.
+    pub fn attach(
+        &mut self,
+        ifindex: u32,
+        interface: &str,
+        choice: ModeChoice,
+    ) -> Result<XdpMode, AttachError> {
+        if self.attachment.is_some() {
+            return Err(AttachError::Twice { interface: interface.into() });
+        }
+        let attachment = Attachment::new(self.program.as_fd(), ifindex, interface, choice)?;
+        Ok(self.attachment.insert(attachment).mode())
+    }
+
+    /// Detaches the program: the interface's packets go to the kernel again. The counters can still be read, and
+    /// the program attached again. Does nothing to a program that is not attached.
+    pub fn detach(&mut self) {
+        self.attachment = None;
+    }
+
+    /// The mode in which the program is attached; `None` if it is not.
+    pub fn mode(&self) -> Option<XdpMode> {
+        self.attachment.as_ref().map(Attachment::mode)
+    }
+
+    /// Has the packets of `queue` redirected to an AF_XDP socket that is bound to it. Replaces the socket it had.
+    /// The kernel takes the socket out by itself when it is closed.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such queue, or the file descriptor is no AF_XDP socket.
+    pub fn insert_socket(&self, queue: u32, socket: &impl AsRawFd) -> Result<(), MapError> {
+        self.check_queue(queue)?;
+        let fd = socket.as_raw_fd();
+        self.sockets
+            .update(&queue.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|source| MapError::Socket { queue, fd, source })
+    }
+
+    /// Has the packets of `queue` passed to the kernel, whether or not it had a socket.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such queue.
+    pub fn remove_socket(&self, queue: u32) -> Result<(), MapError> {
+        self.check_queue(queue)?;
+        match self.sockets.delete(&queue.to_ne_bytes()) {
+            Err(source) if source.kind() != ErrorKind::NotFound => {
+                Err(MapError::Access { map: "xsks", source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Replaces all pass rules. While the kernel copies the new ones, packets may meet some of either.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses access to the map.
+    pub fn set_rules(&self, rules: &[PassRule]) -> Result<(), MapError> {
+        write_rules(&self.rules, rules).map_err(|source| MapError::Access { map: ".bss", source })
+    }
+
+    /// Counters of each queue, by its number, summed over CPUs.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses access to the map.
+    pub fn counters(&self) -> Result<Vec<QueueCounters>, MapError> {
+        (1..=self.queues).map(|entry| self.counters_of_entry(entry)).collect()
+    }
+
+    /// Counters of all queues that are not among those the program was loaded for, together. They are zero unless
+    /// somebody gives the interface more RX queues meanwhile; the packets of such a queue go to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel refuses access to the map.
+    pub fn counters_of_new_queues(&self) -> Result<QueueCounters, MapError> {
+        self.counters_of_entry(0)
+    }
+
+    fn counters_of_entry(&self, entry: u32) -> Result<QueueCounters, MapError> {
+        let cpus = self
+            .counters
+            .lookup_percpu(&entry.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|source| MapError::Access { map: "counters", source })?;
+        let mut sum = QueueCounters::default();
+        for cpu in cpus.unwrap_or_default() {
+            sum += QueueCounters::from_bytes(&cpu);
+        }
+        Ok(sum)
+    }
+
+    fn check_queue(&self, queue: u32) -> Result<(), MapError> {
+        if queue < self.queues { Ok(()) } else { Err(MapError::NoSuchQueue { queue, queues: self.queues }) }
+    }
+}
+
+/// Loads through the skeleton, and keeps file descriptors alone: the skeleton would borrow its storage.
+fn load(queues: u32, rules: &[PassRule]) -> Result<SteerProgram, libbpf_rs::Error> {
+    let mut storage = MaybeUninit::uninit();
+    let mut open = XfanSkelBuilder::default().open(&mut storage)?;
+    open.maps.xsks.set_max_entries(queues)?;
+    open.maps.counters.set_max_entries(queues + 1)?;
+    let loaded = open.load()?;
+
+    let program = SteerProgram {
+        attachment: None,
+        program: loaded.progs.xfan_steer.as_fd().try_clone_to_owned()?,
+        sockets: handle(&loaded.maps.xsks)?,
+        counters: handle(&loaded.maps.counters)?,
+        rules: handle(&loaded.maps.bss)?,
+        queues,
+    };
+    write_rules(&program.rules, rules)?;
+    Ok(program)
+}
+
+fn handle(map: &libbpf_rs::MapMut<'_>) -> Result<MapHandle, libbpf_rs::Error> {
+    MapHandle::try_from(map)
+}
+
+fn write_rules(map: &MapHandle, rules: &[PassRule]) -> Result<(), libbpf_rs::Error> {
+    map.update(&0_u32.to_ne_bytes(), &rule_table(rules), MapFlags::ANY)
+}
+
+const fn assert_send<T: Send>() {}
+const _: () = assert_send::<SteerProgram>();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_impossible_numbers_of_queues() {
+        for queues in [0, MAX_QUEUES + 1, u32::MAX] {
+            let error = SteerProgram::load(queues, &[]).unwrap_err();
+            assert!(matches!(error, LoadError::Queues(n) if n == queues));
+        }
+    }
+
+    #[test]
+    fn shows_the_end_of_a_log() {
+        let log: String = (0..30).map(|line| format!("line {line}\n")).collect();
+        let source = libbpf_rs::Error::from(std::io::Error::from_raw_os_error(22));
+        let text = LoadError::Refused { source, log }.to_string();
+        assert!(
+            text.contains("\n  line 29") && text.contains("line 10") && !text.contains("line 9\n"),
+            "{text}"
+        );
+    }
+}
