@@ -1,0 +1,223 @@
+//! How many frames a lane needs, so that none of its rings can ever run it dry.
+//!
+//! ```text
+//!  frames of a lane  ≥  rx_ring              posted to the kernel: in the FILL and RX rings
+//!                     + batch                in the lane's hands
+//!                     + workers × ring_slots lent out at worst: every ring full
+//! ```
+
+use super::Config;
+use crate::exit::Exit;
+
+/// UMEM offsets are 32 bits wide in a descriptor.
+const UMEM_LIMIT: u64 = 1 << 32;
+/// What `ring_slots = "auto"` keeps the UMEM within, in bytes.
+const AUTO_UMEM: u64 = 1 << 30;
+/// `ring_slots = "auto"`: slots where each thread has a CPU of its own.
+const AUTO_SLOTS: u32 = 4096;
+/// Where threads share a CPU a yield may cost a whole scheduler slice: the rings bridge it.
+const AUTO_SLOTS_SHARED: u32 = 8192;
+/// `ring_slots = "auto"` never goes below this.
+const AUTO_SLOTS_MIN: u32 = 512;
+
+/// The sizes of all rings and of the packet memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameBudget {
+    /// Frames of each lane.
+    pub frames_per_lane: u32,
+    /// Slots of each ring from a lane to a worker.
+    pub ring_slots: u32,
+    /// Entries of each RX ring, and frames kept posted to the kernel by each lane.
+    pub rx_ring: u32,
+    /// Entries of each FILL ring.
+    pub fill_ring: u32,
+    /// Bytes of the whole UMEM: all frames of all lanes. At most 4 GiB.
+    pub umem_bytes: u64,
+}
+
+/// Why the frames do not suffice, or are too many.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BudgetError {
+    /// Fewer frames than the rings can hold at worst.
+    #[error(
+        "`frames` is {frames} per lane, but a lane needs rx_ring ({rx_ring}) + batch ({batch}) + \
+         workers ({workers}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
+         or lower `ring_slots` or `rx_ring`"
+    )]
+    TooFew {
+        /// Frames asked for.
+        frames: u64,
+        /// Frames needed.
+        needed: u64,
+        /// Frames posted to the kernel.
+        rx_ring: u32,
+        /// Packets taken at once.
+        batch: usize,
+        /// Worker processes.
+        workers: usize,
+        /// Slots per lane and worker.
+        ring_slots: u32,
+    },
+    /// More packet memory than a descriptor can address.
+    #[error(
+        "the packet memory would be {lanes} lanes × {frames} frames × {frame_size} bytes = {bytes} bytes, \
+         but the limit is {} bytes (4 GiB): lower `ring_slots` (now {ring_slots}), `frames` or `frame_size`, \
+         or use fewer `queues` or `workers`",
+        UMEM_LIMIT
+    )]
+    TooLarge {
+        /// Lanes.
+        lanes: usize,
+        /// Frames per lane.
+        frames: u64,
+        /// Bytes per frame.
+        frame_size: u32,
+        /// The product.
+        bytes: u64,
+        /// Slots per lane and worker.
+        ring_slots: u32,
+    },
+}
+
+impl BudgetError {
+    /// The exit code this error leads to.
+    #[must_use]
+    pub const fn exit(&self) -> Exit {
+        Exit::Usage
+    }
+}
+
+impl FrameBudget {
+    /// Sizes everything for `lanes` lanes and `workers` workers. `shared_cores`: some CPU runs more
+    /// than one of their threads.
+    ///
+    /// # Errors
+    ///
+    /// When `frames` was given and is too small, or the whole does not fit 4 GiB.
+    pub fn plan(
+        lanes: usize,
+        workers: usize,
+        config: &Config,
+        shared_cores: bool,
+    ) -> Result<Self, BudgetError> {
+        let try_slots = |slots| Self::with_slots(lanes, workers, config, slots);
+        if let Some(slots) = config.ring_slots {
+            return try_slots(slots);
+        }
+        let mut slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
+        loop {
+            let budget = try_slots(slots);
+            let good = budget.as_ref().is_ok_and(|budget| budget.umem_bytes <= AUTO_UMEM);
+            // Given frames do not shrink with the slots: then only being too few is a reason to go on.
+            if good || slots == AUTO_SLOTS_MIN || (config.frames.is_some() && budget.is_ok()) {
+                return budget;
+            }
+            slots /= 2;
+        }
+    }
+
+    fn with_slots(
+        lanes: usize,
+        workers: usize,
+        config: &Config,
+        ring_slots: u32,
+    ) -> Result<Self, BudgetError> {
+        let &Config { rx_ring, batch, frame_size, .. } = config;
+        let lent = (workers as u64).saturating_mul(u64::from(ring_slots));
+        let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);
+        let frames = config.frames.map_or(needed, u64::from);
+        if frames < needed {
+            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, workers, ring_slots });
+        }
+        let bytes = (lanes as u64).saturating_mul(frames).saturating_mul(u64::from(frame_size));
+        match u32::try_from(frames) {
+            Ok(frames_per_lane) if bytes <= UMEM_LIMIT => {
+                Ok(Self { frames_per_lane, ring_slots, rx_ring, fill_ring: 2 * rx_ring, umem_bytes: bytes })
+            }
+            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, ring_slots }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn config(toml: &str) -> Config {
+        Config::from_toml_str(&format!("interface = 'eth1'\n{toml}"), "f").unwrap()
+    }
+
+    #[test]
+    fn auto_is_the_fewest_frames_that_suffice() {
+        let budget = FrameBudget::plan(2, 2, &config(""), false).unwrap();
+        assert_eq!(
+            budget,
+            FrameBudget {
+                frames_per_lane: 2048 + 64 + 2 * 4096,
+                ring_slots: 4096,
+                rx_ring: 2048,
+                fill_ring: 4096,
+                umem_bytes: 2 * 10304 * 2048,
+            }
+        );
+        assert_eq!(FrameBudget::plan(2, 2, &config(""), true).unwrap().ring_slots, 8192);
+    }
+
+    #[test]
+    fn auto_slots_halve_until_a_gibibyte_suffices_but_not_below_512() {
+        let budget = FrameBudget::plan(16, 16, &config(""), false).unwrap();
+        assert_eq!(budget.ring_slots, 1024);
+        let budget = FrameBudget::plan(32, 48, &config(""), true).unwrap();
+        assert_eq!(budget.ring_slots, 512);
+        assert!(budget.umem_bytes > AUTO_UMEM);
+    }
+
+    #[test]
+    fn auto_slots_fit_the_frames_that_were_given() {
+        let budget = FrameBudget::plan(1, 2, &config("frames = 5000"), true).unwrap();
+        assert_eq!((budget.frames_per_lane, budget.ring_slots), (5000, 1024));
+        let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false).unwrap();
+        assert_eq!(budget.ring_slots, 4096);
+    }
+
+    #[test]
+    fn too_few_frames_are_told_with_every_number_and_knob() {
+        let error = FrameBudget::plan(1, 2, &config("frames = 4096\nring_slots = 4096"), false).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`frames` is 4096 per lane, but a lane needs rx_ring (2048) + batch (64) + workers (2) × \
+             ring_slots (4096) = 10304: raise `frames` to 10304, or lower `ring_slots` or `rx_ring`"
+        );
+    }
+
+    #[test]
+    fn the_memory_ends_where_offsets_end() {
+        let exact = config("frames = 2097152");
+        assert_eq!(FrameBudget::plan(1, 1, &exact, false).unwrap().umem_bytes, UMEM_LIMIT);
+        let error = FrameBudget::plan(2, 1, &exact, false).unwrap_err().to_string();
+        assert!(error.contains("2 lanes × 2097152 frames × 2048 bytes = 8589934592 bytes"), "{error}");
+        assert!(error.contains("4294967296 bytes (4 GiB)"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_budget_exceeds_its_limits(
+            lanes in 1usize..5000, workers in 1usize..=64, shared: bool,
+            rx in 6u32..=15, slots in prop::option::of(6u32..=20), frames in prop::option::of(128u32..=2_097_152),
+        ) {
+            let mut config = config("");
+            config.rx_ring = 1 << rx;
+            config.ring_slots = slots.map(|bits| 1 << bits);
+            config.frames = frames;
+            if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared) {
+                let lent = workers as u64 * u64::from(budget.ring_slots);
+                prop_assert!(u64::from(budget.frames_per_lane) >= lent + u64::from(budget.rx_ring) + 64);
+                prop_assert!(budget.umem_bytes <= UMEM_LIMIT);
+                prop_assert_eq!(budget.umem_bytes, lanes as u64 * u64::from(budget.frames_per_lane) * 2048);
+                prop_assert!(budget.ring_slots.is_power_of_two());
+                prop_assert!(frames.is_none_or(|frames| frames == budget.frames_per_lane));
+            }
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! What `xfan` is to do: one validated [`Config`] out of the command line and a TOML file.
+//!
+//! ```text
+//!  defaults ──► file.rs ──► flags.rs ──► Config       what comes later wins
+//!                   └── value.rs ──┘                  each value is checked here, and only here
+//! ```
+//!
+//! Nothing after this module validates a setting again. What depends on the machine (does the
+//! interface exist, has it that queue, do the frames fit) is checked where the machine is known:
+//! [`crate::interface`], [`crate::placement`] and [`FrameBudget`].
+
+mod budget;
+mod error;
+mod file;
+mod flags;
+mod list;
+mod show;
+mod user;
+mod value;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use budget::{BudgetError, FrameBudget};
+pub use error::ConfigError;
+pub use flags::{Flags, PlacementFlags, RunFlags};
+pub(crate) use list::format_list;
+pub use user::{UserError, WorkerUser};
+pub use xfan_xdp::{ModeChoice, PassRule};
+
+pub(crate) use flags::socket_flag;
+
+/// All settings. Each field is a key of the file under the same name, unless it says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The interface whose packets are dispatched. Required. Flag `-i`.
+    pub interface: String,
+
+    /// The RX queues that get a lane: `"all"`, or a list such as `"0-3,6"` or `[0, 1]`. Packets of
+    /// the other queues go to the kernel as before. Default `"all"`. Flag `--queues`.
+    pub queues: Queues,
+
+    /// Worker processes, 1 to 64. Default 1. Flag `-n`.
+    pub workers: usize,
+
+    /// The program every worker runs, and its arguments, as a list of texts. Default: none; then the
+    /// workers' places stay vacant until workers attach through the socket. On the command line: what follows `--`.
+    pub command: Vec<String>,
+
+    /// The CPUs to run on, such as `"2-5,7"` or `[2, 3]`: first the lanes', then the workers'. Default:
+    /// chosen, the nearest to the interface first (`xfan topology` shows them). Flag `--cores`.
+    pub cores: Option<Vec<usize>>,
+
+    /// The user the workers run as. Default: the user who called sudo, else `nobody`. With `"root"`
+    /// a worker could write to the packets of all; it must be asked for. Flag `--user`.
+    pub user: Option<String>,
+
+    /// What is left to the kernel, as a list of rules: a protocol, or a protocol and a port, such as
+    /// `["icmp", "tcp/22"]`. Default: none. Flag `--pass`, once per rule; replaces the file's list.
+    pub pass: Vec<PassRule>,
+
+    /// The control socket, an absolute path of at most 107 bytes. Default `/run/xfan/INTERFACE.sock`.
+    /// Flag `--socket`.
+    pub socket: PathBuf,
+
+    /// How the XDP program is attached: `"native"` (by the driver), `"generic"` (by the kernel, slower),
+    /// or `"auto"`: native, else generic, which is said aloud. Default `"auto"`.
+    pub xdp_mode: ModeChoice,
+
+    /// How the sockets are bound: `"zero-copy"`, `"copy"`, or `"auto"`: zero-copy, else copy,
+    /// which is said aloud. Default `"auto"`.
+    pub bind_mode: BindMode,
+
+    /// The size of a frame in bytes, 2048 or 4096. A packet must fit one, less 256 bytes of headroom.
+    /// Default 2048.
+    pub frame_size: u32,
+
+    /// Frames kept posted to the kernel per lane: a power of two from 64 to 32768. The FILL ring has
+    /// twice as many entries. Default 2048.
+    pub rx_ring: u32,
+
+    /// Slots of the ring between a lane and a worker: a power of two from 64 to 1048576, or `"auto"`
+    /// (`None`): 8192 when threads share a CPU, else 4096; halved, though not below 512, until the
+    /// packet memory fits 1 GiB and `frames`. Default `"auto"`.
+    pub ring_slots: Option<u32>,
+
+    /// Frames per lane, 128 to 2097152, or `"auto"` (`None`): the fewest that suffice, which are
+    /// `rx_ring + batch + workers × ring_slots`. Default `"auto"`.
+    pub frames: Option<u32>,
+
+    /// The most packets a lane takes at once, 1 to 64. Default 64.
+    pub batch: usize,
+
+    /// The key of the flow hash, 32 hexadecimal digits (128 bits). Fix it to have the same flows go to the
+    /// same workers at every start. Default: random at every start (`None`).
+    pub hash_key: Option<[u8; 16]>,
+
+    /// How long a worker may take from its start until it is attached, 100ms to 600s. Default `"10s"`.
+    pub start_timeout: Duration,
+
+    /// How long a worker may take to end after SIGTERM before it is killed, 0s to 600s. Default `"5s"`.
+    pub stop_timeout: Duration,
+
+    /// What a lane does while there is nothing to do: the table `[idle]`.
+    pub idle: Idle,
+
+    /// How much is logged: `"error"`, `"warn"`, `"info"`, `"debug"` or `"trace"`. Key `level` in the table
+    /// `[log]`. Default `"info"`. Flag `--log`.
+    pub log: LogLevel,
+}
+
+/// How a lane waits: it spins, then yields its CPU, then sleeps until a packet arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Idle {
+    /// How long it spins, 0s to 1s. Default `"50us"`. Not used by threads that share a CPU.
+    pub spin: Duration,
+    /// How long it yields after that, 0s to 1s. Key `yield`. Default `"1ms"`.
+    pub yielding: Duration,
+}
+
+/// The RX queues that get a lane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Queues {
+    /// Every queue the interface has.
+    All,
+    /// These, each once. Never empty.
+    List(Vec<u32>),
+}
+
+/// How the AF_XDP sockets are bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BindMode {
+    /// Zero-copy, else copy.
+    Auto,
+    /// The NIC writes to the frames, or nothing does.
+    ZeroCopy,
+    /// The kernel copies into the frames.
+    Copy,
+}
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl Config {
+    /// Reads `flags`, and the file they name, into one configuration. The flags win.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConfigError`].
+    pub fn load(flags: &Flags) -> Result<Self, ConfigError> {
+        let Some(file) = &flags.placement.config else { return Self::assemble(None, flags) };
+        let text = std::fs::read_to_string(file)
+            .map_err(|source| ConfigError::Read { file: file.clone(), source })?;
+        Self::assemble(Some((&text, &file.display().to_string())), flags)
+    }
+
+    /// Reads the text of a file alone. `file_name` is for the messages.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConfigError`].
+    pub fn from_toml_str(text: &str, file_name: &str) -> Result<Self, ConfigError> {
+        Self::assemble(Some((text, file_name)), &Flags::default())
+    }
+
+    /// Where the primary of `interface` listens, unless told otherwise.
+    #[must_use]
+    pub fn default_socket(interface: &str) -> PathBuf {
+        Path::new("/run/xfan").join(format!("{interface}.sock"))
+    }
+
+    fn assemble(file: Option<(&str, &str)>, flags: &Flags) -> Result<Self, ConfigError> {
+        let mut config = Self::defaults();
+        if let Some((text, name)) = file {
+            file::apply(&mut config, text, name)?;
+        }
+        flags.apply(&mut config);
+        if config.interface.is_empty() {
+            return Err(ConfigError::NoInterface);
+        }
+        if config.socket.as_os_str().is_empty() {
+            config.socket = Self::default_socket(&config.interface);
+        }
+        Ok(config)
+    }
+
+    /// The defaults. `interface` and `socket` are still empty: [`Self::assemble`] sees to them.
+    fn defaults() -> Self {
+        Self {
+            interface: String::new(),
+            queues: Queues::All,
+            workers: 1,
+            command: Vec::new(),
+            cores: None,
+            user: None,
+            pass: Vec::new(),
+            socket: PathBuf::new(),
+            xdp_mode: ModeChoice::Auto,
+            bind_mode: BindMode::Auto,
+            frame_size: 2048,
+            rx_ring: 2048,
+            ring_slots: None,
+            frames: None,
+            batch: 64,
+            hash_key: None,
+            start_timeout: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(5),
+            idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
+            log: LogLevel::Info,
+        }
+    }
+}
+
+impl LogLevel {
+    pub(crate) const ALL: [Self; 5] = [Self::Error, Self::Warn, Self::Info, Self::Debug, Self::Trace];
+
+    /// The level's name in the file and on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+impl From<LogLevel> for tracing::Level {
+    fn from(level: LogLevel) -> Self {
+        match level {
+            LogLevel::Error => Self::ERROR,
+            LogLevel::Warn => Self::WARN,
+            LogLevel::Info => Self::INFO,
+            LogLevel::Debug => Self::DEBUG,
+            LogLevel::Trace => Self::TRACE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_is_all_that_is_needed() {
+        let config = Config::from_toml_str("interface = \"eth1\"", "f").unwrap();
+        assert_eq!(config.socket, Path::new("/run/xfan/eth1.sock"));
+        assert_eq!(config.queues, Queues::All);
+        let error = Config::from_toml_str("workers = 2", "f").unwrap_err();
+        assert!(error.to_string().contains("`-i IFACE`"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let mut flags = Flags::default();
+        flags.placement.workers = Some(3);
+        flags.run.pass = vec!["icmp".parse().unwrap()];
+        let text = "interface = 'eth1'\nworkers = 2\npass = ['tcp/22']\ncommand = ['w']";
+        let config = Config::assemble(Some((text, "f")), &flags).unwrap();
+        assert_eq!((config.workers, config.pass), (3, flags.run.pass));
+        assert_eq!(config.command, ["w"]);
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let mut flags = Flags::default();
+        flags.placement.config = Some("/no/such/file.toml".into());
+        let error = Config::load(&flags).unwrap_err().to_string();
+        assert!(error.contains("/no/such/file.toml") && error.contains("No such file"), "{error}");
+    }
+}

@@ -1,0 +1,102 @@
+//! The effective settings as a TOML file: what `xfan check` prints.
+
+use std::fmt::Write as _;
+
+use super::value::format_duration;
+use super::{BindMode, Config, ModeChoice, Queues, format_list};
+
+impl Config {
+    /// Every setting, as a file that yields this configuration. Settings that are chosen at start
+    /// stand in it as comments.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        let text = |text: &str| toml::Value::from(text).to_string();
+        let list = |items: &[String]| toml::Value::from(items.to_vec()).to_string();
+        let auto = |number: Option<u32>| number.map_or_else(|| text("auto"), |number| number.to_string());
+        let queues = match &self.queues {
+            Queues::All => text("all"),
+            Queues::List(list) => format!("{list:?}"),
+        };
+        let xdp_mode = match self.xdp_mode {
+            ModeChoice::Auto => "auto",
+            ModeChoice::Native => "native",
+            ModeChoice::Generic => "generic",
+        };
+        let bind_mode = match self.bind_mode {
+            BindMode::Auto => "auto",
+            BindMode::ZeroCopy => "zero-copy",
+            BindMode::Copy => "copy",
+        };
+        let chosen = |key: &str, how: &str| format!("# {key}: {how}");
+        let lines = [
+            format!("interface = {}", text(&self.interface)),
+            format!("queues = {queues}"),
+            format!("workers = {}", self.workers),
+            format!("command = {}", list(&self.command)),
+            self.cores.as_ref().map_or_else(
+                || chosen("cores", "chosen at start, see `xfan topology`"),
+                |cores| format!("cores = {}", text(&format_list(cores))),
+            ),
+            self.user.as_ref().map_or_else(
+                || chosen("user", "who called sudo, else nobody"),
+                |user| format!("user = {}", text(user)),
+            ),
+            format!("pass = {}", list(&self.pass.iter().map(ToString::to_string).collect::<Vec<_>>())),
+            format!("socket = {}", text(&self.socket.to_string_lossy())),
+            format!("xdp_mode = {}", text(xdp_mode)),
+            format!("bind_mode = {}", text(bind_mode)),
+            format!("frame_size = {}", self.frame_size),
+            format!("rx_ring = {}", self.rx_ring),
+            format!("ring_slots = {}", auto(self.ring_slots)),
+            format!("frames = {}", auto(self.frames)),
+            format!("batch = {}", self.batch),
+            self.hash_key.map_or_else(
+                || chosen("hash_key", "random at every start"),
+                |key| format!("hash_key = \"{:032x}\"", u128::from_be_bytes(key)),
+            ),
+            format!("start_timeout = {}", text(&format_duration(self.start_timeout))),
+            format!("stop_timeout = {}", text(&format_duration(self.stop_timeout))),
+            "\n[idle]".to_owned(),
+            format!("spin = {}", text(&format_duration(self.idle.spin))),
+            format!("yield = {}", text(&format_duration(self.idle.yielding))),
+            "\n[log]".to_owned(),
+            format!("level = {}", text(self.log.name())),
+        ];
+        lines.iter().fold(String::new(), |mut all, line| {
+            let _ = writeln!(all, "{line}");
+            all
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_is_a_file_that_says_the_same() {
+        let full = "interface = 'eth1'\nqueues = '0-3,7'\nworkers = 4\ncommand = ['w', '--say', 'a \"b\" \\ c']\n\
+                    cores = '4-7,2'\nuser = 'daemon'\npass = ['icmp', 'tcp/22']\nsocket = '/tmp/x.sock'\n\
+                    xdp_mode = 'native'\nbind_mode = 'zero-copy'\nframe_size = 4096\nrx_ring = 512\n\
+                    ring_slots = 1024\nframes = 9000\nbatch = 32\nhash_key = '000102030405060708090a0b0c0d0e0f'\n\
+                    start_timeout = '1500ms'\nstop_timeout = '0s'\n[idle]\nspin = '7us'\nyield = '0s'\n\
+                    [log]\nlevel = 'trace'";
+        for text in ["interface = 'eth1'", full] {
+            let config = Config::from_toml_str(text, "f").unwrap();
+            let shown = config.to_toml();
+            assert_eq!(Config::from_toml_str(&shown, "shown").unwrap(), config, "{shown}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_shown() {
+        let shown = Config::from_toml_str("interface = 'eth1'", "f").unwrap().to_toml();
+        for key in super::super::file::KEYS {
+            let name = key.rsplit('.').next().unwrap();
+            let found = shown.lines().any(|line| {
+                line.starts_with(&format!("{name} =")) || line.starts_with(&format!("# {name}:"))
+            });
+            assert!(found, "{key} is missing in\n{shown}");
+        }
+    }
+}

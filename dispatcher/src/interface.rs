@@ -1,0 +1,369 @@
+//! A network interface of this network namespace: index, MTU, RX queues, driver.
+//!
+//! Everything is asked through a socket, since a socket knows its namespace. `/sys` may show another one's.
+
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+
+use nix::net::if_::{if_nameindex, if_nametoindex};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use crate::config::Queues;
+use crate::exit::Exit;
+
+/// Bytes of a frame that the kernel keeps free in front of every packet (`XDP_PACKET_HEADROOM`).
+const HEADROOM: u32 = 256;
+/// An Ethernet header and two VLAN tags, which an MTU does not count.
+const LINK_HEADER: u32 = 14 + 2 * 4;
+
+/// What we need to know of an interface. Read once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its index in this namespace.
+    pub index: u32,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// The RX queues in use, numbered from 0. At least 1.
+    pub rx_queues: u32,
+    /// The driver's name, such as `ixgbe` or `veth`. Empty when it does not say.
+    pub driver: String,
+    /// Where the device sits, such as the PCI address `0000:01:00.0`. Empty for virtual interfaces.
+    pub bus: String,
+}
+
+/// Why an interface cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum InterfaceError {
+    /// There is none of this name.
+    #[error("no interface `{name}` in this network namespace; there are: {}", list(there))]
+    Unknown {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        there: Vec<String>,
+    },
+    /// A queue beyond those the interface has.
+    #[error(
+        "`{name}` has no RX queue {queue}: it has {count} (0 to {}); see `ethtool -l {name}`",
+        count - 1
+    )]
+    NoQueue {
+        /// The interface.
+        name: String,
+        /// The queue asked for.
+        queue: u32,
+        /// RX queues the interface has.
+        count: u32,
+    },
+    /// Packets that do not fit a frame.
+    #[error(
+        "the MTU of `{name}` is {mtu} bytes, but a frame of {frame_size} bytes holds packets of an MTU of at \
+         most {max}: {}run `ip link set dev {name} mtu {max}`",
+        if *frame_size < 4096 { "set `frame_size = 4096`, or " } else { "" }
+    )]
+    MtuTooLarge {
+        /// The interface.
+        name: String,
+        /// Its MTU in bytes.
+        mtu: u32,
+        /// The size of a frame in bytes.
+        frame_size: u32,
+        /// The largest MTU in bytes that fits.
+        max: u32,
+    },
+    /// The kernel refuses to tell.
+    #[error("cannot read {what} of `{name}`: {source}")]
+    Query {
+        /// What we asked for.
+        what: &'static str,
+        /// The interface.
+        name: String,
+        /// What the kernel says.
+        source: io::Error,
+    },
+}
+
+impl InterfaceError {
+    /// The exit code this error leads to.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Query { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Exit::Permission
+            }
+            Self::Query { .. } => Exit::Failure,
+            _ => Exit::Interface,
+        }
+    }
+}
+
+impl Interface {
+    /// Looks an interface up in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// There is none of this name, or the kernel refuses to tell.
+    pub fn find(name: &str) -> Result<Self, InterfaceError> {
+        let index = if_nametoindex(name)
+            .map_err(|_| InterfaceError::Unknown { name: name.to_owned(), there: names() })?;
+        let asked = |what| move |source| InterfaceError::Query { what, name: name.to_owned(), source };
+        let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|error| asked("the settings")(error.into()))?;
+        let mtu = mtu(&socket, name).map_err(asked("the MTU"))?;
+        let driver = optional(driver(&socket, name)).map_err(asked("the driver"))?.unwrap_or_default();
+        let rx_queues = match optional(channels(&socket, name)).map_err(asked("the RX queues"))? {
+            Some(count) if count > 0 => count,
+            // A driver without channels: the kernel still knows its queues, if this /sys is ours.
+            _ => sysfs_queues(name, index).unwrap_or(1),
+        };
+        Ok(Self { name: name.to_owned(), index, mtu, rx_queues, driver: driver.driver(), bus: driver.bus() })
+    }
+
+    /// The queues that get a lane.
+    ///
+    /// # Errors
+    ///
+    /// A queue that the interface does not have.
+    pub fn select(&self, queues: &Queues) -> Result<Vec<u32>, InterfaceError> {
+        let Queues::List(list) = queues else { return Ok((0..self.rx_queues).collect()) };
+        match list.iter().find(|&&queue| queue >= self.rx_queues) {
+            None => Ok(list.clone()),
+            Some(&queue) => {
+                Err(InterfaceError::NoQueue { name: self.name.clone(), queue, count: self.rx_queues })
+            }
+        }
+    }
+
+    /// The queues that get no lane: their packets go to the kernel as before.
+    #[must_use]
+    pub fn without_lane(&self, lanes: &[u32]) -> Vec<u32> {
+        (0..self.rx_queues).filter(|queue| !lanes.contains(queue)).collect()
+    }
+
+    /// Whether every packet of the interface fits a frame.
+    ///
+    /// # Errors
+    ///
+    /// The MTU is too large.
+    pub fn check_mtu(&self, frame_size: u32) -> Result<(), InterfaceError> {
+        let max = frame_size.saturating_sub(HEADROOM + LINK_HEADER);
+        if self.mtu <= max {
+            return Ok(());
+        }
+        Err(InterfaceError::MtuTooLarge { name: self.name.clone(), mtu: self.mtu, frame_size, max })
+    }
+}
+
+fn list(names: &[impl Display]) -> String {
+    if names.is_empty() {
+        return "none".to_owned();
+    }
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// The names of all interfaces of this namespace; none if the kernel does not tell.
+fn names() -> Vec<String> {
+    let Ok(all) = if_nameindex() else { return Vec::new() };
+    all.iter().map(|interface| interface.name().to_string_lossy().into_owned()).collect()
+}
+
+/// `None` where a driver does not support the question.
+fn optional<T>(answer: io::Result<T>) -> io::Result<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The RX queues that `/sys` shows, if the interface it shows is this one.
+fn sysfs_queues(name: &str, index: u32) -> Option<u32> {
+    let folder = format!("/sys/class/net/{name}");
+    let shown: u32 = fs::read_to_string(format!("{folder}/ifindex")).ok()?.trim().parse().ok()?;
+    if shown != index {
+        return None;
+    }
+    let queues = fs::read_dir(format!("{folder}/queues")).ok()?.flatten();
+    let count = queues.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"rx-")).count();
+    u32::try_from(count).ok().filter(|&count| count > 0)
+}
+
+/// `struct ethtool_channels` of `linux/ethtool.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Channels {
+    cmd: u32,
+    max_rx: u32,
+    max_tx: u32,
+    max_other: u32,
+    max_combined: u32,
+    rx: u32,
+    tx: u32,
+    other: u32,
+    combined: u32,
+}
+const _: () = assert!(size_of::<Channels>() == 36);
+
+/// `struct ethtool_drvinfo` of `linux/ethtool.h`.
+#[repr(C)]
+struct DriverInfo {
+    cmd: u32,
+    driver: [u8; 32],
+    version: [u8; 32],
+    firmware: [u8; 32],
+    bus: [u8; 32],
+    rom: [u8; 32],
+    reserved: [u8; 12],
+    counts: [u32; 5],
+}
+const _: () = assert!(size_of::<DriverInfo>() == 196);
+
+impl Default for DriverInfo {
+    fn default() -> Self {
+        let text = [0; 32];
+        Self {
+            cmd: 0,
+            driver: text,
+            version: text,
+            firmware: text,
+            bus: text,
+            rom: text,
+            reserved: [0; 12],
+            counts: [0; 5],
+        }
+    }
+}
+
+impl DriverInfo {
+    fn driver(&self) -> String {
+        c_text(&self.driver)
+    }
+
+    /// Empty, and not `N/A` as some drivers put it, where there is no bus.
+    fn bus(&self) -> String {
+        Some(c_text(&self.bus)).filter(|bus| bus != "N/A").unwrap_or_default()
+    }
+}
+
+fn c_text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+fn channels(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+    const ETHTOOL_GCHANNELS: u32 = 0x3c;
+    let mut channels = Channels { cmd: ETHTOOL_GCHANNELS, ..Channels::default() };
+    // SAFETY: ETHTOOL_GCHANNELS fills a `struct ethtool_channels`, which `Channels` is.
+    unsafe { ethtool(socket, name, &mut channels)? };
+    Ok(channels.rx.saturating_add(channels.combined))
+}
+
+fn driver(socket: &OwnedFd, name: &str) -> io::Result<DriverInfo> {
+    const ETHTOOL_GDRVINFO: u32 = 0x03;
+    let mut info = DriverInfo { cmd: ETHTOOL_GDRVINFO, ..DriverInfo::default() };
+    // SAFETY: ETHTOOL_GDRVINFO fills a `struct ethtool_drvinfo`, which `DriverInfo` is.
+    unsafe { ethtool(socket, name, &mut info)? };
+    Ok(info)
+}
+
+fn mtu(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+    let mut request = request(name)?;
+    // SAFETY: SIOCGIFMTU reads the name of a `struct ifreq` and fills its `ifru_mtu`; both are ours
+    // and live through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so `ifru_mtu` is the member that was written.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+    u32::try_from(mtu).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// Puts a question to the driver. The answer comes in `question` itself.
+///
+/// # Safety
+///
+/// `question` must start with the number of an ethtool command and have the layout that the kernel
+/// reads and writes for it.
+unsafe fn ethtool<T>(socket: &OwnedFd, name: &str, question: &mut T) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_data = (&raw mut *question).cast();
+    // SAFETY: SIOCETHTOOL reads the name of a `struct ifreq` and follows its `ifru_data`, which points to
+    // what the caller vouches for; both live through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(rx_queues: u32, mtu: u32) -> Interface {
+        let name = "eth1".to_owned();
+        Interface { name, index: 2, mtu, rx_queues, driver: String::new(), bus: String::new() }
+    }
+
+    #[test]
+    fn every_namespace_has_a_loopback() {
+        let lo = Interface::find("lo").unwrap();
+        assert!(lo.index > 0 && lo.mtu > 0 && lo.rx_queues == 1 && lo.bus.is_empty(), "{lo:?}");
+    }
+
+    #[test]
+    fn an_unknown_interface_is_told_with_those_there_are() {
+        let error = Interface::find("no-such-if").unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("`no-such-if` in this network namespace; there are: "), "{message}");
+        assert!(message.contains("lo"), "{message}");
+        assert_eq!(error.exit(), Exit::Interface);
+    }
+
+    #[test]
+    fn queues_must_be_there() {
+        let four = interface(4, 1500);
+        assert_eq!(four.select(&Queues::All).unwrap(), [0, 1, 2, 3]);
+        assert_eq!(four.select(&Queues::List(vec![3, 1])).unwrap(), [3, 1]);
+        assert_eq!(four.without_lane(&[3, 1]), [0, 2]);
+        let message = four.select(&Queues::List(vec![0, 4])).unwrap_err().to_string();
+        assert_eq!(message, "`eth1` has no RX queue 4: it has 4 (0 to 3); see `ethtool -l eth1`");
+    }
+
+    #[test]
+    fn a_packet_must_fit_a_frame() {
+        assert!(interface(1, 1770).check_mtu(2048).is_ok());
+        let message = interface(1, 1771).check_mtu(2048).unwrap_err().to_string();
+        assert!(message.contains("is 1771 bytes") && message.contains("at most 1770"), "{message}");
+        assert!(
+            message.contains("set `frame_size = 4096`, or run `ip link set dev eth1 mtu 1770`"),
+            "{message}"
+        );
+        let message = interface(1, 9000).check_mtu(4096).unwrap_err().to_string();
+        assert!(message.contains("at most 3818: run `ip link"), "{message}");
+    }
+
+    #[test]
+    fn a_driver_without_a_bus_has_an_empty_one() {
+        let mut info = DriverInfo::default();
+        info.bus[..3].copy_from_slice(b"N/A");
+        assert_eq!(info.bus(), "");
+        info.bus[..4].copy_from_slice(b"0:1\0");
+        assert_eq!(info.bus(), "0:1");
+    }
+}

@@ -1,0 +1,461 @@
+//! A lane: one RX queue's thread and all it owns.
+//!
+//! ```text
+//!                       ┌───────────────────── lane ─────────────────────┐
+//!   RX ring ──receive──►│ hash ─► bucket ─► member ──push──► ring (1 of n) │──► worker
+//!                       │   │ no room, nobody: dropped, counted            │      │
+//!   FILL ring ◄──post───│ free frames ◄──────────take back─────────────────│◄─ commit
+//!                       └──────────────────────────────────────────────────┘
+//! ```
+//!
+//! The frame invariant: every frame is free, the kernel's, the lane's or lent, and after each batch none is the
+//! lane's. The kernel always has `posted` frames: the budget made at start holds that many beside all that
+//! the rings can lend, so no worker, however slow, takes another's packets their place.
+//!
+//! The loop allocates nothing, takes no lock, logs nothing, and makes no system call per packet: a batch costs at
+//! most one `clock_gettime` (vDSO) and one `write` per sleeping worker.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_queue::ArrayQueue;
+use xfan_shm::Descriptor;
+use xfan_shm::clock::{BusyMeter, monotonic_ns, ticks, ticks_per_ns};
+use xfan_shm::doorbell::Ringer;
+use xfan_shm::layout::{SharedRing, Up};
+use xfan_shm::ring::{IndexError, Producer};
+
+use crate::counters::{LaneCounters, MemberCounters};
+use crate::frames::Frames;
+use crate::source::{PacketSource, Received};
+use crate::steer::{BucketTable, HashKey};
+use crate::umem::PacketMemory;
+
+/// Most packets handled in one turn.
+pub const MAX_BATCH: usize = 64;
+
+/// Most members a lane can serve.
+pub const MAX_MEMBERS: usize = 64;
+
+/// A lane takes frames back from a ring that has lent this many: often enough that the frames in use stay in the cache,
+/// seldom enough that the consumer index, a line that another core writes, is loaded once for many packets.
+const TAKE_BACK: u32 = 256;
+
+/// Longest sleep: how old counters and the backlog of an idle lane can be.
+const MAX_SLEEP: Duration = Duration::from_millis(100);
+
+/// The member's end of things in one lane.
+#[derive(Debug)]
+pub struct MemberLink {
+    /// The ring to it.
+    pub ring: Producer<SharedRing>,
+    /// Its own segment, for its sleep epoch.
+    pub up: Up,
+    /// The eventfd that wakes it.
+    pub doorbell: Arc<OwnedFd>,
+    /// What this lane counts of it.
+    pub counters: Arc<MemberCounters>,
+}
+
+/// What the control thread asks of a lane.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a member: its place, which is vacant, and its link. It gets packets once the table says so.
+    Join(usize, Box<MemberLink>),
+    /// Use this table from now on.
+    Steer(Box<BucketTable>),
+    /// Forget a member: what it has not committed is counted as lost, its frames are free.
+    Retire(usize),
+    /// End, retiring every member.
+    Stop,
+}
+
+/// How a lane spends its time.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneConfig {
+    /// Packets per turn, at most [`MAX_BATCH`].
+    pub batch: usize,
+    /// Frames the kernel is to have at any time.
+    pub posted: u32,
+    /// How long to spin when there is nothing to do …
+    pub spin: Duration,
+    /// … and how long to yield after that, before sleeping.
+    pub yields: Duration,
+    /// Number of the interface, for descriptors.
+    pub port: u8,
+}
+
+/// A lane, before and while it runs.
+#[derive(Debug)]
+pub struct Lane<S> {
+    config: LaneConfig,
+    source: S,
+    memory: Arc<PacketMemory>,
+    frames: Frames,
+    key: HashKey,
+    table: BucketTable,
+    members: Box<[Option<Link>]>,
+    counters: Arc<LaneCounters>,
+    commands: Arc<ArrayQueue<Command>>,
+    doorbell: Arc<OwnedFd>,
+    meter: BusyMeter,
+}
+
+/// A [`MemberLink`] and what the lane remembers about it.
+#[derive(Debug)]
+struct Link {
+    link: MemberLink,
+    ringer: Ringer,
+    /// Pushed and dropped in this batch, not yet counted.
+    pushed: u32,
+    dropped: u32,
+}
+
+impl Link {
+    /// Frees the frames of committed packets.
+    #[inline]
+    fn take_back(&mut self, frames: &mut Frames) -> Result<(), IndexError> {
+        let committed = self.link.ring.take_back(|descriptor| {
+            // Own slots and own ledger: cannot fail. If it did, the frame would stay lent, and the balance show it.
+            let _ = frames.give_back(descriptor.offset);
+        })?;
+        self.link.counters.committed.add(u64::from(committed));
+        Ok(())
+    }
+
+    /// Counts what happened since the last call.
+    #[inline(always)]
+    fn count(&mut self) {
+        self.link.counters.delivered.add(u64::from(std::mem::take(&mut self.pushed)));
+        self.link.counters.dropped.add(u64::from(std::mem::take(&mut self.dropped)));
+    }
+
+    /// Frees all frames of a member that is no more.
+    fn retire(mut self, frames: &mut Frames) {
+        self.count();
+        // What it did commit is not lost; an index that makes no sense says nothing.
+        let _ = self.take_back(frames);
+        let lost = self.link.ring.take_all(|descriptor| {
+            let _ = frames.give_back(descriptor.offset);
+        });
+        self.link.counters.lost.add(u64::from(lost));
+    }
+}
+
+/// Sums of one batch.
+#[derive(Default)]
+struct Sums {
+    bytes: u64,
+    delivered: u64,
+    ring_full: u64,
+    no_worker: u64,
+    frame_owner: u64,
+    unparsed: u64,
+    /// Members that got packets, as bits.
+    touched: u64,
+}
+
+const _: () = assert!(MAX_MEMBERS <= u64::BITS as usize);
+
+impl<S: PacketSource> Lane<S> {
+    /// A lane that serves nobody yet.
+    #[allow(clippy::too_many_arguments)] // each its own thing, used at one place
+    pub fn new(
+        config: LaneConfig,
+        source: S,
+        memory: Arc<PacketMemory>,
+        frames: Frames,
+        key: HashKey,
+        counters: Arc<LaneCounters>,
+        commands: Arc<ArrayQueue<Command>>,
+        doorbell: Arc<OwnedFd>,
+    ) -> Self {
+        let mut lane = Lane {
+            config,
+            source,
+            memory,
+            frames,
+            key,
+            table: BucketTable::empty(),
+            members: (0..MAX_MEMBERS).map(|_| None).collect(),
+            counters,
+            commands,
+            doorbell,
+            meter: BusyMeter::new(),
+        };
+        lane.settle();
+        lane
+    }
+
+    /// Runs until [`Command::Stop`]. Call it on the lane's own thread, pinned where it belongs.
+    pub fn run(mut self) -> Frames {
+        self.meter = BusyMeter::new();
+        let mut batch = [Received::default(); MAX_BATCH];
+        let wanted = self.config.batch.clamp(1, MAX_BATCH);
+        let mut idle = Idle::new(self.config.spin, self.config.yields);
+        loop {
+            if !self.commands.is_empty() && self.obey() {
+                self.settle();
+                return self.frames;
+            }
+            let start = ticks();
+            let count = self.source.receive(&mut batch[..wanted]);
+            if count > 0 {
+                self.dispatch(&batch[..count]);
+                #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
+                self.meter.add(start, count as u32);
+                self.counters.busy_ticks.set(self.meter.busy_ticks());
+                idle.reset();
+                continue;
+            }
+            match idle.next(start) {
+                Turn::Settle => self.settle(),
+                Turn::Spin => std::hint::spin_loop(),
+                Turn::Yield => std::thread::yield_now(),
+                Turn::Sleep => {
+                    self.settle();
+                    self.counters.sleeps.add(1);
+                    self.source.wait(self.doorbell.as_fd(), MAX_SLEEP);
+                }
+            }
+        }
+    }
+
+    /// Sends a batch on its way.
+    #[inline]
+    fn dispatch(&mut self, batch: &[Received]) {
+        for packet in batch {
+            prefetch(&self.memory, packet.offset);
+        }
+        #[allow(clippy::cast_possible_truncation)] // the low 32 bits are what a descriptor holds
+        let time = monotonic_ns() as u32;
+        let mut sums = Sums::default();
+        for packet in batch {
+            self.dispatch_one(*packet, time, &mut sums);
+        }
+        self.wake(sums.touched);
+        self.refill();
+        self.publish(batch.len(), &sums);
+    }
+
+    #[inline(always)]
+    fn dispatch_one(&mut self, packet: Received, time: u32, sums: &mut Sums) {
+        let Received { offset, length } = packet;
+        sums.bytes += u64::from(length);
+        if self.frames.receive(offset).is_err() {
+            sums.frame_owner += 1;
+            return;
+        }
+        // SAFETY: the ledger says the frame is this lane's.
+        let frame = unsafe { self.memory.packet(offset, length) }.unwrap_or(&[]);
+        let (hash, parsed) = self.key.hash_frame(frame);
+        sums.unparsed += u64::from(!parsed);
+        let place = usize::from(self.table.member(hash));
+        let Some(Some(link)) = self.members.get_mut(place) else {
+            sums.no_worker += 1;
+            let _ = self.frames.discard(offset);
+            return;
+        };
+        let descriptor = Descriptor {
+            offset,
+            time,
+            #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
+            length: length as u16,
+            port: self.config.port,
+            flags: if parsed { 0 } else { Descriptor::UNPARSED },
+            hash,
+        };
+        // On a full ring look whether the worker has moved on meanwhile.
+        if link.link.ring.push(descriptor)
+            || (link.take_back(&mut self.frames).is_ok() && link.link.ring.push(descriptor))
+        {
+            let _ = self.frames.lend(offset);
+            link.pushed += 1;
+            sums.delivered += 1;
+        } else {
+            let _ = self.frames.discard(offset);
+            link.dropped += 1;
+            sums.ring_full += 1;
+        }
+        sums.touched |= 1 << place;
+    }
+
+    /// Rings for every member that got packets and sleeps, counts, and takes frames back where many are lent.
+    #[inline]
+    fn wake(&mut self, mut touched: u64) {
+        Ringer::fence();
+        while touched != 0 {
+            let place = touched.trailing_zeros() as usize;
+            touched &= touched - 1;
+            let Some(Some(link)) = self.members.get_mut(place) else { continue };
+            if link.ringer.must_ring(link.link.up.epoch()) {
+                link.link.counters.wakeups.add(1);
+                // Full (somebody rang 2⁶⁴ times) or not: it is readable.
+                let _ = nix::unistd::write(&link.link.doorbell, &1u64.to_ne_bytes());
+            }
+            link.count();
+            if link.link.ring.lent() >= TAKE_BACK && link.take_back(&mut self.frames).is_err() {
+                self.evict(place);
+            }
+        }
+    }
+
+    /// Posts frames for those that were received.
+    #[inline]
+    fn refill(&mut self) {
+        let missing = self.config.posted.saturating_sub(self.frames.kernel());
+        if missing > self.frames.free() {
+            self.take_back_all();
+        }
+        if missing > 0 {
+            self.source.post(&mut self.frames, missing);
+        }
+    }
+
+    #[inline]
+    fn publish(&self, packets: usize, sums: &Sums) {
+        let counters = &self.counters;
+        counters.received.add(packets as u64);
+        counters.bytes.add(sums.bytes);
+        counters.batches.add(1);
+        for (counter, sum) in [
+            (&counters.delivered, sums.delivered),
+            (&counters.ring_full, sums.ring_full),
+            (&counters.no_worker, sums.no_worker),
+            (&counters.frame_owner, sums.frame_owner),
+            (&counters.unparsed, sums.unparsed),
+        ] {
+            if sum > 0 {
+                counter.add(sum);
+            }
+        }
+        counters.set_tally(self.frames.tally());
+    }
+
+    /// Takes back what can be had, posts what is missing, publishes the result: what an idle lane does.
+    #[cold]
+    fn settle(&mut self) {
+        self.take_back_all();
+        let missing = self.config.posted.saturating_sub(self.frames.kernel());
+        self.source.post(&mut self.frames, missing);
+        self.counters.set_tally(self.frames.tally());
+    }
+
+    fn take_back_all(&mut self) {
+        for place in 0..MAX_MEMBERS {
+            if let Some(link) = &mut self.members[place]
+                && link.take_back(&mut self.frames).is_err()
+            {
+                self.evict(place);
+            }
+        }
+    }
+
+    /// A worker's index made no sense: it gets nothing any more, and the control thread is told.
+    #[cold]
+    fn evict(&mut self, place: usize) {
+        if let Some(link) = self.members[place].take() {
+            link.link.counters.corrupt.store(true, Ordering::Release);
+            link.retire(&mut self.frames);
+        }
+    }
+
+    /// Carries out all commands; `true`: end.
+    #[cold]
+    fn obey(&mut self) -> bool {
+        while let Some(command) = self.commands.pop() {
+            let stop = matches!(command, Command::Stop);
+            match command {
+                Command::Join(place, link) => {
+                    let link = Link { link: *link, ringer: Ringer::default(), pushed: 0, dropped: 0 };
+                    if let Some(former) = self.members[place].replace(link) {
+                        former.retire(&mut self.frames);
+                    }
+                }
+                Command::Steer(table) => self.table = *table,
+                Command::Retire(place) => {
+                    if let Some(link) = self.members[place].take() {
+                        link.retire(&mut self.frames);
+                    }
+                }
+                Command::Stop => {
+                    for place in &mut self.members {
+                        if let Some(link) = place.take() {
+                            link.retire(&mut self.frames);
+                        }
+                    }
+                }
+            }
+            self.counters.set_tally(self.frames.tally());
+            self.counters.commands.add(1);
+            if stop {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// What to do when there is nothing to do.
+enum Turn {
+    Settle,
+    Spin,
+    Yield,
+    Sleep,
+}
+
+/// Spin, then yield, then sleep. The first idle turn settles accounts, and so does every thousandth.
+struct Idle {
+    since: Option<u64>,
+    turns: u32,
+    spin: u64,
+    yields: u64,
+}
+
+impl Idle {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    fn new(spin: Duration, yields: Duration) -> Self {
+        let in_ticks = |time: Duration| (time.as_nanos() as f64 * ticks_per_ns()) as u64;
+        Idle { since: None, turns: 0, spin: in_ticks(spin), yields: in_ticks(spin + yields) }
+    }
+
+    #[inline(always)]
+    fn reset(&mut self) {
+        self.since = None;
+    }
+
+    #[inline]
+    fn next(&mut self, now: u64) -> Turn {
+        let Some(since) = self.since else {
+            (self.since, self.turns) = (Some(now), 0);
+            return Turn::Settle;
+        };
+        self.turns = self.turns.wrapping_add(1);
+        let idle = now.wrapping_sub(since);
+        if idle >= self.yields {
+            Turn::Sleep
+        } else if self.turns.is_multiple_of(1024) {
+            Turn::Settle
+        } else if idle < self.spin {
+            Turn::Spin
+        } else {
+            Turn::Yield
+        }
+    }
+}
+
+/// Asks for a packet's first line.
+#[inline(always)]
+fn prefetch(memory: &PacketMemory, offset: u32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = memory.base().as_ptr().wrapping_add(offset as usize);
+        // SAFETY: a prefetch of any address faults never.
+        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (memory, offset);
+}

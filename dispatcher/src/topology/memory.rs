@@ -1,0 +1,101 @@
+//! Memory near to the interface: the allocations of one closure go to one NUMA node.
+
+use hwlocality::Topology;
+use hwlocality::memory::binding::{MemoryBindingFlags, MemoryBindingPolicy};
+use hwlocality::memory::nodeset::NodeSet;
+use tracing::{debug, warn};
+
+/// Calls `f` while the calling thread takes its memory from NUMA node `node`, and puts the thread's
+/// policy back afterwards, also when `f` panics.
+///
+/// The policy acts where a page is first touched, so `f` must touch what it allocates (a registered UMEM
+/// is: the kernel pins its pages). It is a preference: when the node is full, other nodes help out.
+///
+/// On a machine with a single node this only calls `f`. Where the binding fails it says so as a
+/// warning and calls `f` without.
+pub fn with_memory_bound_to<R>(node: usize, f: impl FnOnce() -> R) -> R {
+    let topology = match Topology::new() {
+        Ok(topology) => topology,
+        Err(error) => {
+            warn!(node, %error, "packet memory is not bound to the interface's NUMA node: hwloc fails");
+            return f();
+        }
+    };
+    if topology.nodeset().weight() == Some(1) {
+        debug!("this machine has a single NUMA node: no memory binding needed");
+        return f();
+    }
+    if topology.node_with_os_index(node).is_none() {
+        warn!(node, "packet memory is not bound to the interface's NUMA node: it has no memory we may use");
+        return f();
+    }
+    match Binding::new(&topology, node) {
+        Ok(_binding) => f(),
+        Err(error) => {
+            warn!(node, error, "packet memory is not bound to the interface's NUMA node");
+            f()
+        }
+    }
+}
+
+/// A thread's memory policy, for as long as this lives.
+struct Binding<'a> {
+    topology: &'a Topology,
+    before: (NodeSet, Option<MemoryBindingPolicy>),
+}
+
+impl<'a> Binding<'a> {
+    fn new(topology: &'a Topology, node: usize) -> Result<Self, String> {
+        let before = topology
+            .memory_binding::<NodeSet>(MemoryBindingFlags::THREAD)
+            .map_err(|error| format!("cannot read the thread's memory policy: {error}"))?;
+        let mut nodes = NodeSet::new();
+        nodes.set(node);
+        topology
+            .bind_memory(&nodes, MemoryBindingPolicy::Bind, MemoryBindingFlags::THREAD)
+            .map_err(|error| format!("cannot set the thread's memory policy: {error}"))?;
+        Ok(Self { topology, before })
+    }
+}
+
+impl Drop for Binding<'_> {
+    fn drop(&mut self) {
+        let flags = MemoryBindingFlags::THREAD;
+        let restored = match &self.before {
+            (nodes, Some(policy)) if *policy != MemoryBindingPolicy::FirstTouch => {
+                self.topology.bind_memory(nodes, *policy, flags)
+            }
+            _ => self.topology.unbind_memory(flags),
+        };
+        if let Err(error) = restored {
+            warn!(%error, "the thread's memory policy could not be restored");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closure_runs_whatever_the_machine() {
+        for node in [0, 1, 4000] {
+            assert_eq!(with_memory_bound_to(node, || 7), 7);
+        }
+    }
+
+    #[test]
+    fn a_binding_ends_with_its_scope() {
+        let topology = Topology::new().unwrap();
+        let policy = || topology.memory_binding::<NodeSet>(MemoryBindingFlags::THREAD).ok();
+        let before = policy();
+        match Binding::new(&topology, 0) {
+            Ok(binding) => {
+                assert_eq!(policy().and_then(|(_, policy)| policy), Some(MemoryBindingPolicy::Bind));
+                drop(binding);
+                assert_eq!(policy(), before);
+            }
+            Err(error) => eprintln!("skipped: this kernel binds no memory: {error}"),
+        }
+    }
+}
