@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use libbpf_rs::query::ProgInfoIter;
 use libbpf_rs::{Xdp, XdpFlags, libbpf_sys};
 use nix::errno::Errno;
-use nix::net::if_::if_indextoname;
+use nix::net::if_::if_nametoindex;
 use thiserror::Error;
 
 use crate::privilege::Lacking;
@@ -240,7 +240,9 @@ fn explain(
         Some(Errno::EPERM | Errno::EACCES) => {
             AttachError::Privilege { interface, source, advice: Lacking::of_this_thread().to_string() }
         }
-        _ if if_indextoname(ifindex).is_err() => AttachError::NoSuchInterface { interface, ifindex },
+        _ if if_nametoindex(interface.as_str()) != Ok(ifindex) => {
+            AttachError::NoSuchInterface { interface, ifindex }
+        }
         _ if mode == XdpMode::Native && driver_cannot(&source) => {
             AttachError::NoNativeMode { interface, source }
         }

@@ -114,18 +114,23 @@ impl SteerProgram {
     ///
     /// # Errors
     ///
-    /// See [`LoadError`]. The process needs CAP_NET_ADMIN, and CAP_BPF or CAP_SYS_ADMIN.
+    /// See [`LoadError`]. The process needs CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and CAP_NET_ADMIN.
     pub fn load(queues: u32, rules: &[PassRule]) -> Result<Self, LoadError> {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(LoadError::Queues(queues));
         }
         let (loaded, log) = libbpf_log::collect(|| load(queues, rules));
-        loaded.map_err(|source| match source.kind() {
-            ErrorKind::PermissionDenied if !log.contains("BEGIN PROG LOAD LOG") => {
-                LoadError::Privilege { advice: Lacking::of_this_thread().to_string(), source }
+        loaded.map_err(|source| {
+            let lacking = Lacking::of_this_thread();
+            // The verifier has reasons of its own to deny permission: only then is there a log of it.
+            let denied = source.kind() == ErrorKind::PermissionDenied;
+            if denied && (!lacking.is_empty() || !log.contains("PROG LOAD LOG")) {
+                return LoadError::Privilege { advice: lacking.to_string(), source };
             }
-            ErrorKind::OutOfMemory => LoadError::Memory { queues, source },
-            _ => LoadError::Refused { source, log },
+            match source.kind() {
+                ErrorKind::OutOfMemory => LoadError::Memory { queues, source },
+                _ => LoadError::Refused { source, log },
+            }
         })
     }
 

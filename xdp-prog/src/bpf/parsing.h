@@ -43,15 +43,18 @@ struct ports {
 	__be16 destination;
 };
 
-/* Steps over `size` bytes and returns where they begin; NULL when the frame ends before they do. */
-static __always_inline void *take(struct cursor *c, __u32 size)
+/*
+ * Steps over `size` bytes; false when the frame ends before they do. No function here returns a pointer that may be
+ * NULL: clang would test packet pointers for it, which costs an instruction and confuses the verifier.
+ */
+static __always_inline bool step_over(struct cursor *c, __u32 size)
 {
-	void *begin = c->at;
+	void *behind = c->at + size;
 
-	if (begin + size > c->end)
-		return NULL;
-	c->at = begin + size;
-	return begin;
+	if (behind > c->end)
+		return false;
+	c->at = behind;
+	return true;
 }
 
 static __always_inline bool is_vlan(__be16 ethertype)
@@ -61,57 +64,69 @@ static __always_inline bool is_vlan(__be16 ethertype)
 }
 
 /* The ethertype behind at most MAX_VLAN_TAGS tags; 0, which is none, when the frame ends before it. */
-static __always_inline __be16 take_link_headers(struct cursor *c)
+static __always_inline __be16 parse_link(struct cursor *c)
 {
-	struct ethhdr *eth = take(c, sizeof(*eth));
+	struct ethhdr *eth = c->at;
 	__be16 ethertype;
 
-	if (!eth)
+	if (!step_over(c, sizeof(*eth)))
 		return 0;
 	ethertype = eth->h_proto;
 #pragma unroll
 	for (int i = 0; i < MAX_VLAN_TAGS; i++) {
-		struct vlan_tag *tag;
+		struct vlan_tag *tag = c->at;
 
 		if (!is_vlan(ethertype))
 			break;
-		tag = take(c, sizeof(*tag));
-		if (!tag)
+		if (!step_over(c, sizeof(*tag)))
 			return 0;
 		ethertype = tag->inner_type;
 	}
 	return ethertype;
 }
 
-/* The IPv4 header with its options; NULL when it is cut short or makes no sense. */
-static __always_inline struct iphdr *take_ipv4(struct cursor *c)
-{
-	struct iphdr *ip = take(c, sizeof(*ip));
+struct ipv4 {
+	__u8 protocol;
+	bool later_fragment; /* not the first one: no header follows */
+};
 
-	if (!ip || ip->version != 4 || ip->ihl < IPV4_WORDS_MIN)
-		return NULL;
-	if (!take(c, (ip->ihl - IPV4_WORDS_MIN) * 4))
-		return NULL;
-	return ip;
+/* Steps over the IPv4 header with its options; false when it is cut short or makes no sense. */
+static __always_inline bool parse_ipv4(struct cursor *c, struct ipv4 *parsed)
+{
+	struct iphdr *ip = c->at;
+
+	if (!step_over(c, sizeof(*ip)) || ip->version != 4 || ip->ihl < IPV4_WORDS_MIN)
+		return false;
+	parsed->protocol = ip->protocol;
+	parsed->later_fragment = ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET);
+	c->at = ip;
+	return step_over(c, ip->ihl * 4);
 }
 
-/* The fixed IPv6 header; NULL when it is cut short or makes no sense. */
-static __always_inline struct ipv6hdr *take_ipv6(struct cursor *c)
-{
-	struct ipv6hdr *ip = take(c, sizeof(*ip));
+struct ipv6 {
+	__u8 next; /* the header that follows */
+	__u8 hop_limit;
+};
 
-	return ip && ip->version == 6 ? ip : NULL;
+/* Steps over the fixed IPv6 header; false when it is cut short or makes no sense. */
+static __always_inline bool parse_ipv6(struct cursor *c, struct ipv6 *parsed)
+{
+	struct ipv6hdr *ip = c->at;
+
+	if (!step_over(c, sizeof(*ip)) || ip->version != 6)
+		return false;
+	parsed->next = ip->nexthdr;
+	parsed->hop_limit = ip->hop_limit;
+	return true;
 }
 
 /* Whether what follows the fixed IPv6 header is neighbour or router discovery. `c` is a copy: nothing is taken. */
-static __always_inline bool is_neighbour_discovery(const struct ipv6hdr *ip, struct cursor c)
+static __always_inline bool is_neighbour_discovery(struct ipv6 ip, struct cursor c)
 {
-	__u8 *type;
+	__u8 *type = c.at;
 
-	if (ip->nexthdr != IPPROTO_ICMPV6 || ip->hop_limit != ND_HOP_LIMIT)
-		return false;
-	type = take(&c, sizeof(*type));
-	return type && *type >= ND_FIRST && *type <= ND_LAST;
+	return ip.next == IPPROTO_ICMPV6 && ip.hop_limit == ND_HOP_LIMIT && step_over(&c, sizeof(*type)) &&
+	       *type >= ND_FIRST && *type <= ND_LAST;
 }
 
 enum step {
@@ -121,15 +136,15 @@ enum step {
 };
 
 /* Steps over the IPv6 extension header at the cursor if `protocol` says it is one. */
-static __always_inline enum step take_extension(struct cursor *c, __u8 *protocol)
+static __always_inline enum step parse_extension(struct cursor *c, __u8 *protocol)
 {
-	struct extension *ext;
-	__u32 rest;
+	struct extension *ext = c->at;
+	__u32 size;
 
 	if (*protocol == IPPROTO_FRAGMENT) {
-		struct fragment_header *fragment = take(c, sizeof(*fragment));
+		struct fragment_header *fragment = c->at;
 
-		if (!fragment)
+		if (!step_over(c, sizeof(*fragment)))
 			return STEP_END;
 		*protocol = fragment->next;
 		return fragment->offset & bpf_htons(IPV6_FRAGMENT_OFFSET) ? STEP_FRAGMENT : STEP_HEADER;
@@ -137,11 +152,11 @@ static __always_inline enum step take_extension(struct cursor *c, __u8 *protocol
 	if (*protocol != IPPROTO_HOPOPTS && *protocol != IPPROTO_ROUTING && *protocol != IPPROTO_DSTOPTS &&
 	    *protocol != IPPROTO_AH)
 		return STEP_END;
-	ext = take(c, sizeof(*ext));
-	if (!ext)
+	if (!step_over(c, sizeof(*ext)))
 		return STEP_END;
 	/* AH counts words of 4 bytes less 2, the others words of 8 bytes less 1. */
-	rest = (*protocol == IPPROTO_AH ? (ext->length + 2) * 4 : (ext->length + 1) * 8) - sizeof(*ext);
+	size = *protocol == IPPROTO_AH ? (ext->length + 2) * 4 : (ext->length + 1) * 8;
 	*protocol = ext->next;
-	return take(c, rest) ? STEP_HEADER : STEP_END;
+	c->at = ext;
+	return step_over(c, size) ? STEP_HEADER : STEP_END;
 }

@@ -11,10 +11,10 @@
 static __always_inline bool port_passes(struct cursor *c, __u8 rule)
 {
 	__u32 table = rule - RULE_PORTS;
-	struct ports *ports = take(c, sizeof(*ports));
+	struct ports *ports = c->at;
 	__u16 port;
 
-	if (!ports || table >= PORT_PROTOCOLS)
+	if (!step_over(c, sizeof(*ports)) || table >= PORT_PROTOCOLS)
 		return false;
 	port = bpf_ntohs(ports->destination);
 	return rules.ports[table][port >> 3] & (1 << (port & 7));
@@ -23,15 +23,15 @@ static __always_inline bool port_passes(struct cursor *c, __u8 rule)
 /* `c` stands behind the link headers. */
 static __always_inline bool ipv4_passes(struct cursor *c)
 {
-	struct iphdr *ip = take_ipv4(c);
+	struct ipv4 ip;
 	__u8 rule;
 
-	if (!ip)
+	if (!parse_ipv4(c, &ip))
 		return false;
-	rule = rules.protocols[ip->protocol];
+	rule = rules.protocols[ip.protocol];
 	if (rule < RULE_PORTS)
 		return rule == RULE_PASS;
-	return !(ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET)) && port_passes(c, rule);
+	return !ip.later_fragment && port_passes(c, rule);
 }
 
 /* `c` stands behind the fixed IPv6 header. A protocol's rule meets it anywhere in the chain of headers. */
@@ -48,7 +48,7 @@ static __always_inline bool ipv6_passes(struct cursor *c, __u8 protocol)
 			return false;
 		if (rule >= RULE_PORTS)
 			return port_passes(c, rule);
-		step = take_extension(c, &protocol);
+		step = parse_extension(c, &protocol);
 		if (step == STEP_END)
 			return false;
 	}

@@ -26,18 +26,17 @@ enum class {
 
 static __always_inline enum class classify(struct cursor c)
 {
-	struct ipv6hdr *ip6;
+	struct ipv6 ip6;
 
-	switch (take_link_headers(&c)) {
+	switch (parse_link(&c)) {
 	case bpf_htons(ETH_P_IP):
 		return rules.active && ipv4_passes(&c) ? CLASS_RULE : CLASS_STEER;
 	case bpf_htons(ETH_P_IPV6):
-		ip6 = take_ipv6(&c);
-		if (!ip6)
+		if (!parse_ipv6(&c, &ip6))
 			return CLASS_STEER;
 		if (is_neighbour_discovery(ip6, c))
 			return CLASS_ND;
-		return rules.active && ipv6_passes(&c, ip6->nexthdr) ? CLASS_RULE : CLASS_STEER;
+		return rules.active && ipv6_passes(&c, ip6.next) ? CLASS_RULE : CLASS_STEER;
 	default:
 		return CLASS_NON_IP;
 	}

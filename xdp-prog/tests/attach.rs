@@ -1,0 +1,339 @@
+//! The program on an interface: modes, other programs in its place, and how it goes away again.
+
+mod common;
+
+use std::env;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::frame::{ETHERTYPE_IPV6, ICMP, ICMPV6, TCP, ethernet, icmp, ipv6, padded, ports, v4};
+use common::{FrameSender, NIC, PEER, in_own_namespace, index_of, make_veth, run, xdp_socket};
+use libbpf_rs::{Link, Object, ObjectBuilder};
+use xfan_xdp::{
+    AttachError, LoadError, MapError, ModeChoice, OBJECT, PassRule, QueueCounters, SteerProgram, XdpMode,
+};
+
+/// How long to wait for what the kernel does a little later.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn load(rules: &[&str]) -> SteerProgram {
+    let rules: Vec<PassRule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+    SteerProgram::load(1, &rules).unwrap()
+}
+
+/// What `ip link` says of the XDP program on an interface: "xdp", "xdpgeneric", or nothing.
+fn shown_by_ip(interface: &str) -> Option<String> {
+    let output = Command::new("ip").args(["-o", "link", "show", "dev", interface]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_whitespace().find(|word| ["xdp", "xdpgeneric"].contains(word)).map(String::from)
+}
+
+/// Waits until `condition` holds.
+fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        sleep(Duration::from_millis(5));
+    }
+}
+
+/// The same program under another name of the same length, on an interface in native mode: somebody else's.
+fn attach_foreign(ifindex: u32) -> (Object, Link) {
+    let mut object = OBJECT.to_vec();
+    for at in 0..object.len() {
+        if object[at..].starts_with(b"xfan_steer") {
+            object[at..at + 10].copy_from_slice(b"other_tool");
+        }
+    }
+    let mut open = ObjectBuilder::default().open_memory(&object).unwrap();
+    for mut map in open.maps_mut() {
+        // Names of maps that hold global variables contain the object's.
+        if map.name() == "xsks" {
+            map.set_max_entries(4).unwrap();
+        }
+    }
+    let object = open.load().unwrap();
+    let link = object.progs_mut().next().unwrap().attach_xdp(i32::try_from(ifindex).unwrap()).unwrap();
+    (object, link)
+}
+
+#[test]
+fn attaches_natively_and_detaches() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let mut program = load(&[]);
+        assert_eq!((program.mode(), shown_by_ip(NIC)), (None, None));
+        assert_eq!(program.attach(nic, NIC, ModeChoice::Auto).unwrap(), XdpMode::Native);
+        assert_eq!((program.mode(), shown_by_ip(NIC).as_deref()), (Some(XdpMode::Native), Some("xdp")));
+
+        let twice = program.attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        assert!(matches!(twice, AttachError::Twice { .. }), "{twice}");
+
+        program.detach();
+        assert_eq!((program.mode(), shown_by_ip(NIC)), (None, None));
+        program.counters().unwrap();
+        program.detach();
+
+        assert_eq!(program.attach(nic, NIC, ModeChoice::Generic).unwrap(), XdpMode::Generic);
+        assert_eq!(shown_by_ip(NIC).as_deref(), Some("xdpgeneric"));
+        drop(program);
+        assert_eq!(shown_by_ip(NIC), None);
+    });
+}
+
+#[test]
+fn falls_back_to_generic_where_the_driver_cannot() {
+    in_own_namespace(|| {
+        // The loopback driver has no XDP.
+        let loopback = index_of("lo");
+        let mut program = load(&[]);
+        let refused = program.attach(loopback, "lo", ModeChoice::Native).unwrap_err();
+        assert!(matches!(refused, AttachError::NoNativeMode { .. }), "{refused}");
+        assert!(refused.to_string().starts_with("the driver of lo refuses native XDP"), "{refused}");
+        assert_eq!(program.attach(loopback, "lo", ModeChoice::Auto).unwrap(), XdpMode::Generic);
+        assert_eq!(shown_by_ip("lo").as_deref(), Some("xdpgeneric"));
+    });
+}
+
+#[test]
+fn falls_back_to_generic_where_the_mtu_is_too_large() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        for end in [NIC, PEER] {
+            run("ip", &["link", "set", end, "mtu", "9000"]);
+        }
+        let mut program = load(&[]);
+        let refused = program.attach(nic, NIC, ModeChoice::Native).unwrap_err();
+        assert!(refused.to_string().contains("lower the MTU"), "{refused}");
+        assert_eq!(program.attach(nic, NIC, ModeChoice::Auto).unwrap(), XdpMode::Generic);
+    });
+}
+
+#[test]
+fn refuses_an_interface_that_another_primary_owns() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        for (first_choice, second_choice) in [
+            (ModeChoice::Native, ModeChoice::Auto),
+            (ModeChoice::Native, ModeChoice::Generic),
+            (ModeChoice::Generic, ModeChoice::Auto),
+            (ModeChoice::Generic, ModeChoice::Generic),
+        ] {
+            let mut first = load(&[]);
+            first.attach(nic, NIC, first_choice).unwrap();
+            let error = load(&[]).attach(nic, NIC, second_choice).unwrap_err();
+            let AttachError::AnotherPrimary { interface, id } = &error else { panic!("{error}") };
+            assert_eq!((interface.as_str(), *id != 0), (NIC, true));
+            assert!(error.to_string().starts_with("another xfan primary owns nic "), "{error}");
+            assert!(shown_by_ip(NIC).is_some(), "the first program is still there");
+        }
+    });
+}
+
+#[test]
+fn refuses_an_interface_that_runs_another_program() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let foreign = attach_foreign(nic);
+        for choice in [ModeChoice::Auto, ModeChoice::Native, ModeChoice::Generic] {
+            let error = load(&[]).attach(nic, NIC, choice).unwrap_err();
+            let AttachError::AnotherProgram { name, id, .. } = &error else { panic!("{error}") };
+            assert_eq!((name.as_deref(), *id != 0), (Some("other_tool"), true));
+            let said = error.to_string();
+            assert!(said.starts_with("nic already runs another XDP program, \"other_tool\" (id "), "{said}");
+        }
+        drop(foreign);
+        load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap();
+    });
+}
+
+#[test]
+fn refuses_an_interface_that_does_not_exist() {
+    in_own_namespace(|| {
+        for (ifindex, choice) in [
+            (9999, ModeChoice::Auto),
+            (9999, ModeChoice::Native),
+            (0, ModeChoice::Auto),
+            (u32::MAX, ModeChoice::Auto),
+        ] {
+            let error = load(&[]).attach(ifindex, "eth9", choice).unwrap_err();
+            assert!(matches!(error, AttachError::NoSuchInterface { .. }), "{ifindex}: {error}");
+        }
+    });
+}
+
+#[test]
+fn counts_real_traffic_and_leaves_it_to_the_kernel() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let neighbour = ethernet(&[], ETHERTYPE_IPV6, &ipv6(ICMPV6, 255, &icmp(135)));
+        for choice in [ModeChoice::Native, ModeChoice::Generic] {
+            let mut program = load(&["icmp"]);
+            program.attach(nic, NIC, choice).unwrap();
+            let sender = FrameSender::new(PEER);
+            for _ in 0..10 {
+                sender.send(&padded(0x0806));
+                (0..2).for_each(|_| sender.send(&neighbour));
+                (0..3).for_each(|_| sender.send(&v4(ICMP, &icmp(8))));
+                (0..4).for_each(|_| sender.send(&v4(TCP, &ports(1, 22))));
+            }
+            let expected = QueueCounters {
+                redirect: 0,
+                pass_non_ip: 10,
+                pass_nd: 20,
+                pass_rule: 30,
+                pass_no_socket: 40,
+            };
+            wait_for("100 packets", || program.counters().unwrap()[0].passed() >= 100);
+            assert_eq!(program.counters().unwrap(), [expected], "{choice:?}");
+
+            program.set_rules(&["tcp/22".parse().unwrap()]).unwrap();
+            sender.send(&v4(TCP, &ports(1, 22)));
+            wait_for("another packet", || program.counters().unwrap()[0].passed() >= 101);
+            program.detach();
+            assert_eq!(
+                program.counters().unwrap(),
+                [QueueCounters { pass_rule: 31, ..expected }],
+                "{choice:?}"
+            );
+            assert_eq!(program.counters_of_new_queues().unwrap(), QueueCounters::default());
+        }
+    });
+}
+
+#[test]
+fn redirects_once_a_queue_has_a_socket() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let mut program = load(&[]);
+        let socket = xdp_socket().unwrap();
+        program.attach(nic, NIC, ModeChoice::Native).unwrap();
+        let sender = FrameSender::new(PEER);
+        let send = |n| {
+            sender.send(&v4(TCP, &ports(1, 22)));
+            wait_for("a packet", || {
+                let counters = program.counters().unwrap()[0];
+                counters.redirect + counters.passed() == n
+            });
+        };
+        send(1);
+        program.insert_socket(0, &socket).unwrap();
+        send(2);
+        program.remove_socket(0).unwrap();
+        send(3);
+        program.remove_socket(0).unwrap();
+        let expected = QueueCounters { redirect: 1, pass_no_socket: 2, ..QueueCounters::default() };
+        assert_eq!(program.counters().unwrap(), [expected]);
+    });
+}
+
+#[test]
+fn refuses_wrong_queues_and_sockets() {
+    in_own_namespace(|| {
+        let program = load(&[]);
+        let error = program.insert_socket(1, &xdp_socket().unwrap()).unwrap_err();
+        assert!(matches!(error, MapError::NoSuchQueue { queue: 1, queues: 1 }), "{error}");
+        assert_eq!(error.to_string(), "there is no RX queue 1: the XDP program was loaded for queues 0 to 0");
+        let error = program.insert_socket(0, &File::open("/dev/null").unwrap()).unwrap_err();
+        assert!(matches!(error, MapError::Socket { queue: 0, .. }), "{error}");
+    });
+}
+
+/// Set for the process that the test below starts: the index of the interface it attaches to.
+const HOLDER: &str = "XFAN_TEST_HOLD_IFINDEX";
+
+#[test]
+fn is_detached_when_its_process_is_killed() {
+    if let Ok(ifindex) = env::var(HOLDER) {
+        let mut program = load(&[]);
+        program.attach(ifindex.parse().unwrap(), NIC, ModeChoice::Auto).unwrap();
+        println!("attached");
+        sleep(PATIENCE);
+        return;
+    }
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let mut holder = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "is_detached_when_its_process_is_killed", "--nocapture"])
+            .env(HOLDER, nic.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(holder.stdout.take().unwrap()).lines();
+        assert!(
+            lines.any(|line| line.unwrap().contains("attached")),
+            "the other process has attached its program"
+        );
+        assert_eq!(shown_by_ip(NIC).as_deref(), Some("xdp"));
+        let busy = load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        assert!(matches!(busy, AttachError::AnotherPrimary { .. }), "{busy}");
+
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        wait_for("the kernel to detach the program", || shown_by_ip(NIC).is_none());
+        load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap();
+    });
+}
+
+/// Takes effective capabilities from the calling thread, and from no other: the C library has no wrapper for it
+/// that would spread to all threads.
+fn keep_capabilities(kept: u64) {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = Header { version: VERSION_3, pid: 0 };
+    let words = [kept & 0xffff_ffff, kept >> 32].map(|word| u32::try_from(word).unwrap());
+    let sets = words.map(|word| Sets { effective: word, permitted: word, inheritable: 0 });
+    // SAFETY: both pointers are to structures as capset(2) has them, with the two words that version 3 wants.
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+const CAP_NET_ADMIN: u64 = 1 << 12;
+const CAP_PERFMON: u64 = 1 << 38;
+const CAP_BPF: u64 = 1 << 39;
+
+#[test]
+fn loads_and_attaches_without_being_root() {
+    in_own_namespace(|| {
+        let nic = make_veth(1);
+        let foreign = attach_foreign(nic);
+        keep_capabilities(CAP_NET_ADMIN | CAP_PERFMON | CAP_BPF);
+        let mut program = load(&["tcp/22", "icmpv6"]);
+        let error = program.attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        assert!(matches!(error, AttachError::AnotherProgram { name: None, .. }), "{error}");
+        drop(foreign);
+        program.attach(nic, NIC, ModeChoice::Auto).unwrap();
+        program.counters().unwrap();
+    });
+}
+
+#[test]
+fn names_the_capabilities_that_are_missing() {
+    for (kept, lacking) in [
+        (0, "lacks CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN:"),
+        (CAP_NET_ADMIN, "lacks CAP_BPF and CAP_PERFMON:"),
+        (CAP_NET_ADMIN | CAP_BPF, "lacks CAP_PERFMON:"),
+        (CAP_BPF | CAP_PERFMON, "lacks CAP_NET_ADMIN:"),
+    ] {
+        in_own_namespace(move || {
+            keep_capabilities(kept);
+            let error = SteerProgram::load(1, &[]).unwrap_err();
+            assert!(matches!(error, LoadError::Privilege { .. }), "{error}");
+            assert!(error.to_string().contains(lacking), "{error}");
+        });
+    }
+}
