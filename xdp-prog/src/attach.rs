@@ -71,7 +71,8 @@ pub enum AttachError {
     /// Somebody else's program is attached.
     #[error(
         "{interface} already runs another XDP program, {} (id {id}); stop what uses it, \
-         or remove it with: ip link set dev {interface} xdp off", quoted(name.as_deref())
+         or, if it was left behind, remove it with: ip link set dev {interface} xdp off",
+        quoted(name.as_deref())
     )]
     AnotherProgram {
         /// The interface.
@@ -99,8 +100,8 @@ pub enum AttachError {
     },
     /// The driver cannot run a program in native mode, or not as the interface is set up now.
     #[error(
-        "the driver of {interface} refuses native XDP ({source}); if it supports XDP at all, \
-         lower the MTU (most drivers stop at some 3000 bytes), turn off LRO, leave it spare queues; or choose generic mode"
+        "the driver of {interface} refuses native XDP ({source}); if it supports XDP at all, lower the MTU \
+         (many drivers stop at some 3000 bytes), turn off LRO or use fewer channels; else choose generic mode"
     )]
     NoNativeMode {
         /// The interface.
@@ -173,16 +174,17 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Closing the link would do, but for a child process between fork and exec that still holds a copy of it.
-        // SAFETY: takes no pointers; `link` is an open file descriptor until this function is over.
-        // An error (an interface that is gone, a kernel before 5.11) leaves the work to closing.
+        // Closing the link would do, but for a child process between fork and exec that still holds a copy of
+        // it. SAFETY: takes no pointers; `link` is an open file descriptor until this function is over. An
+        // error (an interface that is gone, a kernel before 5.11) leaves the work to closing.
         unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) };
     }
 }
 
-/// Whether an attempt at native mode failed for the driver's sake, so that generic mode may work. Drivers say so in
-/// many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel setting they cannot
-/// combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or buffers left (ENOSPC, ENOMEM).
+/// Whether an attempt at native mode failed for the driver's sake, so that generic mode may work. Drivers say
+/// so in many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel setting they
+/// cannot combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or buffers left (ENOSPC,
+/// ENOMEM).
 fn driver_cannot(error: &io::Error) -> bool {
     /// Internal to the kernel, but some drivers let it out.
     const ENOTSUPP: i32 = 524;
@@ -208,8 +210,8 @@ fn create_link(program: BorrowedFd<'_>, ifindex: i32, mode: XdpMode) -> io::Resu
         flags: mode.flag().bits(),
         ..Default::default()
     };
-    // SAFETY: `options` lives through the call and has its size in `sz`, and its pointers are null, as they are
-    // for an XDP link; `program` is an open file descriptor.
+    // SAFETY: `options` lives through the call and has its size in `sz`, and its pointers are null, as they
+    // are for an XDP link; `program` is an open file descriptor.
     let fd = unsafe {
         libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, libbpf_sys::BPF_XDP, &raw const options)
     };

@@ -30,8 +30,8 @@ const _: () = assert!(offset_of!(types::queue_counters, pass_rule) == 24);
 const _: () = assert!(offset_of!(types::queue_counters, pass_no_socket) == 32);
 
 impl QueueCounters {
-    /// One CPU's value of an entry of the program's `counters` map, as the words it consists of: for a loader other than
-    /// [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to `queue`.
+    /// One CPU's value of an entry of the program's `counters` map, as the words it consists of: for a loader
+    /// other than [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to `queue`.
     pub fn from_words([redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket]: [u64; WORDS]) -> Self {
         Self { redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket }
     }

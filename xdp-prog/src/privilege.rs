@@ -8,8 +8,8 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 const CAP_PERFMON: u64 = 1 << 38;
 const CAP_BPF: u64 = 1 << 39;
 
-/// What is needed, each with the capabilities of which one will do. CAP_PERFMON, since headers have variable length:
-/// to others, the verifier forbids packet pointers that a speculating processor might misuse.
+/// What is needed, each with the capabilities of which one will do. CAP_PERFMON, since headers have variable
+/// length: to others, the verifier forbids packet pointers that a speculating processor might misuse.
 const NEEDED: [(&str, u64); 3] = [
     ("CAP_BPF", CAP_BPF | CAP_SYS_ADMIN),
     ("CAP_PERFMON", CAP_PERFMON | CAP_SYS_ADMIN),

@@ -109,8 +109,8 @@ pub struct SteerProgram {
 }
 
 impl SteerProgram {
-    /// Loads the program for an interface with `queues` RX queues. No queue has a socket yet, and nothing is steered
-    /// before [`attach`](Self::attach).
+    /// Loads the program for an interface with `queues` RX queues. No queue has a socket yet, and nothing is
+    /// steered before [`attach`](Self::attach).
     ///
     /// # Errors
     ///
@@ -134,11 +134,11 @@ impl SteerProgram {
         })
     }
 
-    /// Attaches the program to an interface: from now on its packets are steered. Returns the mode it got, which
-    /// with [`ModeChoice::Auto`] may be the slow one and is worth telling the operator.
+    /// Attaches the program to an interface: from now on its packets are steered. Returns the mode it got,
+    /// which with [`ModeChoice::Auto`] may be the slow one and is worth telling the operator.
     ///
-    /// The interface is looked up by `ifindex`, in the calling thread's network namespace; `interface` is its name for
-    /// error messages.
+    /// The interface is looked up by `ifindex`, in the calling thread's network namespace; `interface` is its
+    /// name for error messages.
     ///
     /// # Errors
     ///
@@ -156,8 +156,8 @@ impl SteerProgram {
         Ok(self.attachment.insert(attachment).mode())
     }
 
-    /// Detaches the program: the interface's packets go to the kernel again. The counters can still be read, and
-    /// the program attached again. Does nothing to a program that is not attached.
+    /// Detaches the program: the interface's packets go to the kernel again. The counters can still be read,
+    /// and the program attached again. Does nothing to a program that is not attached.
     pub fn detach(&mut self) {
         self.attachment = None;
     }
@@ -167,8 +167,8 @@ impl SteerProgram {
         self.attachment.as_ref().map(Attachment::mode)
     }
 
-    /// Has the packets of `queue` redirected to an AF_XDP socket that is bound to it. Replaces the socket it had.
-    /// The kernel takes the socket out by itself when it is closed.
+    /// Has the packets of `queue` redirected to an AF_XDP socket that is bound to it. Replaces the socket it
+    /// had. The kernel takes the socket out by itself when it is closed.
     ///
     /// # Errors
     ///
@@ -214,8 +214,9 @@ impl SteerProgram {
         (1..=self.queues).map(|entry| self.counters_of_entry(entry)).collect()
     }
 
-    /// Counters of all queues that are not among those the program was loaded for, together. They are zero unless
-    /// somebody gives the interface more RX queues meanwhile; the packets of such a queue go to the kernel.
+    /// Counters of all queues that are not among those the program was loaded for, together. They are zero
+    /// unless somebody gives the interface more RX queues meanwhile; the packets of such a queue go to the
+    /// kernel.
     ///
     /// # Errors
     ///
