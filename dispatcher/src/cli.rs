@@ -12,9 +12,9 @@ const ABOUT: &str = "Fans packets out from a network interface to worker process
 const LONG_ABOUT: &str = "\
 Fans packets out from a network interface to worker processes.
 
-xfan owns the AF_XDP sockets of an interface's RX queues. It hashes the 5-tuple of
-every packet and hands the packet, in shared memory and without copying it, to one
-of several worker processes. Both directions of a flow reach the same worker.";
+xfan owns the AF_XDP sockets of an interface's RX queues. It hashes the 5-tuple of every packet \
+and hands the packet, in shared memory and without copying it, to one of several worker processes. \
+Both directions of a flow reach the same worker.";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -6,6 +6,7 @@ use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::net::if_::{if_nameindex, if_nametoindex};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -63,7 +64,7 @@ pub enum InterfaceError {
     #[error(
         "the MTU of `{name}` is {mtu} bytes, but a frame of {frame_size} bytes holds packets of an MTU of at \
          most {max}: {}run `ip link set dev {name} mtu {max}`",
-        if *frame_size < 4096 { "set `frame_size = 4096`, or " } else { "" }
+        if *mtu <= largest_mtu(4096) { "set `frame_size = 4096`, or " } else { "" }
     )]
     MtuTooLarge {
         /// The interface.
@@ -118,7 +119,7 @@ impl Interface {
         let rx_queues = match optional(channels(&socket, name)).map_err(asked("the RX queues"))? {
             Some(count) if count > 0 => count,
             // A driver without channels: the kernel still knows its queues, if this /sys is ours.
-            _ => sysfs_queues(name, index).unwrap_or(1),
+            _ => sysfs(name, index).and_then(|folder| sysfs_queues(&folder)).unwrap_or(1),
         };
         Ok(Self { name: name.to_owned(), index, mtu, rx_queues, driver: driver.driver(), bus: driver.bus() })
     }
@@ -144,18 +145,28 @@ impl Interface {
         (0..self.rx_queues).filter(|queue| !lanes.contains(queue)).collect()
     }
 
+    /// The interface's folder in `/sys`, if `/sys` shows this interface.
+    pub(crate) fn sysfs(&self) -> Option<PathBuf> {
+        sysfs(&self.name, self.index)
+    }
+
     /// Whether every packet of the interface fits a frame.
     ///
     /// # Errors
     ///
     /// The MTU is too large.
     pub fn check_mtu(&self, frame_size: u32) -> Result<(), InterfaceError> {
-        let max = frame_size.saturating_sub(HEADROOM + LINK_HEADER);
+        let max = largest_mtu(frame_size);
         if self.mtu <= max {
             return Ok(());
         }
         Err(InterfaceError::MtuTooLarge { name: self.name.clone(), mtu: self.mtu, frame_size, max })
     }
+}
+
+/// The largest MTU, in bytes, whose packets fit a frame.
+const fn largest_mtu(frame_size: u32) -> u32 {
+    frame_size.saturating_sub(HEADROOM + LINK_HEADER)
 }
 
 fn list(names: &[impl Display]) -> String {
@@ -180,14 +191,15 @@ fn optional<T>(answer: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The RX queues that `/sys` shows, if the interface it shows is this one.
-fn sysfs_queues(name: &str, index: u32) -> Option<u32> {
-    let folder = format!("/sys/class/net/{name}");
-    let shown: u32 = fs::read_to_string(format!("{folder}/ifindex")).ok()?.trim().parse().ok()?;
-    if shown != index {
-        return None;
-    }
-    let queues = fs::read_dir(format!("{folder}/queues")).ok()?.flatten();
+/// The interface's folder in `/sys`, unless `/sys` shows another namespace's interface of this name.
+fn sysfs(name: &str, index: u32) -> Option<PathBuf> {
+    let folder = Path::new("/sys/class/net").join(name);
+    let shown: u32 = fs::read_to_string(folder.join("ifindex")).ok()?.trim().parse().ok()?;
+    (shown == index).then_some(folder)
+}
+
+fn sysfs_queues(folder: &Path) -> Option<u32> {
+    let queues = fs::read_dir(folder.join("queues")).ok()?.flatten();
     let count = queues.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"rx-")).count();
     u32::try_from(count).ok().filter(|&count| count > 0)
 }

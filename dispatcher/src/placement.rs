@@ -145,9 +145,9 @@ fn nearest_first(machine: &Machine) -> Vec<Candidate> {
     });
     let reason = |core: &Core, depth: usize| match (depth, home) {
         (1.., _) => format!("SMT sibling of CPU {}: no core is left", core.cpus[0]),
-        (_, Some(home)) if core.node == home => format!("own core on the interface's node {home}"),
-        (_, Some(home)) => format!("own core; the interface's node {home} is full"),
-        (_, None) => "own core".to_owned(),
+        (_, Some(home)) if core.node == home => format!("core on the interface's node {home}"),
+        (_, Some(home)) => format!("next core: the interface's node {home} is full"),
+        (_, None) => "next core".to_owned(),
     };
     let deepest = cores.iter().map(|core| core.cpus.len()).max().unwrap_or(0);
     let level = |depth: usize| {
@@ -169,10 +169,10 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
     if used.len() < threads {
         let more = if asked { "list more CPUs in `cores`" } else { "fewer workers or queues" };
         notes.push(format!(
-            "{} lanes and {} workers share {}: those that share one yield instead of spinning and are \
+            "{} and {} share {}: those that share one yield instead of spinning and are \
              slower; {more} would avoid it",
-            lanes.len(),
-            workers.len(),
+            plural(lanes.len(), "lane"),
+            plural(workers.len(), "worker"),
             plural(used.len(), "CPU"),
         ));
     }
@@ -191,11 +191,9 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
             .count();
         if away > 0 {
             notes.push(format!(
-                "{} of {} lanes run away from NUMA node {home}, where {} is: their packets cross \
-                 the interconnect",
-                away,
-                lanes.len(),
-                nic.name
+                "lanes away from NUMA node {home}, where {} is: {away} of {}; their packets cross the interconnect",
+                nic.name,
+                lanes.len()
             ));
         }
     }
@@ -242,11 +240,7 @@ pub(crate) mod tests {
         let placement = auto(&machine(1, 1, 1, None), 1, 2);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0], vec![0, 0]));
         assert!(placement.shared && placement.workers[0].shared);
-        assert!(
-            placement.notes[0].starts_with("1 lanes and 2 workers share 1 CPU:"),
-            "{:?}",
-            placement.notes
-        );
+        assert!(placement.notes[0].starts_with("1 lane and 2 workers share 1 CPU:"), "{:?}", placement.notes);
         assert!(placement.lanes[0].reason.ends_with("shared with 2 others"), "{:?}", placement.lanes);
     }
 
@@ -266,19 +260,15 @@ pub(crate) mod tests {
     fn the_interfaces_node_is_filled_first() {
         let placement = auto(&machine(2, 4, 1, Some(1)), 2, 4);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![4, 5], vec![6, 7, 0, 1]));
-        assert_eq!(placement.lanes[0].reason, "own core on the interface's node 1");
-        assert_eq!(placement.workers[2].reason, "own core; the interface's node 1 is full");
+        assert_eq!(placement.lanes[0].reason, "core on the interface's node 1");
+        assert_eq!(placement.workers[2].reason, "next core: the interface's node 1 is full");
         assert!(placement.notes.is_empty(), "{:?}", placement.notes);
     }
 
     #[test]
     fn lanes_away_from_the_interface_are_told() {
         let placement = auto(&machine(2, 2, 1, Some(1)), 3, 1);
-        assert!(
-            placement.notes[0].starts_with("1 of 3 lanes run away from NUMA node 1"),
-            "{:?}",
-            placement.notes
-        );
+        assert!(placement.notes[0].contains("NUMA node 1, where eth1 is: 1 of 3;"), "{:?}", placement.notes);
         let placement = auto(&machine(2, 2, 1, None), 1, 1);
         assert!(placement.notes[0].contains("it is virtual"), "{:?}", placement.notes);
     }

@@ -5,6 +5,7 @@ mod show;
 
 use std::fmt;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use hwlocality::Topology;
 use hwlocality::cpu::binding::CpuBindingFlags;
@@ -73,7 +74,7 @@ impl fmt::Display for LocalitySource {
             Self::Pci(address) => write!(f, "hwloc, PCI device {address}"),
             Self::Device => f.write_str("hwloc, network device"),
             Self::Sysfs => f.write_str("/sys"),
-            Self::Virtual => f.write_str("it is virtual and near to no CPU"),
+            Self::Virtual => f.write_str("it is virtual"),
             Self::Untold => f.write_str("the machine does not tell"),
         }
     }
@@ -183,30 +184,27 @@ fn only_node(device: &TopologyObject) -> Option<usize> {
 /// The PCI address comes from the driver and is the same in every network namespace, so it is asked first.
 fn locality(topology: &Topology, interface: &Interface) -> NicLocality {
     let Interface { name, bus, .. } = interface;
-    let found = |node, source| NicLocality { name: name.clone(), node: Some(node), source };
+    let at = |node, source| NicLocality { name: name.clone(), node, source };
     if let Ok(Some(device)) = topology.pci_device_by_bus_id_string(bus)
         && let Some(node) = only_node(device)
     {
-        return found(node, LocalitySource::Pci(bus.clone()));
+        return at(Some(node), LocalitySource::Pci(bus.clone()));
     }
-    if bus.is_empty() {
-        let source = match fs::exists(format!("/sys/class/net/{name}/device")) {
-            Ok(true) => LocalitySource::Untold,
-            _ => LocalitySource::Virtual,
-        };
-        return NicLocality { name: name.clone(), node: None, source };
-    }
+    let folder = interface.sysfs();
     let by_name = |device: &&TopologyObject| device.name().is_some_and(|n| n.to_bytes() == name.as_bytes());
-    if let Some(node) = topology.os_devices().find(by_name).and_then(only_node) {
-        return found(node, LocalitySource::Device);
+    if folder.is_some()
+        && let Some(node) = topology.os_devices().find(by_name).and_then(only_node)
+    {
+        return at(Some(node), LocalitySource::Device);
     }
-    let told =
-        [format!("/sys/bus/pci/devices/{bus}/numa_node"), format!("/sys/class/net/{name}/device/numa_node")];
+    let device = folder.map(|folder| folder.join("device")).filter(|device| device.exists());
+    let of_bus = (!bus.is_empty()).then(|| Path::new("/sys/bus/pci/devices").join(bus));
     // Where there is no node the file says -1.
-    let node = told.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
-    match node {
-        Some(node) => found(node, LocalitySource::Sysfs),
-        None => NicLocality { name: name.clone(), node: None, source: LocalitySource::Untold },
+    let told = |device: &PathBuf| fs::read_to_string(device.join("numa_node")).ok()?.trim().parse().ok();
+    match of_bus.iter().chain(&device).find_map(told) {
+        Some(node) => at(Some(node), LocalitySource::Sysfs),
+        None if bus.is_empty() && device.is_none() => at(None, LocalitySource::Virtual),
+        None => at(None, LocalitySource::Untold),
     }
 }
 

@@ -19,7 +19,7 @@ pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement:
         &mut lines,
         "interface",
         &format!(
-            "{}, driver {driver}, {} RX queues, MTU {}",
+            "{}, driver {driver}, RX queues {}, MTU {}",
             interface.name, interface.rx_queues, interface.mtu
         ),
     );
@@ -29,7 +29,7 @@ pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement:
             "near to",
             &match nic.node {
                 Some(node) => format!("NUMA node {node} ({})", nic.source),
-                None => format!("no NUMA node: {}", nic.source),
+                None => format!("no CPU in particular: {}", nic.source),
             },
         );
     }
@@ -134,17 +134,17 @@ mod tests {
         assert_eq!(
             show(&machine, &interface(), &[0, 1], &placement),
             "\
-interface   eth1, driver ixgbe, 4 RX queues, MTU 1500
+interface   eth1, driver ixgbe, RX queues 4, MTU 1500
 near to     NUMA node 1 (hwloc, PCI device 0000:01:00.0)
 machine     packages 2, NUMA nodes 2, cores 8, CPUs 8 (0-7)
 no lane     queues 2,3: their packets go to the kernel
 
 thread      queue   CPU node   L3  why
-lane 0          0     4    1    1  own core on the interface's node 1
-lane 1          1     5    1    1  own core on the interface's node 1
-worker 0              6    1    1  own core on the interface's node 1
-worker 1              7    1    1  own core on the interface's node 1
-worker 2              0    0    0  own core; the interface's node 1 is full
+lane 0          0     4    1    1  core on the interface's node 1
+lane 1          1     5    1    1  core on the interface's node 1
+worker 0              6    1    1  core on the interface's node 1
+worker 1              7    1    1  core on the interface's node 1
+worker 2              0    0    0  next core: the interface's node 1 is full
 "
         );
     }
