@@ -1,1 +1,27 @@
-//! Placeholder.
+//! The end-to-end harness: real namespaces, veth pairs, traffic and processes, each put away by its own `Drop`.
+//!
+//! In the order in which a test uses them:
+//!
+//! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
+//! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it.
+//! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
+//!   read with etherparse, so that it shares no code with what is tested.
+//! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
+//! - [`receiver`]: plain AF_XDP sockets that keep what arrives, queue by queue.
+
+pub mod capture;
+pub mod command;
+pub mod community_id;
+pub mod generator;
+pub mod link;
+pub mod netns;
+pub mod oracle;
+pub mod process;
+pub mod receiver;
+pub mod replay;
+pub mod require;
+pub mod traffic;
+pub mod tx;
+pub mod veth;
+pub mod watchdog;
+mod xsk;

@@ -1,0 +1,188 @@
+//! Community ID version 1, written from its specification and apart from the workers', and the lists of them that come
+//! with reference captures.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use sha1::{Digest as _, Sha1};
+
+/// Variable that names the folder with reference captures.
+pub const CAPTURES: &str = "XFAN_PCAPS";
+
+/// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two 16-bit numbers of TCP,
+/// UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet has none.
+pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Option<(u16, u16)>) -> String {
+    let (ports, one_way) = match ports {
+        Some((kind, code)) if protocol == 1 => icmp_ports(kind, code, &ICMP_PAIRS),
+        Some((kind, code)) if protocol == 58 => icmp_ports(kind, code, &ICMPV6_PAIRS),
+        ports => (ports, false),
+    };
+    let (from, to) = (octets(source), octets(destination));
+    let (source_port, destination_port) = ports.unwrap_or_default();
+    let ordered = one_way || (&from, source_port) <= (&to, destination_port);
+
+    let mut hash = Sha1::new();
+    hash.update(0u16.to_be_bytes()); // the seed
+    hash.update(if ordered { &from } else { &to });
+    hash.update(if ordered { &to } else { &from });
+    hash.update([protocol, 0]);
+    if ports.is_some() {
+        let (first, second) =
+            if ordered { (source_port, destination_port) } else { (destination_port, source_port) };
+        hash.update(first.to_be_bytes());
+        hash.update(second.to_be_bytes());
+    }
+    format!("1:{}", base64::engine::general_purpose::STANDARD.encode(hash.finalize()))
+}
+
+/// ICMP types that answer one another: echo, timestamp, information, router discovery, address mask.
+const ICMP_PAIRS: [(u16, u16); 5] = [(8, 0), (13, 14), (15, 16), (10, 9), (17, 18)];
+/// Likewise ICMPv6: echo, router and neighbour discovery, multicast listeners, node information, home agents.
+const ICMPV6_PAIRS: [(u16, u16); 6] =
+    [(128, 129), (133, 134), (135, 136), (130, 131), (139, 140), (144, 145)];
+
+/// What stands for the ports of an ICMP message, and whether it has one direction only.
+fn icmp_ports(kind: u16, code: u16, pairs: &[(u16, u16)]) -> (Option<(u16, u16)>, bool) {
+    for &(request, answer) in pairs {
+        if kind == request {
+            return (Some((kind, answer)), false);
+        }
+        if kind == answer {
+            return (Some((kind, request)), false);
+        }
+    }
+    (Some((kind, code)), true)
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// One flow as the reference knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Originator's address.
+    pub source: IpAddr,
+    /// Responder's address.
+    pub destination: IpAddr,
+    /// Originator's port or ICMP type, and responder's port or ICMP code.
+    pub ports: (u16, u16),
+    /// Protocol number.
+    pub protocol: u8,
+    /// Whether Zeek read the ports. It did not know SCTP when it made the lists, and took them for 0.
+    pub has_ports: bool,
+    /// The Community ID, `1:` and base64.
+    pub id: String,
+}
+
+/// Reads lines such as `[orig_h=10.0.0.1, orig_p=53/udp, resp_h=…, resp_p=…, proto=17, ctx=[]], 1:d/FP5EW3…=`.
+///
+/// # Errors
+/// The file is unreadable, or a line looks otherwise; the message names both.
+pub fn read_known(path: &Path) -> Result<Vec<Known>, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(number, line)| {
+            parse_known(line).ok_or_else(|| {
+                format!("{}, line {}: not a flow and its Community ID: {line}", path.display(), number + 1)
+            })
+        })
+        .collect()
+}
+
+fn parse_known(line: &str) -> Option<Known> {
+    let field = |name: &str| {
+        let (_, rest) = line.split_once(&format!("{name}="))?;
+        rest.split([',', ']', '/']).next()
+    };
+    Some(Known {
+        source: field("orig_h")?.parse().ok()?,
+        destination: field("resp_h")?.parse().ok()?,
+        ports: (field("orig_p")?.parse().ok()?, field("resp_p")?.parse().ok()?),
+        protocol: field("proto")?.parse().ok()?,
+        has_ports: !line.contains("/unknown,"),
+        id: line.rsplit_once(", ")?.1.trim().to_string(),
+    })
+}
+
+/// A reference: a capture, and the list of its flows.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    /// Its name, such as `icmp6`.
+    pub name: String,
+    /// The capture.
+    pub capture: PathBuf,
+    /// What it holds.
+    pub known: Vec<Known>,
+}
+
+/// All references in the folder that [`CAPTURES`] names; none, and a line that says so, if it names none.
+///
+/// # Errors
+/// The variable names a folder without references, or one of them is unreadable.
+pub fn references() -> Result<Vec<Reference>, String> {
+    let Some(folder) = std::env::var_os(CAPTURES).map(PathBuf::from) else {
+        eprintln!("no comparison with reference captures: {CAPTURES} names no folder with them");
+        return Ok(Vec::new());
+    };
+    let lists = folder.join("community-id");
+    let entries =
+        std::fs::read_dir(&lists).map_err(|error| format!("{CAPTURES}: {}: {error}", lists.display()))?;
+    let mut references = Vec::new();
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|extension| extension == "txt") {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let capture = folder.join(format!("zeek__communityid__{name}.pcap"));
+            references.push(Reference { name, capture, known: read_known(&path)? });
+        }
+    }
+    references.sort_by(|one, other| one.name.cmp(&other.name));
+    if references.is_empty() {
+        return Err(format!("{CAPTURES}: {} holds no lists (NAME.txt)", lists.display()));
+    }
+    Ok(references)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(protocol: u8, source: &str, destination: &str, ports: (u16, u16)) -> String {
+        community_id(protocol, source.parse().unwrap(), destination.parse().unwrap(), Some(ports))
+    }
+
+    // The values are the specification's own examples.
+    #[test]
+    fn the_specification_s_examples() {
+        let udp = "1:d/FP5EW3wiY1vCndhwleRRKHowQ=";
+        assert_eq!(id(17, "192.168.1.52", "8.8.8.8", (54585, 53)), udp);
+        assert_eq!(id(17, "8.8.8.8", "192.168.1.52", (53, 54585)), udp);
+        let echo = "1:X0snYXpgwiv9TZtqg64sgzUn6Dk=";
+        assert_eq!(id(1, "192.168.0.89", "192.168.0.1", (8, 0)), echo);
+        assert_eq!(id(1, "192.168.0.1", "192.168.0.89", (0, 0)), echo);
+        let sctp = "1:jQgCxbku+pNGw8WPbEc/TS/uTpQ=";
+        assert_eq!(id(132, "192.168.170.8", "192.168.170.56", (7, 80)), sctp);
+        assert_eq!(id(132, "192.168.170.56", "192.168.170.8", (80, 7)), sctp);
+    }
+
+    #[test]
+    fn one_way_icmp_keeps_its_direction() {
+        let (one, other) = ("10.0.0.9", "10.0.0.1");
+        assert_ne!(id(1, one, other, (3, 1)), id(1, other, one, (3, 1)));
+    }
+
+    #[test]
+    fn a_list_s_line() {
+        let line =
+            "[orig_h=3ffe::2, orig_p=3/icmp, resp_h=3ffe::1, resp_p=1/icmp, proto=58, ctx=[]], 1:2ObV=";
+        let known = parse_known(line).unwrap();
+        assert_eq!((known.ports, known.protocol, known.id.as_str()), ((3, 1), 58, "1:2ObV="));
+        assert_eq!(known.source, "3ffe::2".parse::<IpAddr>().unwrap());
+        assert_eq!(parse_known("nonsense"), None);
+    }
+}

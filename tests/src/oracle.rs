@@ -1,0 +1,289 @@
+//! What a capture should lead to, read with etherparse: an opinion that shares no code with what it judges.
+//!
+//! It judges a frame as it stands on the wire. Definitions that it shares with the product, in words only:
+//!
+//! - Behind up to two VLAN tags (0x8100, 0x88a8, 0x9100) stands IPv4 or IPv6, or the frame is left to the kernel; so is
+//!   neighbour discovery (ICMPv6 133 to 137 directly behind the IPv6 header, hop limit 255), and what a rule names.
+//! - A flow is protocol and both endpoints, either direction. TCP, UDP, DCCP, SCTP and UDP-Lite have ports. A fragment, also
+//!   the first, has ports 0; so has a packet too short for ports.
+//! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
+//!   a fragment header that really fragments nothing is walked.
+//! - Bytes are the frame's length.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use etherparse::{
+    Ethernet2HeaderSlice, IpAuthHeaderSlice, IpNumber, Ipv4HeaderSlice, Ipv6FragmentHeaderSlice,
+    Ipv6HeaderSlice, Ipv6RawExtHeaderSlice, SingleVlanHeaderSlice,
+};
+
+use crate::community_id::community_id;
+
+/// A flow, the same for both directions: the endpoints are in ascending order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Flow {
+    /// Protocol number, behind IPv6 extension headers.
+    pub protocol: u8,
+    /// The lower endpoint.
+    pub low: (IpAddr, u16),
+    /// The higher endpoint.
+    pub high: (IpAddr, u16),
+}
+
+impl Flow {
+    /// The flow of packets from one endpoint to the other, or back.
+    pub fn between(protocol: u8, one: (IpAddr, u16), other: (IpAddr, u16)) -> Self {
+        Self { protocol, low: one.min(other), high: one.max(other) }
+    }
+}
+
+/// Where a frame should go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// To a worker.
+    Redirect,
+    /// To the kernel: not IP.
+    NonIp,
+    /// To the kernel: neighbour or router discovery.
+    NeighbourDiscovery,
+    /// To the kernel: a rule says so.
+    Rule,
+}
+
+/// A rule that leaves packets to the kernel, such as `icmp` or `tcp/22`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassRule {
+    /// Protocol number; for IPv6 that of an extension header too.
+    pub protocol: u8,
+    /// Destination port, if only that one.
+    pub port: Option<u16>,
+}
+
+/// What is to be said of one frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// Where it should go.
+    pub verdict: Verdict,
+    /// Its flow, if it has a readable IP header.
+    pub flow: Option<Flow>,
+    /// Its Community ID, if it has a flow. Of ICMP it depends on the message's type, which is no part of the flow.
+    pub community_id: Option<String>,
+}
+
+/// What is to be said of a flow.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Frames.
+    pub packets: u64,
+    /// Sum of the frames' lengths, in bytes.
+    pub bytes: u64,
+    /// The Community IDs of its packets: one, except for ICMP, whose record may have any of them.
+    pub community_ids: BTreeSet<String>,
+}
+
+/// What a series of frames should lead to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expectation {
+    /// Frames for the workers.
+    pub redirected: u64,
+    /// Their lengths, in bytes.
+    pub redirected_bytes: u64,
+    /// Frames for the kernel that are not IP.
+    pub non_ip: u64,
+    /// Frames for the kernel that are neighbour discovery.
+    pub neighbour_discovery: u64,
+    /// Frames for the kernel because of a rule.
+    pub rule: u64,
+    /// Frames for the workers without a readable IP header: they belong to no flow.
+    pub unreadable: u64,
+    /// The flows of the frames for the workers.
+    pub flows: BTreeMap<Flow, Totals>,
+}
+
+impl Expectation {
+    /// Reads `frames`, with `rules` in force.
+    pub fn of<'a>(frames: impl IntoIterator<Item = &'a [u8]>, rules: &[PassRule]) -> Self {
+        let mut expected = Self::default();
+        for frame in frames {
+            let reading = read(frame, rules);
+            match reading.verdict {
+                Verdict::NonIp => expected.non_ip += 1,
+                Verdict::NeighbourDiscovery => expected.neighbour_discovery += 1,
+                Verdict::Rule => expected.rule += 1,
+                Verdict::Redirect => {
+                    expected.redirected += 1;
+                    expected.redirected_bytes += frame.len() as u64;
+                    let Some(flow) = reading.flow else {
+                        expected.unreadable += 1;
+                        continue;
+                    };
+                    let totals = expected.flows.entry(flow).or_default();
+                    totals.packets += 1;
+                    totals.bytes += frame.len() as u64;
+                    totals.community_ids.extend(reading.community_id);
+                }
+            }
+        }
+        expected
+    }
+}
+
+/// Reads one frame, with `rules` in force.
+pub fn read(frame: &[u8], rules: &[PassRule]) -> Reading {
+    let packet = match network_layer(frame) {
+        Some((0x0800, packet)) => ipv4(packet),
+        Some((0x86dd, packet)) => ipv6(packet),
+        _ => return Reading { verdict: Verdict::NonIp, flow: None, community_id: None },
+    };
+    let Some(packet) = packet else {
+        return Reading { verdict: Verdict::Redirect, flow: None, community_id: None };
+    };
+    let verdict = if packet.is_neighbour_discovery {
+        Verdict::NeighbourDiscovery
+    } else if rules.iter().any(|rule| packet.meets(*rule)) {
+        Verdict::Rule
+    } else {
+        Verdict::Redirect
+    };
+    Reading { verdict, flow: Some(packet.flow()), community_id: Some(packet.community_id()) }
+}
+
+/// The ethertype behind the tags, and what follows it.
+fn network_layer(frame: &[u8]) -> Option<(u16, &[u8])> {
+    let ethernet = Ethernet2HeaderSlice::from_slice(frame).ok()?;
+    let mut ethertype = ethernet.ether_type().0;
+    let mut rest = &frame[ethernet.slice().len()..];
+    for _ in 0..2 {
+        if matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
+            let tag = SingleVlanHeaderSlice::from_slice(rest).ok()?;
+            ethertype = tag.ether_type().0;
+            rest = &rest[tag.slice().len()..];
+        }
+    }
+    Some((ethertype, rest))
+}
+
+struct Packet<'a> {
+    source: IpAddr,
+    destination: IpAddr,
+    /// The protocols in the order of the headers; the last one is the packet's.
+    chain: Vec<IpNumber>,
+    is_fragment: bool,
+    is_later_fragment: bool,
+    is_neighbour_discovery: bool,
+    payload: &'a [u8],
+}
+
+fn ipv4(packet: &[u8]) -> Option<Packet<'_>> {
+    let header = Ipv4HeaderSlice::from_slice(packet).ok()?;
+    let total = match usize::from(header.total_len()) {
+        0 => packet.len(), // segmentation offload
+        total => total.min(packet.len()),
+    };
+    Some(Packet {
+        source: header.source_addr().into(),
+        destination: header.destination_addr().into(),
+        chain: vec![header.protocol()],
+        is_fragment: header.is_fragmenting_payload(),
+        is_later_fragment: header.fragments_offset().value() != 0,
+        is_neighbour_discovery: false,
+        payload: packet.get(header.slice().len()..total).unwrap_or_default(),
+    })
+}
+
+fn ipv6(packet: &[u8]) -> Option<Packet<'_>> {
+    let header = Ipv6HeaderSlice::from_slice(packet).ok()?;
+    let all = &packet[header.slice().len()..];
+    let total = match usize::from(header.payload_length()) {
+        0 => all.len(), // a jumbogram, or segmentation offload
+        total => total.min(all.len()),
+    };
+    let discovery = matches!(all.first(), Some(133..=137));
+    let mut read = Packet {
+        source: header.source_addr().into(),
+        destination: header.destination_addr().into(),
+        chain: vec![header.next_header()],
+        is_fragment: false,
+        is_later_fragment: false,
+        is_neighbour_discovery: header.next_header() == IpNumber::IPV6_ICMP
+            && header.hop_limit() == 255
+            && discovery,
+        payload: &all[..total],
+    };
+    read.walk_extension_headers();
+    Some(read)
+}
+
+impl Packet<'_> {
+    fn walk_extension_headers(&mut self) {
+        for _ in 0..8 {
+            let (next, length) = match self.protocol() {
+                IpNumber::IPV6_HEADER_HOP_BY_HOP
+                | IpNumber::IPV6_ROUTE_HEADER
+                | IpNumber::IPV6_DESTINATION_OPTIONS => {
+                    let Ok(header) = Ipv6RawExtHeaderSlice::from_slice(self.payload) else { return };
+                    (header.next_header(), header.slice().len())
+                }
+                IpNumber::AUTHENTICATION_HEADER => {
+                    let Ok(header) = IpAuthHeaderSlice::from_slice(self.payload) else { return };
+                    (header.next_header(), header.slice().len())
+                }
+                IpNumber::IPV6_FRAGMENTATION_HEADER => {
+                    let Ok(header) = Ipv6FragmentHeaderSlice::from_slice(self.payload) else { return };
+                    self.is_fragment = header.is_fragmenting_payload();
+                    self.is_later_fragment = header.fragment_offset().value() != 0;
+                    (header.next_header(), header.slice().len())
+                }
+                _ => return,
+            };
+            self.chain.push(next);
+            self.payload = &self.payload[length..];
+            if self.is_fragment {
+                return;
+            }
+        }
+    }
+
+    fn protocol(&self) -> IpNumber {
+        *self.chain.last().expect("the chain begins with the IP header's protocol")
+    }
+
+    /// The two 16-bit words the transport header begins with, wherever they stand.
+    fn words(&self) -> Option<(u16, u16)> {
+        let [a, b, c, d] = *self.payload.first_chunk()?;
+        Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
+    }
+
+    fn ports(&self) -> Option<(u16, u16)> {
+        let has_ports = matches!(
+            self.protocol(),
+            IpNumber::TCP | IpNumber::UDP | IpNumber::DCCP | IpNumber::SCTP | IpNumber::UDP_LITE
+        );
+        if has_ports && !self.is_fragment { self.words() } else { None }
+    }
+
+    fn flow(&self) -> Flow {
+        let (source, destination) = self.ports().unwrap_or_default();
+        Flow::between(self.protocol().0, (self.source, source), (self.destination, destination))
+    }
+
+    fn community_id(&self) -> String {
+        let words = match self.protocol() {
+            IpNumber::ICMP | IpNumber::IPV6_ICMP if !self.is_fragment => {
+                self.payload.first_chunk().map(|[kind, code]| (u16::from(*kind), u16::from(*code)))
+            }
+            IpNumber::TCP | IpNumber::UDP | IpNumber::SCTP => self.ports(),
+            _ => None,
+        };
+        community_id(self.protocol().0, self.source, self.destination, words)
+    }
+
+    fn meets(&self, rule: PassRule) -> bool {
+        let Some(port) = rule.port else {
+            return self.chain.iter().any(|protocol| protocol.0 == rule.protocol);
+        };
+        let words = if self.is_later_fragment { None } else { self.words() };
+        self.protocol().0 == rule.protocol && words.is_some_and(|(_, destination)| destination == port)
+    }
+}

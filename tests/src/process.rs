@@ -1,0 +1,287 @@
+//! A program under test: started, listened to, and gone when dropped.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+/// A running program, in a process group of its own. Dropping it kills the whole group: it, and what it started.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    status: Option<ExitStatus>,
+    stdout: Lines,
+    stderr: Lines,
+}
+
+/// How a program ended.
+#[derive(Clone, Debug)]
+pub struct Exit {
+    /// Its exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// The lines it wrote to standard output.
+    pub stdout: Vec<String>,
+    /// The lines it wrote to standard error.
+    pub stderr: Vec<String>,
+}
+
+/// Why a program is not there, or did not do as expected.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// It is not built.
+    #[error("there is no {name} beside {}; run `cargo build --workspace` first", folder.display())]
+    NotBuilt {
+        /// The program.
+        name: String,
+        /// Where it should be.
+        folder: PathBuf,
+    },
+    /// It could not be started.
+    #[error("{name} did not start: {source}")]
+    Start {
+        /// The program.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It ended, or closed its output, before it wrote what was waited for.
+    #[error("{name} ended before it wrote `{pattern}`; it wrote:\n{output}")]
+    NeverWritten {
+        /// The program.
+        name: String,
+        /// What was waited for.
+        pattern: String,
+        /// All it wrote.
+        output: String,
+    },
+}
+
+/// The path of one of the workspace's programs, such as `xfan`, built in the same profile as the test.
+///
+/// # Errors
+/// It is not built.
+pub fn binary(name: &str) -> Result<PathBuf, ProcessError> {
+    let test = std::env::current_exe().map_err(|source| ProcessError::Start { name: name.into(), source })?;
+    // Tests lie in target/PROFILE/deps, programs one folder above.
+    let found = test.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    let folder = || test.parent().unwrap_or(&test).to_path_buf();
+    found.ok_or_else(|| ProcessError::NotBuilt { name: name.into(), folder: folder() })
+}
+
+impl Process {
+    /// Starts `command` without standard input, its output read line by line. It is killed too if this process dies.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(mut command: Command) -> Result<Self, ProcessError> {
+        let name = PathBuf::from(command.get_program());
+        let name = name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        let mut child =
+            command.spawn().map_err(|source| ProcessError::Start { name: name.clone(), source })?;
+        let stdout = Lines::read(child.stdout.take().expect("it is piped"));
+        let stderr = Lines::read(child.stderr.take().expect("it is piped"));
+        Ok(Self { name, child, status: None, stdout, stderr })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("process ids are positive i32"))
+    }
+
+    /// Sends it a signal. One that has ended does not mind.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.is_running() {
+            // It may end between the look and the signal; until it is waited for, its id is nobody else's.
+            let _ = kill(self.pid(), signal);
+        }
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().ok().flatten();
+        }
+        self.status.is_none()
+    }
+
+    /// Waits, without limit, until a line of its standard output or standard error contains `pattern`, and returns
+    /// the line.
+    ///
+    /// # Errors
+    /// Both have ended without such a line.
+    pub fn wait_for_line(&self, pattern: &str) -> Result<String, ProcessError> {
+        loop {
+            let ended = self.stdout.ended() && self.stderr.ended();
+            let find = |lines: &Lines| lines.get().into_iter().find(|line| line.contains(pattern));
+            if let Some(line) = find(&self.stdout).or_else(|| find(&self.stderr)) {
+                return Ok(line);
+            }
+            if ended {
+                let output = [self.stdout.get(), self.stderr.get()].concat().join("\n");
+                let (name, pattern) = (self.name.clone(), pattern.into());
+                return Err(ProcessError::NeverWritten { name, pattern, output });
+            }
+            // Either may write it: wait a little on the one, then look at both.
+            let waited = if self.stdout.ended() { &self.stderr } else { &self.stdout };
+            waited.wait_a_little();
+        }
+    }
+
+    /// The lines it has written to standard output.
+    pub fn stdout(&self) -> Vec<String> {
+        self.stdout.get()
+    }
+
+    /// The lines it has written to standard error.
+    pub fn stderr(&self) -> Vec<String> {
+        self.stderr.get()
+    }
+
+    /// Waits, without limit, until it has ended and all its output is read.
+    ///
+    /// # Panics
+    /// The kernel does not know the child, which cannot be.
+    pub fn wait(mut self) -> Exit {
+        let status = match self.status {
+            Some(status) => status,
+            None => self.child.wait().expect("it is our child and was not waited for"),
+        };
+        self.status = Some(status);
+        let (stdout, stderr) = (self.stdout.all(), self.stderr.all());
+        Exit { code: status.code(), signal: status.signal(), stdout, stderr }
+    }
+
+    /// Sends it a signal and waits for its end.
+    pub fn end(mut self, signal: Signal) -> Exit {
+        self.signal(signal);
+        self.wait()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.is_running() {
+            return;
+        }
+        // The group is ours alone: it was made for the child, which is not waited for yet, so the id is not reused.
+        let _ = killpg(self.pid(), Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+/// Lines as they come out of a pipe.
+#[derive(Debug)]
+struct Lines {
+    shared: Arc<(Mutex<State>, Condvar)>,
+    reader: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    lines: Vec<String>,
+    ended: bool,
+}
+
+impl Lines {
+    fn read(pipe: impl Read + Send + 'static) -> Self {
+        let shared = Arc::new((Mutex::new(State::default()), Condvar::new()));
+        let writer = Arc::clone(&shared);
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                lock(&writer.0).lines.push(String::from_utf8_lossy(&line).into_owned());
+                writer.1.notify_all();
+            }
+            lock(&writer.0).ended = true;
+            writer.1.notify_all();
+        });
+        Self { shared, reader: Some(reader) }
+    }
+
+    fn get(&self) -> Vec<String> {
+        lock(&self.shared.0).lines.clone()
+    }
+
+    fn ended(&self) -> bool {
+        lock(&self.shared.0).ended
+    }
+
+    fn wait_a_little(&self) {
+        let state = lock(&self.shared.0);
+        if !state.ended {
+            let _ = self.shared.1.wait_timeout(state, std::time::Duration::from_millis(20));
+        }
+    }
+
+    /// All lines, once the pipe is closed at its other end.
+    fn all(&mut self) -> Vec<String> {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("the reader does not panic");
+        }
+        self.get()
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Process {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Process::spawn(command).unwrap()
+    }
+
+    #[test]
+    fn lines_and_exit_code() {
+        let process = shell("echo one; echo two >&2; exit 3");
+        assert_eq!(process.wait_for_line("tw").unwrap(), "two");
+        let exit = process.wait();
+        assert_eq!((exit.code, exit.signal), (Some(3), None));
+        assert_eq!((exit.stdout, exit.stderr), (vec!["one".to_string()], vec!["two".to_string()]));
+    }
+
+    #[test]
+    fn a_line_that_never_comes() {
+        let error = shell("echo one").wait_for_line("three").unwrap_err().to_string();
+        assert!(error.contains("sh ended before it wrote `three`") && error.contains("one"), "{error}");
+    }
+
+    #[test]
+    fn signals_and_drop() {
+        let exit = shell("sleep 1000").end(Signal::SIGTERM);
+        assert_eq!(exit.signal, Some(15));
+
+        let process = shell("sleep 1000 & echo $!; wait");
+        let grandchild = process.wait_for_line("").unwrap().parse().unwrap();
+        let (child, grandchild) = (process.pid(), Pid::from_raw(grandchild));
+        drop(process);
+        assert!(kill(child, None).is_err());
+        // Its new parent reaps it, when it gets to it.
+        let gone = || {
+            let stat = std::fs::read_to_string(format!("/proc/{grandchild}/stat"));
+            stat.map_or(true, |stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
+        };
+        while !gone() {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_program_that_is_not_built() {
+        let error = binary("xfan-nowhere").unwrap_err().to_string();
+        assert!(error.contains("cargo build --workspace"), "{error}");
+    }
+}

@@ -1,0 +1,258 @@
+//! Sends frames through one TX queue, each exactly once.
+//!
+//! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever the frame; on a veth
+//! the peer receives it on its RX queue q. Frames are handed over one by one, since so the kernel's answer names the
+//! frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
+//!
+//! | sendto(2) | the frame | we |
+//! |---|---|---|
+//! | 0 | was taken by the driver | count it |
+//! | EBUSY | was refused by the driver (a full ring) and freed | send it again |
+//! | EAGAIN, ENOBUFS | is still in the TX ring: no room for it yet | ask again |
+//! | anything else | is lost with the socket | fail |
+//!
+//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all have left the veth
+//! and been handled by the receiver's XDP program: nothing is under way any more.
+
+use std::io::{self, Write};
+use std::num::NonZeroU32;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use xsk_rs::FrameDesc;
+
+use crate::link::{Link, LinkError};
+use crate::xsk::Xsk;
+pub use crate::xsk::{MAX_FRAME_BYTES, XskError};
+
+/// Frames under way at most.
+const FRAMES: NonZeroU32 = NonZeroU32::new(256).expect("not 0");
+/// Shortest frame: an Ethernet header.
+const MIN_FRAME_BYTES: usize = 14;
+/// So long the other side may refuse one frame, or keep those under way, before we give up.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// A socket that sends on one queue.
+pub struct TxSocket {
+    queue: u32,
+    interface: String,
+    max_frame_bytes: usize,
+    xsk: Xsk,
+    /// Frames that are ours, not the kernel's.
+    free: Vec<FrameDesc>,
+    sent: u64,
+    refused: u64,
+}
+
+/// Why a frame was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum TxError {
+    /// The interface is not there.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The queue has no socket.
+    #[error(transparent)]
+    Bind(#[from] XskError),
+    /// The interface has no such queue.
+    #[error("{interface} has {queues} TX queues, so there is no queue {queue}")]
+    NoQueue {
+        /// The interface.
+        interface: String,
+        /// Queue asked for.
+        queue: u32,
+        /// Queues there are.
+        queues: u32,
+    },
+    /// The frame is too long or too short.
+    #[error(
+        "a frame of {bytes} bytes cannot be sent on {interface}: it takes {MIN_FRAME_BYTES} to {limit}; the limit is \
+         the MTU and 18 (raise it on both ends: ip link set dev {interface} mtu N), at most {MAX_FRAME_BYTES}"
+    )]
+    Length {
+        /// The interface.
+        interface: String,
+        /// The frame's length.
+        bytes: usize,
+        /// Longest frame now.
+        limit: usize,
+    },
+    /// The other side takes nothing.
+    #[error(
+        "queue {queue} of {interface} refused a frame for {} s: is the peer up, and its MTU not smaller?",
+        PATIENCE.as_secs()
+    )]
+    Refused {
+        /// The interface.
+        interface: String,
+        /// The queue.
+        queue: u32,
+    },
+    /// The receiver sits on packets.
+    #[error(
+        "{frames} frames sent on queue {queue} of {interface} were not completed after {} s: the receiver holds them",
+        PATIENCE.as_secs()
+    )]
+    Uncompleted {
+        /// The interface.
+        interface: String,
+        /// The queue.
+        queue: u32,
+        /// Frames not given back.
+        frames: usize,
+    },
+    /// The kernel wants no more of it.
+    #[error("sending on queue {queue} of {interface}: {source}")]
+    Send {
+        /// The interface.
+        interface: String,
+        /// The queue.
+        queue: u32,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl TxSocket {
+    /// Opens queue `queue` of `interface`, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The interface or its queue does not exist, another socket has it, or rights are missing.
+    pub fn open(interface: &str, queue: u32) -> Result<Self, TxError> {
+        let link = Link::named(interface)?;
+        if queue >= link.tx_queues {
+            let queues = link.tx_queues;
+            return Err(TxError::NoQueue { interface: interface.into(), queue, queues });
+        }
+        let mut xsk = Xsk::bind(interface, queue, FRAMES)?;
+        let free = std::mem::take(&mut xsk.frames);
+        let max_frame_bytes = link.max_frame_bytes().min(MAX_FRAME_BYTES);
+        Ok(Self { queue, interface: interface.into(), max_frame_bytes, xsk, free, sent: 0, refused: 0 })
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> u32 {
+        self.queue
+    }
+
+    /// Frames sent.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Times the driver refused a frame, which was then sent again.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Checks that a frame of `bytes` can be sent.
+    ///
+    /// # Errors
+    /// It is too long or too short for the interface.
+    pub fn check_length(&self, bytes: usize) -> Result<(), TxError> {
+        if (MIN_FRAME_BYTES..=self.max_frame_bytes).contains(&bytes) {
+            return Ok(());
+        }
+        Err(TxError::Length { interface: self.interface.clone(), bytes, limit: self.max_frame_bytes })
+    }
+
+    /// Sends one frame, waiting while the receiver is full. When it returns without error, the driver has taken the
+    /// frame, once; with an error, it has not.
+    ///
+    /// # Errors
+    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is down or gone.
+    pub fn send(&mut self, frame: &[u8]) -> Result<(), TxError> {
+        self.check_length(frame.len())?;
+        let begin = Instant::now();
+        self.submit(frame)?;
+        loop {
+            match self.push() {
+                Ok(()) => {
+                    self.sent += 1;
+                    return Ok(());
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    self.refused += 1;
+                    self.wait(begin)?;
+                    self.submit(frame)?;
+                }
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS)) => {
+                    self.wait(begin)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    let (interface, queue) = (self.interface.clone(), self.queue);
+                    return Err(TxError::Send { interface, queue, source });
+                }
+            }
+        }
+    }
+
+    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP program, or freed.
+    ///
+    /// # Errors
+    /// Some are held by the receiver for long.
+    pub fn finish(&mut self) -> Result<(), TxError> {
+        self.reclaim_until(FRAMES.get() as usize)
+    }
+
+    /// Copies `frame` into free memory and appends it to the TX ring.
+    fn submit(&mut self, frame: &[u8]) -> Result<(), TxError> {
+        self.reclaim_until(1)?;
+        let mut descriptor = self.free.pop().expect("one was waited for");
+        // SAFETY: the descriptor is of this memory, and as it was in `free` neither the kernel nor anyone else uses the
+        // frame.
+        let mut data = unsafe { self.xsk.umem.data_mut(&mut descriptor) };
+        let mut cursor = data.cursor();
+        cursor.set_pos(0);
+        cursor.write_all(frame).expect("the length was checked against the frame's");
+        // SAFETY: as above; from here on it is the kernel's until it comes back through the COMPLETION ring.
+        let produced = unsafe { self.xsk.tx.produce_one(&descriptor) };
+        assert_eq!(produced, 1, "the TX ring holds all frames there are");
+        Ok(())
+    }
+
+    /// Has the kernel transmit what is in the TX ring, and tells how that went. (xsk-rs' wake-up does not tell.)
+    fn push(&self) -> io::Result<()> {
+        let socket = self.xsk.tx.fd().as_raw_fd();
+        // SAFETY: no buffer and no address are given; the descriptor is open as long as `tx` lives.
+        let result =
+            unsafe { libc::sendto(socket, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn wait(&mut self, begin: Instant) -> Result<(), TxError> {
+        if begin.elapsed() > PATIENCE {
+            return Err(TxError::Refused { interface: self.interface.clone(), queue: self.queue });
+        }
+        self.reclaim();
+        std::thread::sleep(PAUSE);
+        Ok(())
+    }
+
+    fn reclaim_until(&mut self, wanted: usize) -> Result<(), TxError> {
+        let begin = Instant::now();
+        while self.free.len() < wanted {
+            self.reclaim();
+            if self.free.len() < wanted {
+                if begin.elapsed() > PATIENCE {
+                    let frames = FRAMES.get() as usize - self.free.len();
+                    let (interface, queue) = (self.interface.clone(), self.queue);
+                    return Err(TxError::Uncompleted { interface, queue, frames });
+                }
+                std::thread::sleep(PAUSE);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back the frames that the kernel has completed.
+    fn reclaim(&mut self) {
+        let mut descriptor = FrameDesc::default();
+        // SAFETY: the ring and the descriptors it yields belong to this socket's memory.
+        while unsafe { self.xsk.completion.consume_one(&mut descriptor) } == 1 {
+            self.free.push(descriptor);
+        }
+    }
+}

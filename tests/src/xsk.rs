@@ -1,0 +1,96 @@
+//! What sending and receiving AF_XDP sockets have in common: how they are bound.
+
+use std::error::Error;
+use std::io;
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use xsk_rs::config::{BindFlags, FrameSize, Interface, LibxdpFlags, QueueSize, SocketConfig, UmemConfig};
+use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
+
+/// Longest frame, in bytes: one page, the most AF_XDP allows, less the headroom that xsk-rs keeps free.
+pub const MAX_FRAME_BYTES: usize = 4096 - 256;
+
+/// A closed socket frees its queue a little later; so long a bind is tried again.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Why there is no socket on a queue.
+#[derive(Debug, thiserror::Error)]
+#[error("no AF_XDP socket on queue {queue} of {interface}: {reason}{}", hint(.errno))]
+pub struct XskError {
+    /// The interface.
+    pub interface: String,
+    /// Its queue.
+    pub queue: u32,
+    /// What the library or the kernel said.
+    pub reason: String,
+    /// The kernel's error number, if it came to that.
+    pub errno: Option<i32>,
+}
+
+fn hint(errno: &Option<i32>) -> &'static str {
+    match *errno {
+        Some(libc::EPERM | libc::EACCES) => "; root or CAP_NET_RAW and CAP_NET_ADMIN are needed",
+        Some(libc::EBUSY) => "; another program holds the queue, or this interface in zero-copy mode",
+        Some(libc::EINVAL) => "; does the interface have that queue (ethtool -l)?",
+        _ => "",
+    }
+}
+
+/// A socket in copy mode with memory of its own, and all frames of that memory, which are the caller's.
+pub struct Xsk {
+    pub umem: Umem,
+    pub frames: Vec<FrameDesc>,
+    pub tx: TxQueue,
+    pub rx: RxQueue,
+    pub fill: FillQueue,
+    pub completion: CompQueue,
+}
+
+impl Xsk {
+    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with `frame_count` frames (a
+    /// power of two) and rings that hold as many; the FILL ring holds twice as many.
+    pub fn bind(interface: &str, queue: u32, frame_count: NonZeroU32) -> Result<Self, XskError> {
+        let failed = |error: &dyn Error| {
+            let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+            let reason = source.map_or_else(|| error.to_string(), io::Error::to_string);
+            let errno = source.and_then(io::Error::raw_os_error);
+            XskError { interface: interface.into(), queue, reason, errno }
+        };
+        let ring = QueueSize::new(frame_count.get()).map_err(|error| failed(&error))?;
+        let fill_ring = QueueSize::new(frame_count.get() * 2).map_err(|error| failed(&error))?;
+        let page = FrameSize::new(4096).map_err(|error| failed(&error))?;
+        let umem_config = UmemConfig::builder()
+            .frame_size(page)
+            .fill_queue_size(fill_ring)
+            .comp_queue_size(ring)
+            .build()
+            .map_err(|error| failed(&error))?;
+        let socket_config = SocketConfig::builder()
+            .rx_queue_size(ring)
+            .tx_queue_size(ring)
+            .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
+            .bind_flags(BindFlags::XDP_COPY | BindFlags::XDP_USE_NEED_WAKEUP)
+            .build();
+        let name: Interface = interface.parse().map_err(|error| failed(&error))?;
+
+        let begin = Instant::now();
+        loop {
+            let (umem, frames) =
+                Umem::new(umem_config, frame_count, false).map_err(|error| failed(&error))?;
+            // SAFETY: the memory is new and not shared with another socket.
+            let error = match unsafe { Socket::new(socket_config, &umem, &name, queue) } {
+                Ok((tx, rx, Some((fill, completion)))) => {
+                    return Ok(Self { umem, frames, tx, rx, fill, completion });
+                }
+                Ok((_, _, None)) => unreachable!("new memory brings its FILL and COMPLETION rings"),
+                Err(error) => failed(&error),
+            };
+            if error.errno != Some(libc::EBUSY) || begin.elapsed() > BUSY_PATIENCE {
+                return Err(error);
+            }
+            std::thread::sleep(RETRY);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The harness itself, in namespaces of its own: what is sent arrives, byte for byte, once, on the right queue.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use xfan_tests::capture::Capture;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::generator::{self, End, Generator, Load, sequence_of};
+use xfan_tests::link::Link;
+use xfan_tests::netns::Netns;
+use xfan_tests::oracle::{self, Expectation};
+use xfan_tests::process::{Process, binary};
+use xfan_tests::receiver::{Received, Receiver};
+use xfan_tests::replay::{Replay, Spread};
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const ALL: [u32; 4] = [0, 1, 2, 3];
+
+/// A pair of four queues, and sockets on all of the receiver's.
+fn network() -> (Netns, Receiver) {
+    let (namespace, pair) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
+    assert_eq!((pair.sender.tx_queues, pair.receiver.rx_queues), (4, 4));
+    let receiver = namespace.run(|| Receiver::open("rx0", &ALL)).unwrap();
+    (namespace, receiver)
+}
+
+/// The frames of each queue.
+fn by_queue(received: Vec<Received>) -> BTreeMap<u32, Vec<Vec<u8>>> {
+    let mut queues = BTreeMap::new();
+    for Received { queue, bytes } in received {
+        queues.entry(queue).or_insert_with(Vec::new).push(bytes);
+    }
+    queues
+}
+
+fn sequences(received: &[Received]) -> BTreeSet<u64> {
+    received.iter().map(|frame| sequence_of(&frame.bytes).expect("only the generator sends")).collect()
+}
+
+#[test]
+fn replayed_frames_arrive_on_the_chosen_queue() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let frames = traffic::synthetic(100, 1000, 1).frames;
+    for queue in ALL {
+        let replay = Replay { queues: vec![queue], ..Replay::onto("tx0") };
+        let report = namespace.run(|| replay.run(&frames)).unwrap();
+        assert_eq!((report.packets, report.queues), (1000, BTreeMap::from([(queue, 1000)])));
+        // All have been handled when the replay is over: nothing needs to be waited for, and nothing more comes.
+        assert_eq!(by_queue(receiver.drain()), BTreeMap::from([(queue, frames.clone())]));
+    }
+    assert_eq!(receiver.dropped().unwrap(), 0);
+}
+
+#[test]
+fn a_replay_spreads_and_repeats() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let frames = traffic::synthetic(50, 600, 2).frames;
+
+    let replay = Replay { loops: 2, ..Replay::onto("tx0") };
+    let report = namespace.run(|| replay.run(&frames)).unwrap();
+    assert_eq!(report.queues, ALL.map(|queue| (queue, 300)).into());
+    for (queue, arrived) in by_queue(receiver.drain()) {
+        let sent = frames.iter().skip(queue as usize).step_by(4);
+        assert!(arrived.iter().eq(sent.clone().chain(sent)), "queue {queue}");
+    }
+
+    let replay = Replay { spread: Spread::Flow, queues: vec![1, 3], ..Replay::onto("tx0") };
+    namespace.run(|| replay.run(&frames)).unwrap();
+    let queues = by_queue(receiver.drain());
+    let flows =
+        |queue| queues[&queue].iter().map(|frame| oracle::read(frame, &[]).flow).collect::<BTreeSet<_>>();
+    assert_eq!((flows(1).len(), flows(3).len(), flows(1).intersection(&flows(3)).count()), (25, 25, 0));
+    assert_eq!(queues.values().map(Vec::len).sum::<usize>(), frames.len());
+}
+
+#[test]
+fn a_capture_file_through_the_program() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("made.pcap");
+    let run = |name: &str, arguments: &[&str]| {
+        let mut command = namespace.command(binary(name).unwrap());
+        command.args(arguments);
+        Process::spawn(command).unwrap().wait()
+    };
+    let file_name = file.to_str().unwrap();
+
+    let made = run("xfan-gen", &["--write-pcap", file_name, "--flows", "300", "--packets", "1200", "--json"]);
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let capture = Capture::read(&file).unwrap();
+    assert_eq!(capture, traffic::synthetic(300, 1200, 1));
+
+    let replayed = run("xfan-replay", &["-i", "tx0", "--queues", "0,2", file_name]);
+    let report: serde_json::Value = serde_json::from_str(&replayed.stdout.concat()).unwrap();
+    assert_eq!(report["packets"], 1200);
+    assert_eq!(report["bytes"], capture.bytes());
+    assert_eq!(report["queues"], serde_json::json!({ "0": 600, "2": 600 }));
+    let received = receiver.drain();
+    let arrived = received.iter().map(|frame| frame.bytes.as_slice());
+    let sent = capture.frames.iter().map(Vec::as_slice);
+    assert_eq!(Expectation::of(arrived, &[]), Expectation::of(sent, &[]));
+
+    let error = run("xfan-replay", &["-i", "tx0", "--queues", "4", file_name]);
+    assert_eq!(error.code, Some(1));
+    assert!(error.stderr.concat().contains("tx0 has 4 TX queues, so there is no queue 4"), "{error:?}");
+    let error = run("xfan-replay", &["-i", "tx9", file_name]);
+    assert!(error.stderr.concat().contains("interface tx9 is not to be found"), "{error:?}");
+}
+
+#[test]
+fn reference_captures_arrive_unchanged() {
+    let _watchdog = e2e_or_skip!();
+    let Some(folder) = std::env::var_os("XFAN_PCAPS") else {
+        eprintln!("no reference captures: XFAN_PCAPS names no folder with them");
+        return;
+    };
+    let namespace = Netns::quiet().unwrap();
+    let config = VethConfig { mtu: 2000, ..VethConfig::queues(4) };
+    Veth::create(&config, &namespace, &namespace).unwrap();
+    let mut receiver = namespace.run(|| Receiver::open("rx0", &ALL)).unwrap();
+    let paths = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    for path in paths.filter(|path| path.extension().is_some_and(|extension| extension == "pcap")) {
+        let mut frames = Capture::read(&path).unwrap().frames;
+        if frames.iter().any(|frame| frame.len() > 2018) {
+            // Nothing is sent of a capture with a frame that cannot be.
+            let error = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap_err().to_string();
+            assert!(error.contains("bytes cannot be sent on tx0: it takes 14 to 2018"), "{error}");
+            assert_eq!(receiver.drain(), []);
+            frames.retain(|frame| frame.len() <= 2018);
+        }
+        let report = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+        assert_eq!(report.packets, frames.len() as u64);
+        for (queue, arrived) in by_queue(receiver.drain()) {
+            assert!(arrived.iter().eq(frames.iter().skip(queue as usize).step_by(4)), "{}", path.display());
+        }
+    }
+    assert_eq!(receiver.dropped().unwrap(), 0);
+}
+
+#[test]
+fn two_namespaces() {
+    let _watchdog = e2e_or_skip!();
+    let (left, right) = (Netns::quiet().unwrap(), Netns::quiet().unwrap());
+    Veth::create(&VethConfig::queues(2), &left, &right).unwrap();
+    assert!(left.run(|| Link::named("rx0")).is_err());
+    let mut receiver = right.run(|| Receiver::open("rx0", &[1])).unwrap();
+    let frames = traffic::synthetic(10, 100, 3).frames;
+    let replay = Replay { queues: vec![1], ..Replay::onto("tx0") };
+    left.run(|| replay.run(&frames)).unwrap();
+    assert_eq!(by_queue(receiver.drain()), BTreeMap::from([(1, frames)]));
+}
+
+#[test]
+fn the_generator_sends_exactly_so_many() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    for (cpu, frame_bytes) in [(0, 64), (1, 1514)] {
+        let load = Load {
+            frame_bytes,
+            flows: 100,
+            both_directions: true,
+            frames_per_second: Some(20_000),
+            cpu,
+            ..Load::onto("tx0", End::Frames(2000))
+        };
+        let report = namespace.run(|| generator::run(&load)).unwrap();
+        let counts = (report.offered, report.sent, report.refused, report.queue as usize);
+        assert_eq!(counts, (2000, 2000, 0, cpu), "{report:?}");
+
+        let received = receiver.collect(2000);
+        assert_eq!(sequences(&received), (0..2000).collect());
+        assert_eq!(received.len(), 2000);
+        assert!(received.iter().all(|frame| frame.queue as usize == cpu));
+        assert!(received.iter().all(|frame| frame.bytes.len() == usize::from(frame_bytes)));
+        // Twenty rounds over 100 flows, ten of them backwards.
+        let expected = Expectation::of(received.iter().map(|frame| frame.bytes.as_slice()), &[]);
+        assert_eq!(expected.flows.len(), 100);
+        assert!(expected.flows.values().all(|totals| totals.packets == 20));
+        let from_server = received.iter().filter(|frame| frame.bytes[26..30] == [198, 18, 0, 1]);
+        assert_eq!(from_server.count(), 1000);
+        assert!(received.iter().all(|frame| header_sum(&frame.bytes) == 0xffff), "IPv4 checksums");
+    }
+    assert_eq!(receiver.dropped().unwrap(), 0);
+}
+
+/// The ones' complement sum over an IPv4 header: 0xffff if its checksum is right.
+fn header_sum(frame: &[u8]) -> u32 {
+    let words = frame[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+    words.fold(0, |sum, word| (sum + word & 0xffff) + (sum + word >> 16))
+}
+
+#[test]
+fn a_flood_is_accounted_for_to_the_last_frame() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let generator =
+        namespace.run(|| Generator::start(&Load::onto("tx0", End::After(Duration::MAX)))).unwrap();
+    let mut received = Vec::new();
+    while received.len() < 20_000 {
+        received.extend(receiver.collect(1));
+    }
+    let report = generator.stop().unwrap();
+    assert_eq!(report.offered, report.sent + report.refused);
+    // What the receiver took it either kept or dropped by its own counters. It may be at it still.
+    while received.len() as u64 + receiver.dropped().unwrap() < report.sent {
+        received.extend(receiver.drain());
+    }
+    assert_eq!(received.len() as u64 + receiver.dropped().unwrap(), report.sent);
+    let sequences = sequences(&received);
+    assert_eq!(sequences.len(), received.len(), "no frame arrives twice");
+    assert!(sequences.last() < Some(&report.offered));
+}
+
+#[test]
+fn a_receiver_that_cannot_take_redirected_frames_is_named() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _pair) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let load = Load::onto("tx0", End::Frames(100));
+    let error = namespace.run(|| generator::run(&load)).unwrap_err().to_string();
+    assert!(error.contains("took none of 100 frames"), "{error}");
+    let error =
+        namespace.run(|| generator::run(&Load { cpu: 4096, ..load.clone() })).unwrap_err().to_string();
+    assert!(error.contains("CPU 4096"), "{error}");
+    let load = Load { frame_bytes: 59, ..load };
+    let error = namespace.run(|| generator::run(&load)).unwrap_err().to_string();
+    assert_eq!(error, "the size of a frame, in bytes without FCS, is 59, but must be 60 to 1514");
+}
+
+#[test]
+fn a_held_queue_is_named() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _receiver) = network();
+    let error = namespace.run(|| Receiver::open("rx0", &[2])).err().unwrap().to_string();
+    assert!(error.starts_with("no AF_XDP socket on queue 2 of rx0"), "{error}");
+    assert!(error.contains("another program holds the queue"), "{error}");
+}
+
+#[test]
+fn namespaces_and_processes_go_with_a_panic() {
+    let _watchdog = e2e_or_skip!();
+    let (name, pid) = (std::sync::Mutex::new(None), std::sync::Mutex::new(None));
+    let panic = std::panic::catch_unwind(|| {
+        let namespace = Netns::new().unwrap();
+        *name.lock().unwrap() = Some(namespace.name().to_string());
+        let mut command = namespace.command("sleep");
+        command.arg("1000");
+        let process = Process::spawn(command).unwrap();
+        *pid.lock().unwrap() = Some(process.pid());
+        namespace.run(|| panic!("as asked"));
+    });
+    assert_eq!(panic.unwrap_err().downcast_ref::<&str>(), Some(&"as asked"));
+    let name = name.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).unwrap();
+    assert!(!std::path::Path::new("/run/netns").join(&name).exists());
+    let pid = pid.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).unwrap();
+    assert!(nix::sys::signal::kill(pid, None::<Signal>).is_err());
+}
+
+#[test]
+fn programs_in_a_namespace_see_its_interfaces() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, pair) = Veth::in_namespace(&VethConfig::queues(3)).unwrap();
+    let mut command = namespace.command("sh");
+    command.args(["-c", "ls -d /sys/class/net/rx0/queues/rx-*; cat /sys/class/net/rx0/ifindex"]);
+    let exit = Process::spawn(command).unwrap().wait();
+    assert_eq!(exit.stdout.len(), 4, "{exit:?}");
+    assert_eq!(exit.stdout[3], pair.receiver.index.to_string());
+    let here = namespace.run(|| std::fs::read_to_string("/sys/class/net/tx0/ifindex"));
+    assert_eq!(here.unwrap().trim(), pair.sender.index.to_string());
+}

@@ -1,0 +1,179 @@
+//! The oracle, on frames made by hand and on reference captures. Needs no root.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use xfan_tests::capture::Capture;
+use xfan_tests::community_id::{community_id, references};
+use xfan_tests::oracle::{Expectation, Flow, PassRule, Verdict, read};
+use xfan_tests::traffic::{self, Echo};
+
+fn udp4() -> Vec<u8> {
+    traffic::udp("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:53".parse().unwrap(), &[7; 100])
+}
+
+fn udp6() -> Vec<u8> {
+    traffic::udp("[2001:db8::2]:4000".parse().unwrap(), "[2001:db8::1]:53".parse().unwrap(), &[7; 100])
+}
+
+fn flow(protocol: u8, one: &str, one_port: u16, other: &str, other_port: u16) -> Flow {
+    let address = |text: &str| text.parse::<IpAddr>().unwrap();
+    Flow::between(protocol, (address(one), one_port), (address(other), other_port))
+}
+
+/// An IPv6 frame whose payload begins with `headers`, the first of which is `first`.
+fn with_extensions(first: u8, headers: &[u8]) -> Vec<u8> {
+    let mut frame = udp6();
+    let payload_length = u16::try_from(frame.len() - 54 + headers.len()).unwrap();
+    frame[18..20].copy_from_slice(&payload_length.to_be_bytes());
+    frame[20] = first;
+    frame.splice(54..54, headers.iter().copied());
+    frame
+}
+
+/// ICMPv6 of the given type and hop limit.
+fn icmpv6(kind: u8, hop_limit: u8) -> Vec<u8> {
+    let address = |text: &str| text.parse().unwrap();
+    let mut frame = traffic::echo(address("fe80::2"), address("fe80::1"), Echo::Request, 0, &[0; 24]);
+    frame[21] = hop_limit;
+    frame[54] = kind;
+    frame
+}
+
+#[test]
+fn both_directions_are_one_flow() {
+    let (one, other) = ("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:53".parse().unwrap());
+    let frames = [traffic::tcp(one, other, 0, &[]), traffic::tcp(other, one, 1, &[1; 10])];
+    let expected = Expectation::of(frames.iter().map(Vec::as_slice), &[]);
+    let totals = &expected.flows[&flow(6, "10.0.0.1", 53, "10.0.0.2", 4000)];
+    assert_eq!((totals.packets, totals.bytes), (2, 54 + 64));
+    assert_eq!(totals.community_ids.len(), 1);
+    assert_eq!((expected.redirected, expected.flows.len()), (2, 1));
+}
+
+#[test]
+fn two_tags_are_looked_behind_and_a_third_is_not() {
+    let expected = Some(flow(17, "10.0.0.1", 53, "10.0.0.2", 4000));
+    for tags in [&[][..], &[(0x8100, 7)], &[(0x88a8, 7), (0x8100, 8)], &[(0x9100, 7), (0x8100, 8)]] {
+        let reading = read(&traffic::tagged(&udp4(), tags), &[]);
+        assert_eq!((reading.verdict, reading.flow), (Verdict::Redirect, expected), "{tags:?}");
+    }
+    let thrice = traffic::tagged(&udp4(), &[(0x8100, 7), (0x8100, 8), (0x8100, 9)]);
+    assert_eq!(read(&thrice, &[]).verdict, Verdict::NonIp);
+    assert_eq!(read(&thrice[..15], &[]).verdict, Verdict::NonIp);
+}
+
+#[test]
+fn fragments_have_no_ports() {
+    for (frame, expected) in [
+        (udp4(), flow(17, "10.0.0.1", 0, "10.0.0.2", 0)),
+        (udp6(), flow(17, "2001:db8::1", 0, "2001:db8::2", 0)),
+    ] {
+        let fragments = traffic::fragments(&frame, 48);
+        assert_eq!(fragments.len(), 3);
+        for fragment in &fragments {
+            assert_eq!(read(fragment, &[]).flow, Some(expected));
+        }
+        let ids: BTreeSet<_> = fragments.iter().map(|fragment| read(fragment, &[]).community_id).collect();
+        assert_eq!(ids.len(), 1);
+    }
+}
+
+#[test]
+fn extension_headers_are_walked() {
+    let expected = Some(flow(17, "2001:db8::1", 53, "2001:db8::2", 4000));
+    let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop, then routing
+    chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // routing, 16 bytes, then destination
+    chain.extend([51, 0, 0, 0, 0, 0, 0, 0]); // destination, then authentication
+    chain.extend([44, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // authentication, 12 bytes, then fragment
+    chain.extend([17, 0, 0, 0, 0, 0, 0, 9]); // an atomic fragment, then UDP
+    assert_eq!(read(&with_extensions(0, &chain), &[]).flow, expected);
+    // The 13 bits of the offset, each of them, and "more"; but not the two reserved bits between.
+    for bit in 0..16 {
+        let [high, low] = (1u16 << bit).to_be_bytes();
+        let frame = with_extensions(44, &[17, 0, high, low, 0, 0, 0, 9]);
+        let ports = read(&frame, &[]).flow.unwrap().low.1;
+        assert_eq!(ports, if bit == 1 || bit == 2 { 53 } else { 0 }, "bit {bit}");
+    }
+    // Encryption ends the walk; a chain that is cut off ends at the header that is.
+    let encrypted = read(&with_extensions(50, &[0; 16]), &[]).flow.unwrap();
+    assert_eq!((encrypted.protocol, encrypted.low.1), (50, 0));
+    let cut = with_extensions(0, &chain);
+    assert_eq!(read(&cut[..54 + 20], &[]).flow.unwrap().protocol, 43);
+}
+
+#[test]
+fn what_is_left_to_the_kernel() {
+    let mut arp = udp4();
+    arp[12..14].copy_from_slice(&[0x08, 0x06]);
+    assert_eq!(read(&arp, &[]).verdict, Verdict::NonIp);
+    for kind in 133..=137 {
+        assert_eq!(read(&icmpv6(kind, 255), &[]).verdict, Verdict::NeighbourDiscovery);
+        assert_eq!(read(&icmpv6(kind, 64), &[]).verdict, Verdict::Redirect);
+    }
+    assert_eq!(read(&icmpv6(132, 255), &[]).verdict, Verdict::Redirect);
+    assert_eq!(read(&icmpv6(138, 255), &[]).verdict, Verdict::Redirect);
+}
+
+#[test]
+fn rules() {
+    let by_port = [PassRule { protocol: 17, port: Some(53) }];
+    assert_eq!(read(&udp4(), &by_port).verdict, Verdict::Rule);
+    assert_eq!(read(&udp6(), &by_port).verdict, Verdict::Rule);
+    assert_eq!(read(&udp4(), &[PassRule { protocol: 17, port: Some(4000) }]).verdict, Verdict::Redirect);
+    assert_eq!(read(&udp4(), &[PassRule { protocol: 6, port: None }]).verdict, Verdict::Redirect);
+    let fragments = traffic::fragments(&udp4(), 48);
+    let verdicts: Vec<_> = fragments.iter().map(|fragment| read(fragment, &by_port).verdict).collect();
+    assert_eq!(verdicts, [Verdict::Rule, Verdict::Redirect, Verdict::Redirect]);
+}
+
+#[test]
+fn frames_without_a_readable_ip_header_go_to_the_workers_without_a_flow() {
+    let mut frame = udp4();
+    frame[14] = 0x43; // a header of 12 bytes
+    let expected = Expectation::of([&frame[..], &udp6()[..30]], &[]);
+    assert_eq!((expected.redirected, expected.unreadable, expected.flows.len()), (2, 2, 0));
+}
+
+#[test]
+fn padding_has_no_ports() {
+    let mut frame = udp4();
+    frame[16..18].copy_from_slice(&20u16.to_be_bytes()); // nothing behind the IP header
+    assert_eq!(read(&frame, &[]).flow.unwrap(), flow(17, "10.0.0.1", 0, "10.0.0.2", 0));
+}
+
+#[test]
+fn made_up_traffic_has_all_its_flows_in_both_directions() {
+    let capture = traffic::synthetic(300, 5000, 7);
+    assert_eq!(capture, traffic::synthetic(300, 5000, 7));
+    assert_ne!(capture, traffic::synthetic(300, 5000, 8));
+    let expected = Expectation::of(capture.frames.iter().map(Vec::as_slice), &[]);
+    assert_eq!((expected.redirected, expected.flows.len(), expected.unreadable), (5000, 300, 0));
+    assert_eq!(expected.redirected_bytes, capture.bytes());
+    let protocols: BTreeSet<u8> = expected.flows.keys().map(|flow| flow.protocol).collect();
+    assert_eq!(protocols, BTreeSet::from([1, 6, 17, 58]));
+    assert!(expected.flows.values().all(|totals| totals.community_ids.len() == 1));
+    assert!(capture.frames.iter().all(|frame| (42..=1500).contains(&frame.len())));
+}
+
+/// Every Community ID that Zeek computes for a reference capture is among the oracle's, and the other way round.
+#[test]
+fn community_ids_equal_the_references() {
+    for reference in references().unwrap() {
+        for known in &reference.known {
+            let id = community_id(known.protocol, known.source, known.destination, Some(known.ports));
+            assert_eq!(id, known.id, "{}", reference.name);
+        }
+        let capture = Capture::read(&reference.capture).unwrap();
+        let expected = Expectation::of(capture.frames.iter().map(Vec::as_slice), &[]);
+        let ours = expected.flows.values().flat_map(|totals| totals.community_ids.clone());
+        let zeeks = reference.known.iter().filter(|known| known.has_ports).map(|known| known.id.clone());
+        let without_ports: BTreeSet<u8> =
+            reference.known.iter().filter(|known| !known.has_ports).map(|known| known.protocol).collect();
+        if without_ports.is_empty() {
+            assert_eq!(ours.collect::<BTreeSet<_>>(), zeeks.collect::<BTreeSet<_>>(), "{}", reference.name);
+        } else {
+            assert!(expected.flows.keys().all(|flow| without_ports.contains(&flow.protocol)));
+        }
+    }
+}
