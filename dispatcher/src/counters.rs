@@ -56,6 +56,8 @@ pub struct LaneCounters {
     pub sleeps: Counter,
     /// Commands obeyed.
     pub commands: Counter,
+    /// Raised when a lane that was told to drain has found its RX ring empty.
+    pub drained: AtomicBool,
     tally: [AtomicU32; 5],
 }
 

@@ -68,6 +68,8 @@ pub enum Command {
     Steer(Box<BucketTable>),
     /// Forget a member: what it has not committed is counted as lost, its frames are free.
     Retire(usize),
+    /// Raise the `drained` flag of the counters when the RX ring has been found empty.
+    Drain,
     /// End, retiring every member.
     Stop,
 }
@@ -101,6 +103,7 @@ pub struct Lane<S> {
     commands: Arc<ArrayQueue<Command>>,
     doorbell: Arc<OwnedFd>,
     meter: BusyMeter,
+    draining: bool,
 }
 
 /// A [`MemberLink`] and what the lane remembers about it.
@@ -184,6 +187,7 @@ impl<S: PacketSource> Lane<S> {
             commands,
             doorbell,
             meter: BusyMeter::new(),
+            draining: false,
         };
         lane.settle();
         lane
@@ -209,6 +213,9 @@ impl<S: PacketSource> Lane<S> {
                 self.counters.busy_ticks.set(self.meter.busy_ticks());
                 idle.reset();
                 continue;
+            }
+            if std::mem::take(&mut self.draining) {
+                self.counters.drained.store(true, Ordering::Release);
             }
             match idle.next(start) {
                 Turn::Settle => self.settle(),
@@ -380,6 +387,7 @@ impl<S: PacketSource> Lane<S> {
                         link.retire(&mut self.frames);
                     }
                 }
+                Command::Drain => self.draining = true,
                 Command::Stop => {
                     for place in &mut self.members {
                         if let Some(link) = place.take() {

@@ -7,7 +7,7 @@
 pub mod rings;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -161,9 +161,13 @@ impl XskSource {
         })
     }
 
-    /// The socket's descriptor: for the XSKMAP, and for statistics. Valid as long as this lives.
-    pub fn raw_fd(&self) -> i32 {
-        self.handles.rx.fd().as_raw_fd()
+    /// A second descriptor of the socket: to register it in the XSKMAP, and to ask for statistics. The queue stays bound
+    /// until it is closed, too.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn second_descriptor(&self) -> io::Result<OwnedFd> {
+        rings::borrow(self.handles.rx.fd()).try_clone_to_owned()
     }
 }
 

@@ -1,0 +1,191 @@
+//! The control thread's end of a lane: its thread, its commands, its counters.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_queue::ArrayQueue;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::counters::LaneCounters;
+use crate::frames::{Frames, Tally};
+use crate::lane::{Command, Lane, LaneConfig};
+use crate::report;
+use crate::source::PacketSource;
+use crate::steer::HashKey;
+use crate::umem::PacketMemory;
+use crate::xsk::rings;
+
+/// Commands that may wait for a lane. It obeys between two batches, so more than a few never do.
+const COMMANDS: usize = 256;
+
+/// A running lane.
+#[derive(Debug)]
+pub struct LaneHandle {
+    /// RX queue.
+    pub queue: u32,
+    /// CPU it is pinned on.
+    pub core: usize,
+    counters: Arc<LaneCounters>,
+    commands: Arc<ArrayQueue<Command>>,
+    doorbell: Arc<OwnedFd>,
+    issued: u64,
+    thread: Option<JoinHandle<Frames>>,
+    /// For the kernel's statistics; none where packets come from memory.
+    socket: Option<OwnedFd>,
+    kernel: report::Kernel,
+}
+
+/// What a lane is made of, beside its source.
+#[derive(Debug)]
+pub struct LaneParts {
+    /// RX queue.
+    pub queue: u32,
+    /// CPU to pin it on.
+    pub core: usize,
+    /// How it spends its time.
+    pub config: LaneConfig,
+    /// Where packets lie.
+    pub memory: Arc<PacketMemory>,
+    /// UMEM offset of its first frame, frame size in bytes, number of frames.
+    pub region: (u32, u32, NonZeroU32),
+    /// Key of the flow hash.
+    pub key: HashKey,
+    /// A second descriptor of its socket.
+    pub socket: Option<OwnedFd>,
+}
+
+/// A non-blocking eventfd at 0.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn doorbell() -> io::Result<Arc<OwnedFd>> {
+    let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    Ok(Arc::new(eventfd.into()))
+}
+
+impl LaneHandle {
+    /// Starts a lane on its own thread.
+    ///
+    /// # Errors
+    /// If the thread cannot be made.
+    pub fn spawn<S: PacketSource + Send + 'static>(parts: LaneParts, source: S) -> io::Result<Self> {
+        let LaneParts { queue, core, config, memory, region, key, socket } = parts;
+        let counters = Arc::<LaneCounters>::default();
+        let commands = Arc::new(ArrayQueue::new(COMMANDS));
+        let bell = doorbell()?;
+        let (base, size, count) = region;
+        let frames = Frames::new(base, size, count.get());
+        let lane = Lane::new(
+            config,
+            source,
+            memory,
+            frames,
+            key,
+            counters.clone(),
+            commands.clone(),
+            bell.clone(),
+        );
+        let thread = std::thread::Builder::new().name(format!("lane-{queue}")).spawn(move || {
+            if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+                tracing::warn!(queue, core, "cannot pin the lane on its CPU; it runs wherever the kernel puts it");
+            }
+            lane.run()
+        })?;
+        Ok(LaneHandle {
+            queue,
+            core,
+            counters,
+            commands,
+            doorbell: bell,
+            issued: 0,
+            thread: Some(thread),
+            socket,
+            kernel: report::Kernel::default(),
+        })
+    }
+
+    /// Hands the lane a command; it is obeyed before the next batch.
+    pub fn command(&mut self, mut command: Command) {
+        while let Err(back) = self.commands.push(command) {
+            if self.ended() {
+                return;
+            }
+            command = back;
+            self.wake();
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        self.issued += 1;
+        self.wake();
+    }
+
+    /// Wakes it, so that it settles its accounts.
+    pub fn wake(&self) {
+        // Full or not, it is readable.
+        let _ = nix::unistd::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    /// Whether all commands have been obeyed, or never will be.
+    pub fn obeyed(&self) -> bool {
+        self.counters.commands.get() == self.issued || self.ended()
+    }
+
+    /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
+    pub fn drained(&self) -> bool {
+        self.counters.drained.load(std::sync::atomic::Ordering::Acquire) || self.ended()
+    }
+
+    /// Whether its thread has ended; unasked, that is a bug.
+    pub fn ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the lane. Returns the ledger as counted frame by frame, or `None` if the lane panicked.
+    pub fn stop(&mut self) -> Option<Tally> {
+        self.refresh_kernel();
+        self.command(Command::Stop);
+        let frames = self.thread.take()?.join().ok()?;
+        self.socket = None;
+        Some(frames.audit())
+    }
+
+    /// Packets received so far.
+    pub fn received(&self) -> u64 {
+        self.counters.received.get()
+    }
+
+    fn refresh_kernel(&mut self) {
+        let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else { return };
+        self.kernel = report::Kernel {
+            rx_dropped: statistics.rx_dropped,
+            rx_ring_full: statistics.rx_ring_full,
+            fill_ring_empty: statistics.rx_fill_ring_empty_descs,
+            rx_invalid_descs: statistics.rx_invalid_descs,
+        };
+    }
+
+    /// What it counted.
+    pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
+        self.refresh_kernel();
+        let counters = &self.counters;
+        let Tally { total, free, kernel, lane, lent } = counters.tally();
+        report::Lane {
+            queue: self.queue,
+            core: self.core,
+            received: counters.received.get(),
+            bytes: counters.bytes.get(),
+            delivered: counters.delivered.get(),
+            dropped: counters.dropped().into_iter().map(|(cause, count)| (cause.to_owned(), count)).collect(),
+            unparsed: counters.unparsed.get(),
+            batches: counters.batches.get(),
+            busy_ns: xfan_shm::clock::ticks_to_ns(counters.busy_ticks.get()),
+            sleeps: counters.sleeps.get(),
+            kernel: self.kernel,
+            xdp,
+            frames: report::Frames { total, free, kernel, lane, lent, tx: 0 },
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Members: workers' places in a group. A place outlives the process in it, and so do its counters.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use xfan_shm::clock::ticks_to_ns;
+use xfan_shm::layout::{Down, Geometry, LayoutError, Phase, SharedRing, Up};
+use xfan_shm::ring::Producer;
+use xfan_shm::segment;
+
+use crate::control::ConnectionId;
+use crate::counters::{Counter, MemberCounters};
+use crate::lane::MemberLink;
+use crate::lanes;
+use crate::report;
+use crate::supervisor::Process;
+
+/// Where a member is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nobody has the place; whoever may can take it.
+    Vacant,
+    /// Its process runs, and has not attached yet.
+    Starting,
+    /// It gets packets.
+    Running,
+    /// It gets no new packets and finishes what it has.
+    Draining,
+    /// It left in good order.
+    Stopped,
+    /// It ended without a word, or lied.
+    Crashed,
+}
+
+impl State {
+    /// As in the report.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Vacant => "vacant",
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Draining => "draining",
+            State::Stopped => "stopped",
+            State::Crashed => "crashed",
+        }
+    }
+}
+
+/// A worker's place.
+#[derive(Debug)]
+pub struct Member {
+    /// Such as `default/0`.
+    pub id: String,
+    /// CPU its worker is to run on.
+    pub core: Option<usize>,
+    /// Where it is in its life.
+    pub state: State,
+    /// What a process must know to take the place; `None`: it is open to all who may connect.
+    pub token: Option<String>,
+    /// The process started for it.
+    pub process: Option<Process>,
+    /// The worker attached to it.
+    pub session: Option<Session>,
+    /// Name of its program, once known.
+    pub program: String,
+    /// One for each lane, in order.
+    counters: Vec<Arc<MemberCounters>>,
+    /// What its former sessions published.
+    past: Past,
+}
+
+#[derive(Debug, Default)]
+struct Past {
+    busy_ticks: u64,
+    published: std::collections::BTreeMap<String, u64>,
+}
+
+/// A worker that has taken a place.
+#[derive(Debug)]
+pub struct Session {
+    /// Its connection.
+    pub connection: ConnectionId,
+    /// Process id, as the kernel says.
+    pub pid: u32,
+    down: Down,
+    up: Up,
+    doorbell: Arc<OwnedFd>,
+}
+
+/// What a worker is handed, beside the packet memory.
+#[derive(Debug)]
+pub struct Handover {
+    /// Its down segment, read-only.
+    pub down: OwnedFd,
+    /// Its up segment, writable.
+    pub up: OwnedFd,
+    /// Its doorbell.
+    pub doorbell: OwnedFd,
+}
+
+/// A session could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// No memory or descriptors.
+    #[error("cannot make a worker's segments: {0}")]
+    Io(#[from] io::Error),
+    /// They are not as they should be.
+    #[error("cannot make a worker's segments: {0}")]
+    Layout(#[from] LayoutError),
+}
+
+impl Member {
+    /// A vacant place.
+    pub fn new(id: String, core: Option<usize>, lanes: usize) -> Self {
+        Member {
+            id,
+            core,
+            state: State::Vacant,
+            token: None,
+            process: None,
+            session: None,
+            program: String::new(),
+            counters: (0..lanes).map(|_| Arc::default()).collect(),
+            past: Past::default(),
+        }
+    }
+
+    /// Makes the segments of a session. Returns the lanes' links, in order, and what the worker is handed.
+    ///
+    /// # Errors
+    /// [`SessionError`]
+    pub fn begin_session(
+        &mut self,
+        connection: ConnectionId,
+        pid: u32,
+        geometry: Geometry,
+    ) -> Result<(Vec<MemberLink>, Handover), SessionError> {
+        let down_fd = segment::create("xfan-down", geometry.down_bytes())?;
+        let up_fd = segment::create("xfan-up", geometry.up_bytes())?;
+        let down = Down::create(&down_fd, geometry)?;
+        let up = Up::create(&up_fd, geometry)?;
+        segment::seal_against_further_writers(&down_fd)?;
+        let doorbell = lanes::doorbell()?;
+        let links = (0..geometry.lanes)
+            .zip(&self.counters)
+            .map(|(lane, counters)| MemberLink {
+                ring: Producer::new(SharedRing::new(&down, &up, lane)),
+                up: up.clone(),
+                doorbell: doorbell.clone(),
+                counters: counters.clone(),
+            })
+            .collect();
+        let handover = Handover {
+            down: segment::reopen_read_only(&down_fd)?,
+            up: up_fd,
+            doorbell: doorbell.as_fd().try_clone_to_owned()?,
+        };
+        self.session = Some(Session { connection, pid, down, up, doorbell });
+        Ok((links, handover))
+    }
+
+    /// Tells the worker that what is in its rings is the last.
+    pub fn close(&self) {
+        if let Some(session) = &self.session {
+            session.down.set_phase(Phase::Closing);
+            let _ = nix::unistd::write(&session.doorbell, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Forgets the session; what it published is kept.
+    pub fn end_session(&mut self) -> Option<Session> {
+        let session = self.session.take()?;
+        self.past.busy_ticks += session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
+        for (name, value) in session.up.published_counters() {
+            *self.past.published.entry(name).or_default() += value;
+        }
+        Some(session)
+    }
+
+    /// Whether a lane caught its worker lying, since the last call.
+    pub fn take_corrupt(&self) -> bool {
+        self.counters
+            .iter()
+            .fold(false, |found, lane| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel) || found)
+    }
+
+    fn sum(&self, field: impl Fn(&MemberCounters) -> &Counter) -> u64 {
+        self.counters.iter().map(|lane| field(lane).get()).sum()
+    }
+
+    /// Packets in its rings.
+    pub fn backlog(&self) -> u64 {
+        // Read in this order, a sum can only be too high while packets flow.
+        let gone = self.sum(|lane| &lane.committed) + self.sum(|lane| &lane.lost);
+        self.sum(|lane| &lane.delivered).saturating_sub(gone)
+    }
+
+    /// Packets that were in its rings when it was gone.
+    pub fn lost(&self) -> u64 {
+        self.sum(|lane| &lane.lost)
+    }
+
+    /// What is known of it.
+    pub fn report(&self, buckets: usize) -> report::Member {
+        let mut counters = self.past.published.clone();
+        let mut busy = self.past.busy_ticks;
+        if let Some(session) = &self.session {
+            busy = busy.wrapping_add(session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed));
+            for (name, value) in session.up.published_counters() {
+                let sum: &mut u64 = counters.entry(name).or_default();
+                *sum = sum.wrapping_add(value);
+            }
+        }
+        let process = self.process.as_ref().map(Process::pid);
+        report::Member {
+            id: self.id.clone(),
+            program: self.program.clone(),
+            pid: self.session.as_ref().map(|session| session.pid).or(process).unwrap_or(0),
+            core: self.core,
+            state: self.state.name().to_owned(),
+            buckets,
+            backlog: self.backlog(),
+            delivered: self.sum(|lane| &lane.delivered),
+            committed: self.sum(|lane| &lane.committed),
+            dropped: self.sum(|lane| &lane.dropped),
+            lost: self.lost(),
+            wakeups: self.sum(|lane| &lane.wakeups),
+            busy_ns: ticks_to_ns(busy),
+            counters,
+        }
+    }
+}

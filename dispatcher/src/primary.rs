@@ -1,0 +1,473 @@
+//! The primary's control thread: members, lanes and operators meet here.
+//!
+//! One thread, one owner of all state: connections, processes and signals become events, and each is dealt with to
+//! its end before the next. To a lane it speaks by commands; from a lane it reads counters.
+
+mod attach;
+mod stop;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use xfan_shm::layout::Geometry;
+use xfan_shm::protocol::{Reply, Request};
+
+use crate::control::{Answer, ConnectionId, Event, Listener};
+use crate::exit::Exit;
+use crate::lane::Command;
+use crate::lanes::LaneHandle;
+use crate::members::{Member, State};
+use crate::port::Port;
+use crate::report::{self, Report};
+use crate::steer::BucketTable;
+use crate::supervisor::{Process, SpawnError, WorkerCommand};
+use crate::sys;
+use crate::umem::PacketMemory;
+
+pub use stop::Outcome;
+
+/// How often the control thread looks after what sends no event: vanished interfaces, lanes that ended, liars.
+const TICK: Duration = Duration::from_millis(50);
+
+/// What a primary is made of.
+#[derive(Debug)]
+pub struct Primary {
+    /// Interface name, for the report.
+    pub name: String,
+    /// How packets come in, for the report.
+    pub mode: String,
+    /// The interface; none where packets come from memory.
+    pub port: Option<Port>,
+    /// Where packets lie.
+    pub memory: Arc<PacketMemory>,
+    /// Sizes of every worker's segments.
+    pub geometry: Geometry,
+    /// One for each queue.
+    pub lanes: Vec<LaneHandle>,
+    /// The group's places.
+    pub members: Vec<Member>,
+    /// How workers wait: spin, then yield.
+    pub idle: (Duration, Duration),
+    /// How long workers may take to attach.
+    pub start_timeout: Duration,
+    /// How long workers may take to finish, and to end.
+    pub stop_timeout: Duration,
+    table: BucketTable,
+    started: Instant,
+}
+
+/// Why a primary ended.
+#[derive(Debug, thiserror::Error)]
+pub enum PrimaryError {
+    /// A worker cannot be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// A worker ended before it attached.
+    #[error(
+        "worker {member} ({program}) ended before it attached: {how}. Run it by hand to see why; \
+         a worker must attach to the socket named in XFAN_SOCKET"
+    )]
+    EndedEarly {
+        /// Its place.
+        member: String,
+        /// Its program.
+        program: String,
+        /// Exit status or signal.
+        how: String,
+    },
+    /// A worker did not attach in time.
+    #[error(
+        "worker {member} ({program}) has not attached within {timeout:?}: is it an xfan worker? If it needs longer, \
+         raise start_timeout"
+    )]
+    NotAttached {
+        /// Its place.
+        member: String,
+        /// Its program.
+        program: String,
+        /// `start_timeout`.
+        timeout: Duration,
+    },
+    /// A worker was refused.
+    #[error("worker {member} ({program}) was refused: {reason}")]
+    Refused {
+        /// Its place.
+        member: String,
+        /// Its program.
+        program: String,
+        /// What it was told.
+        reason: String,
+    },
+    /// No supervised worker is left.
+    #[error("no worker is left: the last one, {member}, ended ({how})")]
+    NoneLeft {
+        /// Its place.
+        member: String,
+        /// Exit status or signal.
+        how: String,
+    },
+    /// The interface is gone.
+    #[error("interface {0} has vanished")]
+    Vanished(String),
+    /// A lane's thread ended by itself.
+    #[error("the lane of queue {0} ended unexpectedly: this is a bug of xfan")]
+    LaneEnded(u32),
+    /// Packets cannot be let in.
+    #[error(transparent)]
+    Port(#[from] crate::port::PortError),
+    /// The runtime failed.
+    #[error("control thread: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl PrimaryError {
+    /// The exit code of the process.
+    pub fn exit(&self) -> Exit {
+        match self {
+            PrimaryError::Spawn(_)
+            | PrimaryError::EndedEarly { .. }
+            | PrimaryError::NotAttached { .. }
+            | PrimaryError::Refused { .. }
+            | PrimaryError::NoneLeft { .. } => Exit::Workers,
+            PrimaryError::Vanished(_) => Exit::Interface,
+            PrimaryError::LaneEnded(_) | PrimaryError::Io(_) | PrimaryError::Port(_) => Exit::Failure,
+        }
+    }
+}
+
+/// Sends the primary's own events to itself.
+type Events = (mpsc::UnboundedSender<Event>, mpsc::UnboundedReceiver<Event>);
+
+impl Primary {
+    /// A primary of these parts.
+    #[allow(clippy::too_many_arguments)] // each its own thing, used at one place
+    pub fn new(
+        name: String,
+        port: Option<Port>,
+        memory: Arc<PacketMemory>,
+        geometry: Geometry,
+        lanes: Vec<LaneHandle>,
+        members: Vec<Member>,
+        idle: (Duration, Duration),
+        timeouts: (Duration, Duration),
+    ) -> Self {
+        let mode = port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode);
+        Primary {
+            name,
+            mode,
+            port,
+            memory,
+            geometry,
+            lanes,
+            members,
+            idle,
+            start_timeout: timeouts.0,
+            stop_timeout: timeouts.1,
+            table: BucketTable::empty(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Starts the workers, lets packets in once all have attached, and serves until a signal or an error ends it. Everything
+    /// is taken down again before this returns.
+    ///
+    /// # Errors
+    /// If the runtime cannot be made; what goes wrong later is part of the outcome.
+    pub fn run(
+        self,
+        listener: &Listener,
+        workers: Option<&WorkerCommand>,
+        sockets: &[OwnedFd],
+    ) -> std::io::Result<Outcome> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(self.run_async(listener, workers, sockets))
+    }
+
+    async fn run_async(
+        mut self,
+        listener: &Listener,
+        workers: Option<&WorkerCommand>,
+        sockets: &[OwnedFd],
+    ) -> std::io::Result<Outcome> {
+        let mut events: Events = mpsc::unbounded_channel();
+        let accepting = listener.serve(events.0.clone())?;
+        let result = self.serve(listener, workers, sockets, &mut events).await;
+        let outcome = self.stop(result, &mut events).await;
+        accepting.abort();
+        Ok(outcome)
+    }
+
+    /// From the start of the workers to the signal that ends it.
+    async fn serve(
+        &mut self,
+        listener: &Listener,
+        workers: Option<&WorkerCommand>,
+        sockets: &[OwnedFd],
+        events: &mut Events,
+    ) -> Result<(), PrimaryError> {
+        let mut interrupted = signal(SignalKind::interrupt())?;
+        let mut terminated = signal(SignalKind::terminate())?;
+        if let Some(command) = workers {
+            self.start_workers(command, listener, &events.0)?;
+        }
+        let attached_by = Instant::now() + self.start_timeout;
+        let mut open = false;
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            if !open && self.members.iter().all(|member| member.state != State::Starting) {
+                if let Some(port) = &self.port {
+                    port.open(sockets)?;
+                }
+                tracing::info!(
+                    interface = self.name,
+                    mode = self.mode,
+                    lanes = self.lanes.len(),
+                    workers = self.members.iter().filter(|member| member.state == State::Running).count(),
+                    socket = %listener.path().display(),
+                    "running"
+                );
+                open = true;
+            }
+            tokio::select! {
+                Some(event) = events.1.recv() => self.handle(event)?,
+                _ = ticks.tick() => self.look_after()?,
+                _ = interrupted.recv() => return Ok(()),
+                _ = terminated.recv() => return Ok(()),
+            }
+            if !open && Instant::now() >= attached_by {
+                self.report_missing()?;
+            }
+        }
+    }
+
+    /// Starts a process for each place.
+    fn start_workers(
+        &mut self,
+        command: &WorkerCommand,
+        listener: &Listener,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> Result<(), PrimaryError> {
+        if command.user.is_root() {
+            tracing::warn!(
+                "workers run as root, as asked: nothing keeps them from writing to packets and segments that are not theirs"
+            );
+        }
+        for (place, member) in self.members.iter_mut().enumerate() {
+            let token = random_token()?;
+            let process = Process::spawn(command, listener.path(), &member.id, &token)?;
+            member.program = command.command.first().cloned().unwrap_or_default();
+            member.token = Some(token);
+            member.state = State::Starting;
+            let ended = sys::watched(process.watch()?, Interest::READABLE)?;
+            member.process = Some(process);
+            let events = events.clone();
+            tokio::spawn(async move {
+                let _ = ended.readable().await;
+                let _ = events.send(Event::Exited(place));
+            });
+        }
+        Ok(())
+    }
+
+    fn report_missing(&self) -> Result<(), PrimaryError> {
+        match self.members.iter().find(|member| member.state == State::Starting) {
+            Some(member) => Err(PrimaryError::NotAttached {
+                member: member.id.clone(),
+                program: member.program.clone(),
+                timeout: self.start_timeout,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Deals with one event.
+    fn handle(&mut self, event: Event) -> Result<(), PrimaryError> {
+        match event {
+            Event::Request { connection, peer, request, answer } => {
+                let (reply, refused) = match request {
+                    Request::Stats => (self.stats(), Ok(())),
+                    Request::Attach(attach) => self.attach(connection, peer, attach),
+                    Request::Detach => {
+                        self.begin_detach(connection);
+                        (Answer::default(), Ok(()))
+                    }
+                };
+                // Whoever asked may be gone.
+                let _ = answer.send(reply);
+                refused
+            }
+            Event::HangUp(connection) => {
+                self.hang_up(connection);
+                Ok(())
+            }
+            Event::Exited(place) => self.process_ended(place),
+        }
+    }
+
+    fn stats(&mut self) -> Answer {
+        match serde_json::to_value(self.report()) {
+            Ok(report) => Reply::Stats(report).into(),
+            Err(_) => Answer::default(),
+        }
+    }
+
+    /// Looks after what sends no event.
+    fn look_after(&mut self) -> Result<(), PrimaryError> {
+        if let Some(lane) = self.lanes.iter().find(|lane| lane.ended()) {
+            return Err(PrimaryError::LaneEnded(lane.queue));
+        }
+        if self.port.as_ref().is_some_and(|port| !port.exists()) {
+            return Err(PrimaryError::Vanished(self.name.clone()));
+        }
+        for place in 0..self.members.len() {
+            if self.members[place].take_corrupt() {
+                tracing::error!(
+                    member = self.members[place].id,
+                    "its consumer index made no sense: evicted; what it had is counted as lost"
+                );
+                self.leave(place, State::Crashed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has all lanes use a table of those that run.
+    fn steer(&mut self) {
+        let running: Vec<u8> = self
+            .members
+            .iter()
+            .enumerate()
+            .filter(|(_, member)| member.state == State::Running)
+            .filter_map(|(place, _)| u8::try_from(place).ok())
+            .collect();
+        self.table = self.table.with_members(&running);
+        for lane in &mut self.lanes {
+            lane.command(Command::Steer(Box::new(self.table.clone())));
+        }
+    }
+
+    /// The worker in this place is no more: its flows go to the others, its frames are free.
+    fn leave(&mut self, place: usize, state: State) {
+        let member = &mut self.members[place];
+        member.state = state;
+        if member.end_session().is_none() {
+            return;
+        }
+        self.steer();
+        for lane in &mut self.lanes {
+            lane.command(Command::Retire(place));
+        }
+        self.settle();
+    }
+
+    /// Waits until the lanes have obeyed all commands: microseconds, or what the scheduler takes to run them.
+    fn settle(&self) {
+        let given_up = Instant::now() + Duration::from_secs(1);
+        while !self.lanes.iter().all(LaneHandle::obeyed) && Instant::now() < given_up {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// The member whose worker speaks through this connection.
+    fn place_of(&self, connection: ConnectionId) -> Option<usize> {
+        self.members
+            .iter()
+            .position(|member| member.session.as_ref().is_some_and(|session| session.connection == connection))
+    }
+
+    /// A worker wants to leave: it gets no new packets, and is told when the last is in its rings.
+    fn begin_detach(&mut self, connection: ConnectionId) {
+        let Some(place) = self.place_of(connection) else { return };
+        if self.members[place].state == State::Running {
+            self.members[place].state = State::Draining;
+            self.steer();
+            self.settle();
+            self.members[place].close();
+        }
+    }
+
+    fn hang_up(&mut self, connection: ConnectionId) {
+        let Some(place) = self.place_of(connection) else { return };
+        let draining = self.members[place].state == State::Draining;
+        let vacant = self.members[place].token.is_none();
+        self.leave(
+            place,
+            match (draining, vacant) {
+                (false, _) => State::Crashed,
+                (true, true) => State::Vacant,
+                (true, false) => State::Stopped,
+            },
+        );
+        let member = &self.members[place];
+        if draining {
+            tracing::info!(member = member.id, "detached");
+        } else {
+            tracing::warn!(member = member.id, lost = member.lost(), "its worker is gone without a word");
+        }
+    }
+
+    /// The process in this place has ended. Without any left, so does the primary.
+    fn process_ended(&mut self, place: usize) -> Result<(), PrimaryError> {
+        let member = &mut self.members[place];
+        let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
+        member.process = None;
+        let how = status.to_string();
+        if member.state == State::Starting {
+            return Err(PrimaryError::EndedEarly {
+                member: member.id.clone(),
+                program: member.program.clone(),
+                how,
+            });
+        }
+        let state = if status.success() { State::Stopped } else { State::Crashed };
+        tracing::warn!(member = member.id, how, "its process ended");
+        self.leave(place, state);
+        if self.members.iter().all(|member| member.process.is_none()) {
+            return Err(PrimaryError::NoneLeft { member: self.members[place].id.clone(), how });
+        }
+        Ok(())
+    }
+
+    /// What is known of everything.
+    pub fn report(&mut self) -> Report {
+        let (served, unserved) = self.port.as_ref().map(Port::counters).unwrap_or_default();
+        let mut served = served.into_iter();
+        let lanes = self.lanes.iter_mut().map(|lane| lane.report(served.next().unwrap_or_default())).collect();
+        let members = self
+            .members
+            .iter()
+            .enumerate()
+            .map(|(place, member)| member.report(u8::try_from(place).map_or(0, |place| self.table.share(place))))
+            .collect();
+        Report {
+            port: self.name.clone(),
+            mode: self.mode.clone(),
+            pid: std::process::id(),
+            uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            unserved,
+            lanes,
+            groups: vec![report::Group { name: "default".into(), members }],
+        }
+    }
+}
+
+/// 128 random bits, in hexadecimal.
+fn random_token() -> std::io::Result<String> {
+    let bytes: [u8; 16] = random_bytes()?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Random bytes from the kernel.
+///
+/// # Errors
+/// If /dev/urandom cannot be read.
+pub fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,123 @@
+//! A worker takes a place.
+
+use nix::sys::socket::UnixCredentials;
+use xfan_shm::layout::VERSION;
+use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
+
+use super::{Primary, PrimaryError};
+use crate::control::{Answer, ConnectionId};
+use crate::lane::Command;
+use crate::members::State;
+
+impl Primary {
+    /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
+    pub(super) fn attach(
+        &mut self,
+        connection: ConnectionId,
+        peer: UnixCredentials,
+        attach: Attach,
+    ) -> (Answer, Result<(), PrimaryError>) {
+        match self.admit(connection, peer, &attach) {
+            Ok(answer) => (answer, Ok(())),
+            Err((place, refusal)) => {
+                tracing::warn!(pid = peer.pid(), uid = peer.uid(), program = attach.program, "refused: {}", refusal.message);
+                let ours = place
+                    .map(|place| &self.members[place])
+                    .filter(|member| member.state == State::Starting && refusal.code == RefusalCode::Version);
+                let result = match ours {
+                    Some(member) => Err(PrimaryError::Refused {
+                        member: member.id.clone(),
+                        program: member.program.clone(),
+                        reason: refusal.message.clone(),
+                    }),
+                    None => Ok(()),
+                };
+                (Reply::Refused(refusal).into(), result)
+            }
+        }
+    }
+
+    fn admit(
+        &mut self,
+        connection: ConnectionId,
+        peer: UnixCredentials,
+        attach: &Attach,
+    ) -> Result<Answer, (Option<usize>, Refusal)> {
+        let place = self.choose(connection, attach).map_err(|refusal| (None, refusal))?;
+        let refused = |code, message: String| (Some(place), Refusal { code, message });
+        if attach.version != VERSION {
+            return Err(refused(
+                RefusalCode::Version,
+                format!(
+                    "the worker speaks protocol version {}, this primary version {VERSION}: use builds of the same release",
+                    attach.version
+                ),
+            ));
+        }
+        let fail = |error: &dyn std::fmt::Display| refused(RefusalCode::Closing, error.to_string());
+        let memory = self.memory.read_only_fd().try_clone_to_owned().map_err(|error| fail(&error))?;
+        let pid = u32::try_from(peer.pid()).unwrap_or(0);
+        let member = &mut self.members[place];
+        let (links, handover) =
+            member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
+        member.program.clone_from(&attach.program);
+        member.state = State::Running;
+        let attached = Attached {
+            member: member.id.clone(),
+            ports: vec![self.name.clone()],
+            geometry: self.geometry,
+            umem_bytes: self.memory.length() as u64,
+            core: member.core,
+            spin_ns: u64::try_from(self.idle.0.as_nanos()).unwrap_or(u64::MAX),
+            yield_ns: u64::try_from(self.idle.1.as_nanos()).unwrap_or(u64::MAX),
+        };
+        for (lane, link) in self.lanes.iter_mut().zip(links) {
+            lane.command(Command::Join(place, Box::new(link)));
+        }
+        self.steer();
+        tracing::info!(member = attached.member, pid, program = attach.program, "attached");
+        Ok(Answer {
+            reply: Some(Reply::Attached(attached)),
+            fds: vec![memory, handover.down, handover.up, handover.doorbell],
+        })
+    }
+
+    /// The place a worker may take.
+    fn choose(&self, connection: ConnectionId, attach: &Attach) -> Result<usize, Refusal> {
+        let refuse = |code, message: String| Err(Refusal { code, message });
+        if self.place_of(connection).is_some() {
+            return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
+        }
+        let place = match &attach.member {
+            Some(id) => match self.members.iter().position(|member| member.id == *id) {
+                Some(place) => place,
+                None => {
+                    return refuse(
+                        RefusalCode::UnknownMember,
+                        format!("there is no member {id}; there are {} in group default", self.members.len()),
+                    );
+                }
+            },
+            None => match self.members.iter().position(|member| member.token.is_none() && member.session.is_none()) {
+                Some(place) => place,
+                None => {
+                    return refuse(
+                        RefusalCode::Occupied,
+                        format!("all {} members have a worker: start the primary with more (-n)", self.members.len()),
+                    );
+                }
+            },
+        };
+        let member = &self.members[place];
+        if member.token.is_some() && member.token != attach.token {
+            return refuse(
+                RefusalCode::Forbidden,
+                format!("member {} is for the process that the primary started for it", member.id),
+            );
+        }
+        if member.session.is_some() {
+            return refuse(RefusalCode::Occupied, format!("member {} has a worker", member.id));
+        }
+        Ok(place)
+    }
+}

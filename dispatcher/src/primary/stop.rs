@@ -1,0 +1,134 @@
+//! The end of a primary: traffic back to the kernel first, then the workers, then the lanes; nothing is left.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use super::{Events, Primary, PrimaryError};
+use crate::control::Event;
+use crate::lane::Command;
+use crate::lanes::LaneHandle;
+use crate::members::State;
+use crate::report::Report;
+use crate::supervisor::Process;
+
+/// How often conditions are looked at while stopping.
+const POLL: Duration = Duration::from_millis(5);
+
+/// How a primary ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Why, unless it was asked to.
+    pub error: Option<PrimaryError>,
+    /// The last report.
+    pub report: Report,
+    /// What did not add up; nothing, unless there is a bug.
+    pub imbalances: Vec<String>,
+}
+
+impl Primary {
+    /// Takes everything down.
+    pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, events: &mut Events) -> Outcome {
+        if let Some(port) = &mut self.port {
+            port.close();
+        }
+        // What is on the RX rings still goes to the workers …
+        for lane in &mut self.lanes {
+            lane.command(Command::Drain);
+        }
+        let timeout = self.stop_timeout;
+        self.wait(events, timeout, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        // … who are told that it is the last, and may finish it …
+        for member in &mut self.members {
+            if member.state == State::Running {
+                member.state = State::Draining;
+                member.close();
+            }
+        }
+        self.wait(events, timeout, |primary| {
+            primary.lanes.iter().for_each(LaneHandle::wake);
+            primary.members.iter().all(|member| member.session.is_none() || member.backlog() == 0)
+        })
+        .await;
+        // … before they have to go.
+        self.signal_all(Signal::SIGTERM);
+        let gone = |primary: &Primary| primary.members.iter().all(|member| member.process.is_none());
+        if !self.wait(events, timeout, gone).await {
+            for member in self.members.iter().filter(|member| member.process.is_some()) {
+                tracing::warn!(member = member.id, "did not end within {timeout:?} of SIGTERM: killed");
+            }
+            self.signal_all(Signal::SIGKILL);
+            self.wait(events, Duration::from_secs(1), gone).await;
+        }
+        // Attached workers are nobody's children: they see the end of the connection.
+        for place in 0..self.members.len() {
+            let state = match self.members[place].state {
+                State::Draining => State::Stopped,
+                other => other,
+            };
+            self.leave(place, state);
+        }
+        let mut imbalances = Vec::new();
+        for lane in &mut self.lanes {
+            match lane.stop() {
+                None => imbalances.push(format!("lane {}: ended by a panic", lane.queue)),
+                Some(audit) if audit.lent + audit.lane > 0 => {
+                    imbalances.push(format!("lane {}: {} frames not given back", lane.queue, audit.lent + audit.lane));
+                }
+                Some(_) => {}
+            }
+        }
+        let report = self.report();
+        imbalances.extend(report.imbalances());
+        Outcome { error: result.err(), report, imbalances }
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
+            process.signal(signal);
+        }
+    }
+
+    /// Deals with events until the condition holds (`true`) or the time is up.
+    async fn wait(&mut self, events: &mut Events, timeout: Duration, done: impl Fn(&Primary) -> bool) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if done(self) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            if let Ok(Some(event)) = tokio::time::timeout(POLL, events.1.recv()).await {
+                self.handle_while_stopping(event);
+            }
+        }
+    }
+
+    fn handle_while_stopping(&mut self, event: Event) {
+        match event {
+            Event::Exited(place) => {
+                let member = &mut self.members[place];
+                if let Some(status) = member.process.as_mut().and_then(Process::ended) {
+                    member.process = None;
+                    let state = if status.success() { State::Stopped } else { State::Crashed };
+                    if !status.success() {
+                        tracing::warn!(member = member.id, how = %status, "its process ended");
+                    }
+                    self.leave(place, state);
+                }
+            }
+            // A worker is refused, and the rest is as always: errors end nothing that is ending already.
+            Event::Request { request: xfan_shm::protocol::Request::Attach(_), answer, .. } => {
+                let refusal = xfan_shm::protocol::Refusal {
+                    code: xfan_shm::protocol::RefusalCode::Closing,
+                    message: "this primary is stopping".into(),
+                };
+                let _ = answer.send(xfan_shm::protocol::Reply::Refused(refusal).into());
+            }
+            event => {
+                let _ = self.handle(event);
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The report of `xfan stats`: what the primary sends, as JSON, and how it looks to people.
+
+mod table;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+pub use table::render;
+
+/// Everything about one primary.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Interface name.
+    pub port: String,
+    /// How packets come in: XDP mode and bind mode, such as `native, copy`.
+    pub mode: String,
+    /// Process id of the primary.
+    pub pid: u32,
+    /// Nanoseconds since the primary started.
+    pub uptime_ns: u64,
+    /// XDP outcomes of queues that have no lane, summed up.
+    pub unserved: Xdp,
+    /// One for each RX queue served.
+    pub lanes: Vec<Lane>,
+    /// Who the packets go to.
+    pub groups: Vec<Group>,
+}
+
+/// A lane. `received = delivered + Σ dropped`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lane {
+    /// RX queue.
+    pub queue: u32,
+    /// CPU it is pinned on.
+    pub core: usize,
+    /// Packets taken from the RX ring.
+    pub received: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Packets pushed into workers' rings.
+    pub delivered: u64,
+    /// Packets dropped, by cause.
+    pub dropped: BTreeMap<String, u64>,
+    /// Packets without a readable 5-tuple; delivered like all others.
+    pub unparsed: u64,
+    /// Batches of packets taken.
+    pub batches: u64,
+    /// Time spent in turns that found packets, in nanoseconds.
+    pub busy_ns: u64,
+    /// Times the lane slept.
+    pub sleeps: u64,
+    /// What the kernel dropped before the lane saw it.
+    pub kernel: Kernel,
+    /// What the XDP program did with the queue's packets.
+    pub xdp: Xdp,
+    /// Who has the lane's frames.
+    pub frames: Frames,
+}
+
+/// Packets the kernel could not put into the socket: `XDP_STATISTICS` of getsockopt(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// For another reason than a full RX ring, mostly for want of a frame.
+    pub rx_dropped: u64,
+    /// The RX ring was full.
+    pub rx_ring_full: u64,
+    /// Times the kernel found the FILL ring empty.
+    pub fill_ring_empty: u64,
+    /// Descriptors on the FILL ring that the kernel refused.
+    pub rx_invalid_descs: u64,
+}
+
+/// Outcomes of the XDP program, in packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Xdp {
+    /// Sent to the socket.
+    pub redirect: u64,
+    /// Left to the kernel: the sum of the following.
+    pub pass: u64,
+    /// … not IP: ARP, LLDP, and so on.
+    pub pass_non_ip: u64,
+    /// … IPv6 neighbour or router discovery.
+    pub pass_nd: u64,
+    /// … a `pass` rule.
+    pub pass_rule: u64,
+    /// … the queue has no socket.
+    pub pass_no_socket: u64,
+}
+
+impl Xdp {
+    /// Adds another's counts.
+    pub fn add(&mut self, other: Xdp) {
+        self.redirect += other.redirect;
+        self.pass += other.pass;
+        self.pass_non_ip += other.pass_non_ip;
+        self.pass_nd += other.pass_nd;
+        self.pass_rule += other.pass_rule;
+        self.pass_no_socket += other.pass_no_socket;
+    }
+}
+
+/// The ledger of a lane's frames: `total` is the sum of the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frames {
+    /// All.
+    pub total: u32,
+    /// Nobody's.
+    pub free: u32,
+    /// The kernel's: on the FILL or RX ring, or in the NIC.
+    pub kernel: u32,
+    /// Being looked at.
+    pub lane: u32,
+    /// Workers'.
+    pub lent: u32,
+    /// Being transmitted.
+    pub tx: u32,
+}
+
+/// Workers that share one copy of the traffic.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    /// Its members.
+    pub members: Vec<Member>,
+}
+
+/// A worker's place in a group. `delivered = committed + backlog + lost`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Such as `default/0`.
+    pub id: String,
+    /// Name of the program.
+    pub program: String,
+    /// Process id; 0: none.
+    pub pid: u32,
+    /// CPU it is pinned on.
+    pub core: Option<usize>,
+    /// `vacant`, `starting`, `running`, `draining`, `stopped` or `crashed`.
+    pub state: String,
+    /// Buckets of the 4,096 that it takes.
+    pub buckets: usize,
+    /// Packets pushed into its rings.
+    pub delivered: u64,
+    /// Packets it gave back.
+    pub committed: u64,
+    /// Packets for it that were dropped because its ring was full.
+    pub dropped: u64,
+    /// Packets in its rings.
+    pub backlog: u64,
+    /// Packets that were in its rings when it was gone.
+    pub lost: u64,
+    /// Times a lane woke it.
+    pub wakeups: u64,
+    /// Time it spent on packets, in nanoseconds, as it says.
+    pub busy_ns: u64,
+    /// What it publishes.
+    pub counters: BTreeMap<String, u64>,
+}
+
+impl Report {
+    /// Packets received, delivered and dropped by the lanes.
+    pub fn totals(&self) -> (u64, u64, u64) {
+        self.lanes.iter().fold((0, 0, 0), |(received, delivered, dropped), lane| {
+            (received + lane.received, delivered + lane.delivered, dropped + lane.dropped.values().sum::<u64>())
+        })
+    }
+
+    /// What does not add up, in sentences; nothing at rest. While packets flow, counters are read one after the other
+    /// and may differ by what moved meanwhile.
+    pub fn imbalances(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for lane in &self.lanes {
+            let dropped: u64 = lane.dropped.values().sum();
+            if lane.received != lane.delivered + dropped {
+                found.push(format!(
+                    "lane {}: received {} is not delivered {} + dropped {dropped}",
+                    lane.queue, lane.received, lane.delivered
+                ));
+            }
+            let frames = &lane.frames;
+            let owned = frames.free + frames.kernel + frames.lane + frames.lent + frames.tx;
+            if frames.total != owned {
+                found.push(format!("lane {}: {} frames, but owners have {owned}", lane.queue, frames.total));
+            }
+        }
+        let delivered: u64 = self.lanes.iter().map(|lane| lane.delivered).sum();
+        for group in &self.groups {
+            let members: u64 = group.members.iter().map(|member| member.delivered).sum();
+            if members != delivered {
+                found.push(format!("group {}: lanes delivered {delivered}, members got {members}", group.name));
+            }
+        }
+        let backlog: u64 = self.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
+        let lent: u64 = self.lanes.iter().map(|lane| u64::from(lane.frames.lent)).sum();
+        if backlog != lent {
+            found.push(format!("workers have {backlog} packets, but {lent} frames are lent"));
+        }
+        found
+    }
+}

@@ -1,0 +1,179 @@
+//! The report as a table of at most 80 columns.
+
+use std::fmt::Write as _;
+
+use super::{Report, Xdp};
+
+/// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
+/// the time since start.
+pub fn render(report: &Report, earlier: Option<&Report>) -> String {
+    let earlier = earlier.filter(|earlier| earlier.pid == report.pid && earlier.lanes.len() == report.lanes.len());
+    let elapsed = report.uptime_ns - earlier.map_or(0, |earlier| earlier.uptime_ns.min(report.uptime_ns));
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write_all(&mut out, report, earlier, elapsed.max(1));
+    out
+}
+
+fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapsed: u64) -> std::fmt::Result {
+    writeln!(
+        out,
+        "{}: {}, primary {}, up {}.{} s",
+        report.port,
+        report.mode,
+        report.pid,
+        report.uptime_ns / 1_000_000_000,
+        report.uptime_ns / 100_000_000 % 10
+    )?;
+    writeln!(
+        out,
+        "\n{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
+        "queue", "core", "received", "pps", "dropped", "kernel", "passed", "busy"
+    )?;
+    for (place, lane) in report.lanes.iter().enumerate() {
+        let before = earlier.map(|earlier| &earlier.lanes[place]);
+        let received = lane.received.saturating_sub(before.map_or(0, |lane| lane.received));
+        let busy = lane.busy_ns.saturating_sub(before.map_or(0, |lane| lane.busy_ns));
+        writeln!(
+            out,
+            "{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
+            lane.queue,
+            lane.core,
+            lane.received,
+            short(rate(received, elapsed)),
+            short(lane.dropped.values().sum()),
+            short(lane.kernel.rx_dropped + lane.kernel.rx_ring_full),
+            short(lane.xdp.pass),
+            percent(busy, elapsed)
+        )?;
+    }
+    for (number, group) in report.groups.iter().enumerate() {
+        writeln!(
+            out,
+            "\n{:<12} {:>7} {:>4} {:<8} {:>12} {:>7} {:>7} {:>6} {:>5}",
+            "member", "pid", "core", "state", "delivered", "dropped", "backlog", "lost", "busy"
+        )?;
+        for (place, member) in group.members.iter().enumerate() {
+            let before = earlier.and_then(|earlier| earlier.groups.get(number)?.members.get(place));
+            let busy = member.busy_ns.saturating_sub(before.map_or(0, |member| member.busy_ns));
+            writeln!(
+                out,
+                "{:<12} {:>7} {:>4} {:<8} {:>12} {:>7} {:>7} {:>6} {:>5}",
+                member.id,
+                member.pid,
+                member.core.map_or_else(|| "-".into(), |core| core.to_string()),
+                member.state,
+                member.delivered,
+                short(member.dropped),
+                short(member.backlog),
+                short(member.lost),
+                percent(busy, elapsed)
+            )?;
+            for (name, value) in &member.counters {
+                writeln!(out, "  {name:<24} {value}")?;
+            }
+        }
+    }
+    write_ledger(out, report)
+}
+
+/// Where every packet and every frame is.
+fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
+    let mut xdp = report.unserved;
+    for lane in &report.lanes {
+        xdp.add(lane.xdp);
+    }
+    let Xdp { redirect, pass, pass_non_ip, pass_nd, pass_rule, pass_no_socket } = xdp;
+    writeln!(out, "\nxdp      redirected {redirect}, passed {pass}")?;
+    if pass > 0 {
+        writeln!(
+            out,
+            "         (not IP {pass_non_ip}, discovery {pass_nd}, rules {pass_rule}, no socket {pass_no_socket})"
+        )?;
+    }
+    let kernel = |field: fn(&super::Kernel) -> u64| report.lanes.iter().map(|lane| field(&lane.kernel)).sum::<u64>();
+    writeln!(
+        out,
+        "kernel   dropped {}, RX ring full {}, FILL ring empty {}",
+        kernel(|kernel| kernel.rx_dropped),
+        kernel(|kernel| kernel.rx_ring_full),
+        kernel(|kernel| kernel.fill_ring_empty)
+    )?;
+    let (received, delivered, dropped) = report.totals();
+    write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
+    let mut causes = std::collections::BTreeMap::new();
+    for (cause, count) in report.lanes.iter().flat_map(|lane| &lane.dropped).filter(|(_, count)| **count > 0) {
+        *causes.entry(cause).or_insert(0) += count;
+    }
+    if !causes.is_empty() {
+        let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
+        write!(out, "\n         ({})", causes.join(", "))?;
+    }
+    let frames = |field: fn(&super::Frames) -> u32| {
+        report.lanes.iter().map(|lane| u64::from(field(&lane.frames))).sum::<u64>()
+    };
+    writeln!(
+        out,
+        "\nframes   total {} = free {} + kernel {} + lane {} + lent {} + tx {}",
+        frames(|frames| frames.total),
+        frames(|frames| frames.free),
+        frames(|frames| frames.kernel),
+        frames(|frames| frames.lane),
+        frames(|frames| frames.lent),
+        frames(|frames| frames.tx)
+    )
+}
+
+/// Packets per second.
+fn rate(count: u64, elapsed_ns: u64) -> u64 {
+    u64::try_from(u128::from(count) * 1_000_000_000 / u128::from(elapsed_ns.max(1))).unwrap_or(u64::MAX)
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    format!("{}%", u128::from(part) * 100 / u128::from(whole.max(1)))
+}
+
+/// At most 6 characters: 999999, 1000k … 9999k, 10.0M.
+fn short(number: u64) -> String {
+    match number {
+        0..1_000_000 => number.to_string(),
+        1_000_000..10_000_000 => format!("{}k", number / 1000),
+        10_000_000..10_000_000_000 => format!("{}M", number / 1_000_000),
+        _ => format!("{}G", number / 1_000_000_000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Group, Lane, Member};
+
+    #[test]
+    fn fits_80_columns_whatever_the_numbers() {
+        let lane = Lane { queue: 127, core: 1023, received: 999_999_999_999, busy_ns: u64::MAX / 2, ..Lane::default() };
+        let member = Member {
+            id: "default/63".into(),
+            pid: 4_194_304,
+            core: Some(1023),
+            state: "draining".into(),
+            delivered: 999_999_999_999,
+            dropped: 999_999_999_999,
+            backlog: 1_048_576,
+            lost: 999_999,
+            busy_ns: 1,
+            ..Member::default()
+        };
+        let report = Report {
+            port: "enp129s0f1np1".into(),
+            mode: "native, zero-copy".into(),
+            pid: 4_194_304,
+            uptime_ns: u64::MAX / 2,
+            lanes: vec![lane],
+            groups: vec![Group { name: "default".into(), members: vec![member] }],
+            ..Report::default()
+        };
+        let text = render(&report, None);
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        assert!(text.contains("default/63"));
+    }
+}

@@ -1,0 +1,145 @@
+//! `xfan run`: from a configuration to a running primary.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use xfan_shm::layout::Geometry;
+use xfan_xdp::AttachError;
+
+use crate::config::{BudgetError, Config, ConfigError, FrameBudget, UserError, WorkerUser};
+use crate::control::{ControlError, Listener};
+use crate::exit::Exit;
+use crate::interface::{Interface, InterfaceError};
+use crate::lane::LaneConfig;
+use crate::lanes::{LaneHandle, LaneParts};
+use crate::members::Member;
+use crate::placement::{PlacementError, place};
+use crate::port::{Port, PortError};
+use crate::primary::{Outcome, Primary, PrimaryError, random_bytes};
+use crate::privileges::{PrivilegeError, check_privileges};
+use crate::steer::HashKey;
+use crate::supervisor::WorkerCommand;
+use crate::topology::{Machine, TopologyError};
+use crate::xsk::BindError;
+
+/// Why `xfan run` ended with an error.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+#[allow(missing_docs)] // each is its source
+pub enum RunError {
+    Config(#[from] ConfigError),
+    Privilege(#[from] PrivilegeError),
+    User(#[from] UserError),
+    Interface(#[from] InterfaceError),
+    Topology(#[from] TopologyError),
+    Placement(#[from] PlacementError),
+    Budget(#[from] BudgetError),
+    Port(#[from] PortError),
+    Control(#[from] ControlError),
+    Primary(#[from] PrimaryError),
+    Io(#[from] std::io::Error),
+    #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
+    Imbalance(Vec<String>),
+}
+
+impl RunError {
+    /// The exit code of the process.
+    pub fn exit(&self) -> Exit {
+        match self {
+            RunError::Config(error) => error.exit(),
+            RunError::Privilege(_) => Exit::Permission,
+            RunError::User(error) => error.exit(),
+            RunError::Interface(error) => error.exit(),
+            RunError::Topology(error) => error.exit(),
+            RunError::Placement(error) => error.exit(),
+            RunError::Budget(error) => error.exit(),
+            RunError::Port(PortError::Attach(AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. }))
+            | RunError::Port(PortError::Bind(BindError::Busy { .. }))
+            | RunError::Control(ControlError::Occupied(_)) => Exit::Busy,
+            RunError::Port(PortError::Attach(AttachError::Privilege { .. }))
+            | RunError::Port(PortError::Load(xfan_xdp::LoadError::Privilege { .. })) => Exit::Permission,
+            RunError::Port(PortError::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. })) => {
+                Exit::Interface
+            }
+            RunError::Primary(error) => error.exit(),
+            RunError::Port(_) | RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) => Exit::Failure,
+        }
+    }
+}
+
+/// Runs a primary until it is asked to end; returns its last report.
+///
+/// # Errors
+/// [`RunError`]. Everything is taken down again in either case.
+pub fn run(config: &Config) -> Result<Outcome, RunError> {
+    let interface = Interface::find(&config.interface)?;
+    let queues = interface.select(&config.queues)?;
+    interface.check_mtu(config.frame_size)?;
+    check_privileges()?;
+    let user = WorkerUser::find(config.user.as_deref())?;
+    let machine = Machine::discover(Some(&interface))?;
+    let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref())?;
+    for note in &placement.notes {
+        tracing::warn!("{note}");
+    }
+    let budget = FrameBudget::plan(queues.len(), config.workers, config, placement.shared)?;
+    let key = HashKey::from_bytes(match config.hash_key {
+        Some(key) => key,
+        None => random_bytes()?,
+    });
+    let (port, memory, sources) = Port::take(interface, queues.clone(), config, &budget, machine.nic_node())?;
+    let listener = Listener::bind(&config.socket, user.uid)?;
+    // Who shares a CPU must not spin on it.
+    let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
+    let mut lanes = Vec::with_capacity(queues.len());
+    let mut sockets = Vec::with_capacity(queues.len());
+    for ((source, slot), (queue, first)) in
+        sources.into_iter().zip(&placement.lanes).zip(queues.into_iter().zip(0u32..))
+    {
+        let region_bytes = budget.frames_per_lane * config.frame_size;
+        sockets.push(source.second_descriptor()?);
+        let parts = LaneParts {
+            queue,
+            core: slot.cpu,
+            config: LaneConfig {
+                batch: config.batch,
+                posted: budget.rx_ring,
+                spin: spin(slot.shared),
+                yields: config.idle.yielding,
+                port: 0,
+            },
+            memory: memory.clone(),
+            region: (
+                first * region_bytes,
+                config.frame_size,
+                NonZeroU32::new(budget.frames_per_lane).unwrap_or(NonZeroU32::MIN),
+            ),
+            key,
+            socket: Some(source.second_descriptor()?),
+        };
+        lanes.push(LaneHandle::spawn(parts, source)?);
+    }
+    let members = placement
+        .workers
+        .iter()
+        .enumerate()
+        .map(|(place, slot)| Member::new(format!("default/{place}"), Some(slot.cpu), lanes.len()))
+        .collect();
+    let geometry =
+        Geometry { lanes: u32::try_from(lanes.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
+    let workers_share = placement.workers.iter().any(|slot| slot.shared);
+    let primary = Primary::new(
+        config.interface.clone(),
+        Some(port),
+        memory,
+        geometry,
+        lanes,
+        members,
+        (spin(workers_share), config.idle.yielding),
+        (config.start_timeout, config.stop_timeout),
+    );
+    let workers =
+        (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });
+    let outcome = primary.run(&listener, workers.as_ref(), &sockets)?;
+    Ok(outcome)
+}

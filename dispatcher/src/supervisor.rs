@@ -1,0 +1,175 @@
+//! Starting worker processes: unprivileged, and with nothing of the primary's but their place.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::sys::signal::Signal;
+use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_TOKEN};
+
+use crate::config::WorkerUser;
+use crate::sys;
+
+/// What all workers of a primary have in common.
+#[derive(Clone, Debug)]
+pub struct WorkerCommand {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Whom they run as.
+    pub user: WorkerUser,
+}
+
+/// A worker could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// There is no such program.
+    #[error(
+        "worker command `{program}` not found: give its full path (sudo searches its own secure_path), \
+         or check the name"
+    )]
+    NotFound {
+        /// As given.
+        program: String,
+    },
+    /// It may not be executed.
+    #[error("worker command `{program}` cannot be executed by user {user}: {source}")]
+    NotExecutable {
+        /// As given.
+        program: String,
+        /// The workers' user.
+        user: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("cannot start worker command `{program}`: {source}")]
+    Other {
+        /// As given.
+        program: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A running worker process.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    /// Starts a worker for the member `member`: as the given user, without capabilities and without a way to get any, in
+    /// its own process group, with descriptors 0 (empty), 1 and 2, and told to end when the primary does.
+    ///
+    /// # Errors
+    /// [`SpawnError`]
+    pub fn spawn(command: &WorkerCommand, socket: &Path, member: &str, token: &str) -> Result<Self, SpawnError> {
+        let (program, arguments) =
+            command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
+        let user = &command.user;
+        let mut process = Command::new(program);
+        process
+            .args(arguments)
+            .env(ENV_SOCKET, socket)
+            .env(ENV_MEMBER, member)
+            .env(ENV_TOKEN, token)
+            .stdin(Stdio::null())
+            .process_group(0);
+        let unprivileged = !user.is_root();
+        if unprivileged {
+            process.env("USER", &user.name).env("LOGNAME", &user.name);
+            // Also empties the supplementary groups.
+            process.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+        }
+        // SAFETY: the closure only makes system calls that are async-signal-safe.
+        unsafe {
+            process.pre_exec(move || {
+                if unprivileged {
+                    drop_capabilities()?;
+                }
+                nix::sys::prctl::set_no_new_privs()?;
+                nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+                sys::close_on_exec_from(3)
+            });
+        }
+        let child = process.spawn().map_err(|source| {
+            let program = program.to_owned();
+            match source.kind() {
+                io::ErrorKind::NotFound => SpawnError::NotFound { program },
+                io::ErrorKind::PermissionDenied => {
+                    SpawnError::NotExecutable { program, user: user.name.clone(), source }
+                }
+                _ => SpawnError::Other { program, source },
+            }
+        })?;
+        let mut child = child;
+        match sys::pidfd_open(child.id()) {
+            Ok(pidfd) => Ok(Process { child, pidfd }),
+            Err(source) => {
+                // Our own child and not yet waited for: its number is still its own.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(SpawnError::Other { program: program.to_owned(), source })
+            }
+        }
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A descriptor that is readable once the process has ended.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
+    /// Signals the process; not its group, since what a worker starts is the worker's own.
+    pub fn signal(&self, signal: Signal) {
+        // It may have ended meanwhile.
+        let _ = sys::pidfd_signal(self.pidfd.as_fd(), signal);
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+}
+
+impl Drop for Process {
+    /// No worker outlives the primary's interest in it, also when starting the others failed.
+    fn drop(&mut self) {
+        if self.ended().is_none() {
+            self.signal(Signal::SIGKILL);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Empties all capability sets of the calling thread.
+fn drop_capabilities() -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    /// `_LINUX_CAPABILITY_VERSION_3`: two times effective, permitted, inheritable.
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = Header { version: VERSION_3, pid: 0 };
+    let none = [0u32; 6];
+    // SAFETY: both pointers lead to structures as capset(2) describes them.
+    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no pointers.
+    if unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
