@@ -1,0 +1,240 @@
+//! Becoming a member: the conversation on the control socket.
+
+use std::env;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use core_affinity::CoreId;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+use xfan_shm::clock;
+use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
+use xfan_shm::protocol::{
+    self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, MAX_REPLY, ProtocolError, RefusalCode, Reply,
+    Request,
+};
+use xfan_shm::segment::Mapping;
+
+use crate::leave::Leave;
+use crate::worker::Worker;
+use crate::{DEFAULT_BATCH, MAX_BATCH};
+
+/// How long the dispatcher may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a worker could not attach.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Neither the environment nor the program names a control socket.
+    #[error(
+        "no control socket: {ENV_SOCKET} is not set. `xfan run … -- COMMAND` sets it for the workers it starts; \
+         to join a running dispatcher, name its socket, such as /run/xfan/IFACE.sock"
+    )]
+    NoSocket,
+    /// Nothing listens there.
+    #[error(
+        "no dispatcher listens on {0}: start one with `xfan run -i IFACE …`, or name the socket of the one that runs"
+    )]
+    NoDispatcher(PathBuf),
+    /// The socket's permissions forbid it.
+    #[error(
+        "no permission to connect to {0}: run as the user or group that owns the socket and may enter its directory, or as root"
+    )]
+    Permission(PathBuf),
+    /// Connecting failed otherwise.
+    #[error("cannot connect to {0}: {1}")]
+    Connect(PathBuf, #[source] io::Error),
+    /// The dispatcher said no, and why.
+    #[error("the dispatcher refused this worker: {message}")]
+    Refused {
+        /// The kind of refusal.
+        code: RefusalCode,
+        /// A sentence.
+        message: String,
+    },
+    /// No answer.
+    #[error(
+        "{0} did not answer within {seconds} s: see in its log whether the dispatcher is well",
+        seconds = PATIENCE.as_secs()
+    )]
+    NoAnswer(PathBuf),
+    /// The conversation broke.
+    #[error("attaching to {0} failed: {1}")]
+    Protocol(PathBuf, #[source] ProtocolError),
+    /// The answer was none to this question.
+    #[error(
+        "{0} answered something else than was asked: is an xfan dispatcher of the same release behind it?"
+    )]
+    Unexpected(PathBuf),
+    /// The rings are not what was announced.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The packet memory cannot be mapped.
+    #[error("cannot map the packet memory: {0}")]
+    Umem(#[source] io::Error),
+    /// The thread cannot run where the dispatcher wants it.
+    #[error(
+        "cannot run on core {0}, which the dispatcher gave this worker: it is offline or outside this process' \
+         cpuset (see `taskset -p`); choose others with `xfan run --cores`"
+    )]
+    Core(usize),
+    /// A batch size outside the limits.
+    #[error("a batch of {0} packets is not possible: 1 to {MAX_BATCH}")]
+    Batch(usize),
+    /// The signal handlers cannot be installed.
+    #[error("cannot install handlers for SIGTERM and SIGINT: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// How a worker is to attach; made by [`Worker::builder`].
+#[derive(Debug, Clone)]
+pub struct Builder {
+    socket: Option<PathBuf>,
+    member: Option<String>,
+    token: Option<String>,
+    program: Option<String>,
+    batch: usize,
+    leave_on_signals: bool,
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Builder {
+            socket: None,
+            member: None,
+            token: None,
+            program: None,
+            batch: DEFAULT_BATCH,
+            leave_on_signals: false,
+        }
+    }
+
+    /// The dispatcher's control socket. Without it, the environment says where, which member, and with what token.
+    pub fn socket(mut self, path: impl Into<PathBuf>) -> Self {
+        self.socket = Some(path.into());
+        self
+    }
+
+    /// The member to become, such as `default/0`; any vacant one otherwise.
+    pub fn member(mut self, member: impl Into<String>) -> Self {
+        self.member = Some(member.into());
+        self
+    }
+
+    /// The program's name, for the dispatcher's log; the executable's file name otherwise.
+    pub fn program(mut self, name: impl Into<String>) -> Self {
+        self.program = Some(name.into());
+        self
+    }
+
+    /// Most packets in a batch, 1 to [`MAX_BATCH`]; [`DEFAULT_BATCH`] otherwise.
+    pub fn batch(mut self, packets: usize) -> Self {
+        self.batch = packets;
+        self
+    }
+
+    /// Leaves on SIGTERM and SIGINT: the first makes [`Worker::recv`] do what [`Worker::request_detach`] does, the
+    /// second ends the process at once. Without this, signals are the program's own affair.
+    pub fn leave_on_signals(mut self) -> Self {
+        self.leave_on_signals = true;
+        self
+    }
+
+    /// Attaches, and pins the calling thread to the core that the dispatcher names.
+    ///
+    /// # Errors
+    /// [`AttachError`]
+    pub fn attach(mut self) -> Result<Worker, AttachError> {
+        if !(1..=MAX_BATCH).contains(&self.batch) {
+            return Err(AttachError::Batch(self.batch));
+        }
+        let path = match self.socket.take() {
+            Some(path) => path,
+            None => {
+                let set = |name| env::var(name).ok().filter(|value| !value.is_empty());
+                self.member = self.member.or_else(|| set(ENV_MEMBER));
+                self.token = set(ENV_TOKEN);
+                env::var_os(ENV_SOCKET)
+                    .filter(|path| !path.is_empty())
+                    .map(PathBuf::from)
+                    .ok_or(AttachError::NoSocket)?
+            }
+        };
+        // Both before the dispatcher knows us: from then on it may ask us to stop, and packets may come.
+        let leave = Leave::new(self.leave_on_signals).map_err(AttachError::Signals)?;
+        clock::ticks_per_ns();
+        let control = dial(&path)?;
+        let request = Request::Attach(Attach {
+            version: VERSION,
+            member: self.member,
+            token: self.token,
+            program: self.program.unwrap_or_else(program_name),
+        });
+        let (attached, fds) = ask(&control, &request, &path)?;
+        let Ok([umem, down, up, doorbell]) = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds) else {
+            return Err(AttachError::Unexpected(path));
+        };
+        let umem_bytes = usize::try_from(attached.umem_bytes).unwrap_or(usize::MAX);
+        let umem = Mapping::read_only(umem, umem_bytes).map_err(AttachError::Umem)?;
+        let down = Down::open(down, attached.geometry)?;
+        let up = Up::open(up, attached.geometry)?;
+        if let Some(core) = attached.core {
+            pin(core)?;
+        }
+        Ok(Worker::new(attached, umem, down, up, control, doorbell, leave, self.batch))
+    }
+}
+
+fn program_name() -> String {
+    let path = env::current_exe().unwrap_or_default();
+    path.file_name().map_or_else(|| "worker".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Connects to the control socket.
+fn dial(path: &Path) -> Result<OwnedFd, AttachError> {
+    let failed = |errno: Errno| match errno {
+        Errno::ENOENT | Errno::ECONNREFUSED => AttachError::NoDispatcher(path.into()),
+        Errno::EACCES | Errno::EPERM => AttachError::Permission(path.into()),
+        _ => AttachError::Connect(path.into(), errno.into()),
+    };
+    let control =
+        socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).unwrap_or(i64::MAX));
+    setsockopt(&control, sockopt::ReceiveTimeout, &patience).map_err(failed)?;
+    setsockopt(&control, sockopt::SendTimeout, &patience).map_err(failed)?;
+    connect(control.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
+    Ok(control)
+}
+
+/// Sends the request and waits for what the dispatcher says to it.
+fn ask(control: impl AsFd, request: &Request, path: &Path) -> Result<(Attached, Vec<OwnedFd>), AttachError> {
+    let failed = |error: ProtocolError| {
+        if error.would_block() {
+            AttachError::NoAnswer(path.into())
+        } else {
+            AttachError::Protocol(path.into(), error)
+        }
+    };
+    protocol::send(&control, request, &[]).map_err(failed)?;
+    match protocol::receive(&control, MAX_REPLY).map_err(failed)? {
+        (Reply::Attached(attached), fds) => Ok((attached, fds)),
+        (Reply::Refused(refusal), _) => {
+            Err(AttachError::Refused { code: refusal.code, message: refusal.message })
+        }
+        (Reply::Stats(_), _) => Err(AttachError::Unexpected(path.into())),
+    }
+}
+
+/// Pins the calling thread.
+fn pin(core: usize) -> Result<(), AttachError> {
+    /// Cores that a `cpu_set_t` has room for.
+    const CORES: usize = 1024;
+    if core < CORES && core_affinity::set_for_current(CoreId { id: core }) {
+        Ok(())
+    } else {
+        Err(AttachError::Core(core))
+    }
+}

@@ -1,0 +1,205 @@
+//! A batch of packets from one lane, and a packet in it.
+
+use std::cell::Cell;
+use std::fmt;
+use std::ptr::NonNull;
+use std::slice;
+use std::time::Duration;
+
+use xfan_shm::Descriptor;
+use xfan_shm::clock::monotonic_ns;
+
+use crate::worker::Worker;
+
+/// Packets that one lane received, in order of reception: at least one.
+///
+/// [`commit`](Self::commit) gives them back. A batch that is dropped instead gives nothing back; the next
+/// [`Worker::recv`] returns the same packets again, and perhaps more.
+#[must_use = "packets that are not committed come again"]
+pub struct Batch<'a> {
+    worker: &'a mut Worker,
+    umem: NonNull<u8>,
+    /// Ticks when the look for packets began.
+    start: u64,
+    count: u32,
+    /// Monotonic nanoseconds, taken when the first packet's time is asked for.
+    now: Cell<Option<u64>>,
+}
+
+impl<'a> Batch<'a> {
+    /// The first `count` descriptors in the worker's array, which were checked against its packet memory.
+    #[inline(always)]
+    pub(crate) fn new(worker: &'a mut Worker, start: u64, count: u32) -> Self {
+        let umem = worker.umem();
+        Batch { worker, umem, start, count, now: Cell::new(None) }
+    }
+
+    /// Gives all packets back: the dispatcher may use their memory again.
+    #[inline]
+    pub fn commit(self) {
+        self.worker.commit(self.start, self.count);
+    }
+
+    /// Number of packets.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.count as usize
+    }
+
+    /// Never: a batch has at least one packet.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The lane that received them, which is to say the RX queue, counted from 0 over all ports.
+    #[inline]
+    pub fn lane(&self) -> usize {
+        self.worker.lane()
+    }
+
+    /// The packets, in order of reception.
+    #[inline]
+    pub fn iter(&self) -> Packets<'_> {
+        Packets { descriptors: self.worker.descriptors(self.count).iter(), batch: self }
+    }
+
+    /// The batch's point in time that packets' times are reckoned from.
+    fn now(&self) -> u64 {
+        let now = self.now.get().unwrap_or_else(monotonic_ns);
+        self.now.set(Some(now));
+        now
+    }
+}
+
+impl fmt::Debug for Batch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("lane", &self.lane()).field("packets", &self.len()).finish()
+    }
+}
+
+impl<'b> IntoIterator for &'b Batch<'_> {
+    type Item = Packet<'b>;
+    type IntoIter = Packets<'b>;
+
+    #[inline]
+    fn into_iter(self) -> Packets<'b> {
+        self.iter()
+    }
+}
+
+/// The packets of a batch, one after the other.
+#[derive(Clone, Debug)]
+pub struct Packets<'b> {
+    descriptors: slice::Iter<'b, Descriptor>,
+    batch: &'b Batch<'b>,
+}
+
+impl<'b> Iterator for Packets<'b> {
+    type Item = Packet<'b>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Packet<'b>> {
+        let descriptor = self.descriptors.next()?;
+        Some(Packet { descriptor, batch: self.batch })
+    }
+
+    #[inline]
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.descriptors.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Packets<'_> {}
+
+/// A packet, where the network card put it.
+#[derive(Clone, Copy)]
+pub struct Packet<'b> {
+    descriptor: &'b Descriptor,
+    batch: &'b Batch<'b>,
+}
+
+impl<'b> Packet<'b> {
+    /// Its bytes, from the Ethernet header on, without the frame check sequence.
+    #[inline(always)]
+    pub fn data(&self) -> &'b [u8] {
+        let Descriptor { offset, length, .. } = *self.descriptor;
+        // SAFETY: `offset + length` is within the mapped packet memory, as `Worker::scan` checked for every
+        // descriptor of a batch on this private copy of it. The batch borrows the worker, which owns the mapping; the
+        // dispatcher leaves a frame alone until it is committed, which consumes the batch that this borrows.
+        unsafe { slice::from_raw_parts(self.batch.umem.add(offset as usize).as_ptr(), usize::from(length)) }
+    }
+
+    /// The hash of its flow, equal for both directions. The dispatcher's key goes into it, so it differs from one start of the
+    /// dispatcher to the next.
+    #[inline]
+    pub fn hash(&self) -> u32 {
+        self.descriptor.hash
+    }
+
+    /// The lane that received it, as in [`Batch::lane`].
+    #[inline]
+    pub fn lane(&self) -> usize {
+        self.batch.lane()
+    }
+
+    /// The interface that it came in by, as an index into [`Worker::ports`].
+    #[inline]
+    pub fn port(&self) -> usize {
+        usize::from(self.descriptor.port)
+    }
+
+    /// The name of the interface that it came in by, such as `eth1`.
+    pub fn port_name(&self) -> &'b str {
+        self.batch.worker.ports().get(self.port()).map_or("?", String::as_str)
+    }
+
+    /// When the dispatcher received it, on the clock `CLOCK_MONOTONIC`.
+    ///
+    /// The packet carries the low 32 bits of the nanoseconds; the rest follows from the clock, read once when this is first
+    /// asked in a batch. So the time is right if the packet was received less than 4.29 seconds before that,
+    /// and a multiple of 4.29 seconds late otherwise.
+    #[inline]
+    pub fn time(&self) -> Duration {
+        Duration::from_nanos(full_time(self.descriptor.time, self.batch.now()))
+    }
+
+    /// Whether the dispatcher could read a 5-tuple. If not, the packet is no IP, or cut off, and
+    /// [`hash`](Self::hash) is over what addresses there are.
+    #[inline]
+    pub fn is_parsed(&self) -> bool {
+        self.descriptor.flags & Descriptor::UNPARSED == 0
+    }
+}
+
+impl fmt::Debug for Packet<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packet")
+            .field("lane", &self.lane())
+            .field("port", &self.port_name())
+            .field("length", &self.descriptor.length)
+            .field("hash", &self.hash())
+            .finish()
+    }
+}
+
+/// The latest time up to `now` whose low 32 bits are `low`.
+fn full_time(low: u32, now: u64) -> u64 {
+    #[allow(clippy::cast_possible_truncation)] // the low bits are wanted
+    let age = (now as u32).wrapping_sub(low);
+    now.saturating_sub(u64::from(age))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_high_bits_of_a_time_follow_from_now() {
+        const LAP: u64 = 1 << 32;
+        assert_eq!(full_time(5, 3 * LAP + 7), 3 * LAP + 5);
+        assert_eq!(full_time(5, 3 * LAP + 5), 3 * LAP + 5);
+        assert_eq!(full_time(u32::MAX, 3 * LAP + 7), 3 * LAP - 1);
+        assert_eq!(full_time(8, 7), 0, "a clock that just began");
+    }
+}

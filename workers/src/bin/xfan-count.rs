@@ -1,0 +1,100 @@
+//! `xfan-count`: reads the headers of every packet and counts. The shortest worker, and the one to measure with.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use xfan_worker::{Packet, Received, Worker};
+
+/// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it ends.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Control socket of the dispatcher; the environment says it to workers that `xfan run` starts.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The member to become, such as default/0; any vacant one otherwise.
+    #[arg(long)]
+    member: Option<String>,
+    /// Sleep before each commit, to be a slow worker, such as 10ms.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    sleep_per_batch: Option<Duration>,
+}
+
+/// Ethertype, version and header length of what is read: IPv4 without options.
+const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
+
+/// What was seen.
+#[derive(Default, serde::Serialize)]
+struct Totals {
+    member: String,
+    packets: u64,
+    bytes: u64,
+    /// Packets that are something else than plain IPv4, or too short to read.
+    other: u64,
+    /// Sum of addresses and ports, as proof that they were read: the order of packets does not matter.
+    checksum: u64,
+}
+
+impl Totals {
+    #[inline(always)]
+    fn count(&mut self, packet: Packet<'_>) {
+        let data = packet.data();
+        self.packets += 1;
+        self.bytes += data.len() as u64;
+        match data.first_chunk::<38>() {
+            Some(header) if header[12..15] == IPV4 => {
+                let word = |at: usize| {
+                    u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+                };
+                let [source, destination, ports] = [word(26), word(30), word(34)].map(u64::from);
+                self.checksum = self.checksum.wrapping_add(source + destination + ports);
+            }
+            _ => self.other += 1,
+        }
+    }
+}
+
+fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::error::Error>> {
+    let mut builder = Worker::builder().leave_on_signals();
+    if let Some(socket) = &arguments.socket {
+        builder = builder.socket(socket);
+    }
+    if let Some(member) = &arguments.member {
+        builder = builder.member(member);
+    }
+    let mut worker = builder.attach()?;
+    totals.member = worker.member().into();
+    let (mut packets, mut bytes) = (worker.counter("packets")?, worker.counter("bytes")?);
+    loop {
+        match worker.recv(Duration::from_millis(100))? {
+            Received::Packets(batch) => {
+                for packet in &batch {
+                    totals.count(packet);
+                }
+                packets.set(totals.packets);
+                bytes.set(totals.bytes);
+                if let Some(pause) = arguments.sleep_per_batch {
+                    std::thread::sleep(pause);
+                }
+                batch.commit();
+            }
+            Received::Idle => {}
+            Received::Closed => return Ok(()),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let (arguments, mut totals) = (Arguments::parse(), Totals::default());
+    let result = count(&arguments, &mut totals);
+    if !totals.member.is_empty() {
+        println!("{}", serde_json::json!(totals));
+    }
+    if let Err(error) = result {
+        eprintln!("xfan-count: {error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,148 @@
+//! From packets to records: the table, the clock, the counters and the output together.
+
+use std::time::{Duration, SystemTime};
+
+use xfan_worker::flow::Packet;
+use xfan_worker::{Batch, Counter, CounterError, Worker};
+
+use crate::output::{Output, OutputError};
+use crate::record::Record;
+use crate::table::{Flow, FlowTable};
+
+/// Time between two looks at the wall clock, at what has expired, and at what is to be written out.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// Meters the flows of one member.
+pub struct Meter {
+    member: String,
+    table: FlowTable,
+    output: Output,
+    totals: Totals,
+    published: Published,
+    /// Time of the monotonic clock's zero, in nanoseconds since 1970.
+    epoch: u64,
+    /// When the next round is due.
+    next_round: Duration,
+}
+
+/// What has been seen so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Packets that belong to a flow.
+    pub packets: u64,
+    /// Packets that belong to none: not IP, or cut off within its header.
+    pub unparsed: u64,
+    /// Flows that were idle for too long.
+    pub expired: u64,
+    /// Flows that had to make room.
+    pub evicted: u64,
+    /// Flows written out, for whatever reason.
+    pub written: u64,
+}
+
+struct Published {
+    active: Counter,
+    expired: Counter,
+    evicted: Counter,
+    unparsed: Counter,
+}
+
+impl Meter {
+    /// Begins, and publishes the counters.
+    ///
+    /// # Errors
+    /// [`CounterError`]
+    pub fn new(worker: &mut Worker, table: FlowTable, output: Output) -> Result<Self, CounterError> {
+        let published = Published {
+            active: worker.counter("flows_active")?,
+            expired: worker.counter("flows_expired")?,
+            evicted: worker.counter("flows_evicted")?,
+            unparsed: worker.counter("packets_unparsed")?,
+        };
+        let member = worker.member().to_owned();
+        let (totals, next_round) = (Totals::default(), Duration::ZERO);
+        Ok(Meter { member, table, output, totals, published, epoch: epoch(), next_round })
+    }
+
+    /// Counts the packets of a batch.
+    ///
+    /// # Errors
+    /// [`OutputError`]
+    pub fn add(&mut self, batch: &Batch<'_>) -> Result<(), OutputError> {
+        let mut now = Duration::ZERO;
+        for packet in batch {
+            now = packet.time();
+            let data = packet.data();
+            match Packet::parse(data) {
+                Some(parsed) => {
+                    self.totals.packets += 1;
+                    if let Some(flow) = self.table.add(&parsed, data.len(), nanoseconds(now)) {
+                        self.totals.evicted += 1;
+                        self.write(&flow)?;
+                    }
+                }
+                None => self.totals.unparsed += 1,
+            }
+        }
+        self.publish();
+        // By the packets' time: while there is a backlog, the packet that keeps a flow alive may still be in a ring.
+        self.round(now)
+    }
+
+    /// Nothing came: only time goes on.
+    ///
+    /// # Errors
+    /// [`OutputError`]
+    pub fn idle(&mut self) -> Result<(), OutputError> {
+        self.round(Duration::from_nanos(xfan_shm::clock::monotonic_ns()))
+    }
+
+    /// Writes out all flows.
+    ///
+    /// # Errors
+    /// [`OutputError`]
+    pub fn finish(&mut self) -> Result<Totals, OutputError> {
+        while let Some(flow) = self.table.remove_oldest() {
+            self.write(&flow)?;
+        }
+        self.publish();
+        self.output.flush()?;
+        Ok(self.totals)
+    }
+
+    fn round(&mut self, now: Duration) -> Result<(), OutputError> {
+        if now < self.next_round {
+            return Ok(());
+        }
+        self.next_round = now + ROUND;
+        self.epoch = epoch();
+        while let Some(flow) = self.table.expire(nanoseconds(now)) {
+            self.totals.expired += 1;
+            self.write(&flow)?;
+        }
+        self.publish();
+        self.output.flush()
+    }
+
+    fn write(&mut self, flow: &Flow) -> Result<(), OutputError> {
+        self.totals.written += 1;
+        self.output.write(&Record::new(flow, self.epoch, &self.member))
+    }
+
+    fn publish(&mut self) {
+        self.published.active.set(self.table.len() as u64);
+        self.published.expired.set(self.totals.expired);
+        self.published.evicted.set(self.totals.evicted);
+        self.published.unparsed.set(self.totals.unparsed);
+    }
+}
+
+/// Time of the monotonic clock's zero, in nanoseconds since 1970.
+fn epoch() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    nanoseconds(since_1970).saturating_sub(xfan_shm::clock::monotonic_ns())
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
