@@ -3,7 +3,7 @@
 //! In the order in which a test uses them:
 //!
 //! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
-//! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it.
+//! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it; [`primary`]: a dispatcher in it.
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
 //!   read with etherparse, so that it shares no code with what is tested.
 //! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
@@ -16,6 +16,7 @@ pub mod generator;
 pub mod link;
 pub mod netns;
 pub mod oracle;
+pub mod primary;
 pub mod process;
 pub mod receiver;
 pub mod replay;

@@ -110,7 +110,7 @@ impl Receiver {
         received
     }
 
-    /// Frames that arrived and found no room, by all the kernel's counters of all queues.
+    /// Frames that arrived and found no room, by the kernel's counters of all queues.
     ///
     /// # Errors
     /// The kernel does not tell.
@@ -118,7 +118,8 @@ impl Receiver {
         let mut dropped = 0;
         for queue in &self.queues {
             let counters = queue.xsk.rx.fd().xdp_statistics()?;
-            dropped += counters.rx_dropped() + counters.rx_ring_full() + counters.rx_fill_ring_empty_descs();
+            // A packet that found the FILL ring empty is in rx_dropped too.
+            dropped += counters.rx_dropped() + counters.rx_ring_full();
         }
         Ok(dropped)
     }

@@ -1,0 +1,216 @@
+//! A dispatcher under test: `xfan run` in a namespace, with a folder of its own for its socket and its workers' output.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+use xfan::control::ask_for_report;
+use xfan::report::Report;
+
+use crate::netns::Netns;
+use crate::process::{Exit, Process, ProcessError, binary};
+
+/// Between two looks at a report, while waiting.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
+
+/// A running `xfan run`.
+#[derive(Debug)]
+pub struct Primary {
+    /// The process.
+    pub process: Process,
+    folder: Folder,
+}
+
+/// A new folder that workers of any user may write to, removed when dropped.
+#[derive(Debug)]
+pub struct Folder(tempfile::TempDir);
+
+impl Folder {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn new() -> std::io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("xfan-t-").tempdir()?;
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777))?;
+        Ok(Folder(folder))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+/// The arguments of an `xfan run` to come.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    namespace: &'a Netns,
+    folder: Folder,
+    arguments: Vec<String>,
+    command: Vec<String>,
+}
+
+impl<'a> Launch<'a> {
+    /// `xfan run -i rx0` in a namespace.
+    ///
+    /// # Errors
+    /// There is no place for its folder.
+    pub fn on(namespace: &'a Netns) -> std::io::Result<Self> {
+        Ok(Launch { namespace, folder: Folder::new()?, arguments: vec![], command: vec![] })
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Adds arguments for `xfan run`, separated by blanks.
+    #[must_use]
+    pub fn with(mut self, arguments: &str) -> Self {
+        self.arguments.extend(arguments.split_whitespace().map(str::to_owned));
+        self
+    }
+
+    /// Sets the worker: one of the workspace's programs or a path, and arguments separated by blanks, in which `FOLDER`
+    /// stands for the folder.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn worker(mut self, program: &str, arguments: &str) -> Result<Self, ProcessError> {
+        let program =
+            if program.contains('/') { PathBuf::from(program) } else { binary(program)? };
+        let folder = self.folder.path().display().to_string();
+        self.command = vec![program.display().to_string()];
+        self.command.extend(arguments.split_whitespace().map(|argument| argument.replace("FOLDER", &folder)));
+        Ok(self)
+    }
+
+    /// `xfan-flow`, one file of records per member, for [`Primary::flow_records`].
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn flow_workers(self, count: usize) -> Result<Self, ProcessError> {
+        self.with(&format!("-n {count}")).worker("xfan-flow", "--output FOLDER/flows-{member}.json")
+    }
+
+    /// Starts it, without waiting for anything.
+    ///
+    /// # Errors
+    /// `xfan` is not built or does not start.
+    pub fn spawn(self) -> Result<Primary, ProcessError> {
+        let mut command = self.namespace.command(binary("xfan")?);
+        command.args(["run", "-i", "rx0", "--socket"]).arg(self.folder.join("xfan.sock")).args(&self.arguments);
+        if !self.command.is_empty() {
+            command.arg("--").args(&self.command);
+        }
+        // Who runs the tests by sudo is not to matter.
+        command.env_remove("SUDO_UID");
+        Ok(Primary { process: Process::spawn(command)?, folder: self.folder })
+    }
+
+    /// Starts it and waits until packets are let in.
+    ///
+    /// # Errors
+    /// It ends before; then the error holds what it wrote.
+    pub fn start(self) -> Result<Primary, ProcessError> {
+        let primary = self.spawn()?;
+        primary.process.wait_for_line(" running ")?;
+        Ok(primary)
+    }
+}
+
+impl Primary {
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("xfan.sock")
+    }
+
+    /// The folder of its socket and its workers' output.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its report.
+    ///
+    /// # Panics
+    /// It does not answer.
+    pub fn report(&self) -> Report {
+        ask_for_report(&self.socket()).expect("the primary answers")
+    }
+
+    /// Its report, once `ready` says so. Waits without limit, as the test's watchdog sets it.
+    ///
+    /// # Panics
+    /// It does not answer.
+    pub fn report_when(&self, ready: impl Fn(&Report) -> bool) -> Report {
+        loop {
+            let report = self.report();
+            if ready(&report) {
+                return report;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Its report, once `packets` have been redirected and are accounted for: received or dropped by the kernel, and
+    /// committed by whom they were delivered to, if `committed`.
+    ///
+    /// # Panics
+    /// It does not answer.
+    pub fn report_after(&self, packets: u64, committed: bool) -> Report {
+        self.report_when(|report| {
+            let redirected: u64 = report.lanes.iter().map(|lane| lane.xdp.redirect).sum();
+            let lost: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+            let backlog: u64 = report.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
+            redirected == packets
+                && report.totals().0 + lost == packets
+                && (!committed || backlog == 0)
+                && report.imbalances().is_empty()
+        })
+    }
+
+    /// Asks it to end, and waits for it. Its folder stays for [`flow_records`].
+    pub fn stop(self) -> (Exit, Folder) {
+        (self.process.end(Signal::SIGTERM), self.folder)
+    }
+}
+
+/// A record of `xfan-flow`.
+#[derive(Clone, Debug, PartialEq, serde::Deserialize)]
+#[allow(missing_docs)] // as `xfan-flow` documents them
+pub struct FlowRecord {
+    pub community_id: String,
+    pub proto: String,
+    pub src: std::net::IpAddr,
+    pub sport: u16,
+    pub dst: std::net::IpAddr,
+    pub dport: u16,
+    pub packets: u64,
+    pub bytes: u64,
+    pub first: f64,
+    pub last: f64,
+    pub member: String,
+}
+
+/// What all [`Launch::flow_workers`] of a primary wrote to its folder.
+///
+/// # Panics
+/// A file cannot be read, or holds something else than records.
+pub fn flow_records(folder: &Folder) -> Vec<FlowRecord> {
+    let files = std::fs::read_dir(folder.path()).expect("the folder is there");
+    let is_flows = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("flows-"));
+    files
+        .map(|entry| entry.expect("it can be listed").path())
+        .filter(is_flows)
+        .flat_map(|path| {
+            let text = std::fs::read_to_string(&path).expect("it can be read");
+            text.lines().map(|line| serde_json::from_str(line).expect("a flow record")).collect::<Vec<FlowRecord>>()
+        })
+        .collect()
+}
