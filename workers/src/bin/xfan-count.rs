@@ -92,9 +92,7 @@ fn main() -> ExitCode {
     if !totals.member.is_empty() {
         println!("{}", serde_json::json!(totals));
     }
-    if let Err(error) = result {
-        eprintln!("xfan-count: {error}");
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("xfan-count: {error}");
+    ExitCode::FAILURE
 }

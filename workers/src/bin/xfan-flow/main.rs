@@ -36,7 +36,7 @@ struct Arguments {
     /// File to append records to; {member} stands for the member, such as default-0; - is standard output.
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: String,
-    /// Most flows in the table (about 200 bytes each); when it is full, the longest idle one is written out.
+    /// Most flows in the table (about 150 bytes each); when it is full, the longest idle one is written out.
     #[arg(long, value_name = "FLOWS", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     max_flows: u32,
     /// A flow without packets for so long is over.
