@@ -8,6 +8,7 @@ use xfan::control::ask_for_report;
 use xfan::report::Report;
 
 use crate::netns::Netns;
+use crate::oracle::Flow;
 use crate::process::{Exit, Process, ProcessError, binary};
 
 /// Between two looks at a report, while waiting.
@@ -77,14 +78,23 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// Gives it a configuration file with this text.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn config(self, toml: &str) -> std::io::Result<Self> {
+        let file = self.folder.join("xfan.toml");
+        std::fs::write(&file, toml)?;
+        Ok(self.with(&format!("-c {}", file.display())))
+    }
+
     /// Sets the worker: one of the workspace's programs or a path, and arguments separated by blanks, in which `FOLDER`
     /// stands for the folder.
     ///
     /// # Errors
     /// It is not built.
     pub fn worker(mut self, program: &str, arguments: &str) -> Result<Self, ProcessError> {
-        let program =
-            if program.contains('/') { PathBuf::from(program) } else { binary(program)? };
+        let program = if program.contains('/') { PathBuf::from(program) } else { binary(program)? };
         let folder = self.folder.path().display().to_string();
         self.command = vec![program.display().to_string()];
         self.command.extend(arguments.split_whitespace().map(|argument| argument.replace("FOLDER", &folder)));
@@ -105,7 +115,10 @@ impl<'a> Launch<'a> {
     /// `xfan` is not built or does not start.
     pub fn spawn(self) -> Result<Primary, ProcessError> {
         let mut command = self.namespace.command(binary("xfan")?);
-        command.args(["run", "-i", "rx0", "--socket"]).arg(self.folder.join("xfan.sock")).args(&self.arguments);
+        command
+            .args(["run", "-i", "rx0", "--socket"])
+            .arg(self.folder.join("xfan.sock"))
+            .args(&self.arguments);
         if !self.command.is_empty() {
             command.arg("--").args(&self.command);
         }
@@ -166,8 +179,10 @@ impl Primary {
     pub fn report_after(&self, packets: u64, committed: bool) -> Report {
         self.report_when(|report| {
             let redirected: u64 = report.lanes.iter().map(|lane| lane.xdp.redirect).sum();
-            let lost: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
-            let backlog: u64 = report.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
+            let lost: u64 =
+                report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+            let backlog: u64 =
+                report.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
             redirected == packets
                 && report.totals().0 + lost == packets
                 && (!committed || backlog == 0)
@@ -198,19 +213,40 @@ pub struct FlowRecord {
     pub member: String,
 }
 
+impl FlowRecord {
+    /// Its flow, as the oracle names it.
+    ///
+    /// # Panics
+    /// Its protocol is neither a known name nor a number.
+    pub fn flow(&self) -> Flow {
+        let protocol = match self.proto.as_str() {
+            "icmp" => 1,
+            "tcp" => 6,
+            "udp" => 17,
+            "icmp6" => 58,
+            "sctp" => 132,
+            number => number.parse().expect("the name or the number of a protocol"),
+        };
+        Flow::between(protocol, (self.src, self.sport), (self.dst, self.dport))
+    }
+}
+
 /// What all [`Launch::flow_workers`] of a primary wrote to its folder.
 ///
 /// # Panics
 /// A file cannot be read, or holds something else than records.
 pub fn flow_records(folder: &Folder) -> Vec<FlowRecord> {
     let files = std::fs::read_dir(folder.path()).expect("the folder is there");
-    let is_flows = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("flows-"));
+    let is_flows =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("flows-"));
     files
         .map(|entry| entry.expect("it can be listed").path())
         .filter(is_flows)
         .flat_map(|path| {
             let text = std::fs::read_to_string(&path).expect("it can be read");
-            text.lines().map(|line| serde_json::from_str(line).expect("a flow record")).collect::<Vec<FlowRecord>>()
+            text.lines()
+                .map(|line| serde_json::from_str(line).expect("a flow record"))
+                .collect::<Vec<FlowRecord>>()
         })
         .collect()
 }
