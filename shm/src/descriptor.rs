@@ -66,6 +66,13 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        // Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 16 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         #[test]
         fn words_hold_every_field(offset: u32, time: u32, length: u16, port: u8, flags in 0u8..128, hash: u32) {
             let descriptor = Descriptor { offset, time, length, port, flags, hash };

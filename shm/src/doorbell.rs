@@ -30,7 +30,7 @@ impl Sleeper {
     pub fn announce(&mut self, epoch: &AtomicU32) {
         self.epoch = self.epoch.wrapping_add(1) | 1;
         epoch.store(self.epoch, Ordering::Relaxed);
-        // Pairs with the fence in `ring_needed`.
+        // Pairs with `Ringer::fence`.
         fence(Ordering::SeqCst);
     }
 
@@ -84,6 +84,7 @@ mod tests {
             assert!(!ringer.must_ring(&epoch));
             sleeper.awake(&epoch);
             assert!(!ringer.must_ring(&epoch));
+            assert!(!Ringer::default().must_ring(&epoch));
         }
     }
 }

@@ -305,6 +305,13 @@ mod tests {
     }
 
     proptest! {
+        // Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 16 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         #[test]
         fn any_bytes_are_read_without_panic(
             mut bytes in prop::collection::vec(any::<u8>(), 0..200),

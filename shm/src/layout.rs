@@ -11,12 +11,15 @@
 //!
 //! Words with different writers, and words with different readers, are [`LINE`] bytes apart. The geometry is validated
 //! once, when the segments are mapped, and a private copy is used from then on.
+//!
+//! A segment is stored to by its writer alone. For everyone else its pages are read-only: a store there ends the process
+//! by SIGSEGV, and loads are relaxed ones with a fence behind them, as Rust wants it for read-only memory.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::ring::{RingMemory, Slot};
 use crate::segment::Mapping;
@@ -153,13 +156,16 @@ impl Segment {
         self.u32_at(8).store(VERSION, Ordering::Relaxed);
         self.u32_at(12).store(self.geometry.lanes, Ordering::Relaxed);
         self.u32_at(16).store(self.geometry.slots, Ordering::Relaxed);
+        // Release: pairs with the Acquire fence in `check_header`.
         self.u64_at(0).store(magic, Ordering::Release);
     }
 
     fn check_header(&self, which: &'static str, magic: u64) -> Result<(), LayoutError> {
-        if self.u64_at(0).load(Ordering::Acquire) != magic {
+        if self.u64_at(0).load(Ordering::Relaxed) != magic {
             return Err(LayoutError::Magic(which));
         }
+        // Acquire: pairs with the Release in `write_header`.
+        fence(Ordering::Acquire);
         let version = self.u32_at(8).load(Ordering::Relaxed);
         if version != VERSION {
             return Err(LayoutError::Version(which, version));
@@ -215,11 +221,10 @@ impl Down {
     /// What the dispatcher tells the worker.
     #[inline]
     pub fn phase(&self) -> Phase {
+        let phase = self.0.u32_at(PHASE).load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `set_phase`.
-        match self.0.u32_at(PHASE).load(Ordering::Acquire) {
-            0 => Phase::Running,
-            _ => Phase::Closing,
-        }
+        fence(Ordering::Acquire);
+        if phase == 0 { Phase::Running } else { Phase::Closing }
     }
 }
 
@@ -300,7 +305,9 @@ impl Up {
         bytes[..name.len()].copy_from_slice(name.as_bytes());
         let (words, value) = self.counter(index);
         value.store(0, Ordering::Relaxed);
-        for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
+        // The first word last: who sees a name sees all of it.
+        for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)).rev() {
+            // Release: pairs with the Acquire fence in `published_counters`.
             word.store(u64::from_le_bytes(bytes.try_into().unwrap_or_default()), Ordering::Release);
         }
     }
@@ -311,7 +318,12 @@ impl Up {
             let (words, value) = self.counter(index);
             let bytes: Vec<u8> = words
                 .iter()
-                .flat_map(|word| word.load(Ordering::Acquire).to_le_bytes())
+                .flat_map(|word| {
+                    let bytes = word.load(Ordering::Relaxed).to_le_bytes();
+                    // Acquire: pairs with the Release in `publish_counter`.
+                    fence(Ordering::Acquire);
+                    bytes
+                })
                 .take_while(|byte| *byte != 0)
                 .collect();
             let name = String::from_utf8(bytes).ok().filter(|name| counter_name_is_valid(name))?;
@@ -331,7 +343,8 @@ pub fn counter_name_is_valid(name: &str) -> bool {
 pub struct SharedRing {
     slots: NonNull<Slot>,
     consumer: NonNull<AtomicU32>,
-    count: u32,
+    /// Slots less one; slots are a power of two.
+    mask: u32,
     /// Keep the memory mapped.
     _mappings: (Arc<Mapping>, Arc<Mapping>),
 }
@@ -354,7 +367,7 @@ impl SharedRing {
         SharedRing {
             slots,
             consumer,
-            count: geometry.slots,
+            mask: geometry.slots - 1,
             _mappings: (down.0.mapping.clone(), up.0.mapping.clone()),
         }
     }
@@ -363,15 +376,14 @@ impl SharedRing {
 impl RingMemory for SharedRing {
     #[inline(always)]
     fn slots(&self) -> u32 {
-        self.count
+        self.mask + 1
     }
 
     #[inline(always)]
-    fn slot(&self, index: u32) -> &Slot {
-        debug_assert!(index < self.count);
-        // SAFETY: `index < count` is this trait's contract, the ring masks it; the mapping is page-aligned and rings begin at a
-        // multiple of 128, so slots are aligned; all access is atomic.
-        unsafe { self.slots.add(index as usize).as_ref() }
+    fn slot(&self, position: u32) -> &Slot {
+        // SAFETY: masked, so it is one of the ring's slots, which lie in the down segment that `_mappings` keeps alive; the
+        // mapping is page-aligned and rings begin at a multiple of 128, so slots are aligned; all access is atomic.
+        unsafe { self.slots.add((position & self.mask) as usize).as_ref() }
     }
 
     #[inline(always)]

@@ -22,6 +22,8 @@ pub mod doorbell;
 pub mod flow;
 #[cfg(not(loom))]
 pub mod layout;
+#[cfg(all(test, loom))]
+mod models;
 #[cfg(not(loom))]
 pub mod protocol;
 pub mod ring;

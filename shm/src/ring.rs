@@ -15,11 +15,14 @@
 //! producer loads it when its private copy says *full* or when it wants its slots' frames back.
 //!
 //! The producer believes nothing: a consumer index that went backwards or past what was produced is an [`IndexError`].
-//! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics
+//! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics (`models`)
 //! while production runs them over mapped memory (`layout`).
+//!
+//! What the other side writes is mapped read-only here. On such memory Rust allows relaxed atomic loads and no others, so
+//! an Acquire load is written as a relaxed load and an Acquire fence behind it; on x86-64 it is the same instruction.
 
 use crate::descriptor::{Descriptor, LAP};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// One place in a ring: two words that only the producer writes.
 #[repr(C, align(16))]
@@ -43,8 +46,8 @@ impl Slot {
 pub trait RingMemory {
     /// Number of slots: a power of two, at least 1 and at most 2³¹; never changes.
     fn slots(&self) -> u32;
-    /// Slot `index`, which is less than [`slots`](Self::slots).
-    fn slot(&self, index: u32) -> &Slot;
+    /// The slot of a free-running `position`: number `position % slots`.
+    fn slot(&self, position: u32) -> &Slot;
     /// The consumer index: a free-running position that only the consumer writes.
     fn consumer(&self) -> &AtomicU32;
 }
@@ -83,6 +86,9 @@ pub struct Producer<M> {
 
 impl<M: RingMemory> Producer<M> {
     /// The producing end of a ring whose memory is zeroed and whose consumer index is 0.
+    ///
+    /// # Panics
+    /// If the memory's number of slots is none that [`RingMemory::slots`] allows.
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
@@ -93,7 +99,7 @@ impl<M: RingMemory> Producer<M> {
     #[doc(hidden)]
     pub fn starting_at(memory: M, position: u32) -> Self {
         let mut producer = Producer::new(memory);
-        assert_eq!(position % producer.slots.saturating_mul(2), 0);
+        assert_eq!(u64::from(position) % (2 * u64::from(producer.slots)), 0);
         (producer.head, producer.consumed) = (position, position);
         producer
     }
@@ -117,10 +123,10 @@ impl<M: RingMemory> Producer<M> {
         if self.room() == 0 {
             return false;
         }
-        let slot = self.memory.slot(self.head & (self.slots - 1));
+        let slot = self.memory.slot(self.head);
         let (word0, word1) = descriptor.to_words();
         slot.body.store(word0, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `Consumer::peek`; who sees the mark sees the body,
+        // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
         // and the packet's bytes that were written before this push.
         slot.mark.store(word1 | lap_mark(self.head, self.slots), Ordering::Release);
         self.head = self.head.wrapping_add(1);
@@ -135,9 +141,10 @@ impl<M: RingMemory> Producer<M> {
     /// ring holds is still there for [`take_all`](Self::take_all).
     #[inline]
     pub fn take_back(&mut self, returned: impl FnMut(Descriptor)) -> Result<u32, IndexError> {
+        let seen = self.memory.consumer().load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `Consumer::commit`; the consumer's reads of the packets
         // are over before their frames are used again.
-        let seen = self.memory.consumer().load(Ordering::Acquire);
+        fence(Ordering::Acquire);
         let committed = seen.wrapping_sub(self.consumed);
         if committed > self.lent() {
             return Err(IndexError { consumed: self.consumed, head: self.head, seen });
@@ -156,8 +163,8 @@ impl<M: RingMemory> Producer<M> {
 
     #[inline(always)]
     fn hand_back(&mut self, count: u32, mut returned: impl FnMut(Descriptor)) {
-        for position in 0..count {
-            let slot = self.memory.slot(self.consumed.wrapping_add(position) & (self.slots - 1));
+        for ahead in 0..count {
+            let slot = self.memory.slot(self.consumed.wrapping_add(ahead));
             // Own words: only this producer writes them.
             returned(Descriptor::from_words(
                 slot.body.load(Ordering::Relaxed),
@@ -178,6 +185,9 @@ pub struct Consumer<M> {
 
 impl<M: RingMemory> Consumer<M> {
     /// The consuming end of a ring whose memory is zeroed and whose consumer index is 0.
+    ///
+    /// # Panics
+    /// If the memory's number of slots is none that [`RingMemory::slots`] allows.
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
@@ -188,7 +198,7 @@ impl<M: RingMemory> Consumer<M> {
     #[doc(hidden)]
     pub fn starting_at(memory: M, position: u32) -> Self {
         let mut consumer = Consumer::new(memory);
-        assert_eq!(position % consumer.slots.saturating_mul(2), 0);
+        assert_eq!(u64::from(position) % (2 * u64::from(consumer.slots)), 0);
         consumer.position = position;
         consumer
     }
@@ -200,12 +210,13 @@ impl<M: RingMemory> Consumer<M> {
             return None;
         }
         let position = self.position.wrapping_add(ahead);
-        let slot = self.memory.slot(position & (self.slots - 1));
-        // Acquire: pairs with the Release in `Producer::push`.
-        let mark = slot.mark.load(Ordering::Acquire);
+        let slot = self.memory.slot(position);
+        let mark = slot.mark.load(Ordering::Relaxed);
         if mark & LAP != lap_mark(position, self.slots) {
             return None;
         }
+        // Acquire: pairs with the Release in `Producer::push`.
+        fence(Ordering::Acquire);
         Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
     }
 
@@ -214,7 +225,7 @@ impl<M: RingMemory> Consumer<M> {
     #[inline(always)]
     pub fn commit(&mut self, count: u32) {
         self.position = self.position.wrapping_add(count);
-        // Release: pairs with the Acquire in `Producer::take_back`.
+        // Release: pairs with the Acquire fence in `Producer::take_back`.
         self.memory.consumer().store(self.position, Ordering::Release);
     }
 }
@@ -224,6 +235,7 @@ pub(crate) mod heap {
     use super::*;
 
     /// A ring in ordinary memory, for tests and models.
+    #[derive(Debug)]
     pub(crate) struct HeapRing {
         slots: Box<[Slot]>,
         consumer: AtomicU32,
@@ -246,20 +258,21 @@ pub(crate) mod heap {
         fn slots(&self) -> u32 {
             u32::try_from(self.slots.len()).expect("small")
         }
-        fn slot(&self, index: u32) -> &Slot {
-            &self.slots[index as usize]
+        fn slot(&self, position: u32) -> &Slot {
+            &self.slots[position as usize & (self.slots.len() - 1)]
         }
         fn consumer(&self) -> &AtomicU32 {
             &self.consumer
         }
     }
 
-    impl RingMemory for std::sync::Arc<HeapRing> {
+    #[cfg(loom)] // models hand the ring to two threads
+    impl RingMemory for loom::sync::Arc<HeapRing> {
         fn slots(&self) -> u32 {
             (&**self).slots()
         }
-        fn slot(&self, index: u32) -> &Slot {
-            &self.slots[index as usize]
+        fn slot(&self, position: u32) -> &Slot {
+            &self.slots[position as usize & (self.slots.len() - 1)]
         }
         fn consumer(&self) -> &AtomicU32 {
             &self.consumer
@@ -312,7 +325,34 @@ mod tests {
         prop_oneof![3 => Just(Step::Push), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
     }
 
+    /// What a consumer writes that is out of its mind.
+    #[derive(Clone, Debug)]
+    enum Index {
+        Any(u32),
+        BesideConsumed(i32),
+        BesideHead(i32),
+    }
+
+    fn lie() -> impl Strategy<Value = Index> {
+        prop_oneof![
+            any::<u32>().prop_map(Index::Any),
+            (-3..40).prop_map(Index::BesideConsumed),
+            (-40..3).prop_map(Index::BesideHead),
+        ]
+    }
+
+    /// Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+    fn cases() -> ProptestConfig {
+        if cfg!(miri) {
+            ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() }
+        } else {
+            ProptestConfig::default()
+        }
+    }
+
     proptest! {
+        #![proptest_config(cases())]
+
         /// The ring against a queue: same order, same contents, nothing lost, starting shortly before the wrap of positions.
         #[test]
         fn behaves_like_a_queue(
@@ -361,6 +401,49 @@ mod tests {
             let mut rest = 0;
             producer.take_all(|_| rest += 1);
             prop_assert_eq!(rest, lent.len());
+        }
+
+        /// Whatever a consumer index says, it is an error exactly when it is none an honest consumer can have written,
+        /// and descriptors come back once, in order, and never more of them than were produced.
+        #[test]
+        fn believes_no_index_it_cannot_believe(
+            slots in (0u32..6).prop_map(|log| 1 << log),
+            near_wrap: bool,
+            steps in prop::collection::vec((0u32..40, lie()), 0..200),
+        ) {
+            let start = if near_wrap { 0u32.wrapping_sub(slots * 4) } else { 0 };
+            let ring = HeapRing::starting_at(slots, start);
+            let mut producer = Producer::starting_at(&ring, start);
+            let (mut pushed, mut back) = (0, 0);
+            for (push, lie) in steps {
+                for _ in 0..push {
+                    pushed += u32::from(producer.push(numbered(pushed)));
+                }
+                prop_assert!(pushed - back <= slots);
+                let (head, consumed) = (start.wrapping_add(pushed), start.wrapping_add(back));
+                let seen = match lie {
+                    Index::Any(index) => index,
+                    Index::BesideConsumed(distance) => consumed.wrapping_add_signed(distance),
+                    Index::BesideHead(distance) => head.wrapping_add_signed(distance),
+                };
+                RingMemory::consumer(&&ring).store(seen, Ordering::Relaxed);
+                let mut returned = Vec::new();
+                let answer = producer.take_back(|descriptor| returned.push(descriptor));
+                if (0..=pushed - back).any(|committed| consumed.wrapping_add(committed) == seen) {
+                    prop_assert_eq!(answer, Ok(seen.wrapping_sub(consumed)));
+                } else {
+                    prop_assert_eq!(answer, Err(IndexError { consumed, head, seen }));
+                    prop_assert!(returned.is_empty());
+                }
+                for descriptor in returned {
+                    prop_assert_eq!(descriptor, numbered(back));
+                    back += 1;
+                }
+            }
+            let mut rest = Vec::new();
+            prop_assert_eq!(producer.take_all(|descriptor| rest.push(descriptor)), pushed - back);
+            prop_assert!(rest.into_iter().eq((back..pushed).map(numbered)));
+            prop_assert_eq!(producer.room(), slots);
         }
     }
 }

@@ -1,0 +1,252 @@
+//! Ring and doorbell under loom, which runs every interleaving of a few steps and every value a relaxed load may see.
+//!
+//! Run them with `scripts/loom`. Each model is small on purpose: what goes wrong between two laps or in one sleep
+//! goes wrong in the first few. Loom reports a deadlock where a wake-up is lost, and a data race where a frame is written
+//! while its reader may still look at it.
+
+use loom::cell::UnsafeCell;
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+
+use crate::Descriptor;
+use crate::doorbell::{Ringer, Sleeper};
+use crate::ring::heap::HeapRing;
+use crate::ring::{Consumer, Producer};
+use crate::sync::{AtomicU32, Ordering};
+
+/// Runs a model that is too large to be run whole: every interleaving with at most three preemptions in it.
+fn check(model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(model);
+}
+
+/// Packet memory: loom sees to it that nobody reads a frame while another writes it.
+type Frames = Arc<Vec<UnsafeCell<u32>>>;
+
+fn frames(count: u32) -> Frames {
+    Arc::new((0..count).map(|_| UnsafeCell::new(0)).collect())
+}
+
+/// Writes packet `n` into a frame, as a lane whose frame it is.
+fn write(frames: &Frames, frame: u32, n: u32) {
+    frames[frame as usize].with_mut(|body| {
+        // SAFETY: loom fails the model if anyone else accesses the frame meanwhile, and runs one thread at a time.
+        unsafe { *body = n }
+    });
+}
+
+/// Reads a frame, as a worker that was lent it.
+fn read(frames: &Frames, frame: u32) -> u32 {
+    frames[frame as usize].with(|body| {
+        // SAFETY: loom fails the model if anyone writes the frame meanwhile, and runs one thread at a time.
+        unsafe { *body }
+    })
+}
+
+/// An eventfd: counts rings, and sleeps until there is one.
+#[derive(Default)]
+struct Bell {
+    rings: Mutex<u32>,
+    rung: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.rings.lock().unwrap() += 1;
+        self.rung.notify_one();
+    }
+
+    fn sleep(&self) -> u32 {
+        let mut rings = self.rings.lock().unwrap();
+        while *rings == 0 {
+            rings = self.rung.wait(rings).unwrap();
+        }
+        std::mem::take(&mut *rings)
+    }
+}
+
+/// Moves `items` packets through a ring of `slots` that starts two laps before the wrap of positions, with as many frames as
+/// slots, each written again as soon as it is back; the consumer commits batches of up to `batch`.
+fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
+    let start = 0u32.wrapping_sub(2 * slots);
+    let ring = Arc::new(HeapRing::starting_at(slots, start));
+    let memory = frames(slots);
+    let mut producer = Producer::starting_at(ring.clone(), start);
+    let mut consumer = Consumer::starting_at(ring, start);
+
+    let theirs = memory.clone();
+    let worker = thread::spawn(move || {
+        let mut next = 0;
+        while next < items {
+            let mut seen = 0;
+            while seen < batch {
+                let Some(packet) = consumer.peek(seen) else { break };
+                assert_eq!(packet.hash, next + seen, "packets come in order");
+                assert_eq!(read(&theirs, packet.offset), next + seen, "with their contents");
+                seen += 1;
+            }
+            if seen == 0 {
+                thread::yield_now();
+            } else {
+                consumer.commit(seen);
+                next += seen;
+            }
+        }
+        assert_eq!(consumer.peek(0), None, "and no more than were sent");
+    });
+
+    let mut free: Vec<u32> = (0..slots).collect();
+    let mut returned = 0;
+    let mut take = |producer: &mut Producer<_>, free: &mut Vec<u32>| {
+        let count = producer.take_back(|packet| {
+            assert_eq!(packet.hash, returned, "frames return in order, once");
+            returned += 1;
+            free.push(packet.offset);
+        });
+        if count.unwrap() == 0 {
+            thread::yield_now();
+        }
+    };
+    for n in 0..items {
+        while free.is_empty() {
+            take(&mut producer, &mut free);
+        }
+        let frame = free.remove(0);
+        write(&memory, frame, n);
+        assert!(producer.push(Descriptor { offset: frame, hash: n, ..Descriptor::default() }));
+    }
+    while free.len() < slots as usize {
+        take(&mut producer, &mut free);
+    }
+    assert_eq!(producer.lent(), 0);
+    worker.join().unwrap();
+}
+
+#[test]
+fn one_slot_over_the_wrap_of_positions() {
+    check(|| packets_pass_and_frames_return(1, 4, 1));
+}
+
+#[test]
+fn two_slots_over_the_wrap_of_positions() {
+    check(|| packets_pass_and_frames_return(2, 6, 1));
+}
+
+#[test]
+fn two_slots_committed_in_batches() {
+    check(|| packets_pass_and_frames_return(2, 4, 2));
+}
+
+/// A consumer that dies with packets uncommitted: what it committed and what it did not are all there is.
+#[test]
+fn nothing_is_lost_with_a_dead_consumer() {
+    loom::model(|| {
+        let ring = Arc::new(HeapRing::new(2));
+        let mut producer = Producer::new(ring.clone());
+        let mut consumer = Consumer::new(ring);
+        let worker = thread::spawn(move || {
+            if consumer.peek(0).is_some() {
+                consumer.commit(1);
+            }
+        });
+        let mut pushed = 0;
+        let mut back = Vec::new();
+        for n in 0..3 {
+            pushed += u32::from(producer.push(Descriptor { hash: n, ..Descriptor::default() }));
+            producer.take_back(|packet| back.push(packet.hash)).unwrap();
+        }
+        // The worker may still run: a dispatcher that gives up on it does not wait for it.
+        producer.take_all(|packet| back.push(packet.hash));
+        assert!(back.into_iter().eq(0..pushed));
+        worker.join().unwrap();
+    });
+}
+
+/// A worker that takes `items` packets and sleeps on its bell when there are none; returns how often it slept.
+fn sleeper(bell: &Bell, epoch: &AtomicU32, items: u32, mut take: impl FnMut() -> u32) -> u32 {
+    let mut sleeper = Sleeper::default();
+    let (mut taken, mut sleeps) = (0, 0);
+    while taken < items {
+        let mut now = take();
+        if now == 0 {
+            sleeper.announce(epoch);
+            sleeps += 1;
+            now = take();
+            if now == 0 {
+                bell.sleep(); // deadlock, if the ring that ends it never comes
+            }
+            sleeper.awake(epoch);
+        }
+        taken += now;
+    }
+    sleeps
+}
+
+/// One lane and one worker, with the ring between them as the work.
+#[test]
+fn no_wake_up_is_lost() {
+    const ITEMS: u32 = 2;
+    loom::model(|| {
+        let ring = Arc::new(HeapRing::new(2));
+        let mut producer = Producer::new(ring.clone());
+        let mut consumer = Consumer::new(ring);
+        let (bell, epoch) = (Arc::new(Bell::default()), Arc::new(AtomicU32::new(0)));
+        let (their_bell, their_epoch) = (bell.clone(), epoch.clone());
+        let worker = thread::spawn(move || {
+            sleeper(&their_bell, &their_epoch, ITEMS, || {
+                let found = u32::from(consumer.peek(0).is_some());
+                if found == 1 {
+                    consumer.commit(1);
+                }
+                found
+            })
+        });
+        let mut ringer = Ringer::default();
+        let mut rings = 0;
+        for _ in 0..ITEMS {
+            assert!(producer.push(Descriptor::default()));
+            Ringer::fence();
+            if ringer.must_ring(&epoch) {
+                rings += 1;
+                bell.ring();
+            }
+        }
+        let sleeps = worker.join().unwrap();
+        assert!(rings <= sleeps, "{rings} rings for {sleeps} sleeps");
+    });
+}
+
+/// Two lanes and one worker: each keeps its own account of whom it rang, and neither relies on the other's ring.
+#[test]
+fn two_ringers_wake_one_sleeper() {
+    check(|| {
+        let work = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+        let (bell, epoch) = (Arc::new(Bell::default()), Arc::new(AtomicU32::new(0)));
+        let ringers: Vec<_> = (0..2)
+            .map(|lane| {
+                let (work, bell, epoch) = (work.clone(), bell.clone(), epoch.clone());
+                thread::spawn(move || {
+                    work[lane].store(1, Ordering::Relaxed);
+                    Ringer::fence();
+                    if Ringer::default().must_ring(&epoch) {
+                        bell.ring();
+                    }
+                })
+            })
+            .collect();
+        let mut taken = [0; 2];
+        sleeper(&bell, &epoch, 2, || {
+            let mut found = 0;
+            for lane in 0..2 {
+                let published = work[lane].load(Ordering::Relaxed);
+                found += published - taken[lane];
+                taken[lane] = published;
+            }
+            found
+        });
+        for ringer in ringers {
+            ringer.join().unwrap();
+        }
+    });
+}
