@@ -61,7 +61,7 @@ const INTERRUPT_EVERY: Duration = Duration::from_millis(5);
 pub enum End {
     /// After so many frames.
     Frames(u32),
-    /// After so much time, or when told.
+    /// After so much time, or when told, or after 4,294,967,295 frames, whichever comes first.
     After(Duration),
 }
 

@@ -77,7 +77,8 @@ pub fn binary(name: &str) -> Result<PathBuf, ProcessError> {
 }
 
 impl Process {
-    /// Starts `command` without standard input, its output read line by line. It is killed too if this process dies.
+    /// Starts `command` without standard input, its output read line by line. It is killed too when the calling thread
+    /// ends, however it ends: spawn it from the thread of the test, not within [`crate::netns::Netns::run`].
     ///
     /// # Errors
     /// It cannot be started.
@@ -85,6 +86,8 @@ impl Process {
         let name = PathBuf::from(command.get_program());
         let name = name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        // SAFETY: between fork and exec it makes one plain system call, on constants.
+        unsafe { command.pre_exec(die_with_parent) };
         let mut child =
             command.spawn().map_err(|source| ProcessError::Start { name: name.clone(), source })?;
         let stdout = Lines::read(child.stdout.take().expect("it is piped"));
@@ -176,6 +179,12 @@ impl Drop for Process {
         let _ = killpg(self.pid(), Signal::SIGKILL);
         let _ = self.child.wait();
     }
+}
+
+fn die_with_parent() -> io::Result<()> {
+    // SAFETY: this option takes a signal's number and touches no memory.
+    let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Lines as they come out of a pipe.

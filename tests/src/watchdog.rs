@@ -24,7 +24,7 @@ impl Watchdog {
 
 fn watch(what: &str, limit: Duration, watched: &Receiver<()>) {
     if watched.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-        eprintln!("watchdog: {what} hangs: not done after {} s; aborting", limit.as_secs());
+        eprintln!("watchdog: {what} hangs, not done after {} s; aborting", limit.as_secs());
         netns::remove_all();
         std::process::abort();
     }
