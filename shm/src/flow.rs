@@ -100,7 +100,8 @@ impl<'a> Packet<'a> {
             0 => datagram.len(),
             total => usize::from(total).min(datagram.len()),
         };
-        let payload = datagram.get(header_bytes..total).unwrap_or(&[]);
+        let behind = datagram.get(header_bytes..)?;
+        let payload = behind.get(..total.saturating_sub(header_bytes)).unwrap_or(&[]);
         let fragment = be16(header, 6) & 0x3fff != 0;
         let address = |at: usize| IpAddr::from([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         Some(Self::new(address(12), address(16), header[9], fragment, payload))

@@ -6,7 +6,8 @@
 //! | [`layout`] | where things lie in the two segments of a worker |
 //! | [`descriptor`] | 16 bytes that stand for a packet |
 //! | [`ring`] | the single-producer, single-consumer ring that descriptors travel through |
-//! | [`doorbell`] | how a sleeping consumer is woken, once |
+//! | [`doorbell`] | who must be woken, and that it is once |
+//! | [`bell`] | what the sleeper blocks on |
 //! | [`protocol`] | the conversation on the control socket |
 //! | [`flow`] | which packets belong together |
 //! | [`clock`] | time stamps and busy time |
@@ -14,6 +15,8 @@
 //! Two processes write no word in common: the dispatcher writes a worker's *down* segment, the worker its
 //! *up* segment, and each maps the other's read-only.
 
+#[cfg(not(loom))]
+pub mod bell;
 #[cfg(not(loom))]
 pub mod clock;
 pub mod descriptor;

@@ -5,11 +5,11 @@
 //! stays open for as long as the worker works; its end is the end of the worker. An operator's tool sends
 //! [`Request::Stats`] and gets [`Reply::Stats`].
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -186,29 +186,7 @@ pub fn receive<T: DeserializeOwned>(
     limit: usize,
 ) -> Result<(T, Vec<OwnedFd>), ProtocolError> {
     let mut bytes = vec![0; limit];
-    let mut control = nix::cmsg_space!([std::os::fd::RawFd; ATTACHED_FDS]);
-    let (length, truncated, fds) = loop {
-        let mut buffers = [IoSliceMut::new(&mut bytes)];
-        match recvmsg::<()>(
-            socket.as_fd().as_raw_fd(),
-            &mut buffers,
-            Some(&mut control),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        ) {
-            Ok(message) => {
-                let mut fds = Vec::new();
-                for control in message.cmsgs().into_iter().flatten() {
-                    if let ControlMessageOwned::ScmRights(raw) = control {
-                        // SAFETY: the kernel has just installed these for us, nobody else owns them.
-                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                    }
-                }
-                break (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC), fds);
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    };
+    let (length, truncated, fds) = receive_bytes(socket.as_fd(), &mut bytes)?;
     if length == 0 {
         return Err(ProtocolError::Closed);
     }
@@ -216,6 +194,65 @@ pub fn receive<T: DeserializeOwned>(
         return Err(ProtocolError::TooLong(limit));
     }
     Ok((serde_json::from_slice(&bytes[..length])?, fds))
+}
+
+/// One message: its length, whether it was cut off, and its descriptors. nix gives no descriptors when there were too many of
+/// them, or too many files open, and leaves open those that fitted: a peer could use them all up. Hence libc.
+fn receive_bytes(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+) -> Result<(usize, bool, Vec<OwnedFd>), ProtocolError> {
+    /// Room for the descriptors, aligned as control messages are.
+    #[repr(C)]
+    union Control {
+        _header: libc::cmsghdr,
+        bytes: [u8; 64],
+    }
+    const FDS_BYTES: u32 = (ATTACHED_FDS * size_of::<RawFd>()) as u32;
+    // SAFETY: pure arithmetic.
+    const CONTROL_BYTES: usize = unsafe { libc::CMSG_SPACE(FDS_BYTES) } as usize;
+    const _: () = assert!(CONTROL_BYTES <= size_of::<Control>());
+
+    let mut control = Control { bytes: [0; 64] };
+    let mut buffer = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: a struct of integers and pointers, for which zero is a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut buffer;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = CONTROL_BYTES as _;
+    let length = loop {
+        // SAFETY: the header points to `bytes` and `control`, with their lengths; both outlive the call.
+        let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+        match usize::try_from(length) {
+            Ok(length) => break length,
+            Err(_) if Errno::last() == Errno::EINTR => {}
+            Err(_) => return Err(Errno::last().into()),
+        }
+    };
+    let mut fds = Vec::new();
+    // SAFETY: the kernel has filled in `message` and as much of `control` as its `msg_controllen` says; the walk
+    // stays within that.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: the walk gives null or a whole header in `control`.
+        let found = unsafe { header.read() };
+        if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: pure arithmetic.
+            let empty = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = (found.cmsg_len as usize).saturating_sub(empty) / size_of::<RawFd>();
+            for index in 0..count {
+                // SAFETY: `count` descriptors follow the header, and need not be aligned; the kernel has just installed
+                // them for us, so nobody else owns them.
+                fds.push(unsafe {
+                    OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(index).read_unaligned())
+                });
+            }
+        }
+        // SAFETY: as for the first header.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    Ok((length, message.msg_flags & libc::MSG_TRUNC != 0, fds))
 }
 
 #[cfg(test)]
@@ -256,5 +293,19 @@ mod tests {
         drop(a);
         assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::Closed)));
         assert!(matches!(send(&b, &1, &[]), Err(ProtocolError::Closed)));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "sockets")]
+    fn more_descriptors_than_wanted_are_all_closed() {
+        let (a, b) = pair();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        send(&a, &Request::Stats, &[writer.as_fd(); ATTACHED_FDS + 3]).unwrap();
+        drop(writer);
+        let (_, fds) = receive::<Request>(&b, MAX_REQUEST).unwrap();
+        assert_eq!(fds.len(), ATTACHED_FDS);
+        drop(fds);
+        // The end of the file, which only comes when nobody has the writing end any more.
+        assert_eq!(io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
     }
 }
