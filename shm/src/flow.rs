@@ -294,6 +294,14 @@ mod tests {
     }
 
     #[test]
+    fn a_header_cut_off_within_its_options_is_not_read() {
+        let mut packet = v4(UDP, 0, &PORTS);
+        packet[0] = 0x47; // 28 bytes: all that follows the first 20 are options
+        assert_eq!(ports_of(&frame(&[], IPV4, &packet)), (UDP, 0, 0, false));
+        assert_eq!(Packet::parse(&frame(&[], IPV4, &packet[..27])), None);
+    }
+
+    #[test]
     fn tcp_flags_of_whole_tcp_segments_only() {
         let mut segment = [0; 20];
         segment[13] = 0x12;
