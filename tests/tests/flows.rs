@@ -1,0 +1,380 @@
+//! Flows from the wire to the workers' records: every packet and byte is where an independent reading says it should be,
+//! and every flow is at exactly one worker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::Path;
+
+use xfan::report::{Kernel, Report, Xdp};
+use xfan_tests::capture::Capture;
+use xfan_tests::community_id::{self, references};
+use xfan_tests::e2e_or_skip;
+use xfan_tests::link::Link;
+use xfan_tests::netns::Netns;
+use xfan_tests::oracle::{self, Expectation, Flow, Totals, Verdict};
+use xfan_tests::primary::{FlowRecord, Launch, Primary, flow_records};
+use xfan_tests::replay::{Replay, Spread};
+use xfan_tests::traffic::{self, Echo};
+use xfan_tests::veth::{Veth, VethConfig};
+
+/// The largest that a veth with an XDP program takes: so the fewest captured frames are too long.
+const MTU: u32 = 3498;
+/// Packets that a lane and a worker's ring hold while nobody looks: no more are sent at once, so that none can be dropped,
+/// however late lanes and workers get a CPU.
+const DEPTH: usize = 1024;
+const CONFIG: &str = "frame_size = 4096\nrx_ring = 1024\nring_slots = 1024\n";
+const KEY: &str = "hash_key = '000102030405060708090a0b0c0d0e0f'\n";
+
+fn network(queues: u32) -> Netns {
+    let namespace = Netns::quiet().unwrap();
+    Veth::create(&VethConfig { mtu: MTU, ..VethConfig::queues(queues) }, &namespace, &namespace).unwrap();
+    namespace
+}
+
+fn expectation<'a>(frames: impl IntoIterator<Item = &'a Vec<u8>>) -> Expectation {
+    Expectation::of(frames.into_iter().map(Vec::as_slice), &[])
+}
+
+/// A dispatcher with `xfan-flow` workers, and all that was sent to it.
+struct Metering<'a> {
+    namespace: &'a Netns,
+    primary: Primary,
+    /// Frames by queue.
+    sent: Vec<Vec<Vec<u8>>>,
+}
+
+impl<'a> Metering<'a> {
+    fn start(namespace: &'a Netns, workers: usize, config: &str) -> Self {
+        let launch = Launch::on(namespace).unwrap().config(&(CONFIG.to_owned() + config)).unwrap();
+        let primary = launch.flow_workers(workers).unwrap().start().unwrap();
+        let queues = namespace.run(|| Link::named("rx0")).unwrap().rx_queues;
+        Metering { namespace, primary, sent: vec![Vec::new(); queues as usize] }
+    }
+
+    /// Sends each frame to the queue after that of the one before. Waits until workers have committed all.
+    fn replay(&mut self, frames: &[Vec<u8>]) -> Report {
+        self.replay_from(0, frames)
+    }
+
+    /// The same, beginning with another queue than the first.
+    fn replay_from(&mut self, first: u32, frames: &[Vec<u8>]) -> Report {
+        assert!(frames.len() <= DEPTH, "{} frames might not fit the rings", frames.len());
+        let count = u32::try_from(self.sent.len()).unwrap();
+        let queues: Vec<u32> = (0..count).map(|number| (first + number) % count).collect();
+        let replay = Replay { queues: queues.clone(), spread: Spread::PACKET, ..Replay::onto("tx0") };
+        let report = self.namespace.run(|| replay.run(frames)).unwrap();
+        assert_eq!(report.packets, frames.len() as u64);
+        for (frame, queue) in frames.iter().zip(queues.iter().cycle()) {
+            self.sent[*queue as usize].push(frame.clone());
+        }
+        self.primary.report_after(expectation(self.sent.iter().flatten()).redirected, true)
+    }
+
+    /// Holds a report, taken when workers had committed all, against what was sent.
+    fn check(&self, report: &Report, what: &str) {
+        assert_eq!(report.lanes.len(), self.sent.len());
+        for (lane, sent) in report.lanes.iter().zip(&self.sent) {
+            let expected = expectation(sent);
+            let what = format!("{what}, queue {}", lane.queue);
+            assert_eq!(lane.xdp, outcomes(&expected), "{what}");
+            assert_eq!(lane.received, expected.redirected, "{what}");
+            assert_eq!(lane.bytes, expected.redirected_bytes, "{what}");
+            assert_eq!((lane.delivered, lane.unparsed), (expected.redirected, expected.unreadable), "{what}");
+            assert!(lane.dropped.values().all(|dropped| *dropped == 0), "{what}: {:?}", lane.dropped);
+            assert_eq!(lane.kernel, Kernel::default(), "{what}");
+        }
+        let expected = expectation(self.sent.iter().flatten());
+        assert_eq!(report.unserved, Xdp::default(), "{what}");
+        assert_eq!(report.totals(), (expected.redirected, expected.redirected, 0), "{what}");
+        let members = &report.groups[0].members;
+        let sum = |of: fn(&xfan::report::Member) -> u64| members.iter().map(of).sum::<u64>();
+        assert_eq!(sum(|member| member.delivered), expected.redirected, "{what}");
+        assert_eq!(sum(|member| member.committed), expected.redirected, "{what}");
+        assert_eq!(sum(|member| member.dropped + member.lost), 0, "{what}");
+        assert_eq!(sum(|member| member.counters["packets_unparsed"]), expected.unreadable, "{what}");
+    }
+
+    /// Stops it and holds the workers' records against what was sent. Returns the record of each flow.
+    fn finish(self) -> BTreeMap<Flow, FlowRecord> {
+        let report = self.primary.report();
+        let (exit, folder) = self.primary.stop();
+        assert_eq!(exit.code, Some(0), "{exit:?}");
+        let mut records = BTreeMap::new();
+        for record in flow_records(&folder) {
+            let earlier = records.insert(record.flow(), record);
+            assert_eq!(earlier, None, "a flow has two records, the other is {:?}", records.get(&earlier.as_ref().unwrap().flow()));
+        }
+        let expected = expectation(self.sent.iter().flatten());
+        assert_eq!(records.keys().collect::<Vec<_>>(), expected.flows.keys().collect::<Vec<_>>());
+        for (flow, totals) in &expected.flows {
+            let record = &records[flow];
+            assert_eq!((record.packets, record.bytes), (totals.packets, totals.bytes), "{flow:?}");
+            assert!(totals.community_ids.contains(&record.community_id), "{flow:?}: {record:?}");
+            assert!(record.first <= record.last, "{record:?}");
+        }
+        // What the report says a worker got is what the worker says.
+        for member in &report.groups[0].members {
+            let of_member = records.values().filter(|record| record.member == member.id);
+            let packets: u64 = of_member.map(|record| record.packets).sum();
+            assert_eq!(member.delivered, packets + member.counters["packets_unparsed"], "{}", member.id);
+        }
+        records
+    }
+}
+
+/// What the XDP program should count.
+fn outcomes(expected: &Expectation) -> Xdp {
+    let Expectation { redirected, non_ip, neighbour_discovery, rule, .. } = *expected;
+    Xdp {
+        redirect: redirected,
+        pass: non_ip + neighbour_discovery + rule,
+        pass_non_ip: non_ip,
+        pass_nd: neighbour_discovery,
+        pass_rule: rule,
+        pass_no_socket: 0,
+    }
+}
+
+/// 200 flows of all kinds and, in between, frames that are hard to read or are the kernel's.
+fn synthetic() -> Vec<Vec<u8>> {
+    let mut frames = traffic::synthetic(200, 900, 1).frames;
+    for (number, frame) in oddities().into_iter().enumerate() {
+        frames.insert(number * 17 % frames.len(), frame);
+    }
+    frames
+}
+
+fn oddities() -> Vec<Vec<u8>> {
+    let address = |text: &str| text.parse::<SocketAddr>().unwrap();
+    let udp4 = traffic::udp(address("10.9.0.2:4000"), address("10.9.0.1:53"), &[7; 200]);
+    let udp6 = traffic::udp(address("[2001:db8::9:2]:4000"), address("[2001:db8::9:1]:53"), &[7; 200]);
+    let (near, far) = ("fe80::2".parse().unwrap(), "fe80::1".parse().unwrap());
+    let echo = traffic::echo(near, far, Echo::Request, 0, &[0; 24]);
+    let with = |frame: &[u8], changes: &[(usize, u8)]| {
+        let mut frame = frame.to_vec();
+        changes.iter().for_each(|&(at, byte)| frame[at] = byte);
+        frame
+    };
+    let mut frames = vec![
+        with(&udp4, &[(12, 0x08), (13, 0x06)]),             // ARP
+        with(&udp4, &[(12, 0x88), (13, 0xcc)]),             // LLDP
+        with(&udp4, &[(14, 0x43)]),                         // a header of 12 bytes
+        with(&udp4, &[(14, 0x65)]),                         // version 6 under the wrong ethertype
+        with(&udp4, &[(14, 0x4f), (17, 150)]),              // 40 bytes of options
+        with(&udp4[..40], &[(14, 0x4f)]),                   // cut off within options
+        with(&udp4, &[(16, 0), (17, 22)]),                  // padding where ports would be
+        with(&udp4, &[(23, 6)]),                            // TCP
+        with(&udp4, &[(23, 132)]),                          // SCTP
+        with(&udp4, &[(23, 47)]),                           // GRE: no ports
+        udp4[..30].to_vec(),                                // cut off within the header
+        udp4[..36].to_vec(),                                // cut off within the ports
+        udp4[..14].to_vec(),                                // cut off behind the Ethernet header
+        udp6[..50].to_vec(),                                // cut off within the header
+        with(&udp6, &[(20, 0), (54, 43), (55, 0), (62, 17), (63, 0)]), // two extension headers
+        with(&udp6, &[(20, 60), (54, 17), (55, 99)]),       // an extension header longer than the packet
+        with(&udp6, &[(20, 59)]),                           // no next header
+        traffic::tagged(&udp4, &[(0x8100, 1), (0x8100, 2), (0x8100, 3)]),
+        traffic::tagged(&udp6, &[(0x88a8, 1), (0x8100, 2)]),
+        traffic::tagged(&udp4, &[(0x9100, 1), (0x8100, 2)]),
+        traffic::tagged(&udp4, &[(0x8100, 1)])[..16].to_vec(), // cut off within the tag
+    ];
+    for kind in 132..=138 {
+        frames.push(with(&echo, &[(54, kind)]));
+        frames.push(with(&echo, &[(54, kind), (21, 255)]));
+    }
+    for frame in [&udp4, &udp6] {
+        frames.extend(traffic::fragments(frame, 64));
+    }
+    frames
+}
+
+/// The frames of every capture in the folder that `XFAN_PCAPS` names. What is longer than the veth takes is cut off there,
+/// which is said.
+fn captures() -> Vec<(String, Vec<Vec<u8>>)> {
+    let Some(folder) = std::env::var_os(community_id::CAPTURES) else {
+        eprintln!("made-up frames only: {} names no folder with captures", community_id::CAPTURES);
+        return Vec::new();
+    };
+    let is_capture = |path: &Path| path.extension().is_some_and(|kind| kind == "pcap" || kind == "pcapng");
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| is_capture(path));
+    paths.sort();
+    assert!(!paths.is_empty(), "{} names a folder without captures", community_id::CAPTURES);
+    paths.into_iter().map(|path| (path.display().to_string(), fitting(&path))).collect()
+}
+
+/// The frames of a capture, none longer than what the veth takes: MTU, Ethernet header and one tag.
+fn fitting(path: &Path) -> Vec<Vec<u8>> {
+    const LIMIT: usize = MTU as usize + 14 + 4;
+    let mut frames = Capture::read(path).unwrap().frames;
+    for (number, frame) in frames.iter_mut().enumerate().filter(|(_, frame)| frame.len() > LIMIT) {
+        let (path, number, bytes) = (path.display(), number + 1, frame.len());
+        eprintln!("{path}: frame {number} has {bytes} bytes: its first {LIMIT} are sent, the most for an MTU of {MTU}");
+        frame.truncate(LIMIT);
+    }
+    frames
+}
+
+/// (1) with 1, 2 and 3 workers.
+fn all_is_metered(queues: u32) {
+    let namespace = network(queues);
+    let captures = captures();
+    for workers in 1..=3 {
+        let mut metering = Metering::start(&namespace, workers, "");
+        let report = metering.replay(&synthetic());
+        metering.check(&report, "made-up frames");
+        for (path, frames) in &captures {
+            let report = metering.replay(frames);
+            metering.check(&report, path);
+        }
+        metering.finish();
+    }
+}
+
+#[test]
+fn one_queue_is_metered_to_the_byte() {
+    let _watchdog = e2e_or_skip!();
+    all_is_metered(1);
+}
+
+#[test]
+fn two_queues_are_metered_to_the_byte() {
+    let _watchdog = e2e_or_skip!();
+    all_is_metered(2);
+}
+
+#[test]
+fn four_queues_are_metered_to_the_byte() {
+    let _watchdog = e2e_or_skip!();
+    all_is_metered(4);
+}
+
+/// The Community ID of the first of the packets that go to workers, for each flow.
+fn first_ids(frames: &[Vec<u8>]) -> BTreeMap<Flow, String> {
+    let mut ids = BTreeMap::new();
+    for reading in frames.iter().map(|frame| oracle::read(frame, &[])) {
+        if let (Verdict::Redirect, Some(flow), Some(id)) = (reading.verdict, reading.flow, reading.community_id) {
+            ids.entry(flow).or_insert(id);
+        }
+    }
+    ids
+}
+
+/// In order, as one queue keeps it, the ID of an ICMP flow, which depends on the message, is that of its first packet.
+#[test]
+fn community_ids_are_those_of_zeek() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(1);
+    let mut metering = Metering::start(&namespace, 2, "");
+    let made_up = synthetic();
+    metering.replay(&made_up);
+    let references = references().unwrap();
+    let captures: Vec<_> = references.iter().map(|reference| fitting(&reference.capture)).collect();
+    for frames in &captures {
+        metering.replay(frames);
+    }
+    let records = metering.finish();
+
+    for (flow, id) in first_ids(&made_up) {
+        assert_eq!(records[&flow].community_id, id, "{flow:?}");
+    }
+    for (reference, frames) in references.iter().zip(&captures) {
+        let ours: BTreeSet<&str> =
+            first_ids(frames).keys().map(|flow| records[flow].community_id.as_str()).collect();
+        assert_eq!(ours, first_ids(frames).values().map(String::as_str).collect(), "{}", reference.name);
+        if reference.known.iter().any(|known| !known.has_ports) {
+            eprintln!("{}: Zeek saw no ports; compared with the oracle alone", reference.name);
+            continue;
+        }
+        let zeeks: BTreeSet<&str> = reference.known.iter().map(|known| known.id.as_str()).collect();
+        if reference.known.iter().all(|known| ![1, 58].contains(&known.protocol)) {
+            assert_eq!(ours, zeeks, "{}", reference.name);
+        } else {
+            // Zeek has a flow for each kind of message, neighbour discovery included.
+            assert!(ours.is_subset(&zeeks), "{}: {ours:?} {zeeks:?}", reference.name);
+        }
+    }
+}
+
+/// Flows of every kind, each with four packets of either direction, so that by turns each direction comes in by each of
+/// four queues.
+fn conversations() -> Vec<Vec<u8>> {
+    let mut frames = Vec::new();
+    for number in 0..120u8 {
+        let (client, server) = match number % 2 {
+            0 => (format!("10.1.{number}.2:{}", 5000 + u16::from(number)), "192.0.2.1:443".to_owned()),
+            _ => (format!("[2001:db8:{number}::2]:5000"), "[2001:db8::1]:53".to_owned()),
+        };
+        let (client, server): (SocketAddr, SocketAddr) = (client.parse().unwrap(), server.parse().unwrap());
+        for (from, to, half, vlan) in [(client, server, Echo::Request, 10), (server, client, Echo::Reply, 20)] {
+            for sequence in 0..4 {
+                let payload = vec![number; usize::from(sequence) * 50];
+                let frame = match number % 6 {
+                    0 | 1 => traffic::tcp(from, to, sequence.into(), &payload),
+                    2 | 3 => traffic::udp(from, to, &payload),
+                    _ => traffic::echo(from.ip(), to.ip(), half, sequence, &payload),
+                };
+                // As a mirror port shows them that tags what goes out otherwise than what comes in.
+                frames.push(if number % 5 == 0 { traffic::tagged(&frame, &[(0x8100, vlan)]) } else { frame });
+            }
+        }
+    }
+    frames
+}
+
+/// Sends all conversations through four queues, beginning with queue `first`; returns who got which flow.
+fn assignment(namespace: &Netns, first: u32, config: &str) -> BTreeMap<Flow, String> {
+    let mut metering = Metering::start(namespace, 3, config);
+    let report = metering.replay_from(first, &conversations());
+    metering.check(&report, "conversations");
+    // That each flow has one record, with all packets of both directions, is checked at the end.
+    let records = metering.finish();
+    assert_eq!(records.len(), 120);
+    assert!(records.values().all(|record| record.packets == 8));
+    let assignment: BTreeMap<_, _> = records.into_iter().map(|(flow, record)| (flow, record.member)).collect();
+    let members: BTreeSet<&str> = assignment.values().map(String::as_str).collect();
+    assert_eq!(members, BTreeSet::from(["default/0", "default/1", "default/2"]));
+    assignment
+}
+
+#[test]
+fn both_directions_of_a_flow_reach_one_worker_by_whatever_queue() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(4);
+    let fixed = assignment(&namespace, 0, KEY);
+    assert_eq!(fixed, assignment(&namespace, 3, KEY), "with the same key");
+    let random = assignment(&namespace, 0, "");
+    assert_ne!(fixed, random, "with a random key");
+    assert_ne!(random, assignment(&namespace, 0, ""), "with another random key");
+}
+
+#[test]
+fn fragments_of_a_datagram_reach_one_worker() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(4);
+    let mut frames = Vec::new();
+    for number in 0..40u8 {
+        let (one, other) = match number % 2 {
+            0 => (format!("10.2.{number}.2:4000"), "192.0.2.1:53"),
+            _ => (format!("[2001:db8:{number}::2]:4000"), "[2001:db8::1]:53"),
+        };
+        let datagram = traffic::udp(one.parse().unwrap(), other.parse().unwrap(), &[number; 600]);
+        let fragments = traffic::fragments(&datagram, 128);
+        assert_eq!(fragments.len(), 5, "so that each datagram begins on another queue");
+        frames.extend(fragments);
+    }
+    let mut metering = Metering::start(&namespace, 3, "");
+    let report = metering.replay(&frames);
+    metering.check(&report, "fragments");
+    let expected = expectation(&frames);
+    let records = metering.finish();
+    assert_eq!(records.len(), 40);
+    for (flow, record) in &records {
+        let Totals { packets, bytes, .. } = expected.flows[flow];
+        assert_eq!((flow.low.1, flow.high.1), (0, 0), "fragments have no ports");
+        assert_eq!((record.packets, record.bytes), (packets, bytes));
+        assert_eq!(packets, 5);
+    }
+    let members: BTreeSet<&str> = records.values().map(|record| record.member.as_str()).collect();
+    assert_eq!(members.len(), 3, "datagrams are spread");
+}
