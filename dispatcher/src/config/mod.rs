@@ -278,4 +278,26 @@ mod tests {
         let error = Config::load(&flags).unwrap_err().to_string();
         assert!(error.contains("/no/such/file.toml") && error.contains("No such file"), "{error}");
     }
+
+    /// `docs/xfan.toml` as an operator would read it, and with every setting in it switched on.
+    #[test]
+    fn the_documented_file_has_every_key_and_its_default() {
+        let text = include_str!("../../../docs/xfan.toml");
+        let defaults = Config::from_toml_str("interface = 'eth1'", "f").unwrap();
+        assert_eq!(Config::from_toml_str(text, "docs/xfan.toml").unwrap(), defaults);
+
+        let uncomment = |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
+        let all: Vec<_> = text.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned())).collect();
+        let all = all.join("\n");
+        let full = Config::from_toml_str(&all, "docs/xfan.toml").unwrap();
+        assert_eq!(Config { cores: None, user: None, hash_key: None, ..full }, defaults);
+        let table: toml::Table = all.parse().unwrap();
+        for key in file::KEYS {
+            let found = match key.split_once('.') {
+                None => table.contains_key(key),
+                Some((outer, inner)) => table[outer].as_table().is_some_and(|table| table.contains_key(inner)),
+            };
+            assert!(found, "docs/xfan.toml lacks {key}");
+        }
+    }
 }
