@@ -220,9 +220,7 @@ impl Primary {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if !open && self.members.iter().all(|member| member.state != State::Starting) {
-                if let Some(port) = &self.port {
-                    port.open(sockets)?;
-                }
+                self.open(sockets)?;
                 tracing::info!(
                     interface = self.name,
                     mode = self.mode,
@@ -242,6 +240,18 @@ impl Primary {
             if !open && Instant::now() >= attached_by {
                 self.report_missing()?;
             }
+        }
+    }
+
+    /// Lets packets in. With the same key, the same members get the same flows at every start: shares are dealt out
+    /// anew here, as those of the start depend on the order in which workers happened to attach.
+    fn open(&mut self, sockets: &[OwnedFd]) -> Result<(), PrimaryError> {
+        self.table = BucketTable::empty();
+        self.steer();
+        self.settle();
+        match &self.port {
+            Some(port) => Ok(port.open(sockets)?),
+            None => Ok(()),
         }
     }
 
