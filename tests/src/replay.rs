@@ -66,6 +66,12 @@ impl Replay {
     }
 }
 
+/// A [`Replay`] that holds its queues.
+pub struct OpenReplay {
+    replay: Replay,
+    sockets: Vec<TxSocket>,
+}
+
 /// What was sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
@@ -107,44 +113,22 @@ impl Replay {
     /// # Errors
     /// A queue is not there or busy, a frame too long, or the receiver refuses frames for long.
     pub fn run<F: AsRef<[u8]>>(&self, frames: &[F]) -> Result<Report, ReplayError> {
+        self.open()?.run(frames)
+    }
+
+    /// Opens the queues, for more than one run: a closed queue is free again only later.
+    ///
+    /// # Errors
+    /// A queue is not there or busy.
+    pub fn open(&self) -> Result<OpenReplay, ReplayError> {
         let queues = match &self.queues[..] {
             [] => (0..Link::named(&self.interface)?.tx_queues).collect(),
             some => some.to_vec(),
         };
         let open = |queue: &u32| TxSocket::open(&self.interface, *queue);
         let opened: Result<Vec<_>, _> = queues.iter().map(open).collect();
-        let mut sockets = opened.map_err(|error| ReplayError::Queue(error, 0))?;
-
-        let mut report =
-            Report { queues: queues.iter().map(|&queue| (queue, 0)).collect(), ..Report::default() };
-        for (index, frame) in frames.iter().enumerate() {
-            sockets[0].check_length(frame.as_ref().len()).map_err(|source| ReplayError::Packet {
-                number: index + 1,
-                source,
-                sent: 0,
-            })?;
-        }
-        let route = self.route(frames, sockets.len());
-        let begin = Instant::now();
-        for _ in 0..self.loops {
-            for (index, (frame, &at)) in frames.iter().zip(&route).enumerate() {
-                self.keep_pace(begin, report.packets);
-                let frame = frame.as_ref();
-                sockets[at].send(frame).map_err(|source| ReplayError::Packet {
-                    number: index + 1,
-                    source,
-                    sent: report.packets,
-                })?;
-                report.packets += 1;
-                report.bytes += frame.len() as u64;
-            }
-        }
-        for socket in &mut sockets {
-            socket.finish().map_err(|error| ReplayError::Queue(error, report.packets))?;
-            report.queues.insert(socket.queue(), socket.sent());
-            report.refused += socket.refused();
-        }
-        Ok(report)
+        let sockets = opened.map_err(|error| ReplayError::Queue(error, 0))?;
+        Ok(OpenReplay { replay: self.clone(), sockets })
     }
 
     /// For each frame the index of its queue.
@@ -174,6 +158,46 @@ impl Replay {
         if due > now {
             std::thread::sleep(due - now);
         }
+    }
+}
+
+impl OpenReplay {
+    /// As [`Replay::run`], beginning with the first queue each time.
+    ///
+    /// # Errors
+    /// A frame is too long, or the receiver refuses frames for long.
+    pub fn run<F: AsRef<[u8]>>(&mut self, frames: &[F]) -> Result<Report, ReplayError> {
+        let Self { replay, sockets } = self;
+        for (index, frame) in frames.iter().enumerate() {
+            sockets[0].check_length(frame.as_ref().len()).map_err(|source| ReplayError::Packet {
+                number: index + 1,
+                source,
+                sent: 0,
+            })?;
+        }
+        let mut report = Report::default();
+        let before: Vec<_> = sockets.iter().map(|socket| (socket.sent(), socket.refused())).collect();
+        let route = replay.route(frames, sockets.len());
+        let begin = Instant::now();
+        for _ in 0..replay.loops {
+            for (index, (frame, &at)) in frames.iter().zip(&route).enumerate() {
+                replay.keep_pace(begin, report.packets);
+                let frame = frame.as_ref();
+                sockets[at].send(frame).map_err(|source| ReplayError::Packet {
+                    number: index + 1,
+                    source,
+                    sent: report.packets,
+                })?;
+                report.packets += 1;
+                report.bytes += frame.len() as u64;
+            }
+        }
+        for (socket, (sent, refused)) in sockets.iter_mut().zip(before) {
+            socket.finish().map_err(|error| ReplayError::Queue(error, report.packets))?;
+            report.queues.insert(socket.queue(), socket.sent() - sent);
+            report.refused += socket.refused() - refused;
+        }
+        Ok(report)
     }
 }
 

@@ -11,8 +11,9 @@ use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 /// Longest frame, in bytes: one page, the most AF_XDP allows, less the headroom that xsk-rs keeps free.
 pub const MAX_FRAME_BYTES: usize = 4096 - 256;
 
-/// A closed socket frees its queue a little later; so long a bind is tried again.
-const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it, which takes seconds on
+/// a busy machine; so long a bind is tried again.
+const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(10);
 
 /// Why there is no socket on a queue.

@@ -9,11 +9,10 @@ use xfan::report::{Kernel, Report, Xdp};
 use xfan_tests::capture::Capture;
 use xfan_tests::community_id::{self, references};
 use xfan_tests::e2e_or_skip;
-use xfan_tests::link::Link;
 use xfan_tests::netns::Netns;
 use xfan_tests::oracle::{self, Expectation, Flow, Totals, Verdict};
 use xfan_tests::primary::{FlowRecord, Launch, Primary, flow_records};
-use xfan_tests::replay::{Replay, Spread};
+use xfan_tests::replay::{OpenReplay, Replay};
 use xfan_tests::traffic::{self, Echo};
 use xfan_tests::veth::{Veth, VethConfig};
 
@@ -25,10 +24,20 @@ const DEPTH: usize = 1024;
 const CONFIG: &str = "frame_size = 4096\nrx_ring = 1024\nring_slots = 1024\n";
 const KEY: &str = "hash_key = '000102030405060708090a0b0c0d0e0f'\n";
 
-fn network(queues: u32) -> Netns {
-    let namespace = Netns::quiet().unwrap();
-    Veth::create(&VethConfig { mtu: MTU, ..VethConfig::queues(queues) }, &namespace, &namespace).unwrap();
-    namespace
+/// A veth pair, and sockets on all queues of its sending end.
+struct Network {
+    namespace: Netns,
+    sender: OpenReplay,
+    queues: usize,
+}
+
+impl Network {
+    fn new(queues: u32) -> Self {
+        let namespace = Netns::quiet().unwrap();
+        Veth::create(&VethConfig { mtu: MTU, ..VethConfig::queues(queues) }, &namespace, &namespace).unwrap();
+        let sender = namespace.run(|| Replay::onto("tx0").open()).unwrap();
+        Network { namespace, sender, queues: queues as usize }
+    }
 }
 
 fn expectation<'a>(frames: impl IntoIterator<Item = &'a Vec<u8>>) -> Expectation {
@@ -37,36 +46,27 @@ fn expectation<'a>(frames: impl IntoIterator<Item = &'a Vec<u8>>) -> Expectation
 
 /// A dispatcher with `xfan-flow` workers, and all that was sent to it.
 struct Metering<'a> {
-    namespace: &'a Netns,
+    sender: &'a mut OpenReplay,
     primary: Primary,
     /// Frames by queue.
     sent: Vec<Vec<Vec<u8>>>,
 }
 
 impl<'a> Metering<'a> {
-    fn start(namespace: &'a Netns, workers: usize, config: &str) -> Self {
+    fn start(network: &'a mut Network, workers: usize, config: &str) -> Self {
+        let Network { namespace, sender, queues } = network;
         let launch = Launch::on(namespace).unwrap().config(&(CONFIG.to_owned() + config)).unwrap();
         let primary = launch.flow_workers(workers).unwrap().start().unwrap();
-        let queues = namespace.run(|| Link::named("rx0")).unwrap().rx_queues;
-        Metering { namespace, primary, sent: vec![Vec::new(); queues as usize] }
+        Metering { sender, primary, sent: vec![Vec::new(); *queues] }
     }
 
     /// Sends each frame to the queue after that of the one before. Waits until workers have committed all.
     fn replay(&mut self, frames: &[Vec<u8>]) -> Report {
-        self.replay_from(0, frames)
-    }
-
-    /// The same, beginning with another queue than the first.
-    fn replay_from(&mut self, first: u32, frames: &[Vec<u8>]) -> Report {
         assert!(frames.len() <= DEPTH, "{} frames might not fit the rings", frames.len());
-        let count = u32::try_from(self.sent.len()).unwrap();
-        let queues: Vec<u32> = (0..count).map(|number| (first + number) % count).collect();
-        let replay = Replay { queues: queues.clone(), spread: Spread::PACKET, ..Replay::onto("tx0") };
-        let report = self.namespace.run(|| replay.run(frames)).unwrap();
+        let report = self.sender.run(frames).unwrap();
         assert_eq!(report.packets, frames.len() as u64);
-        for (frame, queue) in frames.iter().zip(queues.iter().cycle()) {
-            self.sent[*queue as usize].push(frame.clone());
-        }
+        let queues = (0..self.sent.len()).cycle();
+        frames.iter().zip(queues).for_each(|(frame, queue)| self.sent[queue].push(frame.clone()));
         self.primary.report_after(expectation(self.sent.iter().flatten()).redirected, true)
     }
 
@@ -101,8 +101,9 @@ impl<'a> Metering<'a> {
         assert_eq!(exit.code, Some(0), "{exit:?}");
         let mut records = BTreeMap::new();
         for record in flow_records(&folder) {
-            let earlier = records.insert(record.flow(), record);
-            assert_eq!(earlier, None, "a flow has two records, the other is {:?}", records.get(&earlier.as_ref().unwrap().flow()));
+            if let Some(earlier) = records.insert(record.flow(), record) {
+                panic!("of two records of one flow, one is {earlier:?}");
+            }
         }
         let expected = expectation(self.sent.iter().flatten());
         assert_eq!(records.keys().collect::<Vec<_>>(), expected.flows.keys().collect::<Vec<_>>());
@@ -156,23 +157,23 @@ fn oddities() -> Vec<Vec<u8>> {
         frame
     };
     let mut frames = vec![
-        with(&udp4, &[(12, 0x08), (13, 0x06)]),             // ARP
-        with(&udp4, &[(12, 0x88), (13, 0xcc)]),             // LLDP
-        with(&udp4, &[(14, 0x43)]),                         // a header of 12 bytes
-        with(&udp4, &[(14, 0x65)]),                         // version 6 under the wrong ethertype
-        with(&udp4, &[(14, 0x4f), (17, 150)]),              // 40 bytes of options
-        with(&udp4[..40], &[(14, 0x4f)]),                   // cut off within options
-        with(&udp4, &[(16, 0), (17, 22)]),                  // padding where ports would be
-        with(&udp4, &[(23, 6)]),                            // TCP
-        with(&udp4, &[(23, 132)]),                          // SCTP
-        with(&udp4, &[(23, 47)]),                           // GRE: no ports
-        udp4[..30].to_vec(),                                // cut off within the header
-        udp4[..36].to_vec(),                                // cut off within the ports
-        udp4[..14].to_vec(),                                // cut off behind the Ethernet header
-        udp6[..50].to_vec(),                                // cut off within the header
+        with(&udp4, &[(12, 0x08), (13, 0x06)]),                        // ARP
+        with(&udp4, &[(12, 0x88), (13, 0xcc)]),                        // LLDP
+        with(&udp4, &[(14, 0x43)]),                                    // a header of 12 bytes
+        with(&udp4, &[(14, 0x65)]),                                    // version 6 under the wrong ethertype
+        with(&udp4, &[(14, 0x4f), (17, 150)]),                         // 40 bytes of options
+        with(&udp4[..40], &[(14, 0x4f)]),                              // cut off within options
+        with(&udp4, &[(16, 0), (17, 22)]),                             // padding where ports would be
+        with(&udp4, &[(23, 6)]),                                       // TCP
+        with(&udp4, &[(23, 132)]),                                     // SCTP
+        with(&udp4, &[(23, 47)]),                                      // GRE: no ports
+        udp4[..30].to_vec(),                                           // cut off within the header
+        udp4[..36].to_vec(),                                           // cut off within the ports
+        udp4[..14].to_vec(),                                           // cut off behind the Ethernet header
+        udp6[..50].to_vec(),                                           // cut off within the header
         with(&udp6, &[(20, 0), (54, 43), (55, 0), (62, 17), (63, 0)]), // two extension headers
-        with(&udp6, &[(20, 60), (54, 17), (55, 99)]),       // an extension header longer than the packet
-        with(&udp6, &[(20, 59)]),                           // no next header
+        with(&udp6, &[(20, 60), (54, 17), (55, 99)]), // an extension header longer than the packet
+        with(&udp6, &[(20, 59)]),                     // no next header
         traffic::tagged(&udp4, &[(0x8100, 1), (0x8100, 2), (0x8100, 3)]),
         traffic::tagged(&udp6, &[(0x88a8, 1), (0x8100, 2)]),
         traffic::tagged(&udp4, &[(0x9100, 1), (0x8100, 2)]),
@@ -209,7 +210,9 @@ fn fitting(path: &Path) -> Vec<Vec<u8>> {
     let mut frames = Capture::read(path).unwrap().frames;
     for (number, frame) in frames.iter_mut().enumerate().filter(|(_, frame)| frame.len() > LIMIT) {
         let (path, number, bytes) = (path.display(), number + 1, frame.len());
-        eprintln!("{path}: frame {number} has {bytes} bytes: its first {LIMIT} are sent, the most for an MTU of {MTU}");
+        eprintln!(
+            "{path}: frame {number} has {bytes} bytes: its first {LIMIT} are sent, the most for an MTU of {MTU}"
+        );
         frame.truncate(LIMIT);
     }
     frames
@@ -217,10 +220,10 @@ fn fitting(path: &Path) -> Vec<Vec<u8>> {
 
 /// (1) with 1, 2 and 3 workers.
 fn all_is_metered(queues: u32) {
-    let namespace = network(queues);
+    let mut network = Network::new(queues);
     let captures = captures();
     for workers in 1..=3 {
-        let mut metering = Metering::start(&namespace, workers, "");
+        let mut metering = Metering::start(&mut network, workers, "");
         let report = metering.replay(&synthetic());
         metering.check(&report, "made-up frames");
         for (path, frames) in &captures {
@@ -253,7 +256,9 @@ fn four_queues_are_metered_to_the_byte() {
 fn first_ids(frames: &[Vec<u8>]) -> BTreeMap<Flow, String> {
     let mut ids = BTreeMap::new();
     for reading in frames.iter().map(|frame| oracle::read(frame, &[])) {
-        if let (Verdict::Redirect, Some(flow), Some(id)) = (reading.verdict, reading.flow, reading.community_id) {
+        if let (Verdict::Redirect, Some(flow), Some(id)) =
+            (reading.verdict, reading.flow, reading.community_id)
+        {
             ids.entry(flow).or_insert(id);
         }
     }
@@ -264,8 +269,8 @@ fn first_ids(frames: &[Vec<u8>]) -> BTreeMap<Flow, String> {
 #[test]
 fn community_ids_are_those_of_zeek() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network(1);
-    let mut metering = Metering::start(&namespace, 2, "");
+    let mut network = Network::new(1);
+    let mut metering = Metering::start(&mut network, 2, "");
     let made_up = synthetic();
     metering.replay(&made_up);
     let references = references().unwrap();
@@ -306,7 +311,8 @@ fn conversations() -> Vec<Vec<u8>> {
             _ => (format!("[2001:db8:{number}::2]:5000"), "[2001:db8::1]:53".to_owned()),
         };
         let (client, server): (SocketAddr, SocketAddr) = (client.parse().unwrap(), server.parse().unwrap());
-        for (from, to, half, vlan) in [(client, server, Echo::Request, 10), (server, client, Echo::Reply, 20)] {
+        for (from, to, half, vlan) in [(client, server, Echo::Request, 10), (server, client, Echo::Reply, 20)]
+        {
             for sequence in 0..4 {
                 let payload = vec![number; usize::from(sequence) * 50];
                 let frame = match number % 6 {
@@ -322,16 +328,19 @@ fn conversations() -> Vec<Vec<u8>> {
     frames
 }
 
-/// Sends all conversations through four queues, beginning with queue `first`; returns who got which flow.
-fn assignment(namespace: &Netns, first: u32, config: &str) -> BTreeMap<Flow, String> {
-    let mut metering = Metering::start(namespace, 3, config);
-    let report = metering.replay_from(first, &conversations());
+/// Sends all conversations through four queues, the first frame coming `turn` frames later; returns who got which flow.
+fn assignment(network: &mut Network, turn: usize, config: &str) -> BTreeMap<Flow, String> {
+    let mut metering = Metering::start(network, 3, config);
+    let mut frames = conversations();
+    frames.rotate_right(turn);
+    let report = metering.replay(&frames);
     metering.check(&report, "conversations");
     // That each flow has one record, with all packets of both directions, is checked at the end.
     let records = metering.finish();
     assert_eq!(records.len(), 120);
     assert!(records.values().all(|record| record.packets == 8));
-    let assignment: BTreeMap<_, _> = records.into_iter().map(|(flow, record)| (flow, record.member)).collect();
+    let assignment: BTreeMap<_, _> =
+        records.into_iter().map(|(flow, record)| (flow, record.member)).collect();
     let members: BTreeSet<&str> = assignment.values().map(String::as_str).collect();
     assert_eq!(members, BTreeSet::from(["default/0", "default/1", "default/2"]));
     assignment
@@ -340,18 +349,23 @@ fn assignment(namespace: &Netns, first: u32, config: &str) -> BTreeMap<Flow, Str
 #[test]
 fn both_directions_of_a_flow_reach_one_worker_by_whatever_queue() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network(4);
-    let fixed = assignment(&namespace, 0, KEY);
-    assert_eq!(fixed, assignment(&namespace, 3, KEY), "with the same key");
-    let random = assignment(&namespace, 0, "");
-    assert_ne!(fixed, random, "with a random key");
-    assert_ne!(random, assignment(&namespace, 0, ""), "with another random key");
+    let mut network = Network::new(4);
+    let fixed = assignment(&mut network, 0, KEY);
+    // The same key at the next start: the same workers, though every frame comes by another queue.
+    for turn in 1..4 {
+        let again = assignment(&mut network, turn, KEY);
+        let moved = fixed.iter().filter(|(flow, member)| again[flow] != **member).count();
+        assert_eq!(moved, 0, "of {} flows", fixed.len());
+    }
+    let random = assignment(&mut network, 0, "");
+    assert!(random != fixed, "a random key is another one");
+    assert!(random != assignment(&mut network, 0, ""), "and another one each time");
 }
 
 #[test]
 fn fragments_of_a_datagram_reach_one_worker() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network(4);
+    let mut network = Network::new(4);
     let mut frames = Vec::new();
     for number in 0..40u8 {
         let (one, other) = match number % 2 {
@@ -363,7 +377,7 @@ fn fragments_of_a_datagram_reach_one_worker() {
         assert_eq!(fragments.len(), 5, "so that each datagram begins on another queue");
         frames.extend(fragments);
     }
-    let mut metering = Metering::start(&namespace, 3, "");
+    let mut metering = Metering::start(&mut network, 3, "");
     let report = metering.replay(&frames);
     metering.check(&report, "fragments");
     let expected = expectation(&frames);

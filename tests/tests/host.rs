@@ -37,7 +37,9 @@ impl Hosts {
         host.ip(&format!("addr add {HOST}/24 dev rx0")).unwrap();
         // The guest asks for the host's MAC address by ARP once, and then neither asks again nor doubts the answer; the
         // host need not ask: so ARP can be counted.
-        for (setting, milliseconds) in [("retrans_time_ms", 3_600_000), ("base_reachable_time_ms", 86_400_000)] {
+        for (setting, milliseconds) in
+            [("retrans_time_ms", 3_600_000), ("base_reachable_time_ms", 86_400_000)]
+        {
             let setting = format!("net.ipv4.neigh.tx0.{setting}={milliseconds}");
             command::run(guest.command("sysctl").args(["-qw", &setting])).unwrap();
         }
@@ -112,7 +114,11 @@ fn the_host_answers_to_ping_where_a_rule_lets_it() {
     let (pings, answers) = hosts.ping(60);
     assert_eq!(answers, 3);
     let expected = Xdp { pass: pings + 1, pass_rule: pings, pass_non_ip: 1, ..Xdp::default() };
-    assert_eq!(outcomes(&hosts.settled(&primary, before)), expected, "one ARP request, the pings, and nothing else");
+    assert_eq!(
+        outcomes(&hosts.settled(&primary, before)),
+        expected,
+        "one ARP request, the pings, and nothing else"
+    );
     assert_eq!(records(primary), []);
 }
 
@@ -195,7 +201,8 @@ fn a_port_is_left_to_the_host_and_no_other() {
     assert_eq!(passed.pass_rule, hosts.sent() - before - 1, "all but the ARP request");
 
     // Nobody answers at the other one, though somebody listens.
-    let connecting = hosts.guest.run(|| TcpStream::connect_timeout(&at(HOST, OTHER), Duration::from_millis(200)));
+    let connecting =
+        hosts.guest.run(|| TcpStream::connect_timeout(&at(HOST, OTHER), Duration::from_millis(200)));
     assert_eq!(connecting.unwrap_err().kind(), ErrorKind::TimedOut);
     let after = outcomes(&hosts.settled(&primary, before));
     let attempts = after.redirect;
@@ -211,8 +218,10 @@ fn a_port_is_left_to_the_host_and_no_other() {
     let report = hosts.settled(&primary, before);
     assert_eq!(outcomes(&report), Xdp { redirect: attempts + 2, ..passed });
 
-    let mut seen: Vec<_> =
-        records(primary).iter().map(|record| (record.flow().protocol, record.dport, record.packets)).collect();
+    let mut seen: Vec<_> = records(primary)
+        .iter()
+        .map(|record| (record.flow().protocol, record.dport, record.packets))
+        .collect();
     seen.sort_unstable();
     assert_eq!(seen, [(6, 80, 1), (6, OTHER, attempts), (17, KEPT, 1)]);
 }
