@@ -26,7 +26,9 @@ fn look() -> Option<String> {
         }
         libc::close(socket);
     }
-    for (tool, argument, package) in [("ip", "-V", "iproute2"), ("ethtool", "--version", "ethtool")] {
+    let tools =
+        [("ip", "-V", "iproute2"), ("ethtool", "--version", "ethtool"), ("ping", "-V", "iputils-ping")];
+    for (tool, argument, package) in tools {
         if let Err(error) = Command::new(tool).arg(argument).output() {
             return Some(format!("it needs the tool {tool} (Debian: apt install {package}): {error}"));
         }
