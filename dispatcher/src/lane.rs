@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
 use xfan_shm::Descriptor;
+use xfan_shm::bell;
 use xfan_shm::clock::{BusyMeter, monotonic_ns, ticks, ticks_per_ns};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
@@ -53,7 +54,7 @@ pub struct MemberLink {
     pub ring: Producer<SharedRing>,
     /// Its own segment, for its sleep epoch.
     pub up: Up,
-    /// The eventfd that wakes it.
+    /// The ringer's end of the bell that wakes it.
     pub doorbell: Arc<OwnedFd>,
     /// What this lane counts of it.
     pub counters: Arc<MemberCounters>,
@@ -299,8 +300,7 @@ impl<S: PacketSource> Lane<S> {
             let Some(Some(link)) = self.members.get_mut(place) else { continue };
             if link.ringer.must_ring(link.link.up.epoch()) {
                 link.link.counters.wakeups.add(1);
-                // Full (somebody rang 2⁶⁴ times) or not: it is readable.
-                let _ = nix::unistd::write(&link.link.doorbell, &1u64.to_ne_bytes());
+                bell::ring(&link.link.doorbell);
             }
             link.count();
             if link.link.ring.lent() >= TAKE_BACK && link.take_back(&mut self.frames).is_err() {

@@ -1,9 +1,10 @@
 //! Members: workers' places in a group. A place outlives the process in it, and so do its counters.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use xfan_shm::bell;
 use xfan_shm::clock::ticks_to_ns;
 use xfan_shm::layout::{Down, Geometry, LayoutError, Phase, SharedRing, Up};
 use xfan_shm::ring::Producer;
@@ -12,7 +13,6 @@ use xfan_shm::segment;
 use crate::control::ConnectionId;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
-use crate::lanes;
 use crate::report;
 use crate::supervisor::Process;
 
@@ -95,7 +95,7 @@ pub struct Handover {
     pub down: OwnedFd,
     /// Its up segment, writable.
     pub up: OwnedFd,
-    /// Its doorbell.
+    /// The sleeper's end of its bell.
     pub doorbell: OwnedFd,
 }
 
@@ -141,7 +141,8 @@ impl Member {
         let down = Down::create(&down_fd, geometry)?;
         let up = Up::create(&up_fd, geometry)?;
         segment::seal_against_further_writers(&down_fd)?;
-        let doorbell = lanes::doorbell()?;
+        let (doorbell, sleeper) = bell::create()?;
+        let doorbell = Arc::new(doorbell);
         let links = (0..geometry.lanes)
             .zip(&self.counters)
             .map(|(lane, counters)| MemberLink {
@@ -154,7 +155,7 @@ impl Member {
         let handover = Handover {
             down: segment::reopen_read_only(&down_fd)?,
             up: up_fd,
-            doorbell: doorbell.as_fd().try_clone_to_owned()?,
+            doorbell: sleeper,
         };
         self.session = Some(Session { connection, pid, down, up, doorbell });
         Ok((links, handover))
@@ -164,16 +165,19 @@ impl Member {
     pub fn close(&self) {
         if let Some(session) = &self.session {
             session.down.set_phase(Phase::Closing);
-            let _ = nix::unistd::write(&session.doorbell, &1u64.to_ne_bytes());
+            bell::ring(&session.doorbell);
         }
     }
 
     /// Forgets the session; what it published is kept.
     pub fn end_session(&mut self) -> Option<Session> {
         let session = self.session.take()?;
-        self.past.busy_ticks += session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
+        let busy_ticks = session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
+        // What a worker publishes may be any number.
+        self.past.busy_ticks = self.past.busy_ticks.wrapping_add(busy_ticks);
         for (name, value) in session.up.published_counters() {
-            *self.past.published.entry(name).or_default() += value;
+            let sum = self.past.published.entry(name).or_default();
+            *sum = sum.wrapping_add(value);
         }
         Some(session)
     }

@@ -53,6 +53,7 @@ impl RunError {
             RunError::Topology(error) => error.exit(),
             RunError::Placement(error) => error.exit(),
             RunError::Budget(error) => error.exit(),
+            RunError::Control(ControlError::NotASocket(_)) => Exit::Usage,
             RunError::Port(PortError::Attach(AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. }))
             | RunError::Port(PortError::Bind(BindError::Busy { .. }))
             | RunError::Control(ControlError::Occupied(_)) => Exit::Busy,

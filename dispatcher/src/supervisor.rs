@@ -34,7 +34,10 @@ pub enum SpawnError {
         program: String,
     },
     /// It may not be executed.
-    #[error("worker command `{program}` cannot be executed by user {user}: {source}")]
+    #[error(
+        "worker command `{program}` cannot be executed by user {user}: {source}; make it executable (chmod a+rx) and every \
+         directory above it enterable (chmod a+x), or choose another user with --user"
+    )]
     NotExecutable {
         /// As given.
         program: String,

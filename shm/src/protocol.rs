@@ -1,9 +1,9 @@
 //! The conversation on the control socket: `SOCK_SEQPACKET`, one JSON value per message, descriptors as `SCM_RIGHTS`.
 //!
 //! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this order:
-//! the packet memory (read-only), its down segment (read-only), its up segment, its doorbell (an eventfd). The connection
-//! stays open for as long as the worker works; its end is the end of the worker. An operator's tool sends
-//! [`Request::Stats`] and gets [`Reply::Stats`].
+//! the packet memory (read-only), its down segment (read-only), its up segment, the sleeper's end of its
+//! [`bell`](crate::bell). The connection stays open for as long as the worker works; its end is the end of the worker. An
+//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`].
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::time::TimeSpec;
-use nix::unistd::read;
+use xfan_shm::bell;
 use xfan_shm::clock::ticks_per_ns;
 
 /// Longest sleep, and longest time between two looks at the control socket.
@@ -126,8 +126,7 @@ impl Idle {
         if !rung {
             return Ok(Wake::Other);
         }
-        // It is readable and we are its only reader: this does not block. An eventfd is read whole and then at 0.
-        read(&self.doorbell, &mut [0; 8])?;
+        bell::silence(&self.doorbell);
         Ok(Wake::Rung)
     }
 }
