@@ -4,15 +4,18 @@
 //!
 //! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
 //! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it; [`primary`]: a dispatcher in it.
+//! - [`balance`]: do its numbers add up; [`leftovers`]: what is still there after its end.
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
 //!   read with etherparse, so that it shares no code with what is tested.
 //! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
 //! - [`receiver`]: plain AF_XDP sockets that keep what arrives, queue by queue.
 
+pub mod balance;
 pub mod capture;
 pub mod command;
 pub mod community_id;
 pub mod generator;
+pub mod leftovers;
 pub mod link;
 pub mod netns;
 pub mod oracle;

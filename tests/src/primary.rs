@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 use xfan::control::ask_for_report;
@@ -63,7 +64,12 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// There is no place for its folder.
     pub fn on(namespace: &'a Netns) -> std::io::Result<Self> {
-        Ok(Launch { namespace, folder: Folder::new()?, arguments: vec![], command: vec![] })
+        Ok(Self::within(namespace, Folder::new()?))
+    }
+
+    /// As [`on`](Self::on), in the folder of an earlier one, and so with the same control socket.
+    pub fn within(namespace: &'a Netns, folder: Folder) -> Self {
+        Launch { namespace, folder, arguments: vec![], command: vec![] }
     }
 
     /// Its folder.
@@ -109,11 +115,11 @@ impl<'a> Launch<'a> {
         self.with(&format!("-n {count}")).worker("xfan-flow", "--output FOLDER/flows-{member}.json")
     }
 
-    /// Starts it, without waiting for anything.
+    /// The command, to be changed before it is run.
     ///
     /// # Errors
-    /// `xfan` is not built or does not start.
-    pub fn spawn(self) -> Result<Primary, ProcessError> {
+    /// `xfan` is not built.
+    pub fn command(&self) -> Result<Command, ProcessError> {
         let mut command = self.namespace.command(binary("xfan")?);
         command
             .args(["run", "-i", "rx0", "--socket"])
@@ -124,7 +130,23 @@ impl<'a> Launch<'a> {
         }
         // Who runs the tests by sudo is not to matter.
         command.env_remove("SUDO_UID");
-        Ok(Primary { process: Process::spawn(command)?, folder: self.folder })
+        Ok(command)
+    }
+
+    /// Starts it, without waiting for anything.
+    ///
+    /// # Errors
+    /// `xfan` is not built or does not start.
+    pub fn spawn(self) -> Result<Primary, ProcessError> {
+        Ok(Primary { process: Process::spawn(self.command()?)?, folder: self.folder })
+    }
+
+    /// Starts it and waits for its end: for what is to be refused.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn run(self) -> Result<Exit, ProcessError> {
+        Ok(Process::spawn(self.command()?)?.wait())
     }
 
     /// Starts it and waits until packets are let in.
@@ -192,7 +214,12 @@ impl Primary {
 
     /// Asks it to end, and waits for it. Its folder stays for [`flow_records`].
     pub fn stop(self) -> (Exit, Folder) {
-        (self.process.end(Signal::SIGTERM), self.folder)
+        self.end(Signal::SIGTERM)
+    }
+
+    /// Ends it by a signal, and waits for it.
+    pub fn end(self, signal: Signal) -> (Exit, Folder) {
+        (self.process.end(signal), self.folder)
     }
 }
 

@@ -1,0 +1,246 @@
+//! A worker can spoil nothing but itself: not the packets, not another's segments, not the primary.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
+use nix::unistd::Pid;
+use xfan_shm::protocol::{self, MAX_REPLY, Reply};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const PACKETS: u64 = 600;
+
+fn replay(namespace: &Netns) {
+    let frames = traffic::synthetic(60, 600, 6).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+}
+
+/// A hostile worker and an honest one, on two queues.
+fn start(way: &str) -> (Netns, Primary) {
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().config("stop_timeout = '200ms'").unwrap();
+    let primary = launch.with("-n 2").worker("xfan-hostile", way).unwrap().start().unwrap();
+    (namespace, primary)
+}
+
+/// Has the hostile worker begin.
+fn unleash(primary: &Primary) {
+    let pid = primary.report().groups[0].members[0].pid;
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGUSR1).unwrap();
+}
+
+#[test]
+fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
+    let _watchdog = e2e_or_skip!();
+    let (_namespace, primary) = start("probe");
+    let line = primary.process.wait_for_line("descriptors at start").unwrap();
+    let report: BTreeMap<String, String> = serde_json::from_str(&line).unwrap();
+
+    let mut expected = BTreeMap::new();
+    let mut expect = |prefix: &str, outcomes: &[(&str, &str)]| {
+        expected.extend(
+            outcomes.iter().map(|(what, outcome)| (format!("{prefix}{what}"), (*outcome).to_owned())),
+        );
+    };
+    expect("", &[("descriptors at start", "0 1 2")]);
+    let none = "0000000000000000";
+    let nobody = "65534 65534 65534 65534";
+    expect("status ", &[("Uid", nobody), ("Gid", nobody), ("Groups", ""), ("NoNewPrivs", "1")]);
+    expect("status ", &[("CapInh", none), ("CapPrm", none), ("CapEff", none), ("CapAmb", none)]);
+    for segment in ["umem ", "down "] {
+        expect(
+            segment,
+            &[
+                ("map writable", "EACCES"),
+                ("make a mapping writable", "EACCES"),
+                ("take pages away", "EACCES"),
+                ("open for writing", "EACCES"),
+                ("open for both", "EACCES"),
+                ("write", "EBADF"),
+                ("shrink", "EINVAL"),
+                ("grow", "EINVAL"),
+                ("shrink by path", "EACCES"),
+                ("grow by writing beyond the end", "EBADF"),
+                ("punch a hole", "EBADF"),
+                ("seal", "EPERM"),
+                ("change the mode", "EPERM"),
+                ("change the mode by path", "EPERM"),
+            ],
+        );
+    }
+    // Its own it may write to, and nothing else.
+    expect(
+        "up ",
+        &[
+            ("map writable", "done"),
+            ("make a mapping writable", "done"),
+            ("open for writing", "EACCES"),
+            ("open for both", "EACCES"),
+            ("shrink", "EPERM"),
+            ("grow", "EPERM"),
+            ("shrink by path", "EACCES"),
+            ("grow by writing beyond the end", "EPERM"),
+            ("change the mode", "EPERM"),
+            ("change the mode by path", "EPERM"),
+        ],
+    );
+    expect(
+        "primary ",
+        &[
+            ("list descriptors", "EACCES"),
+            ("list mappings", "EACCES"),
+            ("read memory", "EACCES"),
+            ("read environment", "EACCES"),
+            ("trace", "EPERM"),
+            ("take a descriptor", "EPERM"),
+            ("kill", "EPERM"),
+        ],
+    );
+    expect("peer ", &[("open down", "EPERM"), ("open up", "EPERM")]);
+    let not_yours =
+        |place: &str| format!("member {place} is for the process that the primary started for it");
+    expect(
+        "take ",
+        &[
+            ("other's place without a token", &not_yours("default/1")),
+            ("other's place with our token", &not_yours("default/1")),
+            ("our place without a token", &not_yours("default/0")),
+            ("our place again", "member default/0 has a worker"),
+            ("any place", "all 2 members have a worker: start the primary with more (-n)"),
+            ("a place that is not there", "there is no member default/2; there are 2 in group default"),
+        ],
+    );
+    assert_eq!(report, expected);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn noise_in_a_segment_evicts_its_writer_alone() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("noise 7");
+    replay(&namespace);
+    let report = primary
+        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    let [share, rest] = [0, 1].map(|place| report.groups[0].members[place].delivered);
+    assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
+
+    unleash(&primary);
+    let report = primary.report_when(|report| report.groups[0].members[0].state == "crashed");
+    assert_balanced(&report, PACKETS);
+    let [liar, other] = [0, 1].map(|place| &report.groups[0].members[place]);
+    assert_eq!((liar.committed, liar.lost, liar.backlog, liar.buckets), (0, share, 0, 0));
+    assert_eq!(
+        (other.committed, other.lost, other.buckets, other.state.as_str()),
+        (rest, 0, 4096, "running")
+    );
+    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+
+    // It goes on making noise, and the other gets every flow.
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(report.totals(), (2 * PACKETS, 2 * PACKETS, 0));
+    assert_eq!(report.groups[0].members[1].committed, rest + PACKETS);
+    let exit = primary.stop().0;
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    let stderr = exit.stderr.join("\n");
+    assert_eq!(stderr.matches("its consumer index made no sense: evicted").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_worker_that_jams_its_doorbell_stops_nobody() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("jam");
+    unleash(&primary);
+    primary.process.wait_for_line("jammed").unwrap();
+    replay(&namespace);
+    let report = primary
+        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    assert_balanced(&report, PACKETS);
+    let [jammer, other] = [0, 1].map(|place| &report.groups[0].members[place]);
+    assert_eq!(
+        (jammer.backlog, other.committed, other.dropped),
+        (jammer.delivered, PACKETS - jammer.delivered, 0)
+    );
+    assert!(jammer.delivered > 0 && jammer.wakeups > 0, "{report:#?}");
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+fn dial(primary: &Primary) -> OwnedFd {
+    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
+    control
+}
+
+fn open_descriptors(primary: &Primary) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", primary.process.pid())).unwrap().count()
+}
+
+#[test]
+fn messages_that_make_no_sense_are_answered_and_forgotten() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap();
+    let primary = launch.start().unwrap();
+    let before = open_descriptors(&primary);
+
+    let deep = "[".repeat(10_000);
+    let long = format!("{{\"attach\":{{\"version\":1,\"program\":\"{}\"}}}}", "x".repeat(20_000));
+    let refused = |message: &[u8]| {
+        let control = dial(&primary);
+        send(control.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL).unwrap();
+        match protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0 {
+            Reply::Refused(refusal) => refusal.message,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(refused(long.as_bytes()), "a message longer than 16384 bytes");
+    let messages: [&[u8]; 8] = [
+        b"hello",
+        b"\0",
+        b"\xff\xfe\xfd",
+        b"{\"attach\":{\"version\":1,",
+        b"{\"attach\":{\"version\":-1,\"program\":\"x\"}}",
+        b"{\"destroy\":{}}",
+        b"{\"attached\":{}}",
+        deep.as_bytes(),
+    ];
+    for message in messages {
+        let answer = refused(message);
+        assert!(answer.starts_with("a message that makes no sense: "), "{answer}");
+    }
+    let version = b"{\"attach\":{\"version\":99,\"member\":\"default/9\",\"program\":\"x\"}}";
+    assert_eq!(refused(version), "there is no member default/9; there are 2 in group default");
+
+    // An empty message and a hang-up say the same. Descriptors that nobody asked for are closed.
+    let control = dial(&primary);
+    send(control.as_raw_fd(), b"", MsgFlags::MSG_NOSIGNAL).unwrap();
+    assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY), Err(protocol::ProtocolError::Closed)));
+    drop(dial(&primary));
+    let control = dial(&primary);
+    for _ in 0..3 {
+        protocol::send(&control, &protocol::Request::Detach, &[control.as_fd(); 8]).unwrap();
+    }
+    protocol::send(&control, &protocol::Request::Stats, &[control.as_fd()]).unwrap();
+    assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Stats(_)));
+    // Many at once that say nothing.
+    let silent: Vec<_> = (0..50).map(|_| dial(&primary)).collect();
+    primary.report();
+    drop((silent, control));
+
+    replay(&namespace);
+    let report = primary.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(report.totals(), (PACKETS, PACKETS, 0));
+    while open_descriptors(&primary) > before {
+        std::thread::yield_now();
+    }
+    assert_eq!(primary.stop().0.code, Some(0));
+}

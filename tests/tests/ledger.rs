@@ -1,0 +1,254 @@
+//! However a run ends, the ledger balances and nothing is left behind.
+
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::generator::{End, Generator, Load};
+use xfan_tests::leftovers;
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Folder, Launch, Primary};
+use xfan_tests::process::{Exit, Process, binary};
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::tx::TxSocket;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const PACKETS: u64 = 600;
+
+fn frames() -> Vec<Vec<u8>> {
+    traffic::synthetic(60, 600, 5).frames
+}
+
+fn replay(namespace: &Netns, frames: &[Vec<u8>]) {
+    namespace.run(|| Replay::onto("tx0").run(frames)).unwrap();
+}
+
+/// Two workers on two queues.
+fn start(namespace: &Netns, folder: Folder) -> Primary {
+    let launch = Launch::within(namespace, folder).with("-n 2").config("stop_timeout = '300ms'").unwrap();
+    launch.worker("xfan-count", "").unwrap().start().unwrap()
+}
+
+/// Waits until no process is left in the namespace, with a segment mapped or not, and no XDP program: a process that was
+/// told to end takes its time. The queues can then be bound.
+fn wait_until_nothing_is_left(namespace: &Netns) {
+    let program = || leftovers::xdp_program(namespace, "rx0").unwrap();
+    while !leftovers::processes_in(namespace).is_empty() || program().is_some() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    namespace.run(|| [0, 1].map(|queue| TxSocket::open("rx0", queue).unwrap()));
+}
+
+/// The primary has waited for its workers and taken the XDP program off before it ended.
+fn assert_nothing_is_left(namespace: &Netns, folder: &Folder) {
+    assert_eq!(leftovers::processes_in(namespace), Vec::<String>::new());
+    assert_eq!(leftovers::xdp_program(namespace, "rx0").unwrap(), None);
+    assert!(!folder.join("xfan.sock").exists());
+}
+
+fn assert_ended_well(exit: &Exit) {
+    assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:#?}");
+    assert!(!exit.stderr.concat().contains("add up"), "{exit:#?}");
+}
+
+/// Packets the workers say to have counted, together.
+fn counted(exit: &Exit) -> u64 {
+    let totals = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    totals.filter_map(|totals| totals["packets"].as_u64()).sum()
+}
+
+#[test]
+fn either_signal_ends_it_and_leaves_nothing() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let mut folder = Folder::new().unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        // The second run binds the queues of the first at once.
+        let primary = start(&namespace, folder);
+        assert!(leftovers::xdp_program(&namespace, "rx0").unwrap().is_some());
+        assert_eq!(leftovers::processes_in(&namespace).len(), 3);
+        replay(&namespace, &frames());
+        assert_balanced(&primary.report_after(PACKETS, false), PACKETS);
+        let (exit, kept) = primary.end(signal);
+        assert_ended_well(&exit);
+        assert_eq!(counted(&exit), PACKETS);
+        assert_nothing_is_left(&namespace, &kept);
+        folder = kept;
+    }
+    wait_until_nothing_is_left(&namespace);
+}
+
+#[test]
+fn it_ends_well_under_a_flood() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let primary = start(&namespace, Folder::new().unwrap());
+    let generator =
+        namespace.run(|| Generator::start(&Load::onto("tx0", End::After(Duration::MAX)))).unwrap();
+    primary.report_when(|report| report.totals().0 > 10_000);
+    let (exit, folder) = primary.stop();
+    assert_ended_well(&exit);
+    assert_nothing_is_left(&namespace, &folder);
+    generator.stop().unwrap();
+}
+
+#[test]
+fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '100ms'").unwrap();
+    let primary = launch.worker("xfan-hostile", "deaf").unwrap().start().unwrap();
+    replay(&namespace, &frames());
+    let report = primary
+        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    assert_balanced(&report, PACKETS);
+    let [deaf, other] = [0, 1].map(|place| report.groups[0].members[place].clone());
+    assert_eq!((deaf.backlog, deaf.committed, deaf.backlog + other.committed), (deaf.delivered, 0, PACKETS));
+    assert!(deaf.delivered > 0);
+
+    let (exit, folder) = primary.stop();
+    assert_ended_well(&exit);
+    let stderr = exit.stderr.join("\n");
+    assert!(stderr.contains("did not end within 100ms of SIGTERM: killed"), "{stderr}");
+    assert!(stderr.contains("default/0") && !stderr.contains("default/1\" did not"), "{stderr}");
+    assert_eq!(counted(&exit), other.committed);
+    assert_nothing_is_left(&namespace, &folder);
+}
+
+#[test]
+fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
+    let _watchdog = e2e_or_skip!();
+    let (sender, receiver) = (Netns::quiet().unwrap(), Netns::quiet().unwrap());
+    Veth::create(&VethConfig::queues(2), &sender, &receiver).unwrap();
+    sender.ip("address add 192.0.2.1/24 dev tx0").unwrap();
+    receiver.ip("address add 192.0.2.2/24 dev rx0").unwrap();
+    let to = receiver.run(|| UdpSocket::bind("192.0.2.2:9")).unwrap();
+    let from = sender.run(|| UdpSocket::bind("192.0.2.1:0")).unwrap();
+    to.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let knock = || {
+        from.send_to(b"knock", "192.0.2.2:9").unwrap();
+        to.recv(&mut [0; 8]).is_ok()
+    };
+    while !knock() {}
+
+    let primary = start(&receiver, Folder::new().unwrap());
+    // One more may have been under way; now the workers get them.
+    while to.recv(&mut [0; 8]).is_ok() {}
+    assert!(!knock());
+    primary.report_when(|report| report.totals().0 == 1);
+    let generator = sender.run(|| Generator::start(&Load::onto("tx0", End::After(Duration::MAX)))).unwrap();
+    primary.report_when(|report| report.totals().0 > 10_000);
+    let (exit, folder) = primary.end(Signal::SIGKILL);
+    assert_eq!(exit.signal, Some(libc::SIGKILL));
+    drop(generator);
+
+    // Its workers go with it, and so do the XDP program and the sockets; its socket's file cannot.
+    wait_until_nothing_is_left(&receiver);
+    while !knock() {}
+
+    // The next one takes its place at once, socket file and all.
+    assert!(folder.join("xfan.sock").exists());
+    let primary = start(&receiver, folder);
+    assert!(!knock());
+    assert_balanced(&primary.report_after(1, true), 1);
+    let (exit, folder) = primary.stop();
+    assert_ended_well(&exit);
+    assert_nothing_is_left(&receiver, &folder);
+    while !knock() {}
+}
+
+#[test]
+fn a_killed_worker_loses_what_it_held_and_nothing_else() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let primary = start(&namespace, Folder::new().unwrap());
+    let frames = frames();
+    replay(&namespace, &frames);
+    let report = primary.report_after(PACKETS, true);
+    let [share, rest] = [0, 1].map(|place| report.groups[0].members[place].committed);
+    assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
+
+    let victim = report.groups[0].members[0].pid;
+    let signal = |signal| kill(Pid::from_raw(i32::try_from(victim).unwrap()), signal).unwrap();
+    signal(Signal::SIGSTOP);
+    while leftovers::state(victim) != Some('T') {
+        std::thread::yield_now();
+    }
+    replay(&namespace, &frames);
+    let report = primary
+        .report_when(|report| report.totals().0 == 2 * PACKETS && report.groups[0].members[1].backlog == 0);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(report.groups[0].members[0].backlog, share);
+
+    signal(Signal::SIGKILL);
+    let report = primary.report_when(|report| report.groups[0].members[0].state == "crashed");
+    assert_balanced(&report, 2 * PACKETS);
+    let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
+    assert_eq!((victim.committed, victim.lost, victim.backlog, victim.buckets), (share, share, 0, 0));
+    assert_eq!((survivor.committed, survivor.lost, survivor.buckets), (2 * rest, 0, 4096));
+    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+
+    // The survivor gets every flow.
+    replay(&namespace, &frames);
+    let report = primary.report_after(3 * PACKETS, true);
+    assert_balanced(&report, 3 * PACKETS);
+    assert_eq!(report.groups[0].members[1].committed, 2 * rest + PACKETS);
+    assert_eq!(report.groups[0].members[0].delivered, 2 * share);
+    assert!(report.lanes.iter().all(|lane| lane.dropped.values().all(|&dropped| dropped == 0)));
+    let (exit, folder) = primary.stop();
+    assert_ended_well(&exit);
+    assert_eq!(counted(&exit), 2 * rest + PACKETS);
+    assert_nothing_is_left(&namespace, &folder);
+}
+
+#[test]
+fn without_any_worker_left_it_ends_and_says_so() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let primary = start(&namespace, Folder::new().unwrap());
+    for member in &primary.report().groups[0].members {
+        kill(Pid::from_raw(i32::try_from(member.pid).unwrap()), Signal::SIGKILL).unwrap();
+    }
+    let folder = primary.folder().to_owned();
+    let exit = primary.process.wait();
+    assert_eq!(exit.code, Some(6), "{exit:#?}");
+    let stderr = exit.stderr.join("\n");
+    assert!(stderr.contains("xfan: no worker is left: the last one, default/"), "{stderr}");
+    assert!(stderr.contains("ended (signal: 9 (SIGKILL))"), "{stderr}");
+    assert!(!folder.join("xfan.sock").exists());
+    wait_until_nothing_is_left(&namespace);
+}
+
+#[test]
+fn workers_of_their_own_see_the_primary_go() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let primary = Launch::on(&namespace).unwrap().with("-n 2").start().unwrap();
+        let mut command = namespace.command(binary("xfan-count").unwrap());
+        command.arg("--socket").arg(primary.socket());
+        let worker = Process::spawn(command).unwrap();
+        primary.report_when(|report| report.groups[0].members[0].state == "running");
+        replay(&namespace, &frames());
+        let report = primary.report_after(PACKETS, true);
+        assert_balanced(&report, PACKETS);
+        assert_eq!(report.groups[0].members[0].committed, PACKETS);
+        assert_eq!(report.groups[0].members[1].state, "vacant");
+
+        let (exit, _folder) = primary.end(signal);
+        let worker = worker.wait();
+        if signal == Signal::SIGTERM {
+            assert_ended_well(&exit);
+            assert_eq!(worker.code, Some(0), "{worker:?}");
+        } else {
+            assert_eq!(worker.code, Some(1), "{worker:?}");
+            assert!(worker.stderr.concat().contains("the dispatcher is gone"), "{worker:?}");
+        }
+        assert_eq!(counted(&worker), PACKETS);
+        wait_until_nothing_is_left(&namespace);
+    }
+}

@@ -1,0 +1,403 @@
+//! What cannot work is refused with a sentence that names the thing, the limit and the way out, and with the exit code for it.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::leftovers;
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::Launch;
+use xfan_tests::process::{Exit, Process, binary};
+use xfan_tests::receiver::Receiver;
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::tx::TxSocket;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const USAGE: i32 = 2;
+const PERMISSION: i32 = 3;
+const INTERFACE: i32 = 4;
+const BUSY: i32 = 5;
+const WORKERS: i32 = 6;
+
+fn network() -> Netns {
+    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
+}
+
+/// The launch of a primary that would run, were it not for what the test does to it.
+fn launch(namespace: &Netns) -> Launch<'_> {
+    Launch::on(namespace).unwrap().worker("xfan-count", "").unwrap()
+}
+
+/// Checks the exit code and the last line of standard error, which is the message.
+#[track_caller]
+fn assert_refused(exit: &Exit, code: i32, message: &str) {
+    assert_eq!(exit.code, Some(code), "{exit:#?}");
+    assert_eq!(exit.stderr.last().map(String::as_str), Some(message), "{exit:#?}");
+}
+
+/// As [`assert_refused`], and nothing is left of it.
+#[track_caller]
+fn assert_refused_without_trace(namespace: &Netns, exit: &Exit, code: i32, message: &str) {
+    assert_refused(exit, code, message);
+    assert_eq!(leftovers::processes_in(namespace), Vec::<String>::new());
+    assert_eq!(leftovers::xdp_program(namespace, "rx0").unwrap(), None);
+}
+
+#[test]
+fn without_root() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = launch(&namespace);
+    let mut command = launch.command().unwrap();
+    // SAFETY: between fork and exec the closure makes two plain system calls. (The namespace is entered before it.)
+    unsafe {
+        command.pre_exec(|| {
+            if libc::setgid(65534) < 0 || libc::setuid(65534) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let exit = Process::spawn(command).unwrap().wait();
+    assert_refused_without_trace(
+        &namespace,
+        &exit,
+        PERMISSION,
+        "xfan: xfan run lacks CAP_NET_ADMIN (to attach the XDP program), CAP_NET_RAW (to make AF_XDP sockets), \
+         CAP_BPF (to load the XDP program), CAP_PERFMON (to have it walk packet headers), \
+         CAP_SYS_ADMIN (to hand the packet memory to workers), CAP_SETUID (to run workers as an unprivileged user), \
+         CAP_SETGID (to run workers as an unprivileged user): start it with sudo",
+    );
+}
+
+#[test]
+fn without_a_single_capability() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    for (capability, name, purpose) in [
+        (12, "CAP_NET_ADMIN", "attach the XDP program"),
+        (13, "CAP_NET_RAW", "make AF_XDP sockets"),
+        (39, "CAP_BPF", "load the XDP program"),
+        (38, "CAP_PERFMON", "have it walk packet headers"),
+        (21, "CAP_SYS_ADMIN", "hand the packet memory to workers"),
+        (7, "CAP_SETUID", "run workers as an unprivileged user"),
+        (6, "CAP_SETGID", "run workers as an unprivileged user"),
+    ] {
+        let launch = launch(&namespace);
+        let mut command = launch.command().unwrap();
+        // SAFETY: between fork and exec the closure makes one plain system call.
+        unsafe {
+            command.pre_exec(move || match libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        let exit = Process::spawn(command).unwrap().wait();
+        let message = format!("xfan: xfan run lacks {name} (to {purpose}): start it with sudo");
+        assert_refused_without_trace(&namespace, &exit, PERMISSION, &message);
+    }
+}
+
+#[test]
+fn an_interface_that_is_not_there() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    let exit = launch(&namespace).run().unwrap();
+    let message = "xfan: no interface `rx0` in this network namespace; there are: lo";
+    assert_refused(&exit, INTERFACE, message);
+}
+
+#[test]
+fn a_queue_that_is_not_there() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let exit = launch(&namespace).with("--queues 0,2").run().unwrap();
+    let message = "xfan: `rx0` has no RX queue 2: it has 2 (0 to 1); see `ethtool -l rx0`";
+    assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
+}
+
+#[test]
+fn a_queue_that_another_program_holds() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let _held = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();
+    let exit = launch(&namespace).run().unwrap();
+    let message = "xfan: queue 1 of rx0 is bound by another AF_XDP socket: end the program that holds it \
+                   (`ss --xdp -p` names it), or leave the queue out with --queues";
+    assert_refused_without_trace(&namespace, &exit, BUSY, message);
+    // As it says.
+    let primary = launch(&namespace).with("--queues 0").start().unwrap();
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn an_interface_that_runs_another_xdp_program() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let _other = namespace.run(|| Receiver::open("rx0", &[])).unwrap();
+    let exit = launch(&namespace).run().unwrap();
+    let id = xdp_program_id(&namespace);
+    let message = format!(
+        "xfan: rx0 already runs another XDP program, \"redirect\" (id {id}); stop what uses it, or, if it was left behind, \
+         remove it with: ip link set dev rx0 xdp off"
+    );
+    assert_refused(&exit, BUSY, &message);
+    assert_eq!(xdp_program_id(&namespace), id, "it is still there");
+}
+
+fn xdp_program_id(namespace: &Netns) -> u32 {
+    let line = leftovers::xdp_program(namespace, "rx0").unwrap().expect("a program");
+    let mut words = line.split_whitespace().skip_while(|word| *word != "id");
+    words.nth(1).and_then(|id| id.parse().ok()).expect("an id")
+}
+
+#[test]
+fn a_second_primary() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let primary = launch(&namespace).start().unwrap();
+    let exit = launch(&namespace).run().unwrap();
+    let message = format!(
+        "xfan: another xfan primary owns rx0 (XDP program xfan_steer, id {}); stop it first, an interface has one primary",
+        xdp_program_id(&namespace)
+    );
+    assert_refused(&exit, BUSY, &message);
+    // The first has not noticed.
+    let frames = traffic::synthetic(10, 100, 1).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    assert_eq!(primary.report_after(100, true).totals(), (100, 100, 0));
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_control_socket_that_another_primary_listens_on() {
+    let _watchdog = e2e_or_skip!();
+    let (first, second) = (network(), network());
+    let primary = launch(&first).start().unwrap();
+    let mut command = second.command(binary("xfan").unwrap());
+    command.args(["run", "-i", "rx0", "--socket"]).arg(primary.socket());
+    let exit = Process::spawn(command).unwrap().wait();
+    let message = format!(
+        "xfan: another primary answers on {}: stop it, or choose another control socket with --socket",
+        primary.socket().display()
+    );
+    assert_refused_without_trace(&second, &exit, BUSY, &message);
+    primary.report();
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_control_socket_where_a_file_is() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = launch(&namespace);
+    let path = launch.folder().join("xfan.sock");
+    std::fs::write(&path, "precious").unwrap();
+    let folder = launch.folder().to_owned();
+    let command = launch.command().unwrap();
+    let exit = Process::spawn(command).unwrap().wait();
+    let message = format!(
+        "xfan: {} exists and is no socket: remove it, or choose another control socket with --socket",
+        folder.join("xfan.sock").display()
+    );
+    assert_refused_without_trace(&namespace, &exit, USAGE, &message);
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "precious");
+}
+
+#[test]
+fn packets_that_do_not_fit_a_frame() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    Veth::create(&VethConfig { mtu: 3000, ..VethConfig::queues(2) }, &namespace, &namespace).unwrap();
+    let exit = launch(&namespace).run().unwrap();
+    let message = "xfan: the MTU of `rx0` is 3000 bytes, but a frame of 2048 bytes holds packets of an MTU of at most \
+                   1770: set `frame_size = 4096`, or run `ip link set dev rx0 mtu 1770`";
+    assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
+    // As it says.
+    let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    Veth::create(&VethConfig { mtu: 3600, ..VethConfig::queues(2) }, &namespace, &namespace).unwrap();
+    let exit = launch(&namespace).config("frame_size = 4096\nxdp_mode = 'native'").unwrap().run().unwrap();
+    assert_eq!(exit.code, Some(INTERFACE), "{exit:#?}");
+    let message = exit.stderr.last().unwrap();
+    assert!(message.starts_with("xfan: the driver of rx0 refuses native XDP ("), "{message}");
+    assert!(message.contains("lower the MTU (many drivers stop at some 3000 bytes)"), "{message}");
+}
+
+#[test]
+fn a_worker_command_that_is_not_there() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let exit = Launch::on(&namespace).unwrap().worker("/no/such/worker", "").unwrap().run().unwrap();
+    let message = "xfan: worker command `/no/such/worker` not found: give its full path (sudo searches its own \
+                   secure_path), or check the name";
+    assert_refused_without_trace(&namespace, &exit, WORKERS, message);
+}
+
+#[test]
+fn a_worker_command_that_may_not_be_executed() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap();
+    let path = launch.folder().join("worker");
+    std::fs::write(&path, "#!/bin/sh\n").unwrap();
+    let exit = launch.worker(path.to_str().unwrap(), "").unwrap().run().unwrap();
+    let message = format!(
+        "xfan: worker command `{}` cannot be executed by user nobody: Permission denied (os error 13); make it \
+         executable (chmod a+rx) and every directory above it enterable (chmod a+x), or choose another user with --user",
+        path.display()
+    );
+    assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
+}
+
+#[test]
+fn a_worker_that_exits_at_once() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    for (program, how) in [("/bin/false", "exit status: 1"), ("/bin/true", "exit status: 0")] {
+        let exit = Launch::on(&namespace).unwrap().worker(program, "").unwrap().run().unwrap();
+        let message = format!(
+            "xfan: worker default/0 ({program}) ended before it attached: {how}. Run it by hand to see why; a worker must \
+             attach to the socket named in XFAN_SOCKET"
+        );
+        assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
+    }
+}
+
+#[test]
+fn a_worker_that_never_attaches() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().config("start_timeout = '200ms'").unwrap();
+    let exit = launch.worker("/bin/sleep", "1000").unwrap().run().unwrap();
+    let message = "xfan: worker default/0 (/bin/sleep) has not attached within 200ms: is it an xfan worker? If it needs \
+                   longer, raise start_timeout";
+    assert_refused_without_trace(&namespace, &exit, WORKERS, message);
+}
+
+#[test]
+fn a_worker_of_another_protocol_version() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2");
+    let exit = launch.worker("xfan-hostile", "version 99").unwrap().run().unwrap();
+    let why = "the worker speaks protocol version 99, this primary version 1: use builds of the same release";
+    let program = binary("xfan-hostile").unwrap();
+    let message = format!("xfan: worker default/0 ({}) was refused: {why}", program.display());
+    assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
+    // The worker has been told, too.
+    assert!(exit.stderr.contains(&format!("xfan-hostile: {why}")), "{exit:#?}");
+}
+
+#[test]
+fn a_user_that_is_not_there() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let exit = launch(&namespace).with("--user no-such-user").run().unwrap();
+    let message = "xfan: no user `no-such-user` on this system: set `user` (or --user) to one that `getent passwd` lists";
+    assert_refused_without_trace(&namespace, &exit, USAGE, message);
+}
+
+#[test]
+fn a_configuration_that_cannot_be_read() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let exit = launch(&namespace).with("--config /no/such/file.toml").run().unwrap();
+    let message =
+        "xfan: cannot read the configuration file /no/such/file.toml: No such file or directory (os error 2)";
+    assert_refused(&exit, USAGE, message);
+    let exit = launch(&namespace).with("--config /").run().unwrap();
+    let message = "xfan: cannot read the configuration file /: Is a directory (os error 21)";
+    assert_refused(&exit, USAGE, message);
+}
+
+#[test]
+fn a_configuration_with_an_unknown_key() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = launch(&namespace).config("workers = 2\nring_slot = 512").unwrap();
+    let file = launch.folder().join("xfan.toml");
+    let exit = launch.run().unwrap();
+    let message =
+        format!("xfan: unknown key `ring_slot` in {} (line 2): did you mean `ring_slots`?", file.display());
+    assert_refused(&exit, USAGE, &message);
+}
+
+#[test]
+fn a_configuration_with_a_value_beyond_its_limits() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = launch(&namespace).config("ring_slots = 100").unwrap();
+    let file = launch.folder().join("xfan.toml");
+    let exit = launch.run().unwrap();
+    let message = format!(
+        "xfan: `ring_slots` in {} (line 1) is 100, but it must be \"auto\" or a power of two from 64 to 1048576 (slots per \
+         lane and worker)",
+        file.display()
+    );
+    assert_refused(&exit, USAGE, &message);
+}
+
+#[test]
+fn frames_that_do_not_suffice() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = launch(&namespace).with("-n 2").config("frames = 4096\nring_slots = 4096").unwrap();
+    let exit = launch.run().unwrap();
+    let message = "xfan: `frames` is 4096 per lane, but a lane needs rx_ring (2048) + batch (64) + workers (2) × \
+                   ring_slots (4096) = 10304: raise `frames` to 10304, or lower `ring_slots` or `rx_ring`";
+    assert_refused_without_trace(&namespace, &exit, USAGE, message);
+}
+
+#[test]
+fn an_interface_that_vanishes() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let primary = launch(&namespace).with("-n 2").start().unwrap();
+    let frames = traffic::synthetic(10, 100, 1).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    primary.report_after(100, true);
+    namespace.ip("link delete tx0").unwrap();
+    let socket = primary.socket();
+    let exit = primary.process.wait();
+    assert_refused(&exit, INTERFACE, "xfan: interface rx0 has vanished");
+    // Its workers were told in good order, and the totals are there.
+    let counted = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    assert_eq!(counted.filter_map(|totals| totals["packets"].as_u64()).sum::<u64>(), 100);
+    assert_eq!(leftovers::processes_in(&namespace), Vec::<String>::new());
+    assert!(!socket.exists());
+}
+
+#[test]
+fn statistics_without_a_primary() {
+    let _watchdog = e2e_or_skip!();
+    let stats = |socket: &str| {
+        let mut command = Command::new(binary("xfan").unwrap());
+        command.args(["stats", "--socket", socket]);
+        Process::spawn(command).unwrap().wait()
+    };
+    let exit = stats("/no/such/xfan.sock");
+    let message =
+        "xfan: no primary answers on /no/such/xfan.sock: start one with `xfan run`, or name its socket";
+    assert_refused(&exit, 1, message);
+
+    // Nor behind the socket of one that was killed.
+    let namespace = network();
+    let primary = launch(&namespace).start().unwrap();
+    let socket = primary.socket();
+    let (_exit, _folder) = primary.end(Signal::SIGKILL);
+    let exit = stats(socket.to_str().unwrap());
+    let message = format!(
+        "xfan: no primary answers on {}: start one with `xfan run`, or name its socket",
+        socket.display()
+    );
+    assert_refused(&exit, 1, &message);
+}
