@@ -58,13 +58,13 @@ pub struct LaneCounters {
     pub commands: Counter,
     /// Raised when a lane that was told to drain has found its RX ring empty.
     pub drained: AtomicBool,
-    tally: [AtomicU32; 5],
+    tally: [AtomicU32; 4],
 }
 
 impl LaneCounters {
     /// Publishes how many frames each owner has.
     pub fn set_tally(&self, tally: Tally) {
-        let values = [tally.total, tally.free, tally.kernel, tally.lane, tally.lent];
+        let values = [tally.total, tally.free, tally.kernel, tally.lent];
         for (place, value) in self.tally.iter().zip(values) {
             place.store(value, Ordering::Relaxed);
         }
@@ -72,9 +72,9 @@ impl LaneCounters {
 
     /// How many frames each owner had, when the lane last looked.
     pub fn tally(&self) -> Tally {
-        let [total, free, kernel, lane, lent] =
+        let [total, free, kernel, lent] =
             std::array::from_fn(|place| self.tally[place].load(Ordering::Relaxed));
-        Tally { total, free, kernel, lane, lent }
+        Tally { total, free, kernel, lent }
     }
 
     /// Drops by cause.

@@ -1,14 +1,15 @@
 //! The ledger of a lane's frames: every frame has one owner at any time.
 //!
 //! ```text
-//!          post                receive             lend              give_back
-//!   free ───────► kernel ────────────────► lane ─────────► lent ────────────────► free
-//!    ▲           (FILL, NIC, RX)             │
-//!    └───────────────────────────────────────┘ drop
+//!          post                 accept                give_back
+//!   free ───────► kernel ────────────────► lent ────────────────► free
+//!    ▲           (FILL, NIC, RX)            │
+//!    └──────────────────────────────────────┘ discard: nobody took the packet
 //! ```
 //!
-//! Free frames are a stack: the one used last is the one most likely in the cache. The ledger is private to the lane; what it
-//! counts is published in the lane's counters.
+//! A packet's frame is the lane's between [`accept`](Frames::accept) and the end of its batch, when it is either lent or
+//! discarded; the ledger has it as lent meanwhile. Free frames are a stack: the one used last is the one
+//! most likely in the cache. The ledger is private to the lane; what it counts is published in the lane's counters.
 
 /// A frame is not where the ledger says it is. Somebody who may not (the NIC's driver, by the likes of it)
 /// handed it over, so it is not used again.
@@ -31,10 +32,10 @@ pub enum Owner {
     Free,
     /// The kernel: on the FILL ring, in the NIC, or on the RX ring.
     Kernel,
-    /// The lane, which is looking at it.
-    Lane,
-    /// A worker.
+    /// A worker, or, within a batch, the lane.
     Lent,
+    /// Another lane: this one has no such frame.
+    Foreign,
 }
 
 /// How many frames each owner has.
@@ -46,8 +47,6 @@ pub struct Tally {
     pub free: u32,
     /// Frames the kernel has.
     pub kernel: u32,
-    /// Frames the lane is looking at.
-    pub lane: u32,
     /// Frames workers have.
     pub lent: u32,
 }
@@ -55,104 +54,73 @@ pub struct Tally {
 /// The ledger.
 #[derive(Debug)]
 pub struct Frames {
-    /// UMEM offset of the lane's first frame.
-    base: u32,
     /// Frame size is `1 << shift`.
     shift: u32,
+    /// By frame of the UMEM, up to the lane's last: what is before its first is foreign.
     owners: Box<[Owner]>,
-    /// Offsets of free frames.
-    free: Vec<u32>,
+    /// Offsets of free frames: the first `free` of these.
+    stack: Box<[u32]>,
+    free: usize,
     kernel: u32,
-    lane: u32,
 }
 
 impl Frames {
-    /// `count` free frames of `size` bytes, a power of two, beginning at UMEM offset `base`.
+    /// `count` free frames of `size` bytes, a power of two, beginning at UMEM offset `base`, a multiple of the size.
     ///
     /// # Panics
-    /// If the size is no power of two, or the region reaches beyond 4 GiB.
+    /// If the size is no power of two, the base no multiple of it, or the region reaches beyond 4 GiB.
     pub fn new(base: u32, size: u32, count: u32) -> Self {
-        assert!(size.is_power_of_two(), "frame size {size}");
+        assert!(size.is_power_of_two() && base.is_multiple_of(size), "frame size {size}, base {base}");
         assert!(u64::from(base) + u64::from(size) * u64::from(count) <= 1 << 32, "beyond 4 GiB");
+        let foreign = std::iter::repeat_n(Owner::Foreign, (base / size) as usize);
         Frames {
-            base,
             shift: size.ilog2(),
-            owners: vec![Owner::Free; count as usize].into(),
+            owners: foreign.chain(std::iter::repeat_n(Owner::Free, count as usize)).collect(),
             // The lowest on top.
-            free: (0..count).rev().map(|index| base + index * size).collect(),
+            stack: (0..count).rev().map(|index| base + index * size).collect(),
+            free: count as usize,
             kernel: 0,
-            lane: 0,
         }
     }
 
-    /// Index of the frame that `offset` lies in; out of range for an offset that is not this lane's.
+    /// Hands up to `count` free frames to the kernel. Returns the offsets at which they begin.
     #[inline(always)]
-    fn index(&self, offset: u32) -> usize {
-        (offset.wrapping_sub(self.base) >> self.shift) as usize
-    }
-
-    /// UMEM offset at which the frame that `offset` lies in begins.
-    #[inline(always)]
-    fn start(&self, offset: u32) -> u32 {
-        self.base + ((offset - self.base) >> self.shift << self.shift)
-    }
-
-    /// Moves a frame from one owner to another.
-    #[inline(always)]
-    fn pass(&mut self, offset: u32, from: Owner, to: Owner) -> Result<(), OwnerError> {
-        let index = self.index(offset);
-        match self.owners.get_mut(index) {
-            Some(owner) if *owner == from => {
-                *owner = to;
-                Ok(())
-            }
-            other => Err(OwnerError { offset, expected: from, found: other.copied() }),
+    pub fn post(&mut self, count: u32) -> &[u32] {
+        let left = self.free.saturating_sub(count as usize);
+        let posted = &self.stack[left..self.free];
+        for offset in posted {
+            self.owners[(offset >> self.shift) as usize] = Owner::Kernel;
         }
+        self.free = left;
+        #[allow(clippy::cast_possible_truncation)] // at most `count`
+        let posted_count = posted.len() as u32;
+        self.kernel += posted_count;
+        posted
     }
 
-    /// A free frame's offset, now the kernel's.
-    #[inline(always)]
-    pub fn post(&mut self) -> Option<u32> {
-        let offset = self.free.pop()?;
-        let index = self.index(offset);
-        self.owners[index] = Owner::Kernel;
-        self.kernel += 1;
-        Some(offset)
-    }
-
-    /// The kernel handed over a packet at `offset`: the lane's now.
+    /// The kernel handed over a packet at `offset`. It is lent, unless [`discard`](Self::discard) follows.
+    /// [`accepted`](Self::accepted) counts.
     ///
     /// # Errors
     /// [`OwnerError`] if the kernel had no such frame; then nothing changes.
     #[inline(always)]
-    pub fn receive(&mut self, offset: u32) -> Result<(), OwnerError> {
-        self.pass(offset, Owner::Kernel, Owner::Lane)?;
-        self.kernel -= 1;
-        self.lane += 1;
-        Ok(())
+    pub fn accept(&mut self, offset: u32) -> Result<(), OwnerError> {
+        self.pass(offset, Owner::Kernel, Owner::Lent)
     }
 
-    /// The lane lends the frame to a worker.
-    ///
-    /// # Errors
-    /// [`OwnerError`] if the lane has it not.
+    /// That many frames were accepted.
     #[inline(always)]
-    pub fn lend(&mut self, offset: u32) -> Result<(), OwnerError> {
-        self.pass(offset, Owner::Lane, Owner::Lent)?;
-        self.lane -= 1;
-        Ok(())
+    pub fn accepted(&mut self, count: u32) {
+        self.kernel -= count;
     }
 
-    /// The lane drops the packet: its frame is free.
+    /// Nobody took the packet: its frame is free.
     ///
     /// # Errors
-    /// [`OwnerError`] if the lane has it not.
+    /// [`OwnerError`] if it was not accepted.
     #[inline(always)]
     pub fn discard(&mut self, offset: u32) -> Result<(), OwnerError> {
-        self.pass(offset, Owner::Lane, Owner::Free)?;
-        self.lane -= 1;
-        self.free.push(self.start(offset));
-        Ok(())
+        self.give_back(offset)
     }
 
     /// A worker is done with the frame: it is free.
@@ -162,8 +130,24 @@ impl Frames {
     #[inline(always)]
     pub fn give_back(&mut self, offset: u32) -> Result<(), OwnerError> {
         self.pass(offset, Owner::Lent, Owner::Free)?;
-        self.free.push(self.start(offset));
+        // There is a place for every frame, and no frame is put twice: `pass` sees to that.
+        if let Some(place) = self.stack.get_mut(self.free) {
+            *place = offset >> self.shift << self.shift;
+            self.free += 1;
+        }
         Ok(())
+    }
+
+    /// Moves a frame from one owner to another.
+    #[inline(always)]
+    fn pass(&mut self, offset: u32, from: Owner, to: Owner) -> Result<(), OwnerError> {
+        match self.owners.get_mut((offset >> self.shift) as usize) {
+            Some(owner) if *owner == from => {
+                *owner = to;
+                Ok(())
+            }
+            other => Err(OwnerError { offset, expected: from, found: other.copied() }),
+        }
     }
 
     /// Frames the kernel has.
@@ -174,27 +158,27 @@ impl Frames {
 
     /// Frames nobody has.
     #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // made from a u32
     pub fn free(&self) -> u32 {
-        u32::try_from(self.free.len()).unwrap_or(u32::MAX)
+        self.free as u32
     }
 
-    /// How many frames each owner has. Who is lent to follows from the rest.
+    /// How many frames each owner has. How many are lent follows from the rest.
+    #[allow(clippy::cast_possible_truncation)] // made from a u32
     pub fn tally(&self) -> Tally {
-        let total = u32::try_from(self.owners.len()).unwrap_or(u32::MAX);
-        let (free, kernel, lane) = (self.free(), self.kernel, self.lane);
-        Tally { total, free, kernel, lane, lent: total - free - kernel - lane }
+        let total = self.stack.len() as u32;
+        let (free, kernel) = (self.free(), self.kernel);
+        Tally { total, free, kernel, lent: total - free - kernel }
     }
 
     /// Counts owner by owner, frame by frame: for tests and the final balance, where it must equal [`tally`](Self::tally).
+    #[allow(clippy::cast_possible_truncation)] // made from a u32
     pub fn audit(&self) -> Tally {
-        let count = |wanted| {
-            u32::try_from(self.owners.iter().filter(|owner| **owner == wanted).count()).unwrap_or(u32::MAX)
-        };
+        let count = |wanted| self.owners.iter().filter(|owner| **owner == wanted).count() as u32;
         Tally {
-            total: u32::try_from(self.owners.len()).unwrap_or(u32::MAX),
+            total: self.stack.len() as u32,
             free: count(Owner::Free),
             kernel: count(Owner::Kernel),
-            lane: count(Owner::Lane),
             lent: count(Owner::Lent),
         }
     }
@@ -208,49 +192,58 @@ mod tests {
     #[test]
     fn a_frame_goes_round_whatever_the_offset_within_it() {
         let mut frames = Frames::new(8192, 2048, 3);
-        let frame = frames.post().unwrap();
-        assert_eq!(frame, 8192);
+        assert_eq!(frames.post(1), [8192]);
         for from_start in [0, 256, 2047] {
-            let packet = frame + from_start;
-            frames.receive(packet).unwrap();
-            frames.lend(packet).unwrap();
-            assert_eq!(frames.tally(), Tally { total: 3, free: 2, kernel: 0, lane: 0, lent: 1 });
+            let packet = 8192 + from_start;
+            frames.accept(packet).unwrap();
+            frames.accepted(1);
+            assert_eq!(frames.tally(), Tally { total: 3, free: 2, kernel: 0, lent: 1 });
             frames.give_back(packet).unwrap();
-            assert_eq!(frames.post(), Some(frame));
+            assert_eq!(frames.post(1), [8192]);
         }
     }
 
     #[test]
     fn a_frame_from_the_wrong_hands_is_refused() {
         let mut frames = Frames::new(4096, 4096, 2);
-        let frame = frames.post().unwrap();
+        assert_eq!(frames.post(1), [4096]);
         let refused = |result: Result<(), OwnerError>| result.unwrap_err().found;
-        assert_eq!(refused(frames.give_back(frame)), Some(Owner::Kernel));
-        frames.receive(frame).unwrap();
-        assert_eq!(refused(frames.receive(frame)), Some(Owner::Lane));
-        assert_eq!(refused(frames.receive(0)), None);
-        assert_eq!(refused(frames.receive(3 * 4096)), None);
+        assert_eq!(refused(frames.give_back(4096)), Some(Owner::Kernel));
+        frames.accept(4096).unwrap();
+        frames.accepted(1);
+        // The same frame in two packets: what a broken FILL ring looks like.
+        assert_eq!(refused(frames.accept(4096)), Some(Owner::Lent));
+        assert_eq!(refused(frames.accept(8192)), Some(Owner::Free));
+        assert_eq!(refused(frames.accept(0)), Some(Owner::Foreign));
+        assert_eq!(refused(frames.accept(3 * 4096)), None);
         assert_eq!(frames.tally(), frames.audit());
     }
 
     proptest! {
         #[test]
-        fn owners_always_sum_to_the_total(steps in prop::collection::vec((0u8..5, any::<prop::sample::Index>()), 0..500)) {
-            let mut frames = Frames::new(0, 2048, 16);
-            let (mut kernel, mut lane, mut lent) = (vec![], vec![], vec![]);
-            for (step, pick) in steps {
-                fn take(from: &mut Vec<u32>, pick: prop::sample::Index) -> Option<u32> {
-                    (!from.is_empty()).then(|| from.swap_remove(pick.index(from.len())))
-                }
+        fn owners_always_sum_to_the_total(steps in prop::collection::vec((0u8..4, 0u32..5, any::<prop::sample::Index>()), 0..500)) {
+            let mut frames = Frames::new(2048, 2048, 16);
+            let (mut kernel, mut lent) = (vec![], vec![]);
+            fn take(from: &mut Vec<u32>, pick: prop::sample::Index) -> Option<u32> {
+                (!from.is_empty()).then(|| from.swap_remove(pick.index(from.len())))
+            }
+            for (step, count, pick) in steps {
                 match step {
-                    0 => kernel.extend(frames.post()),
-                    1 => lane.extend(take(&mut kernel, pick).inspect(|&f| frames.receive(f).unwrap())),
-                    2 => lent.extend(take(&mut lane, pick).inspect(|&f| frames.lend(f).unwrap())),
-                    3 => { take(&mut lane, pick).inspect(|&f| frames.discard(f).unwrap()); }
-                    _ => { take(&mut lent, pick).inspect(|&f| frames.give_back(f).unwrap()); }
+                    0 => {
+                        let posted = frames.post(count).to_vec();
+                        prop_assert!(posted.len() <= count as usize);
+                        kernel.extend(posted);
+                    }
+                    1 => lent.extend(take(&mut kernel, pick).inspect(|&f| {
+                        frames.accept(f + 256).unwrap();
+                        frames.accepted(1);
+                    })),
+                    2 => { take(&mut lent, pick).inspect(|&f| frames.discard(f + 256).unwrap()); }
+                    _ => { take(&mut lent, pick).inspect(|&f| frames.give_back(f + 256).unwrap()); }
                 }
                 prop_assert_eq!(frames.tally(), frames.audit());
                 prop_assert_eq!(frames.tally().lent as usize, lent.len());
+                prop_assert_eq!(frames.tally().kernel as usize, kernel.len());
             }
         }
     }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use crossbeam_queue::ArrayQueue;
 use xfan_shm::Descriptor;
 use xfan_shm::bell;
-use xfan_shm::clock::{BusyMeter, monotonic_ns, ticks, ticks_per_ns};
+use xfan_shm::clock::{BusyMeter, CoarseClock, ticks, ticks_per_ns};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{IndexError, Producer};
@@ -99,7 +99,8 @@ pub struct Lane<S> {
     frames: Frames,
     key: HashKey,
     table: BucketTable,
-    members: Box<[Option<Link>]>,
+    /// By place; one for each value of a table entry, so that no entry is out of range.
+    members: Box<[Option<Link>; 256]>,
     counters: Arc<LaneCounters>,
     commands: Arc<ArrayQueue<Command>>,
     doorbell: Arc<OwnedFd>,
@@ -109,11 +110,13 @@ pub struct Lane<S> {
 
 /// A [`MemberLink`] and what the lane remembers about it.
 #[derive(Debug)]
+#[repr(align(128))]
 struct Link {
     link: MemberLink,
     ringer: Ringer,
-    /// Pushed and dropped in this batch, not yet counted.
-    pushed: u32,
+    /// Position up to which pushed descriptors are counted.
+    counted: u32,
+    /// Dropped, not yet counted.
     dropped: u32,
 }
 
@@ -132,8 +135,20 @@ impl Link {
     /// Counts what happened since the last call.
     #[inline(always)]
     fn count(&mut self) {
-        self.link.counters.delivered.add(u64::from(std::mem::take(&mut self.pushed)));
+        let head = self.link.ring.head();
+        self.link.counters.delivered.add(u64::from(head.wrapping_sub(self.counted)));
+        self.counted = head;
         self.link.counters.dropped.add(u64::from(std::mem::take(&mut self.dropped)));
+    }
+
+    /// The ring was full: pushes if the worker has moved on meanwhile, else counts the drop.
+    #[cold]
+    #[inline(never)]
+    fn push_again(&mut self, descriptor: Descriptor, frames: &mut Frames) -> bool {
+        // An index that makes no sense is dealt with at the end of the batch.
+        let pushed = self.take_back(frames).is_ok() && self.link.ring.push(descriptor);
+        self.dropped += u32::from(!pushed);
+        pushed
     }
 
     /// Frees all frames of a member that is no more.
@@ -152,13 +167,19 @@ impl Link {
 #[derive(Default)]
 struct Sums {
     bytes: u64,
-    delivered: u64,
     ring_full: u64,
     no_worker: u64,
     frame_owner: u64,
     unparsed: u64,
     /// Members that got packets, as bits.
     touched: u64,
+}
+
+/// What was read of a packet.
+#[derive(Clone, Copy, Default)]
+struct Flow {
+    hash: u32,
+    flags: u8,
 }
 
 const _: () = assert!(MAX_MEMBERS <= u64::BITS as usize);
@@ -183,7 +204,7 @@ impl<S: PacketSource> Lane<S> {
             frames,
             key,
             table: BucketTable::empty(),
-            members: (0..MAX_MEMBERS).map(|_| None).collect(),
+            members: Box::new([const { None }; 256]),
             counters,
             commands,
             doorbell,
@@ -200,25 +221,29 @@ impl<S: PacketSource> Lane<S> {
         let mut batch = [Received::default(); MAX_BATCH];
         let wanted = self.config.batch.clamp(1, MAX_BATCH);
         let mut idle = Idle::new(self.config.spin, self.config.yields);
+        let mut clock = CoarseClock::new();
+        let mut now = ticks();
         loop {
             if !self.commands.is_empty() && self.obey() {
                 self.settle();
                 return self.frames;
             }
-            let start = ticks();
             let count = self.source.receive(&mut batch[..wanted]);
             if count > 0 {
-                self.dispatch(&batch[..count]);
+                self.dispatch(&batch[..count], clock.low_ns(now));
+                // The end of this turn is the beginning of the next: reading the counter is not free.
+                let start = std::mem::replace(&mut now, ticks());
                 #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
-                self.meter.add(start, count as u32);
+                self.meter.add(start, now, count as u32);
                 self.counters.busy_ticks.set(self.meter.busy_ticks());
                 idle.reset();
                 continue;
             }
+            now = ticks();
             if std::mem::take(&mut self.draining) {
                 self.counters.drained.store(true, Ordering::Release);
             }
-            match idle.next(start) {
+            match idle.next(now) {
                 Turn::Settle => self.settle(),
                 Turn::Spin => std::hint::spin_loop(),
                 Turn::Yield => std::thread::yield_now(),
@@ -226,6 +251,7 @@ impl<S: PacketSource> Lane<S> {
                     self.settle();
                     self.counters.sleeps.add(1);
                     self.source.wait(self.doorbell.as_fd(), MAX_SLEEP);
+                    now = ticks();
                 }
             }
         }
@@ -233,61 +259,15 @@ impl<S: PacketSource> Lane<S> {
 
     /// Sends a batch on its way.
     #[inline]
-    fn dispatch(&mut self, batch: &[Received]) {
-        for packet in batch {
-            prefetch(&self.memory, packet.offset);
-        }
-        #[allow(clippy::cast_possible_truncation)] // the low 32 bits are what a descriptor holds
-        let time = monotonic_ns() as u32;
+    fn dispatch(&mut self, batch: &[Received], time: u32) {
         let mut sums = Sums::default();
-        for packet in batch {
-            self.dispatch_one(*packet, time, &mut sums);
-        }
+        let mut flows = [Flow::default(); MAX_BATCH];
+        hash(&self.key, &self.memory, batch, &mut flows, &mut sums);
+        let stamp = Stamp { time, port: self.config.port };
+        push(&mut self.frames, &mut self.members, &self.table, batch, &flows, stamp, &mut sums);
         self.wake(sums.touched);
         self.refill();
         self.publish(batch.len(), &sums);
-    }
-
-    #[inline(always)]
-    fn dispatch_one(&mut self, packet: Received, time: u32, sums: &mut Sums) {
-        let Received { offset, length } = packet;
-        sums.bytes += u64::from(length);
-        if self.frames.receive(offset).is_err() {
-            sums.frame_owner += 1;
-            return;
-        }
-        // SAFETY: the ledger says the frame is this lane's.
-        let frame = unsafe { self.memory.packet(offset, length) }.unwrap_or(&[]);
-        let (hash, parsed) = self.key.hash_frame(frame);
-        sums.unparsed += u64::from(!parsed);
-        let place = usize::from(self.table.member(hash));
-        let Some(Some(link)) = self.members.get_mut(place) else {
-            sums.no_worker += 1;
-            let _ = self.frames.discard(offset);
-            return;
-        };
-        let descriptor = Descriptor {
-            offset,
-            time,
-            #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
-            length: length as u16,
-            port: self.config.port,
-            flags: if parsed { 0 } else { Descriptor::UNPARSED },
-            hash,
-        };
-        // On a full ring look whether the worker has moved on meanwhile.
-        if link.link.ring.push(descriptor)
-            || (link.take_back(&mut self.frames).is_ok() && link.link.ring.push(descriptor))
-        {
-            let _ = self.frames.lend(offset);
-            link.pushed += 1;
-            sums.delivered += 1;
-        } else {
-            let _ = self.frames.discard(offset);
-            link.dropped += 1;
-            sums.ring_full += 1;
-        }
-        sums.touched |= 1 << place;
     }
 
     /// Rings for every member that got packets and sleeps, counts, and takes frames back where many are lent.
@@ -297,7 +277,7 @@ impl<S: PacketSource> Lane<S> {
         while touched != 0 {
             let place = touched.trailing_zeros() as usize;
             touched &= touched - 1;
-            let Some(Some(link)) = self.members.get_mut(place) else { continue };
+            let Some(link) = &mut self.members[place] else { continue };
             if link.ringer.must_ring(link.link.up.epoch()) {
                 link.link.counters.wakeups.add(1);
                 bell::ring(&link.link.doorbell);
@@ -323,20 +303,19 @@ impl<S: PacketSource> Lane<S> {
 
     #[inline]
     fn publish(&self, packets: usize, sums: &Sums) {
-        let counters = &self.counters;
-        counters.received.add(packets as u64);
+        let (counters, packets) = (&self.counters, packets as u64);
+        counters.received.add(packets);
         counters.bytes.add(sums.bytes);
         counters.batches.add(1);
-        for (counter, sum) in [
-            (&counters.delivered, sums.delivered),
-            (&counters.ring_full, sums.ring_full),
-            (&counters.no_worker, sums.no_worker),
-            (&counters.frame_owner, sums.frame_owner),
-            (&counters.unparsed, sums.unparsed),
-        ] {
-            if sum > 0 {
-                counter.add(sum);
-            }
+        let dropped = sums.ring_full + sums.no_worker + sums.frame_owner;
+        counters.delivered.add(packets - dropped);
+        if dropped > 0 {
+            counters.ring_full.add(sums.ring_full);
+            counters.no_worker.add(sums.no_worker);
+            counters.frame_owner.add(sums.frame_owner);
+        }
+        if sums.unparsed > 0 {
+            counters.unparsed.add(sums.unparsed);
         }
         counters.set_tally(self.frames.tally());
     }
@@ -376,7 +355,8 @@ impl<S: PacketSource> Lane<S> {
             let stop = matches!(command, Command::Stop);
             match command {
                 Command::Join(place, link) => {
-                    let link = Link { link: *link, ringer: Ringer::default(), pushed: 0, dropped: 0 };
+                    let counted = link.ring.head();
+                    let link = Link { link: *link, ringer: Ringer::default(), counted, dropped: 0 };
                     if let Some(former) = self.members[place].replace(link) {
                         former.retire(&mut self.frames);
                     }
@@ -389,7 +369,7 @@ impl<S: PacketSource> Lane<S> {
                 }
                 Command::Drain => self.draining = true,
                 Command::Stop => {
-                    for place in &mut self.members {
+                    for place in self.members.iter_mut() {
                         if let Some(link) = place.take() {
                             link.retire(&mut self.frames);
                         }
@@ -404,6 +384,77 @@ impl<S: PacketSource> Lane<S> {
         }
         false
     }
+}
+
+/// What all descriptors of a batch have in common.
+#[derive(Clone, Copy)]
+struct Stamp {
+    time: u32,
+    port: u8,
+}
+
+/// Reads each packet.
+///
+/// This and [`push`] are functions of what they use rather than of the lane: so the compiler knows that what they write
+/// is not what they read, and keeps it in registers.
+#[inline(always)]
+fn hash(key: &HashKey, memory: &PacketMemory, batch: &[Received], flows: &mut [Flow; MAX_BATCH], sums: &mut Sums) {
+    for packet in batch {
+        prefetch(memory, packet.offset);
+    }
+    let (mut bytes, mut unparsed) = (0, 0);
+    for (packet, flow) in batch.iter().zip(flows) {
+        bytes += u64::from(packet.length);
+        // SAFETY: the kernel has handed the packet over, and the lane gives its frame to nobody before this is done.
+        let frame = unsafe { memory.packet(packet.offset, packet.length) }.unwrap_or(&[]);
+        *flow = match key.hash_plain(frame) {
+            Some(hash) => Flow { hash, flags: 0 },
+            None => {
+                let (hash, parsed) = key.hash_any(frame);
+                unparsed += u64::from(!parsed);
+                Flow { hash, flags: if parsed { 0 } else { Descriptor::UNPARSED } }
+            }
+        };
+    }
+    (sums.bytes, sums.unparsed) = (bytes, unparsed);
+}
+
+/// Pushes each packet into the ring of the member that takes it.
+#[inline(always)]
+fn push(
+    frames: &mut Frames,
+    members: &mut [Option<Link>; 256],
+    table: &BucketTable,
+    batch: &[Received],
+    flows: &[Flow; MAX_BATCH],
+    stamp: Stamp,
+    sums: &mut Sums,
+) {
+    let Stamp { time, port } = stamp;
+    let mut touched = 0u64;
+    for (&Received { offset, length }, &Flow { hash, flags }) in batch.iter().zip(flows) {
+        if frames.accept(offset).is_err() {
+            sums.frame_owner += 1;
+            continue;
+        }
+        let place = table.member(hash);
+        let Some(link) = &mut members[usize::from(place)] else {
+            sums.no_worker += 1;
+            let _ = frames.discard(offset);
+            continue;
+        };
+        touched |= 1u64.wrapping_shl(u32::from(place));
+        #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
+        let length = length as u16;
+        let descriptor = Descriptor { offset, time, length, port, flags, hash };
+        if !link.link.ring.push(descriptor) && !link.push_again(descriptor, frames) {
+            let _ = frames.discard(offset);
+            sums.ring_full += 1;
+        }
+    }
+    sums.touched = touched;
+    #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
+    frames.accepted((batch.len() as u64 - sums.frame_owner) as u32);
 }
 
 /// What to do when there is nothing to do.

@@ -171,7 +171,7 @@ impl LaneHandle {
     pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
         self.refresh_kernel();
         let counters = &self.counters;
-        let Tally { total, free, kernel, lane, lent } = counters.tally();
+        let Tally { total, free, kernel, lent } = counters.tally();
         report::Lane {
             queue: self.queue,
             core: self.core,
@@ -185,7 +185,8 @@ impl LaneHandle {
             sleeps: counters.sleeps.get(),
             kernel: self.kernel,
             xdp,
-            frames: report::Frames { total, free, kernel, lane, lent, tx: 0 },
+            // Published between batches, when nothing is the lane's.
+            frames: report::Frames { total, free, kernel, lane: 0, lent, tx: 0 },
         }
     }
 }

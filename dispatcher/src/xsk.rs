@@ -185,10 +185,9 @@ impl PacketSource for XskSource {
 
     #[inline(always)]
     fn post(&mut self, frames: &mut Frames, count: u32) {
-        let room = self.fill.room().min(count);
-        for _ in 0..room {
-            let Some(offset) = frames.post() else { break };
-            self.fill.push(u64::from(offset));
+        let room = self.fill.room();
+        for offset in frames.post(count.min(room)) {
+            self.fill.push(u64::from(*offset));
         }
         self.fill.publish();
         if self.fill.needs_wakeup() {

@@ -116,6 +116,12 @@ impl<M: RingMemory> Producer<M> {
         self.head.wrapping_sub(self.consumed)
     }
 
+    /// The first position not yet produced.
+    #[inline(always)]
+    pub fn head(&self) -> u32 {
+        self.head
+    }
+
     /// Publishes one descriptor. `false`: full by the private copy, nothing was written;
     /// [`take_back`](Self::take_back) may make room.
     #[inline(always)]

@@ -340,7 +340,7 @@ impl Worker {
     pub(crate) fn commit(&mut self, start: u64, count: u32) {
         self.rings[self.lane].commit(count);
         self.lane = if self.lane + 1 < self.rings.len() { self.lane + 1 } else { 0 };
-        self.meter.add(start, count);
+        self.meter.add(start, ticks(), count);
         self.up.busy_ticks().store(self.meter.busy_ticks(), Ordering::Relaxed);
     }
 

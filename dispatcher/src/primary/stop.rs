@@ -72,8 +72,8 @@ impl Primary {
         for lane in &mut self.lanes {
             match lane.stop() {
                 None => imbalances.push(format!("lane {}: ended by a panic", lane.queue)),
-                Some(audit) if audit.lent + audit.lane > 0 => {
-                    imbalances.push(format!("lane {}: {} frames not given back", lane.queue, audit.lent + audit.lane));
+                Some(audit) if audit.lent > 0 => {
+                    imbalances.push(format!("lane {}: {} frames not given back", lane.queue, audit.lent));
                 }
                 Some(_) => {}
             }

@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use xfan_shm::flow::{FlowKey, IPV4, Packet, ethertype, has_ports};
+use xfan_shm::flow::{FlowKey, Packet, TCP, UDP, ethertype};
 
 /// The secret of the hash, 128 bits spread over four words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,27 +32,36 @@ impl HashKey {
     /// Ethernet addresses.
     #[inline(always)]
     pub fn hash_frame(&self, frame: &[u8]) -> (u32, bool) {
-        // Nearly every packet: Ethernet, IPv4 without options, not a fragment, ports in place. One length check.
-        if let Some(head) = frame.first_chunk::<38>() {
-            let l2 = le64(head, 12); // ethertype, version and header length, …, total length
-            let l3 = le64(head, 20); // flags and fragment offset, ttl, protocol, …
-            let protocol = l3.to_le_bytes()[3];
-            let plain = l2 & 0x00ff_ffff == 0x0045_0008 && l3 & 0xff3f == 0 && has_ports(protocol);
-            let total = u16::from_be_bytes([head[16], head[17]]);
-            if plain && total >= 24 {
-                let addresses = le64(head, 26);
-                let ports = u32::from_le_bytes([head[34], head[35], head[36], head[37]]);
-                let source = addresses << 32 >> 16 | u64::from(ports & 0xffff);
-                let destination = addresses >> 32 << 16 | u64::from(ports >> 16);
-                return (self.hash_v4(source, destination, protocol), true);
-            }
+        match self.hash_plain(frame) {
+            Some(hash) => (hash, true),
+            None => self.hash_any(frame),
         }
-        self.hash_any(frame)
     }
 
+    /// Hashes nearly every packet there is: Ethernet, IPv4 without options, no fragment, TCP or UDP, ports in place. One
+    /// length check, a few masks.
+    #[inline(always)]
+    pub fn hash_plain(&self, frame: &[u8]) -> Option<u32> {
+        let head = frame.first_chunk::<38>()?;
+        let l2 = le64(head, 12); // ethertype, version and header length, type of service, total length, identification
+        let l3 = le64(head, 20); // flags and fragment offset, ttl, protocol, checksum, half an address
+        let protocol = l3.to_le_bytes()[3];
+        // The datagram ends behind the ports: its length is 24 or more.
+        let total = u16::from_be_bytes([head[16], head[17]]);
+        if l2 & 0x00ff_ffff != 0x0045_0008 || l3 & 0xff3f != 0 || !matches!(protocol, TCP | UDP) || total < 24 {
+            return None;
+        }
+        let addresses = le64(head, 26);
+        let ports = u32::from_le_bytes([head[34], head[35], head[36], head[37]]);
+        let source = addresses << 32 >> 16 | u64::from(ports & 0xffff);
+        let destination = addresses >> 32 << 16 | u64::from(ports >> 16);
+        Some(self.hash_v4(source, destination, protocol))
+    }
+
+    /// Hashes any frame.
     #[cold]
     #[inline(never)]
-    fn hash_any(&self, frame: &[u8]) -> (u32, bool) {
+    pub fn hash_any(&self, frame: &[u8]) -> (u32, bool) {
         match Packet::parse(frame) {
             Some(packet) => (self.hash_key(&packet.key), true),
             None => (self.hash_ethernet(frame), false),
@@ -101,7 +110,6 @@ impl HashKey {
         addresses[..known].copy_from_slice(&frame[..known]);
         let (a, b) = (le64(&addresses, 0) << 16, le64(&addresses, 6) << 16);
         let kind = ethertype(frame).map_or(0, |(ethertype, _)| ethertype);
-        debug_assert_ne!(u64::from(kind), u64::from(IPV4) << 16);
         self.hash_v4(a.min(b), a.max(b), kind.to_le_bytes()[0])
     }
 
@@ -132,7 +140,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::net::{Ipv4Addr, Ipv6Addr};
-    use xfan_shm::flow::{IPV6, TCP, UDP};
+    use xfan_shm::flow::{IPV4, IPV6, TCP, UDP};
 
     fn key() -> HashKey {
         HashKey::from_bytes(*b"0123456789abcdef")

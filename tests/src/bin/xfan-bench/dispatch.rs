@@ -1,0 +1,245 @@
+//! The dispatch path alone: packets in memory → parse → hash → ring → worker process → commit.
+//!
+//! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control socket, worker
+//! processes that attach and run as an unprivileged user.
+
+use std::num::NonZeroU32;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan::config::WorkerUser;
+use xfan::control::{Listener, ask_for_report};
+use xfan::frames::Frames;
+use xfan::lane::LaneConfig;
+use xfan::lanes::{LaneHandle, LaneParts};
+use xfan::members::Member;
+use xfan::primary::{Primary, random_bytes};
+use xfan::report::Report;
+use xfan::source::{PacketSource, Received};
+use xfan::steer::HashKey;
+use xfan::supervisor::WorkerCommand;
+use xfan::umem::PacketMemory;
+use xfan_shm::layout::Geometry;
+use xfan_shm::segment::{self, Mapping};
+use xfan_tests::primary::Folder;
+use xfan_tests::process::binary;
+
+use crate::Failure;
+use crate::line::round_trip_ns;
+
+/// Bytes of a frame; the packet begins where AF_XDP would put it.
+const FRAME: u32 = 2048;
+const HEADROOM: u32 = 256;
+/// Frames in circulation. Rings have twice as many slots, so none is ever full: when all frames
+/// are with the workers, the lane waits for them.
+const FRAMES: u32 = 4096;
+const SLOTS: u32 = 8192;
+/// Time for everything to settle before it is measured.
+const WARM_UP: Duration = Duration::from_millis(200);
+
+/// Options of `xfan-bench dispatch`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Worker processes
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    workers: usize,
+    /// CPUs: one for everything, or the lane's and the workers'
+    #[arg(long, default_value = "1", value_name = "LIST", value_delimiter = ',')]
+    cpus: Vec<usize>,
+    /// Seconds to measure
+    #[arg(long, default_value_t = 1.0, value_name = "S")]
+    seconds: f64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What came out.
+#[derive(Debug, serde::Serialize)]
+struct Measured {
+    /// Million packets per second committed.
+    mpps: f64,
+    /// Busy nanoseconds of the lane per packet.
+    lane_busy_ns: f64,
+    /// Busy nanoseconds of all workers per packet.
+    worker_busy_ns: f64,
+    /// Round trip of a cache line between the two CPUs, before and after, in nanoseconds.
+    line_rtt_ns: [f64; 2],
+    /// Packets dropped or lost.
+    lost: u64,
+    /// Packets committed by each worker.
+    per_worker: Vec<u64>,
+}
+
+/// An RX queue that never runs dry: every posted frame holds a packet already.
+#[derive(Debug, Default)]
+struct Endless {
+    posted: Vec<u32>,
+}
+
+impl PacketSource for Endless {
+    #[inline(always)]
+    fn receive(&mut self, batch: &mut [Received]) -> usize {
+        let count = batch.len().min(self.posted.len());
+        let rest = self.posted.len() - count;
+        for (packet, frame) in batch.iter_mut().zip(self.posted.drain(rest..)) {
+            *packet = Received { offset: frame + HEADROOM, length: 64 };
+        }
+        count
+    }
+
+    #[inline(always)]
+    fn post(&mut self, frames: &mut Frames, count: u32) {
+        self.posted.extend_from_slice(frames.post(count));
+    }
+
+    fn wait(&mut self, _: BorrowedFd<'_>, _: Duration) {
+        std::thread::yield_now();
+    }
+}
+
+/// UDP packets of 64 bytes, one per frame, of as many flows.
+fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
+    let length = FRAME as usize * FRAMES as usize;
+    let fd = segment::create("xfan-bench", length)?;
+    let mapping = Mapping::read_write(&fd, length)?;
+    for frame in 0..FRAMES {
+        let mut packet = [0u8; 64];
+        packet[12..16].copy_from_slice(&[0x08, 0x00, 0x45, 0]);
+        packet[17] = 50; // total length
+        packet[23] = 17;
+        packet[26..34].copy_from_slice(&[10, 99, 0, 0, 10, 99, 0, 1]);
+        let flow = u16::try_from(frame).unwrap_or(u16::MAX);
+        packet[28..30].copy_from_slice(&flow.to_be_bytes());
+        packet[34..36].copy_from_slice(&flow.wrapping_mul(0x9e37).to_be_bytes());
+        packet[39] = 30; // UDP length
+        let at = (frame * FRAME + HEADROOM) as usize;
+        // SAFETY: within the mapping; nobody else knows of it yet.
+        unsafe { mapping.address().add(at).cast::<[u8; 64]>().write(packet) };
+    }
+    Ok((fd, mapping))
+}
+
+/// Runs it.
+///
+/// # Errors
+/// What went wrong, as a sentence.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let (&lane_cpu, &worker_cpu) = match &options.cpus[..] {
+        [all] => (all, all),
+        [lane, worker] => (lane, worker),
+        other => return Err(format!("--cpus takes one CPU or two, not {}", other.len()).into()),
+    };
+    let shared = lane_cpu == worker_cpu || options.workers > 1;
+    let before = round_trip_ns(0, 1);
+
+    let (fd, mapping) = packets()?;
+    let memory = Arc::new(PacketMemory::of_segment(&fd, mapping)?);
+    let spin = Duration::from_millis(if shared { 0 } else { 1000 });
+    let parts = LaneParts {
+        queue: 0,
+        core: lane_cpu,
+        config: LaneConfig { batch: 64, posted: FRAMES, spin, yields: Duration::from_secs(3600), port: 0 },
+        memory: memory.clone(),
+        region: (0, FRAME, NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN)),
+        key: HashKey::from_bytes(random_bytes()?),
+        socket: None,
+    };
+    let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
+    let members =
+        (0..options.workers).map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), 1)).collect();
+    let folder = Folder::new()?;
+    let user = WorkerUser::find(None)?;
+    let listener = Listener::bind(&folder.join("bench.sock"), user.uid)?;
+    let primary = Primary::new(
+        "memory".into(),
+        None,
+        memory,
+        Geometry { lanes: 1, slots: SLOTS },
+        lanes,
+        members,
+        (spin, Duration::from_secs(3600)),
+        (Duration::from_secs(10), Duration::from_secs(5)),
+    );
+    let command = WorkerCommand { command: vec![binary("xfan-count")?.display().to_string()], user };
+
+    let socket = listener.path().to_owned();
+    let seconds = Duration::try_from_secs_f64(options.seconds)?;
+    let workers = options.workers;
+    let watch = std::thread::spawn(move || {
+        let reports = measure(&socket, workers, seconds);
+        // As an operator would end it.
+        let _ = kill(Pid::this(), Signal::SIGTERM);
+        reports
+    });
+    let outcome = primary.run(&listener, Some(&command), &[])?;
+    if let Some(error) = outcome.error {
+        return Err(error.into());
+    }
+    let (start, end) = watch.join().map_err(|_| "the measuring thread panicked")??;
+    if !outcome.imbalances.is_empty() {
+        return Err(outcome.imbalances.join("; ").into());
+    }
+    print(options, &compare(&start, &end, &outcome.report, [before, round_trip_ns(0, 1)]))
+}
+
+/// Reports at the beginning and the end of the time measured.
+fn measure(
+    socket: &std::path::Path,
+    workers: usize,
+    time: Duration,
+) -> Result<(Report, Report), xfan_shm::protocol::ProtocolError> {
+    loop {
+        let report = ask_for_report(socket)?;
+        if report.groups[0].members.iter().filter(|member| member.state == "running").count() == workers {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(WARM_UP);
+    let start = ask_for_report(socket)?;
+    std::thread::sleep(time);
+    Ok((start, ask_for_report(socket)?))
+}
+
+#[allow(clippy::cast_precision_loss)] // figures for people
+fn compare(start: &Report, end: &Report, last: &Report, line_rtt_ns: [f64; 2]) -> Measured {
+    let sum = |report: &Report, field: fn(&xfan::report::Member) -> u64| -> u64 {
+        report.groups[0].members.iter().map(field).sum()
+    };
+    let committed = sum(end, |member| member.committed) - sum(start, |member| member.committed);
+    let delivered = end.lanes[0].delivered - start.lanes[0].delivered;
+    let per = |ns: u64, packets: u64| ns as f64 / packets.max(1) as f64;
+    // What was dropped before all workers were there had nobody to go to.
+    let unserved = start.lanes[0].dropped["no_worker"];
+    let dropped: u64 = last.lanes[0].dropped.values().sum();
+    Measured {
+        mpps: committed as f64 * 1e3 / (end.uptime_ns - start.uptime_ns) as f64,
+        lane_busy_ns: per(end.lanes[0].busy_ns - start.lanes[0].busy_ns, delivered),
+        worker_busy_ns: per(sum(end, |member| member.busy_ns) - sum(start, |member| member.busy_ns), committed),
+        line_rtt_ns,
+        lost: dropped - unserved + sum(last, |member| member.lost),
+        per_worker: end.groups[0].members.iter().map(|member| member.committed).collect(),
+    }
+}
+
+fn print(options: &Options, measured: &Measured) -> Result<(), Failure> {
+    if options.json {
+        println!("{}", serde_json::to_string(measured)?);
+    } else {
+        println!(
+            "{:.1} Mpps; busy ns per packet: lane {:.2}, workers {:.2}; line {:.0}/{:.0} ns; lost {}; per worker {:?}",
+            measured.mpps,
+            measured.lane_busy_ns,
+            measured.worker_busy_ns,
+            measured.line_rtt_ns[0],
+            measured.line_rtt_ns[1],
+            measured.lost,
+            measured.per_worker
+        );
+    }
+    Ok(())
+}

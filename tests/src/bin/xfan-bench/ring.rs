@@ -1,0 +1,310 @@
+//! The ring between two processes on two CPUs, beside what a bare cache line between them costs.
+//!
+//! A round measures, one right after the other: line, ring's round trip, line, bursts of 32, line, bursts of 64, line. So
+//! each figure has the line's round trip before and after it: on a virtual machine the host moves CPUs nearer to and farther
+//! from each other within seconds. The ratio is taken round by round, of neighbours.
+
+mod peer;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use core_affinity::CoreId;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use xfan_shm::clock::{ticks, ticks_per_ns};
+use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
+use xfan_shm::protocol::{self, MAX_REQUEST};
+use xfan_shm::ring::{Consumer, Producer};
+use xfan_shm::{Descriptor, segment};
+
+use crate::Failure;
+pub use peer::serve;
+use peer::{LAST, SharedLine, Taken, Task};
+
+/// Round trips that are timed together: some processors count time in steps of 10 ns.
+const GROUP: u64 = 16;
+/// Groups whose median is one sample.
+const GROUPS: u64 = 1500;
+
+/// Options of `xfan-bench ring`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Seconds of each measurement of throughput
+    #[arg(long, default_value_t = 0.2, value_name = "S")]
+    seconds: f64,
+    /// Rounds
+    #[arg(long, default_value_t = 11, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Slots of the rings: a power of two
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    slots: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// One round; times in nanoseconds, throughput in million descriptors per second.
+#[derive(Debug, serde::Serialize)]
+struct Round {
+    /// Round trip of the line before and after each of the figures below, in their order.
+    line_ns: [f64; 4],
+    /// Round trip of one descriptor, through two rings.
+    rtt_ns: f64,
+    /// That, by the mean of the line's round trips before and after it.
+    ratio: f64,
+    /// Throughput in bursts of 32.
+    burst32_mops: f64,
+    /// Throughput in bursts of 64.
+    burst64_mops: f64,
+    /// Whether the two CPUs were near or far all the time, or neither.
+    class: &'static str,
+}
+
+/// Of all rounds.
+#[derive(Debug, serde::Serialize)]
+struct Spread {
+    min: f64,
+    median: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_unstable_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        Spread { min: at(0), median: at(values.len() / 2), max: at(values.len().saturating_sub(1)) }
+    }
+}
+
+/// What came out.
+#[derive(Debug, serde::Serialize)]
+struct Measured {
+    slots: u32,
+    line_ns: Spread,
+    rtt_ns: Spread,
+    ratio: Spread,
+    burst32_mops: Spread,
+    burst64_mops: Spread,
+    /// Every descriptor arrived once, in order and whole, and came back once, in order.
+    intact: bool,
+    rounds: Vec<Round>,
+}
+
+/// Runs it, on CPU 0 and, for the other process, CPU 1.
+///
+/// # Errors
+/// What went wrong, as a sentence.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let seconds = Duration::try_from_secs_f64(options.seconds)?;
+    pin(0)?;
+    let mut pair = Pair::start(Geometry { lanes: 1, slots: options.slots }.validated()?)?;
+    pair.line()?; // warm up
+    pair.round_trip()?;
+    let mut rounds = Vec::new();
+    for _ in 0..options.rounds {
+        let first = pair.line()?;
+        let rtt_ns = pair.round_trip()?;
+        let second = pair.line()?;
+        let burst32_mops = pair.burst(32, seconds)?;
+        let third = pair.line()?;
+        let burst64_mops = pair.burst(64, seconds)?;
+        let line_ns = [first, second, third, pair.line()?];
+        let ratio = rtt_ns / f64::midpoint(first, second);
+        let class = class(&line_ns);
+        rounds.push(Round { line_ns, rtt_ns, ratio, burst32_mops, burst64_mops, class });
+    }
+    let of = |figure: fn(&Round) -> f64| Spread::of(rounds.iter().map(figure));
+    let measured = Measured {
+        slots: options.slots,
+        line_ns: Spread::of(rounds.iter().flat_map(|round| round.line_ns)),
+        rtt_ns: of(|round| round.rtt_ns),
+        ratio: of(|round| round.ratio),
+        burst32_mops: of(|round| round.burst32_mops),
+        burst64_mops: of(|round| round.burst64_mops),
+        intact: pair.intact,
+        rounds,
+    };
+    print(options.json, &measured)?;
+    if measured.intact {
+        Ok(())
+    } else {
+        Err("descriptors were lost, doubled or changed on their way".into())
+    }
+}
+
+/// Pins the calling thread.
+fn pin(cpu: usize) -> Result<(), Failure> {
+    if core_affinity::set_for_current(CoreId { id: cpu }) {
+        Ok(())
+    } else {
+        Err(format!("cannot run on CPU {cpu}: this needs CPUs 0 and 1, and an affinity that allows them")
+            .into())
+    }
+}
+
+fn class(line_ns: &[f64]) -> &'static str {
+    if line_ns.iter().all(|ns| *ns < 200.0) {
+        "near"
+    } else if line_ns.iter().all(|ns| *ns > 300.0) {
+        "far"
+    } else {
+        "mixed"
+    }
+}
+
+/// This process and the other one, and what they share.
+struct Pair {
+    process: Child,
+    socket: OwnedFd,
+    line: SharedLine,
+    there: Producer<SharedRing>,
+    back: Consumer<SharedRing>,
+    /// Number of the next descriptor that is sent, and of the next that comes back.
+    sent: u32,
+    returned: u32,
+    intact: bool,
+}
+
+impl Pair {
+    fn start(geometry: Geometry) -> Result<Self, Failure> {
+        let create = |name, length| segment::create(name, length);
+        let (down_there, up_there) =
+            (create("down there", geometry.down_bytes())?, create("up there", geometry.up_bytes())?);
+        let (down_back, up_back) =
+            (create("down back", geometry.down_bytes())?, create("up back", geometry.up_bytes())?);
+        let line_fd = create("line", SharedLine::BYTES)?;
+        let line = SharedLine::map(&line_fd)?;
+        let (down, up) = (Down::create(&down_there, geometry)?, Up::create(&up_there, geometry)?);
+        let there = Producer::new(SharedRing::new(&down, &up, 0));
+
+        let (socket, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let process = Command::new(std::env::current_exe()?)
+            .arg("ring-peer")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        let down_there = segment::reopen_read_only(&down_there)?;
+        protocol::send(&socket, &geometry, &[down_there.as_fd(), up_there.as_fd()])?;
+        protocol::send(&socket, &geometry, &[down_back.as_fd(), up_back.as_fd()])?;
+        protocol::send(&socket, &geometry, &[line_fd.as_fd()])?;
+        protocol::receive::<()>(&socket, MAX_REQUEST)?; // it has made the ring back
+        let (down, up) = (Down::open(&down_back, geometry)?, Up::open(&up_back, geometry)?);
+        let back = Consumer::new(SharedRing::new(&down, &up, 0));
+        Ok(Pair { process, socket, line, there, back, sent: 0, returned: 0, intact: true })
+    }
+
+    /// Median round trip of one cache line, in nanoseconds.
+    fn line(&mut self) -> Result<f64, Failure> {
+        protocol::send(&self.socket, &Task::Line { trips: GROUP * GROUPS }, &[])?;
+        Ok(median_ns(|group| {
+            for trip in group * GROUP..(group + 1) * GROUP {
+                self.line.ping(trip);
+            }
+        }))
+    }
+
+    /// Median round trip of one descriptor, in nanoseconds.
+    fn round_trip(&mut self) -> Result<f64, Failure> {
+        protocol::send(&self.socket, &Task::Echo { trips: GROUP * GROUPS }, &[])?;
+        Ok(median_ns(|_| {
+            for _ in 0..GROUP {
+                let sent = peer::numbered(self.sent);
+                self.push(sent);
+                let echo = loop {
+                    if let Some(echo) = self.back.peek(0) {
+                        break echo;
+                    }
+                };
+                self.back.commit(1);
+                self.intact &= echo == sent;
+            }
+        }))
+    }
+
+    /// Million descriptors per second, in bursts.
+    fn burst(&mut self, size: u32, time: Duration) -> Result<f64, Failure> {
+        protocol::send(&self.socket, &Task::Take { first: self.sent, burst: size }, &[])?;
+        let first = self.sent;
+        let start = Instant::now();
+        while start.elapsed() < time {
+            for _ in 0..256 * size {
+                self.push(peer::numbered(self.sent));
+            }
+        }
+        self.push(Descriptor { flags: LAST, ..peer::numbered(self.sent) });
+        let (taken, _) = protocol::receive::<Taken>(&self.socket, MAX_REQUEST)?;
+        let elapsed = start.elapsed();
+        self.intact &= taken.intact && taken.next == self.sent;
+        Ok(f64::from(self.sent.wrapping_sub(first)) / elapsed.as_secs_f64() / 1e6)
+    }
+
+    /// Pushes the next descriptor, as soon as there is room.
+    #[inline(always)]
+    fn push(&mut self, descriptor: Descriptor) {
+        while !self.there.push(descriptor) {
+            let (returned, intact) = (&mut self.returned, &mut self.intact);
+            let committed = self.there.take_back(|descriptor| {
+                *intact &= descriptor.offset == *returned;
+                *returned = returned.wrapping_add(1);
+            });
+            self.intact &= committed.is_ok();
+        }
+        self.sent = self.sent.wrapping_add(1);
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Median time of a round trip, of many groups of them, in nanoseconds.
+fn median_ns(mut group: impl FnMut(u64)) -> f64 {
+    let mut times: Vec<u64> = (0..GROUPS)
+        .map(|number| {
+            let start = ticks();
+            group(number);
+            ticks() - start
+        })
+        .collect();
+    times.sort_unstable();
+    #[allow(clippy::cast_precision_loss)] // nanoseconds
+    times.get(times.len() / 2).map_or(f64::NAN, |ticks| *ticks as f64 / ticks_per_ns() / GROUP as f64)
+}
+
+fn print(json: bool, measured: &Measured) -> Result<(), Failure> {
+    if json {
+        println!("{}", serde_json::to_string(measured)?);
+        return Ok(());
+    }
+    println!("round  line ns (between)    ring ns  ratio  Mdesc/s, bursts of 32    of 64");
+    for (number, round) in measured.rounds.iter().enumerate() {
+        let [a, b, c, d] = round.line_ns;
+        println!(
+            "{:5}  {a:4.0} {b:4.0} {c:4.0} {d:4.0}  {:8.0}  {:5.2}  {:21.0} {:8.0}  {}",
+            number + 1,
+            round.rtt_ns,
+            round.ratio,
+            round.burst32_mops,
+            round.burst64_mops,
+            round.class
+        );
+    }
+    println!("{} slots; min / median / max of {} rounds:", measured.slots, measured.rounds.len());
+    for (name, Spread { min, median, max }, digits) in [
+        ("line round trip, ns", &measured.line_ns, 0),
+        ("ring round trip, ns", &measured.rtt_ns, 0),
+        ("ring / line", &measured.ratio, 2),
+        ("bursts of 32, Mdesc/s", &measured.burst32_mops, 0),
+        ("bursts of 64, Mdesc/s", &measured.burst64_mops, 0),
+    ] {
+        println!("  {name:22} {min:7.digits$} {median:7.digits$} {max:7.digits$}");
+    }
+    println!("  {}", if measured.intact { "every descriptor intact" } else { "DESCRIPTORS WERE DAMAGED" });
+    Ok(())
+}
