@@ -184,9 +184,8 @@ impl Member {
 
     /// Whether a lane caught its worker lying, since the last call.
     pub fn take_corrupt(&self) -> bool {
-        self.counters
-            .iter()
-            .fold(false, |found, lane| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel) || found)
+        let caught = |lane: &&Arc<MemberCounters>| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel);
+        self.counters.iter().filter(caught).count() > 0
     }
 
     fn sum(&self, field: impl Fn(&MemberCounters) -> &Counter) -> u64 {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
 use nix::unistd::Pid;
+use xfan::report::Member;
 use xfan_shm::protocol::{self, MAX_REPLY, Reply};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
@@ -132,7 +133,8 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
     assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
 
     unleash(&primary);
-    let report = primary.report_when(|report| report.groups[0].members[0].state == "crashed");
+    let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
+    let report = primary.report_when(|report| gone(&report.groups[0].members[0]));
     assert_balanced(&report, PACKETS);
     let [liar, other] = [0, 1].map(|place| &report.groups[0].members[place]);
     assert_eq!((liar.committed, liar.lost, liar.backlog, liar.buckets), (0, share, 0, 0));

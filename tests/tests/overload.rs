@@ -22,8 +22,7 @@ const SLOTS: u64 = 256;
 /// Frames sent at once: fewer than a ring has slots, so that whoever keeps up has room for all of them.
 const CHUNK: usize = 200;
 /// Small rings, and the same flows to the same workers in every run.
-const CONFIG: &str =
-    "ring_slots = 256\nhash_key = '000102030405060708090a0b0c0d0e0f'\nstop_timeout = '200ms'";
+const CONFIG: &str = "ring_slots = 256\nhash_key = '000102030405060708090a0b0c0d0e0f'\nstop_timeout = '1s'";
 
 fn network(queues: u32) -> Netns {
     Veth::in_namespace(&VethConfig::queues(queues)).unwrap().0
