@@ -51,12 +51,17 @@ pub struct Tally {
     pub lent: u32,
 }
 
+/// Bytes of the smallest frame, by which frames are numbered. A packet begins within the first of its frame: behind 256 bytes
+/// of headroom.
+const UNIT: u32 = 2048;
+
 /// The ledger.
 #[derive(Debug)]
 pub struct Frames {
-    /// Frame size is `1 << shift`.
-    shift: u32,
-    /// By frame of the UMEM, up to the lane's last: what is before its first is foreign.
+    /// Clears the bits of an offset within its frame.
+    start: u32,
+    /// By [`UNIT`] of the UMEM, up to the lane's last frame: what is before its first is foreign, and so is what is in
+    /// a frame but not where it begins.
     owners: Box<[Owner]>,
     /// Offsets of free frames: the first `free` of these.
     stack: Box<[u32]>,
@@ -65,22 +70,22 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// `count` free frames of `size` bytes, a power of two, beginning at UMEM offset `base`, a multiple of the size.
+    /// `count` free frames of `size` bytes, a power of two and at least 2,048, beginning at UMEM offset `base`, a
+    /// multiple of the size.
     ///
     /// # Panics
-    /// If the size is no power of two, the base no multiple of it, or the region reaches beyond 4 GiB.
+    /// If these are not as said, or the region reaches beyond 4 GiB.
     pub fn new(base: u32, size: u32, count: u32) -> Self {
-        assert!(size.is_power_of_two() && base.is_multiple_of(size), "frame size {size}, base {base}");
+        assert!(size.is_power_of_two() && size >= UNIT && base.is_multiple_of(size), "size {size}, base {base}");
         assert!(u64::from(base) + u64::from(size) * u64::from(count) <= 1 << 32, "beyond 4 GiB");
-        let foreign = std::iter::repeat_n(Owner::Foreign, (base / size) as usize);
-        Frames {
-            shift: size.ilog2(),
-            owners: foreign.chain(std::iter::repeat_n(Owner::Free, count as usize)).collect(),
-            // The lowest on top.
-            stack: (0..count).rev().map(|index| base + index * size).collect(),
-            free: count as usize,
-            kernel: 0,
+        let stack: Box<[u32]> = (0..count).rev().map(|index| base + index * size).collect();
+        let units = (base / UNIT) as usize + count as usize * (size / UNIT) as usize;
+        let mut owners = vec![Owner::Foreign; units];
+        for offset in &stack {
+            owners[(offset / UNIT) as usize] = Owner::Free;
         }
+        // The lowest on top.
+        Frames { start: !(size - 1), owners: owners.into(), stack, free: count as usize, kernel: 0 }
     }
 
     /// Hands up to `count` free frames to the kernel. Returns the offsets at which they begin.
@@ -89,7 +94,7 @@ impl Frames {
         let left = self.free.saturating_sub(count as usize);
         let posted = &self.stack[left..self.free];
         for offset in posted {
-            self.owners[(offset >> self.shift) as usize] = Owner::Kernel;
+            self.owners[(offset / UNIT) as usize] = Owner::Kernel;
         }
         self.free = left;
         #[allow(clippy::cast_possible_truncation)] // at most `count`
@@ -129,19 +134,20 @@ impl Frames {
     /// [`OwnerError`] if it was not lent.
     #[inline(always)]
     pub fn give_back(&mut self, offset: u32) -> Result<(), OwnerError> {
-        self.pass(offset, Owner::Lent, Owner::Free)?;
-        // There is a place for every frame, and no frame is put twice: `pass` sees to that.
-        if let Some(place) = self.stack.get_mut(self.free) {
-            *place = offset >> self.shift << self.shift;
-            self.free += 1;
-        }
-        Ok(())
+        self.returning().give_back(offset)
+    }
+
+    /// For giving back many.
+    #[inline(always)]
+    pub fn returning(&mut self) -> Returning<'_> {
+        let free = self.free;
+        Returning { frames: self, free }
     }
 
     /// Moves a frame from one owner to another.
     #[inline(always)]
     fn pass(&mut self, offset: u32, from: Owner, to: Owner) -> Result<(), OwnerError> {
-        match self.owners.get_mut((offset >> self.shift) as usize) {
+        match self.owners.get_mut((offset / UNIT) as usize) {
             Some(owner) if *owner == from => {
                 *owner = to;
                 Ok(())
@@ -181,6 +187,37 @@ impl Frames {
             kernel: count(Owner::Kernel),
             lent: count(Owner::Lent),
         }
+    }
+}
+
+/// Frames on their way back. It keeps the height of the stack, which each changes, out of memory that each writes to.
+#[derive(Debug)]
+pub struct Returning<'a> {
+    frames: &'a mut Frames,
+    free: usize,
+}
+
+impl Returning<'_> {
+    /// See [`Frames::give_back`].
+    ///
+    /// # Errors
+    /// [`OwnerError`] if it was not lent.
+    #[inline(always)]
+    pub fn give_back(&mut self, offset: u32) -> Result<(), OwnerError> {
+        self.frames.pass(offset, Owner::Lent, Owner::Free)?;
+        // There is a place for every frame, and no frame is put twice: `pass` sees to that.
+        if let Some(place) = self.frames.stack.get_mut(self.free) {
+            *place = offset & self.frames.start;
+            self.free += 1;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Returning<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.frames.free = self.free;
     }
 }
 

@@ -124,9 +124,10 @@ impl Link {
     /// Frees the frames of committed packets.
     #[inline]
     fn take_back(&mut self, frames: &mut Frames) -> Result<(), IndexError> {
+        let mut returning = frames.returning();
         let committed = self.link.ring.take_back(|descriptor| {
             // Own slots and own ledger: cannot fail. If it did, the frame would stay lent, and the balance show it.
-            let _ = frames.give_back(descriptor.offset);
+            let _ = returning.give_back(descriptor.offset);
         })?;
         self.link.counters.committed.add(u64::from(committed));
         Ok(())
@@ -173,13 +174,6 @@ struct Sums {
     unparsed: u64,
     /// Members that got packets, as bits.
     touched: u64,
-}
-
-/// What was read of a packet.
-#[derive(Clone, Copy, Default)]
-struct Flow {
-    hash: u32,
-    flags: u8,
 }
 
 const _: () = assert!(MAX_MEMBERS <= u64::BITS as usize);
@@ -260,11 +254,13 @@ impl<S: PacketSource> Lane<S> {
     /// Sends a batch on its way.
     #[inline]
     fn dispatch(&mut self, batch: &[Received], time: u32) {
+        let stamp = Stamp { time, port: self.config.port };
         let mut sums = Sums::default();
         let mut flows = [Flow::default(); MAX_BATCH];
-        hash(&self.key, &self.memory, batch, &mut flows, &mut sums);
-        let stamp = Stamp { time, port: self.config.port };
-        push(&mut self.frames, &mut self.members, &self.table, batch, &flows, stamp, &mut sums);
+        let flows = read(&self.key, &self.memory, &mut self.frames, batch, &mut flows, &mut sums);
+        #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
+        self.frames.accepted(flows.len() as u32);
+        push(&mut self.frames, &self.table, &mut self.members, flows, stamp, &mut sums);
         self.wake(sums.touched);
         self.refill();
         self.publish(batch.len(), &sums);
@@ -386,6 +382,15 @@ impl<S: PacketSource> Lane<S> {
     }
 }
 
+/// What was read of a packet.
+#[derive(Clone, Copy, Default)]
+struct Flow {
+    offset: u32,
+    hash: u32,
+    length: u16,
+    flags: u8,
+}
+
 /// What all descriptors of a batch have in common.
 #[derive(Clone, Copy)]
 struct Stamp {
@@ -393,50 +398,63 @@ struct Stamp {
     port: u8,
 }
 
-/// Reads each packet.
+/// Accepts and reads each packet. Returns those accepted.
 ///
 /// This and [`push`] are functions of what they use rather than of the lane: so the compiler knows that what they write
-/// is not what they read, and keeps it in registers.
+/// is not what they read. They are two loops rather than one: so the processor works at several packets at once.
 #[inline(always)]
-fn hash(key: &HashKey, memory: &PacketMemory, batch: &[Received], flows: &mut [Flow; MAX_BATCH], sums: &mut Sums) {
+fn read<'a>(
+    key: &HashKey,
+    memory: &PacketMemory,
+    frames: &mut Frames,
+    batch: &[Received],
+    flows: &'a mut [Flow; MAX_BATCH],
+    sums: &mut Sums,
+) -> &'a [Flow] {
     for packet in batch {
         prefetch(memory, packet.offset);
     }
-    let (mut bytes, mut unparsed) = (0, 0);
-    for (packet, flow) in batch.iter().zip(flows) {
-        bytes += u64::from(packet.length);
-        // SAFETY: the kernel has handed the packet over, and the lane gives its frame to nobody before this is done.
-        let frame = unsafe { memory.packet(packet.offset, packet.length) }.unwrap_or(&[]);
-        *flow = match key.hash_plain(frame) {
-            Some(hash) => Flow { hash, flags: 0 },
+    let (mut bytes, mut accepted) = (0, 0);
+    for &Received { offset, length } in batch {
+        bytes += u64::from(length);
+        if frames.accept(offset).is_err() {
+            sums.frame_owner += 1;
+            continue;
+        }
+        // SAFETY: the ledger says that the kernel had the frame and has handed it over; nobody else gets it before its
+        // descriptor is pushed.
+        let frame = unsafe { memory.packet(offset, length) };
+        let (hash, flags) = match frame.and_then(|frame| key.hash_plain(frame)) {
+            Some(hash) => (hash, 0),
             None => {
-                let (hash, parsed) = key.hash_any(frame);
-                unparsed += u64::from(!parsed);
-                Flow { hash, flags: if parsed { 0 } else { Descriptor::UNPARSED } }
+                let (hash, parsed) = key.hash_any(frame.unwrap_or(&[]));
+                sums.unparsed += u64::from(!parsed);
+                (hash, if parsed { 0 } else { Descriptor::UNPARSED })
             }
         };
+        #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
+        let length = length as u16;
+        // `accepted` is less than the batch is long, and that is at most MAX_BATCH.
+        flows[accepted % MAX_BATCH] = Flow { offset, hash, length, flags };
+        accepted += 1;
     }
-    (sums.bytes, sums.unparsed) = (bytes, unparsed);
+    sums.bytes = bytes;
+    &flows[..accepted.min(MAX_BATCH)]
 }
 
 /// Pushes each packet into the ring of the member that takes it.
 #[inline(always)]
 fn push(
     frames: &mut Frames,
-    members: &mut [Option<Link>; 256],
     table: &BucketTable,
-    batch: &[Received],
-    flows: &[Flow; MAX_BATCH],
+    members: &mut [Option<Link>; 256],
+    flows: &[Flow],
     stamp: Stamp,
     sums: &mut Sums,
 ) {
     let Stamp { time, port } = stamp;
     let mut touched = 0u64;
-    for (&Received { offset, length }, &Flow { hash, flags }) in batch.iter().zip(flows) {
-        if frames.accept(offset).is_err() {
-            sums.frame_owner += 1;
-            continue;
-        }
+    for &Flow { offset, hash, length, flags } in flows {
         let place = table.member(hash);
         let Some(link) = &mut members[usize::from(place)] else {
             sums.no_worker += 1;
@@ -444,8 +462,6 @@ fn push(
             continue;
         };
         touched |= 1u64.wrapping_shl(u32::from(place));
-        #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
-        let length = length as u16;
         let descriptor = Descriptor { offset, time, length, port, flags, hash };
         if !link.link.ring.push(descriptor) && !link.push_again(descriptor, frames) {
             let _ = frames.discard(offset);
@@ -453,8 +469,6 @@ fn push(
         }
     }
     sums.touched = touched;
-    #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
-    frames.accepted((batch.len() as u64 - sums.frame_owner) as u32);
 }
 
 /// What to do when there is nothing to do.

@@ -77,7 +77,7 @@ impl CoarseClock {
             return self.ask();
         }
         // 10 ms of ticks times 2³² nanoseconds per tick fit 64 bits.
-        (self.ns + (elapsed * self.scale >> 32)) as u32
+        (self.ns + ((elapsed * self.scale) >> 32)) as u32
     }
 
     #[cold]

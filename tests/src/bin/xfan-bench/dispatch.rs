@@ -33,10 +33,11 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// Frames in circulation. Rings have twice as many slots, so none is ever full: when all frames
-/// are with the workers, the lane waits for them.
+/// One flow each. A ring has as many slots, so none is ever full: when all frames are with the workers, the lane waits.
 const FRAMES: u32 = 4096;
-const SLOTS: u32 = 8192;
+const SLOTS: u32 = FRAMES;
+/// Frames that stand for those the kernel has; the rest is free, or with the workers.
+const POSTED: u32 = FRAMES / 2;
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
 
@@ -142,7 +143,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let parts = LaneParts {
         queue: 0,
         core: lane_cpu,
-        config: LaneConfig { batch: 64, posted: FRAMES, spin, yields: Duration::from_secs(3600), port: 0 },
+        config: LaneConfig { batch: 64, posted: POSTED, spin, yields: Duration::from_secs(3600), port: 0 },
         memory: memory.clone(),
         region: (0, FRAME, NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN)),
         key: HashKey::from_bytes(random_bytes()?),
