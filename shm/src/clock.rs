@@ -65,7 +65,9 @@ impl CoarseClock {
     pub fn new() -> Self {
         let rate = ticks_per_ns();
         let (limit, scale) = ((rate * 1e7) as u64, (f64::from(1 << 16) * f64::from(1 << 16) / rate) as u64);
-        CoarseClock { ticks: ticks(), ns: monotonic_ns(), limit, scale }
+        let mut clock = CoarseClock { ticks: 0, ns: 0, limit, scale };
+        clock.ask();
+        clock
     }
 
     /// The low 32 bits of the time at `now`, in nanoseconds.
@@ -83,7 +85,13 @@ impl CoarseClock {
     #[cold]
     #[allow(clippy::cast_possible_truncation)] // the low bits are what is asked for
     fn ask(&mut self) -> u32 {
-        (self.ticks, self.ns) = (ticks(), monotonic_ns());
+        // A thread that loses its core between the two readings would be wrong by that time until it asks again.
+        for _ in 0..4 {
+            (self.ticks, self.ns) = (ticks(), monotonic_ns());
+            if ticks().wrapping_sub(self.ticks) < self.limit / 10_000 {
+                break; // within a microsecond
+            }
+        }
         self.ns as u32
     }
 }

@@ -44,7 +44,7 @@ fn read(frames: &Frames, frame: u32) -> u32 {
     })
 }
 
-/// An eventfd: counts rings, and sleeps until there is one.
+/// What the sleeper blocks on, see `bell`: remembers rings, and sleeps until there is one.
 #[derive(Default)]
 struct Bell {
     rings: Mutex<u32>,

@@ -208,6 +208,7 @@ fn receive_bytes(
         _header: libc::cmsghdr,
         bytes: [u8; 64],
     }
+    #[allow(clippy::cast_possible_truncation)] // 16
     const FDS_BYTES: u32 = (ATTACHED_FDS * size_of::<RawFd>()) as u32;
     // SAFETY: pure arithmetic.
     const CONTROL_BYTES: usize = unsafe { libc::CMSG_SPACE(FDS_BYTES) } as usize;

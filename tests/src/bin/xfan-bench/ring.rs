@@ -1,6 +1,6 @@
 //! The ring between two processes on two CPUs, beside what a bare cache line between them costs.
 //!
-//! A round measures, one right after the other: line, ring's round trip, line, bursts of 32, line, bursts of 64, line. So
+//! A round measures, one right after the other: line, two lines, ring's round trip, line, bursts of 32, line, bursts of 64, line. So
 //! each figure has the line's round trip before and after it: on a virtual machine the host moves CPUs nearer to and farther
 //! from each other within seconds. The ratio is taken round by round, of neighbours.
 
@@ -27,6 +27,9 @@ const GROUP: u64 = 16;
 /// Groups whose median is one sample.
 const GROUPS: u64 = 1500;
 
+/// Room at which a full ring is filled further at once.
+const REST: u32 = 256;
+
 /// Options of `xfan-bench ring`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -49,6 +52,8 @@ pub struct Options {
 struct Round {
     /// Round trip of the line before and after each of the figures below, in their order.
     line_ns: [f64; 4],
+    /// Round trip over two lines with one writer each: what a ring could reach whose ends write no memory in common.
+    two_lines_ns: f64,
     /// Round trip of one descriptor, through two rings.
     rtt_ns: f64,
     /// That, by the mean of the line's round trips before and after it.
@@ -83,6 +88,7 @@ impl Spread {
 struct Measured {
     slots: u32,
     line_ns: Spread,
+    two_lines_ns: Spread,
     rtt_ns: Spread,
     ratio: Spread,
     burst32_mops: Spread,
@@ -105,6 +111,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let mut rounds = Vec::new();
     for _ in 0..options.rounds {
         let first = pair.line()?;
+        let two_lines_ns = pair.two_lines()?;
         let rtt_ns = pair.round_trip()?;
         let second = pair.line()?;
         let burst32_mops = pair.burst(32, seconds)?;
@@ -113,12 +120,13 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         let line_ns = [first, second, third, pair.line()?];
         let ratio = rtt_ns / f64::midpoint(first, second);
         let class = class(&line_ns);
-        rounds.push(Round { line_ns, rtt_ns, ratio, burst32_mops, burst64_mops, class });
+        rounds.push(Round { line_ns, two_lines_ns, rtt_ns, ratio, burst32_mops, burst64_mops, class });
     }
     let of = |figure: fn(&Round) -> f64| Spread::of(rounds.iter().map(figure));
     let measured = Measured {
         slots: options.slots,
         line_ns: Spread::of(rounds.iter().flat_map(|round| round.line_ns)),
+        two_lines_ns: of(|round| round.two_lines_ns),
         rtt_ns: of(|round| round.rtt_ns),
         ratio: of(|round| round.ratio),
         burst32_mops: of(|round| round.burst32_mops),
@@ -200,8 +208,18 @@ impl Pair {
     fn line(&mut self) -> Result<f64, Failure> {
         protocol::send(&self.socket, &Task::Line { trips: GROUP * GROUPS }, &[])?;
         Ok(median_ns(|group| {
-            for trip in group * GROUP..(group + 1) * GROUP {
-                self.line.ping(trip);
+            for trip in 1..=GROUP {
+                self.line.ping(group * GROUP + trip);
+            }
+        }))
+    }
+
+    /// Median round trip over two cache lines with one writer each, in nanoseconds.
+    fn two_lines(&mut self) -> Result<f64, Failure> {
+        protocol::send(&self.socket, &Task::Lines { trips: GROUP * GROUPS }, &[])?;
+        Ok(median_ns(|group| {
+            for trip in 1..=GROUP {
+                self.line.ping_over_two(group * GROUP + trip);
             }
         }))
     }
@@ -251,6 +269,10 @@ impl Pair {
                 *returned = returned.wrapping_add(1);
             });
             self.intact &= committed.is_ok();
+            if self.there.room() < REST {
+                // As a lane, which looks again a batch later: looking all the time would slow the commits.
+                (0..32).for_each(|_| std::hint::spin_loop());
+            }
         }
         self.sent = self.sent.wrapping_add(1);
     }
@@ -282,12 +304,13 @@ fn print(json: bool, measured: &Measured) -> Result<(), Failure> {
         println!("{}", serde_json::to_string(measured)?);
         return Ok(());
     }
-    println!("round  line ns (between)    ring ns  ratio  Mdesc/s, bursts of 32    of 64");
+    println!("round  line ns (between)    two lines  ring ns  ratio  Mdesc/s, bursts of 32    of 64");
     for (number, round) in measured.rounds.iter().enumerate() {
         let [a, b, c, d] = round.line_ns;
         println!(
-            "{:5}  {a:4.0} {b:4.0} {c:4.0} {d:4.0}  {:8.0}  {:5.2}  {:21.0} {:8.0}  {}",
+            "{:5}  {a:4.0} {b:4.0} {c:4.0} {d:4.0}  {:9.0}  {:7.0}  {:5.2}  {:21.0} {:8.0}  {}",
             number + 1,
+            round.two_lines_ns,
             round.rtt_ns,
             round.ratio,
             round.burst32_mops,
@@ -298,6 +321,7 @@ fn print(json: bool, measured: &Measured) -> Result<(), Failure> {
     println!("{} slots; min / median / max of {} rounds:", measured.slots, measured.rounds.len());
     for (name, Spread { min, median, max }, digits) in [
         ("line round trip, ns", &measured.line_ns, 0),
+        ("two lines, ns", &measured.two_lines_ns, 0),
         ("ring round trip, ns", &measured.rtt_ns, 0),
         ("ring / line", &measured.ratio, 2),
         ("bursts of 32, Mdesc/s", &measured.burst32_mops, 0),

@@ -20,6 +20,8 @@ pub(super) const LAST: u8 = 0x40;
 pub(super) enum Task {
     /// Answer so many pings on the line.
     Line { trips: u64 },
+    /// Answer so many pings on the two lines.
+    Lines { trips: u64 },
     /// Send back so many descriptors.
     Echo { trips: u64 },
     /// Take descriptors, the first of number `first`, in bursts of up to `burst`, up to the [`LAST`]; answer [`Taken`].
@@ -41,7 +43,8 @@ pub(super) fn numbered(n: u32) -> Descriptor {
     Descriptor { offset: n, time: 7, length: 60, port: 1, flags: 0, hash: !n }
 }
 
-/// A cache line that both processes write: what two CPUs can do at best.
+/// Bare cache lines: one that both processes write, what two CPUs can do at best; and two with one writer each, what
+/// they can do at best if neither may write the other's memory, as dispatcher and worker may not.
 pub(super) struct SharedLine(Mapping);
 
 impl SharedLine {
@@ -53,26 +56,40 @@ impl SharedLine {
         Mapping::read_write(fd, Self::BYTES).map(SharedLine)
     }
 
-    fn word(&self) -> &AtomicU64 {
-        // SAFETY: the mapping is a page long and aligned to one, writable, and outlives the borrow; both processes
-        // access this word atomically only.
-        unsafe { self.0.address().cast().as_ref() }
+    /// Line 0 has two writers, 1 the first process, 2 the second.
+    #[inline(always)]
+    fn word(&self, line: usize) -> &AtomicU64 {
+        // SAFETY: the mapping is a page long and aligned to one, writable, and outlives the borrow; 128-byte lines 0 to 2
+        // lie in it; both processes access these words atomically only.
+        unsafe { self.0.address().add(128 * line).cast().as_ref() }
     }
 
-    /// Sends trip number `trip` and waits for its answer.
+    /// Sends trip number `trip`, which is not 0, over one line, and waits for its answer.
     #[inline(always)]
     pub(super) fn ping(&self, trip: u64) {
-        let trip = trip + 1; // 0 is what the segment begins with
-        self.word().store(trip, Ordering::Release);
-        while self.word().load(Ordering::Acquire) != trip | Self::PONG {}
+        self.word(0).store(trip, Ordering::Release);
+        while self.word(0).load(Ordering::Acquire) != trip | Self::PONG {}
     }
 
     /// Waits for trip number `trip` and answers it.
     #[inline(always)]
     fn pong(&self, trip: u64) {
-        let trip = trip + 1;
-        while self.word().load(Ordering::Acquire) != trip {}
-        self.word().store(trip | Self::PONG, Ordering::Release);
+        while self.word(0).load(Ordering::Acquire) != trip {}
+        self.word(0).store(trip | Self::PONG, Ordering::Release);
+    }
+
+    /// Like [`ping`](Self::ping), over two lines.
+    #[inline(always)]
+    pub(super) fn ping_over_two(&self, trip: u64) {
+        self.word(1).store(trip, Ordering::Release);
+        while self.word(2).load(Ordering::Acquire) != trip {}
+    }
+
+    /// Like [`pong`](Self::pong), over two lines.
+    #[inline(always)]
+    fn pong_over_two(&self, trip: u64) {
+        while self.word(1).load(Ordering::Acquire) != trip {}
+        self.word(2).store(trip, Ordering::Release);
     }
 }
 
@@ -94,7 +111,8 @@ pub fn serve() -> Result<(), Failure> {
     protocol::send(&socket, &(), &[])?;
     loop {
         match protocol::receive(&socket, MAX_REQUEST) {
-            Ok((Task::Line { trips }, _)) => (0..trips).for_each(|trip| line.pong(trip)),
+            Ok((Task::Line { trips }, _)) => (1..=trips).for_each(|trip| line.pong(trip)),
+            Ok((Task::Lines { trips }, _)) => (1..=trips).for_each(|trip| line.pong_over_two(trip)),
             Ok((Task::Echo { trips }, _)) => echo(&mut there, &mut back, trips)?,
             Ok((Task::Take { first, burst }, _)) => {
                 protocol::send(&socket, &take(&mut there, first, burst), &[])?;
@@ -144,6 +162,8 @@ fn take(there: &mut Consumer<SharedRing>, first: u32, burst: u32) -> Taken {
         }
         if seen > 0 {
             there.commit(seen);
+        } else {
+            std::hint::spin_loop();
         }
         if last {
             return taken;
