@@ -240,7 +240,10 @@ impl<S: PacketSource> Lane<S> {
             match idle.next(now) {
                 Turn::Settle => self.settle(),
                 Turn::Spin => std::hint::spin_loop(),
-                Turn::Yield => std::thread::yield_now(),
+                Turn::Yield => {
+                    std::thread::yield_now();
+                    now = ticks();
+                }
                 Turn::Sleep => {
                     self.settle();
                     self.counters.sleeps.add(1);
@@ -532,3 +535,6 @@ fn prefetch(memory: &PacketMemory, offset: u32) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (memory, offset);
 }
+
+#[cfg(test)]
+mod tests;

@@ -93,8 +93,9 @@ struct Handles {
     _completion: CompQueue,
 }
 
-/// How long a queue whose last socket was just closed may stay busy.
-const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a queue may stay busy after its last socket was closed: the kernel lets go of it in the background, which
+/// takes milliseconds, or seconds on a machine that is busy itself.
+const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 
 impl XskSource {
     /// Binds a socket to `queue`. All sockets of one UMEM share the mode of the first.
@@ -134,6 +135,7 @@ impl XskSource {
             .bind_flags(flags | BindFlags::XDP_USE_NEED_WAKEUP)
             .build();
         let started = std::time::Instant::now();
+        let mut told = false;
         let (tx, rx, fill_and_completion) = loop {
             // SAFETY: this socket's FILL and COMPLETION rings are its own, as no other socket of this UMEM is bound to
             // this queue; frames are posted to it by its lane only.
@@ -142,6 +144,9 @@ impl XskSource {
                 Err(error) => {
                     let source = errno_of(&error);
                     if source.raw_os_error() == Some(libc::EBUSY) && started.elapsed() < BUSY_PATIENCE {
+                        if !std::mem::replace(&mut told, true) {
+                            tracing::info!(interface, queue, "the queue is busy: waiting {BUSY_PATIENCE:?} for it");
+                        }
                         std::thread::sleep(Duration::from_millis(20));
                         continue;
                     }

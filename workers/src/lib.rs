@@ -33,9 +33,9 @@
 //!
 //! # What a commit means
 //!
-//! A packet is the worker's until [`Batch::commit`]; then its memory goes back to the network card. What was not committed
-//! is never lost: a batch that is dropped comes again with the next [`Worker::recv`], and if the process dies, another worker gets
-//! it. So delivery is exactly once, except for what a crashed worker had read and not committed.
+//! A packet is the worker's until [`Batch::commit`]; then its memory goes back to the network card. A batch that is dropped
+//! instead comes again with the next [`Worker::recv`]. Of a process that dies, the dispatcher takes the
+//! memory back, counts what was not committed as lost, and gives its flows to the other workers.
 //!
 //! # How a worker ends
 //!

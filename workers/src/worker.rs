@@ -211,7 +211,7 @@ impl Worker {
     }
 
     /// Asks the dispatcher to let this worker go. Packets that are on their way still come: keep receiving until
-    /// [`Received::Closed`], then drop the worker, and nothing is requeued or lost. Should the dispatcher not answer,
+    /// [`Received::Closed`], then drop the worker, and nothing is lost. Should the dispatcher not answer,
     /// that comes when no packet has come for 2 seconds. Asking again does nothing.
     ///
     /// # Errors

@@ -7,88 +7,27 @@ use std::net::IpAddr;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use sha1::{Digest, Sha1};
-use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
-/// What stands in the place of ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ports {
-    /// Nothing: a protocol without ports, a fragment, or a packet cut off before them.
-    None,
-    /// Those of both ends, or an ICMP message's type and the type of its answer.
-    Pair(u16, u16),
-    /// An ICMP message's type and code, where there is no answer to it: direction counts.
-    OneWay(u16, u16),
-}
+use crate::flow_id::{FlowId, Ports};
 
-impl Ports {
-    /// Reads them, in the direction of the packet.
-    pub fn of(packet: &Packet<'_>) -> Self {
-        match (packet.key.protocol, packet.payload) {
-            _ if packet.fragment => Ports::None,
-            (TCP | UDP | SCTP, [_, _, _, _, ..]) => {
-                Ports::Pair(packet.key.source_port, packet.key.destination_port)
-            }
-            (ICMP, [kind, code, ..]) => Self::of_message(*kind, *code, icmp_answer),
-            (ICMPV6, [kind, code, ..]) => Self::of_message(*kind, *code, icmp6_answer),
-            _ => Ports::None,
-        }
-    }
-
-    fn of_message(kind: u8, code: u8, answer: fn(u8) -> Option<u8>) -> Self {
-        match answer(kind) {
-            Some(answer) => Ports::Pair(kind.into(), answer.into()),
-            None => Ports::OneWay(kind.into(), code.into()),
-        }
-    }
-}
-
-/// The type of the ICMP message that answers, or is answered by, one of this type.
-fn icmp_answer(kind: u8) -> Option<u8> {
-    // Echo, router discovery, time stamp, information, address mask.
-    const PAIRS: [(u8, u8); 5] = [(8, 0), (10, 9), (13, 14), (15, 16), (17, 18)];
-    counterpart(&PAIRS, kind)
-}
-
-/// The same for IPv6.
-fn icmp6_answer(kind: u8) -> Option<u8> {
-    // Echo, multicast listeners, router and neighbour discovery, node information, home agent discovery.
-    const PAIRS: [(u8, u8); 6] = [(128, 129), (130, 131), (133, 134), (135, 136), (139, 140), (144, 145)];
-    counterpart(&PAIRS, kind)
-}
-
-fn counterpart(pairs: &[(u8, u8)], kind: u8) -> Option<u8> {
-    pairs.iter().find_map(|&(request, answer)| match kind {
-        _ if kind == request => Some(answer),
-        _ if kind == answer => Some(request),
-        _ => None,
-    })
-}
-
-/// The Community ID of a flow, of which one packet had `key` and `ports`.
-pub fn community_id(key: &FlowKey, ports: Ports) -> String {
-    let (mut source, mut destination) = (key.source, key.destination);
-    let mut ordered = ports;
-    match ports {
-        Ports::OneWay(..) => {}
-        Ports::None if source > destination => (source, destination) = (destination, source),
-        Ports::Pair(from, to) if (source, from) > (destination, to) => {
-            (source, destination) = (destination, source);
-            ordered = Ports::Pair(to, from);
-        }
-        Ports::None | Ports::Pair(..) => {}
-    }
+/// The Community ID of a flow, the same for either direction.
+pub fn community_id(flow: FlowId) -> String {
+    let FlowId { key, ports } = flow.canonical();
     let mut sha1 = Sha1::new();
     sha1.update([0, 0]); // the seed
-    for address in [source, destination] {
+    for address in [key.source, key.destination] {
         match address {
             IpAddr::V4(address) => sha1.update(address.octets()),
             IpAddr::V6(address) => sha1.update(address.octets()),
         }
     }
     sha1.update([key.protocol, 0]);
-    if let Ports::Pair(from, to) | Ports::OneWay(from, to) = ordered {
-        sha1.update(from.to_be_bytes());
-        sha1.update(to.to_be_bytes());
+    match ports {
+        Ports::None => {}
+        Ports::Pair | Ports::OneWay => {
+            sha1.update(key.source_port.to_be_bytes());
+            sha1.update(key.destination_port.to_be_bytes());
+        }
     }
     format!("1:{}", STANDARD.encode(sha1.finalize()))
 }
@@ -96,6 +35,7 @@ pub fn community_id(key: &FlowKey, ports: Ports) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
     /// The ID of a flow between two ends, seen from either; for ICMP the two numbers are type and code.
     fn id(protocol: u8, source: &str, from: u16, destination: &str, to: u16) -> String {
@@ -111,10 +51,10 @@ mod tests {
             ICMP | ICMPV6 => [high[1], low[1], 0, 0],
             _ => [high[0], high[1], low[0], low[1]],
         };
-        let ports = Ports::of(&Packet { key, fragment: false, payload: &payload });
-        let id = community_id(&key, ports);
-        if let Ports::Pair(from, to) = ports {
-            assert_eq!(community_id(&key.reversed(), Ports::Pair(to, from)), id, "the way back");
+        let flow = FlowId::of(&Packet { key, fragment: false, payload: &payload });
+        let id = community_id(flow);
+        if flow.ports != Ports::OneWay {
+            assert_eq!(community_id(FlowId { key: flow.key.reversed(), ..flow }), id, "the way back");
         }
         id
     }

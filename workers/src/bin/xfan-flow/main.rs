@@ -4,6 +4,7 @@
 //! worker ends. Nothing is lost silently: every packet is in a record, or counted as `packets_unparsed`.
 
 mod community_id;
+mod flow_id;
 mod meter;
 mod output;
 mod record;
@@ -24,6 +25,7 @@ use crate::table::FlowTable;
 /// Writes flow records: a worker of the xfan packet dispatcher.
 ///
 /// One JSON object per line: community_id proto src sport dst dport packets bytes first last tcp_flags member.
+/// Of ICMP, sport and dport are the type of a message and that of its answer, or its code if nothing answers it.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {

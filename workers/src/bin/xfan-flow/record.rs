@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use serde::Serialize;
-use xfan_worker::flow::{ICMP, ICMPV6, SCTP, TCP, UDP};
+use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, SCTP, TCP, UDP};
 
 use crate::community_id::community_id;
 use crate::table::Flow;
 
-/// The fields of a line, in order. Ports are 0 where there are none, also for ICMP and fragments.
+/// The fields of a line, in order. Ports are 0 where there are none, also for fragments; for ICMP they
+/// are the message's type and that of its answer, or its code if nothing answers it.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
     community_id: String,
@@ -36,18 +37,19 @@ pub struct Record<'a> {
 impl<'a> Record<'a> {
     /// The record of a flow; `epoch` is the time of the clock's zero in nanoseconds since 1970.
     pub fn new(flow: &Flow, epoch: u64, member: &'a str) -> Self {
+        let FlowKey { source, destination, source_port, destination_port, protocol } = flow.id.key;
         Record {
-            community_id: community_id(&flow.key, flow.ports),
-            proto: protocol_name(flow.key.protocol),
-            src: flow.key.source,
-            sport: flow.key.source_port,
-            dst: flow.key.destination,
-            dport: flow.key.destination_port,
+            community_id: community_id(flow.id),
+            proto: protocol_name(protocol),
+            src: source,
+            sport: source_port,
+            dst: destination,
+            dport: destination_port,
             packets: flow.packets,
             bytes: flow.bytes,
             first: seconds(epoch.saturating_add(flow.first)),
             last: seconds(epoch.saturating_add(flow.last)),
-            tcp_flags: (flow.key.protocol == TCP).then(|| flag_letters(flow.tcp_flags)),
+            tcp_flags: (protocol == TCP).then(|| flag_letters(flow.tcp_flags)),
             member,
         }
     }
@@ -82,22 +84,24 @@ fn seconds(ns: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::community_id::Ports;
+    use crate::flow_id::{FlowId, Ports};
     use crate::table::FlowTable;
     use proptest::prelude::*;
-    use xfan_worker::flow::{FlowKey, IPV4, IPV6, Packet};
+    use xfan_worker::flow::{IPV4, IPV6, Packet};
 
     #[test]
     fn a_line_reads_as_documented() {
         let mut flow = Flow {
-            key: FlowKey {
-                source: [128, 232, 110, 120].into(),
-                destination: [66, 35, 250, 204].into(),
-                source_port: 34855,
-                destination_port: 80,
-                protocol: TCP,
+            id: FlowId {
+                key: FlowKey {
+                    source: [128, 232, 110, 120].into(),
+                    destination: [66, 35, 250, 204].into(),
+                    source_port: 34855,
+                    destination_port: 80,
+                    protocol: TCP,
+                },
+                ports: Ports::Pair,
             },
-            ports: Ports::Pair(34855, 80),
             packets: 3,
             bytes: 190,
             first: 1_000,
@@ -114,7 +118,7 @@ mod tests {
                 + r#""dst":"66.35.250.204","dport":80,"packets":3,"bytes":190,"first":1700000000.000001,"#
                 + r#""last":1700000002.5,"tcp_flags":"SA","member":"default/0"}"#
         );
-        flow.key.protocol = 46;
+        flow.id.key.protocol = 46;
         assert!(line(&flow).contains(r#""proto":"46""#) && !line(&flow).contains("tcp_flags"));
     }
 

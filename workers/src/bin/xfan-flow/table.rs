@@ -1,17 +1,15 @@
-//! The flow table: bounded, keyed by the 5-tuple, ordered by the time of the last packet.
+//! The flow table: bounded, keyed by the flow's identity, ordered by the time of the last packet.
 
 use hashlink::LruCache;
-use xfan_worker::flow::{FlowKey, Packet};
+use xfan_worker::flow::Packet;
 
-use crate::community_id::Ports;
+use crate::flow_id::FlowId;
 
 /// What is known of a flow. Times are monotonic nanoseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// Its 5-tuple in the direction of the first packet seen.
-    pub key: FlowKey,
-    /// What the first packet had in the place of ports.
-    pub ports: Ports,
+    /// What makes it this flow, in the direction of the first packet seen.
+    pub id: FlowId,
     /// Packets of both directions.
     pub packets: u64,
     /// Bytes of their frames.
@@ -25,9 +23,8 @@ pub struct Flow {
 }
 
 impl Flow {
-    fn new(packet: &Packet<'_>, time: u64) -> Self {
-        let ports = Ports::of(packet);
-        Flow { key: packet.key, ports, packets: 0, bytes: 0, first: time, last: time, tcp_flags: 0 }
+    fn new(id: FlowId, time: u64) -> Self {
+        Flow { id, packets: 0, bytes: 0, first: time, last: time, tcp_flags: 0 }
     }
 
     fn add(&mut self, packet: &Packet<'_>, bytes: usize, time: u64) {
@@ -40,11 +37,11 @@ impl Flow {
     }
 }
 
-/// The flows of the last while, by canonical 5-tuple, the longest idle first.
+/// The flows of the last while, by canonical identity, the longest idle first.
 ///
 /// The hash is the table's own, with a random key: whoever sends packets cannot choose flows that collide.
 pub struct FlowTable {
-    flows: LruCache<FlowKey, Flow>,
+    flows: LruCache<FlowId, Flow>,
     max_flows: usize,
     idle_timeout: u64,
 }
@@ -57,13 +54,14 @@ impl FlowTable {
 
     /// Counts a packet, of a frame of so many bytes. Returns the flow that had to go, if the table was full.
     pub fn add(&mut self, packet: &Packet<'_>, bytes: usize, time: u64) -> Option<Flow> {
-        let (key, _) = packet.key.canonical();
+        let id = FlowId::of(packet);
+        let key = id.canonical();
         if let Some(flow) = self.flows.get_mut(&key) {
             flow.add(packet, bytes, time);
             return None;
         }
         let evicted = if self.flows.len() < self.max_flows { None } else { self.remove_oldest() };
-        let mut flow = Flow::new(packet, time);
+        let mut flow = Flow::new(id, time);
         flow.add(packet, bytes, time);
         self.flows.insert(key, flow);
         evicted
@@ -91,7 +89,7 @@ impl FlowTable {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use xfan_worker::flow::{TCP, UDP};
+    use xfan_worker::flow::{FlowKey, TCP, UDP};
 
     fn key(n: u8) -> FlowKey {
         let address = |last| std::net::IpAddr::from([10, 0, 0, last]);
@@ -115,7 +113,7 @@ mod tests {
         assert_eq!(table.add(&packet(key(9)), 100, 9), None);
         assert_eq!(table.len(), 1);
         let flow = table.remove_oldest().unwrap();
-        assert_eq!((flow.key, flow.packets, flow.bytes), (key(9).reversed(), 2, 160));
+        assert_eq!((flow.id.key, flow.packets, flow.bytes), (key(9).reversed(), 2, 160));
         assert_eq!((flow.first, flow.last), (5, 9));
     }
 
@@ -125,7 +123,7 @@ mod tests {
         table.add(&packet(key(1)), 60, 1);
         table.add(&packet(key(2)), 60, 2);
         table.add(&packet(key(1)), 60, 3);
-        assert_eq!(table.add(&packet(key(3)), 60, 4).unwrap().key, key(2));
+        assert_eq!(table.add(&packet(key(3)), 60, 4).unwrap().id.key, key(2));
         assert_eq!(table.len(), 2);
     }
 
@@ -135,7 +133,7 @@ mod tests {
         table.add(&packet(key(1)), 60, 10);
         table.add(&packet(key(2)), 60, 50);
         assert_eq!(table.expire(109), None);
-        assert_eq!(table.expire(110).unwrap().key, key(1));
+        assert_eq!(table.expire(110).unwrap().id.key, key(1));
         assert_eq!(table.expire(110), None);
         assert_eq!(table.expire(0), None, "a clock that went backwards");
     }

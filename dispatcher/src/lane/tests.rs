@@ -1,0 +1,355 @@
+//! A lane fed from memory: no root, no socket, no thread.
+
+use std::collections::VecDeque;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use xfan_shm::flow::{FlowKey, TCP};
+use xfan_shm::layout::{Down, Geometry};
+use xfan_shm::ring::Consumer;
+use xfan_shm::segment::{self, Mapping};
+
+use super::*;
+use crate::frames::Tally;
+use crate::steer::NOBODY;
+
+const FRAME: u32 = 2048;
+const POSTED: u32 = 8;
+const SLOTS: u32 = 16;
+/// Enough for two members, whatever they do.
+const FRAMES: u32 = POSTED + 2 * SLOTS + 64;
+const KEY: [u8; 16] = [5; 16];
+
+/// An RX queue in memory.
+struct Script {
+    packets: VecDeque<Vec<u8>>,
+    posted: VecDeque<u32>,
+    memory: Arc<PacketMemory>,
+    /// Hands out this frame again, as a broken driver does.
+    again: Option<u32>,
+}
+
+impl PacketSource for Script {
+    fn receive(&mut self, batch: &mut [Received]) -> usize {
+        let mut count = 0;
+        while count < batch.len() && !self.packets.is_empty() {
+            let Some(frame) = self.again.take().or_else(|| self.posted.pop_front()) else { break };
+            let packet = self.packets.pop_front().unwrap();
+            let offset = frame + 256;
+            // SAFETY: the lane posted the frame, so nobody reads it; it has room for a short packet.
+            unsafe {
+                let place = self.memory.base().add(offset as usize);
+                place.as_ptr().copy_from_nonoverlapping(packet.as_ptr(), packet.len());
+            }
+            batch[count] = Received { offset, length: u32::try_from(packet.len()).unwrap() };
+            count += 1;
+        }
+        count
+    }
+
+    fn post(&mut self, frames: &mut Frames, count: u32) {
+        self.posted.extend(frames.post(count));
+    }
+
+    fn wait(&mut self, _: BorrowedFd<'_>, _: Duration) {}
+}
+
+/// A lane and the commands to it.
+struct Bench {
+    lane: Lane<Script>,
+    commands: Arc<ArrayQueue<Command>>,
+    counters: Arc<LaneCounters>,
+}
+
+/// A worker's end.
+struct Peer {
+    ring: Consumer<SharedRing>,
+    up: Up,
+    doorbell: OwnedFd,
+    counters: Arc<MemberCounters>,
+}
+
+fn bench() -> Bench {
+    let length = (FRAME * FRAMES) as usize;
+    let fd = segment::create("lane-test", length).unwrap();
+    let memory =
+        Arc::new(PacketMemory::of_segment(&fd, Mapping::read_write(&fd, length).unwrap()).unwrap());
+    let source =
+        Script { packets: VecDeque::new(), posted: VecDeque::new(), memory: memory.clone(), again: None };
+    let (counters, commands) = (Arc::<LaneCounters>::default(), Arc::new(ArrayQueue::new(16)));
+    let zero = Duration::ZERO;
+    let lane = Lane::new(
+        LaneConfig { batch: 64, posted: POSTED, spin: zero, yields: zero, port: 3 },
+        source,
+        memory,
+        Frames::new(0, FRAME, FRAMES),
+        HashKey::from_bytes(KEY),
+        counters.clone(),
+        commands.clone(),
+        crate::lanes::doorbell().unwrap(),
+    );
+    Bench { lane, commands, counters }
+}
+
+impl Bench {
+    fn command(&mut self, command: Command) -> bool {
+        self.commands.push(command).unwrap();
+        self.lane.obey()
+    }
+
+    fn join(&mut self, place: usize) -> Peer {
+        let geometry = Geometry { lanes: 1, slots: SLOTS };
+        let down_fd = segment::create("down", geometry.down_bytes()).unwrap();
+        let up_fd = segment::create("up", geometry.up_bytes()).unwrap();
+        let (down, up) = (Down::create(&down_fd, geometry).unwrap(), Up::create(&up_fd, geometry).unwrap());
+        let (ringer, doorbell) = bell::create().unwrap();
+        let counters = Arc::<MemberCounters>::default();
+        let link = MemberLink {
+            ring: Producer::new(SharedRing::new(&down, &up, 0)),
+            up,
+            doorbell: Arc::new(ringer),
+            counters: counters.clone(),
+        };
+        self.command(Command::Join(place, Box::new(link)));
+        let up = Up::open(&up_fd, geometry).unwrap();
+        let ring = Consumer::new(SharedRing::new(&Down::open(&down_fd, geometry).unwrap(), &up, 0));
+        Peer { ring, up, doorbell, counters }
+    }
+
+    fn steer(&mut self, members: &[u8]) {
+        self.command(Command::Steer(Box::new(BucketTable::empty().with_members(members))));
+    }
+
+    /// Feeds packets, one batch after the other, until none is left or no frame.
+    fn feed(&mut self, packets: impl IntoIterator<Item = Vec<u8>>) {
+        self.lane.source.packets.extend(packets);
+        let mut batch = [Received::default(); MAX_BATCH];
+        loop {
+            let count = self.lane.source.receive(&mut batch);
+            if count == 0 {
+                break;
+            }
+            self.lane.dispatch(&batch[..count], 77);
+        }
+        self.balanced();
+    }
+
+    /// Both equations, at any time between batches.
+    fn balanced(&self) {
+        let counters = &self.counters;
+        let dropped: u64 = counters.dropped().iter().map(|(_, count)| count).sum();
+        assert_eq!(counters.received.get(), counters.delivered.get() + dropped);
+        assert_eq!(self.lane.frames.tally(), self.lane.frames.audit());
+        assert_eq!(counters.tally(), self.lane.frames.tally());
+    }
+
+    fn dropped(&self) -> [u64; 3] {
+        self.counters.dropped().map(|(_, count)| count)
+    }
+}
+
+impl Peer {
+    /// Takes and commits all packets there are.
+    fn take(&mut self) -> Vec<Descriptor> {
+        let found: Vec<_> = (0..).map_while(|ahead| self.ring.peek(ahead)).collect();
+        self.ring.commit(u32::try_from(found.len()).unwrap());
+        found
+    }
+
+    /// How often it was rung since the last call.
+    fn rung(&self) -> usize {
+        nix::sys::socket::recv(self.doorbell.as_raw_fd(), &mut [0; 8], nix::sys::socket::MsgFlags::MSG_DONTWAIT)
+            .unwrap_or(0)
+    }
+}
+
+/// A flow by number.
+fn flow(number: u16) -> FlowKey {
+    FlowKey {
+        source: Ipv4Addr::new(10, 0, (number >> 8) as u8, (number & 0xff) as u8).into(),
+        destination: Ipv4Addr::new(10, 9, 9, 9).into(),
+        source_port: number.wrapping_mul(7919),
+        destination_port: 443,
+        protocol: TCP,
+    }
+}
+
+/// A TCP packet of a flow.
+fn packet(key: FlowKey) -> Vec<u8> {
+    let (std::net::IpAddr::V4(source), std::net::IpAddr::V4(destination)) = (key.source, key.destination) else {
+        unreachable!("IPv4")
+    };
+    let mut frame = vec![0; 12];
+    frame.extend([0x08, 0x00, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, key.protocol, 0, 0]);
+    frame.extend(source.octets());
+    frame.extend(destination.octets());
+    frame.extend(key.source_port.to_be_bytes());
+    frame.extend(key.destination_port.to_be_bytes());
+    frame.resize(60, 0);
+    frame
+}
+
+/// Which place takes a flow in a table of these members.
+fn place_of(key: &FlowKey, members: &[u8]) -> u8 {
+    BucketTable::empty().with_members(members).member(HashKey::from_bytes(KEY).hash_key(key))
+}
+
+#[test]
+fn each_flow_goes_to_its_member_in_order_with_both_directions() {
+    let mut bench = bench();
+    let mut peers = [bench.join(0), bench.join(1)];
+    bench.steer(&[0, 1]);
+    for round in 0..20u16 {
+        let keys: Vec<FlowKey> = (0..4).map(|n| flow(round * 4 + n)).collect();
+        bench.feed(keys.iter().flat_map(|key| [packet(*key), packet(key.reversed())]));
+        for (place, peer) in (0..).zip(&mut peers) {
+            let expected: Vec<u32> = keys
+                .iter()
+                .filter(|key| place_of(key, &[0, 1]) == place)
+                .flat_map(|key| [HashKey::from_bytes(KEY).hash_key(key); 2])
+                .collect();
+            let got = peer.take();
+            assert_eq!(got.iter().map(|descriptor| descriptor.hash).collect::<Vec<_>>(), expected);
+            assert!(got.iter().all(|d| (d.length, d.port, d.time, d.flags) == (60, 3, 77, 0)));
+        }
+    }
+    bench.lane.settle();
+    bench.balanced();
+    assert_eq!(bench.counters.delivered.get(), 160);
+    assert_eq!(bench.dropped(), [0, 0, 0]);
+    let committed: u64 = peers.iter().map(|peer| peer.counters.committed.get()).sum();
+    assert_eq!(committed, 160);
+    let tally = bench.lane.frames.tally();
+    assert_eq!((tally.kernel, tally.lent), (POSTED, 0));
+}
+
+#[test]
+fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
+    let mut bench = bench();
+    let (slow, mut quick) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    let (mut for_slow, mut for_quick) = (0, 0);
+    for n in 0..100 {
+        let key = flow(n);
+        bench.feed([packet(key)]);
+        if place_of(&key, &[0, 1]) == 0 {
+            for_slow += 1;
+        } else {
+            for_quick += 1;
+            assert_eq!(quick.take().len(), 1);
+        }
+        // Whatever workers have, what the kernel needs is there.
+        assert_eq!(bench.lane.frames.tally().kernel, POSTED);
+    }
+    assert!(for_slow > u64::from(SLOTS), "the test needs more packets for the slow one");
+    assert_eq!(slow.counters.delivered.get(), u64::from(SLOTS));
+    assert_eq!(slow.counters.dropped.get(), for_slow - u64::from(SLOTS));
+    assert_eq!((quick.counters.delivered.get(), quick.counters.dropped.get()), (for_quick, 0));
+    assert_eq!(bench.dropped(), [for_slow - u64::from(SLOTS), 0, 0]);
+}
+
+#[test]
+fn without_a_member_packets_are_dropped_and_counted() {
+    let mut bench = bench();
+    bench.feed((0..20).map(|n| packet(flow(n))));
+    assert_eq!(bench.dropped(), [0, 20, 0]);
+    // A table that names a place nobody has.
+    bench.steer(&[7]);
+    bench.feed((0..5).map(|n| packet(flow(n))));
+    assert_eq!(bench.dropped(), [0, 25, 0]);
+    assert_eq!(bench.lane.frames.tally(), Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 });
+    assert_eq!(BucketTable::empty().member(0), NOBODY);
+}
+
+#[test]
+fn what_a_retired_member_had_is_lost_and_its_frames_are_free() {
+    let mut bench = bench();
+    let mut peer = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed((0..10).map(|n| packet(flow(n))));
+    // It reads ten and commits four.
+    assert!(peer.ring.peek(9).is_some());
+    peer.ring.commit(4);
+    bench.command(Command::Retire(0));
+    bench.balanced();
+    let counters = &peer.counters;
+    assert_eq!((counters.delivered.get(), counters.committed.get(), counters.lost.get()), (10, 4, 6));
+    assert_eq!(bench.lane.frames.tally().lent, 0);
+    bench.feed([packet(flow(1))]);
+    assert_eq!(bench.dropped(), [0, 1, 0]);
+}
+
+#[test]
+fn a_consumer_index_that_makes_no_sense_evicts_its_member_and_nobody_else() {
+    let mut bench = bench();
+    let (mut liar, mut honest) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    bench.feed((0..16).map(|n| packet(flow(n))));
+    let had = liar.counters.delivered.get();
+    // Further than anything it was given.
+    liar.ring.commit(1000);
+    bench.lane.settle();
+    bench.balanced();
+    assert!(liar.counters.corrupt.load(Ordering::Acquire));
+    assert_eq!((liar.counters.committed.get(), liar.counters.lost.get()), (0, had));
+    let count = honest.take().len() as u64;
+    assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
+    assert!(!honest.counters.corrupt.load(Ordering::Acquire));
+    bench.feed((0..16).map(|n| packet(flow(n))));
+    assert_eq!(honest.take().len() as u64, 16 - had);
+    assert_eq!(bench.dropped(), [0, had, 0]);
+}
+
+#[test]
+fn a_frame_that_is_not_the_kernels_is_neither_delivered_nor_used_again() {
+    let mut bench = bench();
+    let mut peer = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed([packet(flow(1))]);
+    let lent = peer.ring.peek(0).unwrap().offset - 256;
+    // The driver hands over the frame that the worker is reading.
+    bench.lane.source.again = Some(lent);
+    bench.feed([packet(flow(2)), packet(flow(3))]);
+    assert_eq!(bench.dropped(), [0, 0, 1]);
+    assert_eq!(peer.take().len(), 2);
+}
+
+#[test]
+fn frames_without_a_tuple_are_delivered_and_say_so() {
+    let mut bench = bench();
+    let mut peer = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed([vec![0; 14], vec![0xff; 60], packet(flow(1))]);
+    assert_eq!(bench.counters.unparsed.get(), 2);
+    let flags: Vec<u8> = peer.take().iter().map(|descriptor| descriptor.flags).collect();
+    assert_eq!(flags, [Descriptor::UNPARSED, Descriptor::UNPARSED, 0]);
+}
+
+#[test]
+fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
+    let mut bench = bench();
+    let peer = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed([packet(flow(1))]);
+    assert_eq!(peer.rung(), 0);
+    let mut sleeper = xfan_shm::doorbell::Sleeper::default();
+    sleeper.announce(peer.up.epoch());
+    bench.feed([packet(flow(2))]);
+    bench.feed([packet(flow(3))]);
+    assert_eq!((peer.rung(), peer.counters.wakeups.get()), (1, 1));
+    sleeper.awake(peer.up.epoch());
+    bench.feed([packet(flow(4))]);
+    assert_eq!(peer.rung(), 0);
+}
+
+#[test]
+fn stop_retires_all_and_ends_the_loop() {
+    let mut bench = bench();
+    let peer = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed((0..3).map(|n| packet(flow(n))));
+    bench.commands.push(Command::Stop).unwrap();
+    let frames = bench.lane.run();
+    assert_eq!(peer.counters.lost.get(), 3);
+    assert_eq!(frames.audit(), Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 });
+}
