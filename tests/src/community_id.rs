@@ -13,11 +13,8 @@ pub const CAPTURES: &str = "XFAN_PCAPS";
 /// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two 16-bit numbers of TCP,
 /// UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet has none.
 pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Option<(u16, u16)>) -> String {
-    let (ports, one_way) = match ports {
-        Some((kind, code)) if protocol == 1 => icmp_ports(kind, code, &ICMP_PAIRS),
-        Some((kind, code)) if protocol == 58 => icmp_ports(kind, code, &ICMPV6_PAIRS),
-        ports => (ports, false),
-    };
+    let one_way = ports.is_some_and(|(kind, _)| is_one_way(protocol, kind));
+    let ports = ports.map(|ports| numbers(protocol, ports));
     let (from, to) = (octets(source), octets(destination));
     let (source_port, destination_port) = ports.unwrap_or_default();
     let ordered = one_way || (&from, source_port) <= (&to, destination_port);
@@ -42,17 +39,32 @@ const ICMP_PAIRS: [(u16, u16); 5] = [(8, 0), (13, 14), (15, 16), (10, 9), (17, 1
 const ICMPV6_PAIRS: [(u16, u16); 6] =
     [(128, 129), (133, 134), (135, 136), (130, 131), (139, 140), (144, 145)];
 
-/// What stands for the ports of an ICMP message, and whether it has one direction only.
-fn icmp_ports(kind: u16, code: u16, pairs: &[(u16, u16)]) -> (Option<(u16, u16)>, bool) {
-    for &(request, answer) in pairs {
-        if kind == request {
-            return (Some((kind, answer)), false);
+/// What stands for the ports of a packet that begins with these two numbers (as in [`community_id`]): of an ICMP message
+/// that is or has an answer, its type and the other's.
+pub fn numbers(protocol: u8, (first, second): (u16, u16)) -> (u16, u16) {
+    for &(request, answer) in pairs(protocol) {
+        if first == request {
+            return (request, answer);
         }
-        if kind == answer {
-            return (Some((kind, request)), false);
+        if first == answer {
+            return (answer, request);
         }
     }
-    (Some((kind, code)), true)
+    (first, second)
+}
+
+/// Whether a packet is an ICMP message, of this type, that neither is nor has an answer.
+pub fn is_one_way(protocol: u8, kind: u16) -> bool {
+    let pairs = pairs(protocol);
+    !pairs.is_empty() && pairs.iter().all(|&(request, answer)| kind != request && kind != answer)
+}
+
+fn pairs(protocol: u8) -> &'static [(u16, u16)] {
+    match protocol {
+        1 => &ICMP_PAIRS,
+        58 => &ICMPV6_PAIRS,
+        _ => &[],
+    }
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
@@ -69,7 +81,7 @@ pub struct Known {
     pub source: IpAddr,
     /// Responder's address.
     pub destination: IpAddr,
-    /// Originator's port or ICMP type, and responder's port or ICMP code.
+    /// Originator's port or ICMP type, and responder's port, or the type of the ICMP answer, or the ICMP code.
     pub ports: (u16, u16),
     /// Protocol number.
     pub protocol: u8,

@@ -6,6 +6,8 @@
 //!   neighbour discovery (ICMPv6 133 to 137 directly behind the IPv6 header, hop limit 255), and what a rule names.
 //! - A flow is protocol and both endpoints, either direction. TCP, UDP, DCCP, SCTP and UDP-Lite have ports. A fragment, also
 //!   the first, has ports 0; so has a packet too short for ports.
+//! - For ICMP and ICMPv6 the Community ID's numbers are the ports: a message's type and that of its answer. One that has
+//!   no answer has its type and code, and what the other side sends is another flow.
 //! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
 //!   a fragment header that really fragments nothing is walked.
 //! - Bytes are the frame's length.
@@ -18,23 +20,26 @@ use etherparse::{
     Ipv6HeaderSlice, Ipv6RawExtHeaderSlice, SingleVlanHeaderSlice,
 };
 
-use crate::community_id::community_id;
+use crate::community_id::{community_id, is_one_way, numbers};
 
-/// A flow, the same for both directions: the endpoints are in ascending order.
+/// A flow, the same for both directions: the endpoints are in ascending order. But of ICMP messages that have no answer
+/// the sender comes first. Ports 0 and no ports are the same here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Flow {
     /// Protocol number, behind IPv6 extension headers.
     pub protocol: u8,
-    /// The lower endpoint.
+    /// The lower endpoint, or the sender.
     pub low: (IpAddr, u16),
-    /// The higher endpoint.
+    /// The higher endpoint, or the receiver.
     pub high: (IpAddr, u16),
 }
 
 impl Flow {
     /// The flow of packets from one endpoint to the other, or back.
     pub fn between(protocol: u8, one: (IpAddr, u16), other: (IpAddr, u16)) -> Self {
-        Self { protocol, low: one.min(other), high: one.max(other) }
+        let is_directed = is_one_way(protocol, one.1) && (one.1, other.1) != (0, 0);
+        let (low, high) = if is_directed { (one, other) } else { (one.min(other), one.max(other)) };
+        Self { protocol, low, high }
     }
 }
 
@@ -67,7 +72,7 @@ pub struct Reading {
     pub verdict: Verdict,
     /// Its flow, if it has a readable IP header.
     pub flow: Option<Flow>,
-    /// Its Community ID, if it has a flow. Of ICMP it depends on the message's type, which is no part of the flow.
+    /// Its Community ID, if it has a flow.
     pub community_id: Option<String>,
 }
 
@@ -78,7 +83,7 @@ pub struct Totals {
     pub packets: u64,
     /// Sum of the frames' lengths, in bytes.
     pub bytes: u64,
-    /// The Community IDs of its packets: one, except for ICMP, whose record may have any of them.
+    /// The Community IDs of its packets: one, unless some have ports 0 and others none.
     pub community_ids: BTreeSet<String>,
 }
 
@@ -255,28 +260,34 @@ impl Packet<'_> {
         Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
     }
 
+    /// What the transport header begins with: two ports, or the type and code of ICMP.
     fn ports(&self) -> Option<(u16, u16)> {
-        let has_ports = matches!(
-            self.protocol(),
-            IpNumber::TCP | IpNumber::UDP | IpNumber::DCCP | IpNumber::SCTP | IpNumber::UDP_LITE
-        );
-        if has_ports && !self.is_fragment { self.words() } else { None }
+        if self.is_fragment {
+            return None;
+        }
+        match self.protocol() {
+            IpNumber::TCP | IpNumber::UDP | IpNumber::DCCP | IpNumber::SCTP | IpNumber::UDP_LITE => {
+                self.words()
+            }
+            IpNumber::ICMP | IpNumber::IPV6_ICMP => {
+                self.payload.first_chunk().map(|[kind, code]| (u16::from(*kind), u16::from(*code)))
+            }
+            _ => None,
+        }
     }
 
     fn flow(&self) -> Flow {
-        let (source, destination) = self.ports().unwrap_or_default();
-        Flow::between(self.protocol().0, (self.source, source), (self.destination, destination))
+        let protocol = self.protocol().0;
+        let (source, destination) = self.ports().map(|ports| numbers(protocol, ports)).unwrap_or_default();
+        Flow::between(protocol, (self.source, source), (self.destination, destination))
     }
 
     fn community_id(&self) -> String {
-        let words = match self.protocol() {
-            IpNumber::ICMP | IpNumber::IPV6_ICMP if !self.is_fragment => {
-                self.payload.first_chunk().map(|[kind, code]| (u16::from(*kind), u16::from(*code)))
-            }
-            IpNumber::TCP | IpNumber::UDP | IpNumber::SCTP => self.ports(),
-            _ => None,
+        let ports = match self.protocol() {
+            IpNumber::DCCP | IpNumber::UDP_LITE => None, // of whose ports the Community ID does not know
+            _ => self.ports(),
         };
-        community_id(self.protocol().0, self.source, self.destination, words)
+        community_id(self.protocol().0, self.source, self.destination, ports)
     }
 
     fn meets(&self, rule: PassRule) -> bool {

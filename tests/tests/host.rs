@@ -136,7 +136,7 @@ fn the_workers_get_pings_where_no_rule_does() {
     assert_eq!(outcomes(&hosts.settled(&primary, before)), expected);
     let records = records(primary);
     assert_eq!(records.len(), 1);
-    assert_eq!(records[0].flow(), Flow::between(1, (GUEST.into(), 0), (HOST.into(), 0)));
+    assert_eq!(records[0].flow(), Flow::between(1, (GUEST.into(), 8), (HOST.into(), 0)));
     // 56 bytes of data, as ping sends unless told otherwise.
     assert_eq!((records[0].packets, records[0].bytes), (pings, pings * 98));
 

@@ -80,6 +80,33 @@ fn fragments_have_no_ports() {
 }
 
 #[test]
+fn an_icmp_message_and_its_answer_are_one_flow_and_other_messages_are_others() {
+    let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+    let echo = |from, to, half| read(&traffic::echo(from, to, half, 0, &[0; 24]), &[]).flow.unwrap();
+    let expected = flow(1, "10.0.0.1", 8, "10.0.0.2", 0);
+    assert_eq!(echo(one, other, Echo::Request), expected);
+    assert_eq!(echo(other, one, Echo::Reply), expected);
+    assert_eq!(echo(other, one, Echo::Request), flow(1, "10.0.0.1", 0, "10.0.0.2", 8));
+    let message = |kind, code| {
+        let mut frame = icmpv6(kind, 64);
+        frame[55] = code;
+        frame
+    };
+    let (unreachable, exceeded) =
+        (flow(58, "fe80::2", 1, "fe80::1", 3), flow(58, "fe80::2", 3, "fe80::1", 1));
+    assert_eq!(read(&message(1, 3), &[]).flow, Some(unreachable));
+    assert_eq!(read(&message(3, 1), &[]).flow, Some(exceeded));
+    // What the other side sends is another flow, even if the numbers are exchanged as well.
+    assert_ne!(unreachable, flow(58, "fe80::1", 1, "fe80::2", 3));
+    assert_ne!(unreachable, flow(58, "fe80::1", 3, "fe80::2", 1));
+    // Fragments, and what is cut off within type and code, have no numbers.
+    let without = Some(flow(58, "fe80::1", 0, "fe80::2", 0));
+    assert!(traffic::fragments(&message(1, 3), 16).iter().all(|frame| read(frame, &[]).flow == without));
+    assert_eq!(read(&message(1, 3)[..55], &[]).flow, without);
+    assert_eq!(read(&message(1, 3)[..56], &[]).flow, Some(unreachable));
+}
+
+#[test]
 fn extension_headers_are_walked() {
     let expected = Some(flow(17, "2001:db8::1", 53, "2001:db8::2", 4000));
     let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop, then routing

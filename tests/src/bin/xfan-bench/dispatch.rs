@@ -150,8 +150,9 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         socket: None,
     };
     let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
-    let members =
-        (0..options.workers).map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), 1)).collect();
+    let members = (0..options.workers)
+        .map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), 1))
+        .collect();
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
     let listener = Listener::bind(&folder.join("bench.sock"), user.uid)?;
@@ -165,7 +166,10 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         (spin, Duration::from_secs(3600)),
         (Duration::from_secs(10), Duration::from_secs(5)),
     );
-    let command = WorkerCommand { command: vec![binary("xfan-count")?.display().to_string()], user };
+    // Where the workers' user can execute it, whoever the checkout is closed to.
+    let program = folder.join("xfan-count");
+    std::fs::copy(binary("xfan-count")?, &program)?;
+    let command = WorkerCommand { command: vec![program.display().to_string()], user };
 
     let socket = listener.path().to_owned();
     let seconds = Duration::try_from_secs_f64(options.seconds)?;
@@ -220,7 +224,10 @@ fn compare(start: &Report, end: &Report, last: &Report, line_rtt_ns: [f64; 2]) -
     Measured {
         mpps: committed as f64 * 1e3 / (end.uptime_ns - start.uptime_ns) as f64,
         lane_busy_ns: per(end.lanes[0].busy_ns - start.lanes[0].busy_ns, delivered),
-        worker_busy_ns: per(sum(end, |member| member.busy_ns) - sum(start, |member| member.busy_ns), committed),
+        worker_busy_ns: per(
+            sum(end, |member| member.busy_ns) - sum(start, |member| member.busy_ns),
+            committed,
+        ),
         line_rtt_ns,
         lost: dropped - unserved + sum(last, |member| member.lost),
         per_worker: end.groups[0].members.iter().map(|member| member.committed).collect(),
