@@ -242,6 +242,8 @@ impl<S: PacketSource> Lane<S> {
                 Turn::Spin => std::hint::spin_loop(),
                 Turn::Yield => {
                     std::thread::yield_now();
+                    // A worker on this CPU has had its turn.
+                    self.settle();
                     now = ticks();
                 }
                 Turn::Sleep => {

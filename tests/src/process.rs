@@ -86,8 +86,12 @@ impl Process {
         let name = PathBuf::from(command.get_program());
         let name = name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-        // SAFETY: between fork and exec it makes one plain system call, on constants.
-        unsafe { command.pre_exec(die_with_parent) };
+        // SAFETY: between fork and exec they make one plain system call each, on constants.
+        unsafe {
+            command.pre_exec(die_with_parent);
+            // libxdp does not mark its sockets: one that another test has open would hold its queue in this child.
+            command.pre_exec(|| xfan::sys::close_on_exec_from(3));
+        }
         let mut child =
             command.spawn().map_err(|source| ProcessError::Start { name: name.clone(), source })?;
         let stdout = Lines::read(child.stdout.take().expect("it is piped"));

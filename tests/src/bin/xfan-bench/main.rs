@@ -1,8 +1,15 @@
 //! Measures parts of xfan, each beside what it is to be compared with. `scripts/bench` runs them interleaved.
 
 mod dispatch;
+mod fanout;
 mod line;
+mod net;
+mod priority;
+mod raw;
+mod receivers;
 mod ring;
+mod table;
+mod tally;
 
 use std::process::ExitCode;
 
@@ -21,6 +28,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// From one end of a veth pair to the other: raw AF_XDP, AF_PACKET fanout and xfan, interleaved
+    Net(net::Options),
     /// The dispatch path alone: packets in memory, real worker processes, no interface
     Dispatch(dispatch::Options),
     /// The ring alone: two processes on two CPUs, beside one bare cache line
@@ -28,13 +37,22 @@ enum What {
     /// The other process of `ring`
     #[command(hide = true)]
     RingPeer,
+    /// A receiver for `net`: raw AF_XDP, one socket, receive and refill; until SIGTERM
+    Raw(raw::Options),
+    /// A receiver for `net`: AF_PACKET, TPACKET_V3, one of several processes that share the packets; until SIGTERM
+    Fanout(fanout::Options),
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().what {
+    let cli = Cli::parse();
+    priority::raise();
+    let result = match cli.what {
+        What::Net(options) => net::run(&options),
         What::Dispatch(options) => dispatch::run(&options),
         What::Ring(options) => ring::run(&options),
         What::RingPeer => ring::serve(),
+        What::Raw(options) => raw::run(&options),
+        What::Fanout(options) => fanout::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
