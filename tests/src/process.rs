@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn signals_and_drop() {
-        let exit = shell("sleep 1000").end(Signal::SIGTERM);
+        let exit = shell("exec sleep 1000").end(Signal::SIGTERM);
         assert_eq!(exit.signal, Some(15));
 
         let process = shell("sleep 1000 & echo $!; wait");
