@@ -3,7 +3,8 @@
 //! It is a pair of connected sockets, since the two sides do not trust each other. Both ends of an eventfd share one set of
 //! file flags: a hostile sleeper would make it blocking, fill its counter, and its ringer would sleep for ever. A pipe's
 //! reader can hold the pipe's lock for as long as it likes. A socket is the ringer's own, and it is told with every
-//! ring not to wait.
+//! ring not to wait. Nothing can be sent to it either: a descriptor that lay there unread would be closed with the bell, and
+//! closing one may block for as long as its maker likes (a lingering TCP socket, a FUSE file).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,14 +12,16 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, shutdown, socketpair};
 
 /// Makes a bell: the ringer's end and the sleeper's end. Both are closed on exec.
 ///
 /// # Errors
 /// Whatever `socketpair` says; mostly that there are too many open files.
 pub fn create() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
+    let (ringer, sleeper) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    shutdown(ringer.as_raw_fd(), Shutdown::Read)?;
+    Ok((ringer, sleeper))
 }
 
 /// Rings, and never waits. A sleeper that is gone, or that has not heard some hundred rings before this one, is not
@@ -81,6 +84,8 @@ mod tests {
             ring(&ringer); // nobody listens
         }
         assert!(sleep(&sleeper, LONG).unwrap());
+        let answer = send(sleeper.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL);
+        assert_eq!(answer, Err(Errno::EPIPE), "nothing lies at the ringer's end when it is closed");
         drop(sleeper);
         ring(&ringer); // nobody is there, and no SIGPIPE comes
     }
