@@ -99,6 +99,8 @@ pub struct Lane<S> {
     frames: Frames,
     key: HashKey,
     table: BucketTable,
+    /// Descriptors of the batch at hand.
+    room: Box<[Descriptor; MAX_BATCH]>,
     /// By place; one for each value of a table entry, so that no entry is out of range.
     members: Box<[Option<Link>; 256]>,
     counters: Arc<LaneCounters>,
@@ -126,8 +128,7 @@ impl Link {
     fn take_back(&mut self, frames: &mut Frames) -> Result<(), IndexError> {
         let mut returning = frames.returning();
         let committed = self.link.ring.take_back(|descriptor| {
-            // Own slots and own ledger: cannot fail. If it did, the frame would stay lent, and the balance show it.
-            let _ = returning.give_back(descriptor.offset);
+            returning.give_back(descriptor.offset);
         })?;
         self.link.counters.committed.add(u64::from(committed));
         Ok(())
@@ -157,9 +158,7 @@ impl Link {
         self.count();
         // What it did commit is not lost; an index that makes no sense says nothing.
         let _ = self.take_back(frames);
-        let lost = self.link.ring.take_all(|descriptor| {
-            let _ = frames.give_back(descriptor.offset);
-        });
+        let lost = self.link.ring.take_all(|descriptor| frames.give_back(descriptor.offset));
         self.link.counters.lost.add(u64::from(lost));
     }
 }
@@ -198,6 +197,7 @@ impl<S: PacketSource> Lane<S> {
             frames,
             key,
             table: BucketTable::empty(),
+            room: Box::new([Descriptor::default(); MAX_BATCH]),
             members: Box::new([const { None }; 256]),
             counters,
             commands,
@@ -261,11 +261,11 @@ impl<S: PacketSource> Lane<S> {
     fn dispatch(&mut self, batch: &[Received], time: u32) {
         let stamp = Stamp { time, port: self.config.port };
         let mut sums = Sums::default();
-        let mut flows = [Flow::default(); MAX_BATCH];
-        let flows = read(&self.key, &self.memory, &mut self.frames, batch, &mut flows, &mut sums);
+        let descriptors =
+            read(&self.key, &self.memory, &mut self.frames, batch, stamp, &mut self.room, &mut sums);
         #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
-        self.frames.accepted(flows.len() as u32);
-        push(&mut self.frames, &self.table, &mut self.members, flows, stamp, &mut sums);
+        self.frames.accepted(descriptors.len() as u32);
+        push(&mut self.frames, &self.table, &mut self.members, descriptors, &mut sums);
         self.wake(sums.touched);
         self.refill();
         self.publish(batch.len(), &sums);
@@ -387,15 +387,6 @@ impl<S: PacketSource> Lane<S> {
     }
 }
 
-/// What was read of a packet.
-#[derive(Clone, Copy, Default)]
-struct Flow {
-    offset: u32,
-    hash: u32,
-    length: u16,
-    flags: u8,
-}
-
 /// What all descriptors of a batch have in common.
 #[derive(Clone, Copy)]
 struct Stamp {
@@ -403,7 +394,7 @@ struct Stamp {
     port: u8,
 }
 
-/// Accepts and reads each packet. Returns those accepted.
+/// Accepts and reads each packet. Returns the descriptors of those accepted.
 ///
 /// This and [`push`] are functions of what they use rather than of the lane: so the compiler knows that what they write
 /// is not what they read. They are two loops rather than one: so the processor works at several packets at once.
@@ -413,12 +404,14 @@ fn read<'a>(
     memory: &PacketMemory,
     frames: &mut Frames,
     batch: &[Received],
-    flows: &'a mut [Flow; MAX_BATCH],
+    stamp: Stamp,
+    descriptors: &'a mut [Descriptor; MAX_BATCH],
     sums: &mut Sums,
-) -> &'a [Flow] {
+) -> &'a [Descriptor] {
     for packet in batch {
         prefetch(memory, packet.offset);
     }
+    let Stamp { time, port } = stamp;
     let (mut bytes, mut accepted) = (0, 0);
     for &Received { offset, length } in batch {
         bytes += u64::from(length);
@@ -440,36 +433,33 @@ fn read<'a>(
         #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
         let length = length as u16;
         // `accepted` is less than the batch is long, and that is at most MAX_BATCH.
-        flows[accepted % MAX_BATCH] = Flow { offset, hash, length, flags };
+        descriptors[accepted % MAX_BATCH] = Descriptor { offset, time, length, port, flags, hash };
         accepted += 1;
     }
     sums.bytes = bytes;
-    &flows[..accepted.min(MAX_BATCH)]
+    &descriptors[..accepted.min(MAX_BATCH)]
 }
 
-/// Pushes each packet into the ring of the member that takes it.
+/// Pushes each descriptor into the ring of the member that takes it.
 #[inline(always)]
 fn push(
     frames: &mut Frames,
     table: &BucketTable,
     members: &mut [Option<Link>; 256],
-    flows: &[Flow],
-    stamp: Stamp,
+    descriptors: &[Descriptor],
     sums: &mut Sums,
 ) {
-    let Stamp { time, port } = stamp;
     let mut touched = 0u64;
-    for &Flow { offset, hash, length, flags } in flows {
-        let place = table.member(hash);
+    for &descriptor in descriptors {
+        let place = table.member(descriptor.hash);
         let Some(link) = &mut members[usize::from(place)] else {
             sums.no_worker += 1;
-            let _ = frames.discard(offset);
+            frames.give_back(descriptor.offset);
             continue;
         };
         touched |= 1u64.wrapping_shl(u32::from(place));
-        let descriptor = Descriptor { offset, time, length, port, flags, hash };
         if !link.link.ring.push(descriptor) && !link.push_again(descriptor, frames) {
-            let _ = frames.discard(offset);
+            frames.give_back(descriptor.offset);
             sums.ring_full += 1;
         }
     }

@@ -13,7 +13,10 @@
 pub(crate) const LAP: u64 = 1 << 31;
 
 /// A packet, by reference.
+///
+/// On a little-endian machine it lies in memory as its two words do, so that taking it from a slot is a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(16))]
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
     pub offset: u32,
@@ -47,6 +50,17 @@ impl Descriptor {
 
     /// Reads a slot's two words; the lap mark is left out.
     #[inline(always)]
+    #[cfg(target_endian = "little")]
+    pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
+        const { assert!(size_of::<Descriptor>() == 16) };
+        // SAFETY: both types have 16 bytes without padding, any of which are valid; on a little-endian machine the fields, in
+        // the order declared, lie where the words have them.
+        unsafe { std::mem::transmute::<[u64; 2], Descriptor>([word0, word1 & !LAP]) }
+    }
+
+    /// Reads a slot's two words; the lap mark is left out.
+    #[inline(always)]
+    #[cfg(not(target_endian = "little"))]
     #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
     pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
         Descriptor {

@@ -226,8 +226,33 @@ impl<M: RingMemory> Consumer<M> {
         Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
     }
 
+    /// Hands the published descriptors to `found`, in order, with their numbers from 0: at most `limit` of them, and none
+    /// beyond the end of the lap, so that the next call may have more. Ends when `found` answers `false`; returns for
+    /// how many it answered `true`.
+    #[inline(always)]
+    pub fn scan(&self, limit: u32, mut found: impl FnMut(usize, Descriptor) -> bool) -> u32 {
+        // Up to the end of the lap all marks are alike.
+        let left = self.slots - (self.position & (self.slots - 1));
+        let mark = lap_mark(self.position, self.slots);
+        let mut count = 0;
+        while count < limit.min(left) {
+            let slot = self.memory.slot(self.position.wrapping_add(count));
+            let word1 = slot.mark.load(Ordering::Relaxed);
+            if word1 & LAP != mark {
+                break;
+            }
+            // Acquire: pairs with the Release in `Producer::push`.
+            fence(Ordering::Acquire);
+            if !found(count as usize, Descriptor::from_words(slot.body.load(Ordering::Relaxed), word1)) {
+                break;
+            }
+            count += 1;
+        }
+        count
+    }
+
     /// Gives the first `count` descriptors and their frames back: all that were seen by [`peek`](Self::peek) with
-    /// `ahead < count`. Their packets must not be read afterwards.
+    /// `ahead < count`, or by [`scan`](Self::scan). Their packets must not be read afterwards.
     #[inline(always)]
     pub fn commit(&mut self, count: u32) {
         self.position = self.position.wrapping_add(count);
@@ -385,9 +410,20 @@ mod tests {
                     }
                     Step::Commit(count) => {
                         let count = count.min(u32::try_from(queue.len()).unwrap());
+                        let mut scanned = Vec::new();
+                        consumer.scan(count, |number, descriptor| {
+                            assert_eq!(number, scanned.len());
+                            scanned.push(descriptor);
+                            true
+                        });
                         for ahead in 0..count {
-                            prop_assert_eq!(consumer.peek(ahead), Some(numbered(queue.pop_front().unwrap())));
+                            let expected = numbered(queue.pop_front().unwrap());
+                            prop_assert_eq!(consumer.peek(ahead), Some(expected));
+                            if let Some(descriptor) = scanned.get(ahead as usize) {
+                                prop_assert_eq!(*descriptor, expected);
+                            }
                         }
+                        prop_assert!(count == 0 || !scanned.is_empty());
                         if queue.is_empty() {
                             prop_assert_eq!(consumer.peek(count), None);
                         }

@@ -236,21 +236,25 @@ impl Worker {
         for turn in 0..lanes {
             let lane = self.lane + turn;
             let lane = if lane < lanes { lane } else { lane - lanes };
-            let ring = &self.rings[lane];
-            let umem_bytes = self.umem.length();
-            let mut count = 0;
-            for place in &mut self.descriptors[..self.batch] {
-                let Some(descriptor) = ring.peek(count) else { break };
+            let (umem, umem_bytes) = (self.umem.address().as_ptr(), self.umem.length());
+            let mut corrupt = None;
+            let places = &mut self.descriptors[..self.batch];
+            #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
+            let limit = places.len() as u32;
+            let count = self.rings[lane].scan(limit, |number, descriptor| {
                 let Descriptor { offset, length, .. } = descriptor;
-                if (offset as usize).saturating_add(usize::from(length)) > umem_bytes {
-                    if count == 0 {
-                        return Err(RecvError::Corrupt { lane, offset, length, umem_bytes });
-                    }
-                    break; // what came before it is good
+                if u64::from(offset) + u64::from(length) > umem_bytes as u64 {
+                    corrupt = Some((offset, length));
+                    return false; // what came before it is good
                 }
-                prefetch(self.umem.address().as_ptr().wrapping_add(offset as usize));
-                *place = descriptor;
-                count += 1;
+                prefetch(umem.wrapping_add(offset as usize));
+                if let Some(place) = places.get_mut(number) {
+                    *place = descriptor;
+                }
+                true
+            });
+            if let (0, Some((offset, length))) = (count, corrupt) {
+                return Err(RecvError::Corrupt { lane, offset, length, umem_bytes });
             }
             if count > 0 {
                 self.lane = lane;

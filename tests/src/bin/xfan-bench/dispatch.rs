@@ -33,11 +33,12 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. A ring has as many slots, so none is ever full: when all frames are with the workers, the lane waits.
+/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the workers at a time, and
+/// no ring is ever full: when all are, the lane waits.
 const FRAMES: u32 = 4096;
-const SLOTS: u32 = FRAMES;
-/// Frames that stand for those the kernel has; the rest is free, or with the workers.
 const POSTED: u32 = FRAMES / 2;
+const SLOTS: u32 = FRAMES;
+const BATCH: usize = 64;
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
 
@@ -84,7 +85,8 @@ struct Endless {
 impl PacketSource for Endless {
     #[inline(always)]
     fn receive(&mut self, batch: &mut [Received]) -> usize {
-        let count = batch.len().min(self.posted.len());
+        let held = POSTED as usize - BATCH;
+        let count = batch.len().min(self.posted.len().saturating_sub(held));
         let rest = self.posted.len() - count;
         for (packet, frame) in batch.iter_mut().zip(self.posted.drain(rest..)) {
             *packet = Received { offset: frame + HEADROOM, length: 64 };
@@ -143,7 +145,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let parts = LaneParts {
         queue: 0,
         core: lane_cpu,
-        config: LaneConfig { batch: 64, posted: POSTED, spin, yields: Duration::from_secs(3600), port: 0 },
+        config: LaneConfig { batch: BATCH, posted: POSTED, spin, yields: Duration::from_secs(3600), port: 0 },
         memory: memory.clone(),
         region: (0, FRAME, NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN)),
         key: HashKey::from_bytes(random_bytes()?),
@@ -188,7 +190,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if !outcome.imbalances.is_empty() {
         return Err(outcome.imbalances.join("; ").into());
     }
-    print(options, &compare(&start, &end, &outcome.report, [before, round_trip_ns(0, 1)]))
+    print(options, &compare(&start, &end, [before, round_trip_ns(0, 1)]))
 }
 
 /// Reports at the beginning and the end of the time measured.
@@ -211,16 +213,14 @@ fn measure(
 }
 
 #[allow(clippy::cast_precision_loss)] // figures for people
-fn compare(start: &Report, end: &Report, last: &Report, line_rtt_ns: [f64; 2]) -> Measured {
+fn compare(start: &Report, end: &Report, line_rtt_ns: [f64; 2]) -> Measured {
     let sum = |report: &Report, field: fn(&xfan::report::Member) -> u64| -> u64 {
         report.groups[0].members.iter().map(field).sum()
     };
     let committed = sum(end, |member| member.committed) - sum(start, |member| member.committed);
     let delivered = end.lanes[0].delivered - start.lanes[0].delivered;
     let per = |ns: u64, packets: u64| ns as f64 / packets.max(1) as f64;
-    // What was dropped before all workers were there had nobody to go to.
-    let unserved = start.lanes[0].dropped["no_worker"];
-    let dropped: u64 = last.lanes[0].dropped.values().sum();
+    let dropped = |report: &Report| -> u64 { report.lanes[0].dropped.values().sum() };
     Measured {
         mpps: committed as f64 * 1e3 / (end.uptime_ns - start.uptime_ns) as f64,
         lane_busy_ns: per(end.lanes[0].busy_ns - start.lanes[0].busy_ns, delivered),
@@ -229,7 +229,7 @@ fn compare(start: &Report, end: &Report, last: &Report, line_rtt_ns: [f64; 2]) -
             committed,
         ),
         line_rtt_ns,
-        lost: dropped - unserved + sum(last, |member| member.lost),
+        lost: dropped(end) - dropped(start) + sum(end, |member| member.lost),
         per_worker: end.groups[0].members.iter().map(|member| member.committed).collect(),
     }
 }
