@@ -1,0 +1,82 @@
+//! The floor: one AF_XDP socket, whose packets are received, read and given back by one thread. Nothing is hashed, handed
+//! over or accounted for.
+//!
+//! Interface, socket, packet memory and XDP program are set up by the dispatcher's own code, with its defaults, and the rings are
+//! the dispatcher's: so the difference is what dispatching costs.
+
+use xfan::config::{Config, FrameBudget};
+use xfan::interface::Interface;
+use xfan::port::Port;
+use xfan::source::Received;
+use xfan::xsk::rings::{self, FillRing, RxRing};
+use xfan_shm::clock::ticks;
+
+use crate::Failure;
+use crate::tally::{self, Tally};
+
+const BATCH: usize = 64;
+
+/// Options of `xfan-bench raw`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Interface
+    #[arg(short, long, value_name = "IFACE")]
+    interface: String,
+    /// RX queue
+    #[arg(long, default_value_t = 0, value_name = "Q")]
+    queue: u32,
+    /// CPU to run on
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    cpu: usize,
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What went wrong, as a sentence.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let mut meter = tally::begin(options.cpu)?;
+    let config = Config::from_toml_str(&format!("interface = {:?}", options.interface), "the command line")?;
+    let budget = FrameBudget::plan(1, 1, &config, true)?;
+    let interface = Interface::find(&options.interface)?;
+    interface.check_mtu(config.frame_size)?;
+    let (port, memory, sources) = Port::take(interface, vec![options.queue], &config, &budget, None)?;
+    let socket = sources.first().ok_or("there is no socket")?.second_descriptor()?;
+    // SAFETY: the rings were made with these sizes; the source has not used its own mappings of them and never will.
+    let rings = unsafe { (RxRing::map(&socket, budget.rx_ring)?, FillRing::map(&socket, budget.fill_ring)?) };
+    let (mut rx, mut fill) = rings;
+    for frame in 0..budget.rx_ring {
+        fill.push(u64::from(frame * config.frame_size));
+    }
+    fill.publish();
+    let sockets = [socket];
+    port.open(&sockets)?;
+    tally::say(tally::READY)?;
+
+    let start_of_frame = !(config.frame_size - 1);
+    let (mut tally, mut batch) = (Tally::default(), [Received::default(); BATCH]);
+    while tally::goes_on() {
+        let start = ticks();
+        let count = rx.receive(&mut batch);
+        if count == 0 {
+            std::thread::yield_now();
+            continue;
+        }
+        for &Received { offset, length } in &batch[..count] {
+            // SAFETY: the kernel has handed the frame over and gets it back below, after `publish`.
+            if let Some(packet) = unsafe { memory.packet(offset, length) } {
+                tally.count(packet);
+            }
+            // The FILL ring has twice as many entries as there are frames: there is always room.
+            fill.push(u64::from(offset & start_of_frame));
+        }
+        fill.publish();
+        if fill.needs_wakeup() {
+            rings::kick(&sockets[0]);
+        }
+        #[allow(clippy::cast_possible_truncation)] // at most BATCH
+        meter.add(start, ticks(), count as u32);
+    }
+    let kernel = rings::statistics(&sockets[0])?;
+    tally.finish(&meter, kernel.rx_dropped + kernel.rx_ring_full)
+}

@@ -1,0 +1,103 @@
+//! What the receivers that xfan is compared with have in common: what they do with a packet, when they end, and what they
+//! say then.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use core_affinity::CoreId;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use serde::{Deserialize, Serialize};
+use xfan_shm::clock::{BusyMeter, ticks_to_ns};
+
+use crate::Failure;
+
+/// Ethertype, version and header length of what is read: IPv4 without options.
+const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
+
+/// What a receiver says before its first packet.
+pub const READY: &str = "READY";
+
+static ASKED_TO_END: AtomicBool = AtomicBool::new(false);
+
+/// What a receiver saw: the line it prints at its end.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Tally {
+    pub packets: u64,
+    pub bytes: u64,
+    /// Packets that are something else than plain IPv4, or too short to read.
+    pub other: u64,
+    /// Sum of addresses and ports, as proof that they were read.
+    pub checksum: u64,
+    /// Time in iterations that found packets, in nanoseconds …
+    pub busy_ns: u64,
+    /// … without so many of them, in which another process had the CPU.
+    pub preempted: u64,
+    /// Packets that the kernel had no room for.
+    pub kernel_drops: u64,
+}
+
+impl Tally {
+    /// Reads a packet's headers and counts it, as `xfan-count` does.
+    #[inline(always)]
+    pub fn count(&mut self, packet: &[u8]) {
+        self.packets += 1;
+        self.bytes += packet.len() as u64;
+        match packet.first_chunk::<38>() {
+            Some(header) if header[12..15] == IPV4 => {
+                let word = |at: usize| {
+                    u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+                };
+                let [source, destination, ports] = [word(26), word(30), word(34)].map(u64::from);
+                self.checksum = self.checksum.wrapping_add(source + destination + ports);
+            }
+            _ => self.other += 1,
+        }
+    }
+
+    /// Prints it.
+    ///
+    /// # Errors
+    /// Nobody listens.
+    pub fn finish(mut self, meter: &BusyMeter, kernel_drops: u64) -> Result<(), Failure> {
+        self.busy_ns = ticks_to_ns(meter.busy_ticks());
+        self.preempted = meter.preempted();
+        self.kernel_drops = kernel_drops;
+        say(&serde_json::to_string(&self)?)
+    }
+}
+
+/// Pins a receiver and has SIGTERM and SIGINT end it. Returns its meter.
+///
+/// # Errors
+/// There is no such CPU.
+pub fn begin(cpu: usize) -> Result<BusyMeter, Failure> {
+    extern "C" fn ask(_: libc::c_int) {
+        ASKED_TO_END.store(true, Ordering::Relaxed);
+    }
+    let allowed = core_affinity::get_core_ids().unwrap_or_default();
+    if !allowed.contains(&CoreId { id: cpu }) || !core_affinity::set_for_current(CoreId { id: cpu }) {
+        return Err(format!("cannot run on CPU {cpu}: it is offline or not allowed (taskset -p $$)").into());
+    }
+    let action = SigAction::new(SigHandler::Handler(ask), SaFlags::empty(), SigSet::empty());
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        // SAFETY: the handler stores to an atomic, which is safe in any context.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(BusyMeter::new())
+}
+
+/// Whether the receiver is to go on.
+#[inline(always)]
+pub fn goes_on() -> bool {
+    !ASKED_TO_END.load(Ordering::Relaxed)
+}
+
+/// Prints a line at once.
+///
+/// # Errors
+/// Nobody listens.
+pub fn say(line: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
