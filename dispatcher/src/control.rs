@@ -1,30 +1,52 @@
 //! The control socket: who connects, what they say, when they hang up.
 //!
-//! A connection is a task that only moves messages. What they mean is decided in one place, the primary, which
-//! gets them as [`Event`]s.
+//! A connection is a task that only moves messages, on a thread of its own: what they mean is decided in one place, the
+//! primary, which gets them as [`Event`]s, and which goes on whatever a peer makes its connection wait for.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect, getsockopt, listen,
     setsockopt, socket, sockopt,
 };
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Uid;
 use tokio::io::Interest;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
 use crate::sys;
 
-/// Connections at a time: each member's, and as many tools.
+/// Connections at a time: those of the workers' user, and those of root, which no worker can use up.
 const MAX_CONNECTIONS: usize = 256;
+const MAX_ROOT_CONNECTIONS: usize = 64;
+
+/// How long a tool waits for the primary's answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Number of a connection, never used again.
 pub type ConnectionId = u64;
+
+/// A connection, as the primary knows it.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Its number.
+    pub id: ConnectionId,
+    end: Arc<Notify>,
+}
+
+impl Connection {
+    /// Hangs up.
+    pub fn end(&self) {
+        self.end.notify_one();
+    }
+}
 
 /// What the primary has to deal with.
 #[derive(Debug)]
@@ -32,7 +54,7 @@ pub enum Event {
     /// A message arrived.
     Request {
         /// From where.
-        connection: ConnectionId,
+        connection: Connection,
         /// From whom.
         peer: UnixCredentials,
         /// What they want.
@@ -116,13 +138,18 @@ impl Listener {
         }
         let listening = || -> io::Result<Self> {
             let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
+            // Kernels before 6.16 cannot; there a peer can stop the thread of all connections, by a descriptor whose
+            // closing blocks.
+            let _ = sys::refuse_descriptors(fd.as_fd());
             bind(fd.as_raw_fd(), &address)?;
-            // To connect is to write: until the mode is set, the umask keeps others out.
+            let inode = std::fs::symlink_metadata(path)?.ino();
+            // From here on, a failure removes the file.
+            let listener = Listener { fd, path: path.to_owned(), inode };
+            // Nobody can connect before `listen`.
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
             std::os::unix::fs::chown(path, Some(user.as_raw()), None)?;
-            listen(&fd, Backlog::MAXCONN)?;
-            let inode = std::fs::symlink_metadata(path)?.ino();
-            Ok(Listener { fd, path: path.to_owned(), inode })
+            listen(&listener.fd, Backlog::MAXCONN)?;
+            Ok(listener)
         };
         listening().map_err(fail)
     }
@@ -132,33 +159,27 @@ impl Listener {
         &self.path
     }
 
-    /// Accepts connections and reports what happens on them, until the receiver of events is gone.
+    /// Accepts connections, on a thread of their own, and reports what happens on them, until the receiver of events is
+    /// gone.
     ///
     /// # Errors
-    /// If the runtime cannot watch the socket.
-    pub fn serve(&self, events: mpsc::UnboundedSender<Event>) -> io::Result<tokio::task::JoinHandle<()>> {
-        let fd = sys::watched(self.fd.try_clone()?, Interest::READABLE)?;
-        Ok(tokio::spawn(async move {
-            let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-            let mut next = 0;
-            loop {
-                let Ok(place) = places.clone().acquire_owned().await else { return };
-                let Ok(accepted) = fd.async_io(Interest::READABLE, |fd| accept(fd)).await else {
-                    // No descriptors left, most likely: others will be closed.
-                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                    continue;
-                };
-                next += 1;
-                let (connection, events) = (next, events.clone());
-                tokio::spawn(async move {
-                    if let Err(error) = converse(connection, accepted, &events).await {
-                        tracing::debug!(connection, %error, "connection ended");
+    /// If the thread cannot be made.
+    pub fn serve(&self, events: mpsc::UnboundedSender<Event>) -> io::Result<()> {
+        let fd = self.fd.try_clone()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("control".into()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = events.closed() => {}
+                    result = accept_all(fd, &events) => {
+                        if let Err(error) = result {
+                            tracing::error!(%error, "the control socket accepts no connections");
+                        }
                     }
-                    let _ = events.send(Event::HangUp(connection));
-                    drop(place);
-                });
-            }
-        }))
+                }
+            });
+        })?;
+        Ok(())
     }
 }
 
@@ -177,15 +198,64 @@ fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Accepts connections for ever.
+async fn accept_all(listener: OwnedFd, events: &mpsc::UnboundedSender<Event>) -> io::Result<()> {
+    let listener = sys::watched(listener, Interest::READABLE)?;
+    let roots = Arc::new(Semaphore::new(MAX_ROOT_CONNECTIONS));
+    let others = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    for id in 0.. {
+        let accepted = listener.async_io(Interest::READABLE, |listener| {
+            let socket = accept(listener)?;
+            let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
+            Ok((socket, peer))
+        });
+        let Ok((socket, peer)) = accepted.await else {
+            // No descriptors left, most likely: others will be closed.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let (places, limit) =
+            if peer.uid() == 0 { (&roots, MAX_ROOT_CONNECTIONS) } else { (&others, MAX_CONNECTIONS) };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            let message = format!("there are {limit} connections of this kind of user, which is the limit: close some");
+            // Whoever it is hears of it or sees the end.
+            let _ = protocol::send(&socket, &Reply::Refused(Refusal { code: RefusalCode::Occupied, message }), &[]);
+            continue;
+        };
+        let connection = Connection { id, end: Arc::default() };
+        tokio::spawn(carry(connection, peer, socket, place, events.clone()));
+    }
+    Ok(())
+}
+
+/// A connection from its beginning to its end.
+async fn carry(
+    connection: Connection,
+    peer: UnixCredentials,
+    socket: OwnedFd,
+    _place: OwnedSemaphorePermit,
+    events: mpsc::UnboundedSender<Event>,
+) {
+    let id = connection.id;
+    let end = connection.end.clone();
+    tokio::select! {
+        () = end.notified() => {}
+        result = converse(connection, peer, socket, &events) => {
+            if let Err(error) = result {
+                tracing::debug!(connection = id, %error, "connection ended");
+            }
+        }
+    }
+    let _ = events.send(Event::HangUp(id));
+}
+
 /// Carries one connection's messages until it ends.
 async fn converse(
-    connection: ConnectionId,
+    connection: Connection,
+    peer: UnixCredentials,
     socket: OwnedFd,
     events: &mpsc::UnboundedSender<Event>,
 ) -> Result<(), ProtocolError> {
-    let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
-    // A report is one message, and must fit the send buffer.
-    let _ = setsockopt(&socket, sockopt::SndBufForce, &MAX_REPLY);
     let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
     loop {
         let request = loop {
@@ -198,6 +268,7 @@ async fn converse(
         let answer = match request {
             Ok(request) => {
                 let (answer, answered) = oneshot::channel();
+                let connection = connection.clone();
                 if events.send(Event::Request { connection, peer, request, answer }).is_err() {
                     return Ok(());
                 }
@@ -210,17 +281,29 @@ async fn converse(
                 return Err(error);
             }
         };
-        let Some(reply) = answer.reply else { continue };
-        let fds: Vec<_> = answer.fds.iter().map(AsFd::as_fd).collect();
-        loop {
-            let mut ready = socket.writable().await?;
-            match protocol::send(socket.get_ref(), &reply, &fds) {
-                Err(error) if error.would_block() => ready.clear_ready(),
-                result => break result?,
-            }
-        }
+        let Some(reply) = &answer.reply else { continue };
+        reply_on(&socket, reply, &answer.fds).await?;
         if matches!(reply, Reply::Refused(_)) {
             return Ok(());
+        }
+    }
+}
+
+/// Sends a reply, once there is room for it.
+async fn reply_on(socket: &AsyncFd<OwnedFd>, reply: &Reply, fds: &[OwnedFd]) -> Result<(), ProtocolError> {
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut enlarged = false;
+    loop {
+        let mut ready = socket.writable().await?;
+        match protocol::send(socket.get_ref(), reply, &fds) {
+            Err(error) if error.would_block() => ready.clear_ready(),
+            // A report of many members. No more room than that: whoever never reads fills all there is.
+            Err(error) if error.is_too_long() && !enlarged => {
+                enlarged = true;
+                let bytes = serde_json::to_vec(reply)?.len().min(MAX_REPLY);
+                setsockopt(socket.get_ref(), sockopt::SndBufForce, &bytes).map_err(io::Error::from)?;
+            }
+            result => return result,
         }
     }
 }
@@ -231,9 +314,22 @@ async fn converse(
 /// [`ProtocolError`]; [`io::ErrorKind::NotFound`] or [`io::ErrorKind::ConnectionRefused`] if there is no primary.
 pub fn ask_for_report(path: &Path) -> Result<crate::report::Report, ProtocolError> {
     let socket = seqpacket(SockFlag::empty())?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    protocol::send(&socket, &Request::Stats, &[])?;
-    match protocol::receive::<Reply>(&socket, MAX_REPLY)?.0 {
+    let patience = TimeVal::seconds(i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX));
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+    let ask = || {
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        // If it has refused and hung up already, its word is still there to be read.
+        let _ = protocol::send(&socket, &Request::Stats, &[]);
+        protocol::receive::<Reply>(&socket, MAX_REPLY)
+    };
+    let (reply, _) = ask().map_err(|error| match error {
+        error if error.would_block() => {
+            io::Error::new(io::ErrorKind::TimedOut, format!("{} did not answer within {PATIENCE:?}", path.display())).into()
+        }
+        error => error,
+    })?;
+    match reply {
         Reply::Stats(report) => Ok(serde_json::from_value(report)?),
         Reply::Refused(refusal) => Err(io::Error::other(refusal.message).into()),
         Reply::Attached(_) => Err(io::Error::other("the primary answered something else").into()),

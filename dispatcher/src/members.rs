@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use xfan_shm::bell;
 use xfan_shm::clock::ticks_to_ns;
-use xfan_shm::layout::{Down, Geometry, LayoutError, Phase, SharedRing, Up};
+use xfan_shm::layout::{COUNTERS, Down, Geometry, LayoutError, Phase, SharedRing, Up};
 use xfan_shm::ring::Producer;
 use xfan_shm::segment;
 
-use crate::control::ConnectionId;
+use crate::control::Connection;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
 use crate::report;
@@ -76,11 +76,25 @@ struct Past {
     published: std::collections::BTreeMap<String, u64>,
 }
 
+impl Past {
+    /// Adds what a session published. Names beyond as many as a worker can publish are left out: one that comes again and
+    /// again, under new names each time, must not fill the primary's memory.
+    fn add(&mut self, published: impl Iterator<Item = (String, u64)>) {
+        for (name, value) in published {
+            if self.published.len() < COUNTERS || self.published.contains_key(&name) {
+                let sum = self.published.entry(name).or_default();
+                // What a worker publishes may be any number.
+                *sum = sum.wrapping_add(value);
+            }
+        }
+    }
+}
+
 /// A worker that has taken a place.
 #[derive(Debug)]
 pub struct Session {
     /// Its connection.
-    pub connection: ConnectionId,
+    pub connection: Connection,
     /// Process id, as the kernel says.
     pub pid: u32,
     down: Down,
@@ -132,7 +146,7 @@ impl Member {
     /// [`SessionError`]
     pub fn begin_session(
         &mut self,
-        connection: ConnectionId,
+        connection: Connection,
         pid: u32,
         geometry: Geometry,
     ) -> Result<(Vec<MemberLink>, Handover), SessionError> {
@@ -175,10 +189,7 @@ impl Member {
         let busy_ticks = session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
         // What a worker publishes may be any number.
         self.past.busy_ticks = self.past.busy_ticks.wrapping_add(busy_ticks);
-        for (name, value) in session.up.published_counters() {
-            let sum = self.past.published.entry(name).or_default();
-            *sum = sum.wrapping_add(value);
-        }
+        self.past.add(session.up.published_counters());
         Some(session)
     }
 
@@ -232,5 +243,21 @@ impl Member {
             busy_ns: ticks_to_ns(busy),
             counters,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_names_at_every_session_do_not_pile_up() {
+        let mut past = Past::default();
+        for session in 0..100 {
+            past.add((0..COUNTERS).map(|number| (format!("n{session}_{number}"), u64::MAX)));
+            past.add([("n0_0".to_owned(), 1)].into_iter());
+        }
+        assert_eq!(past.published.len(), COUNTERS);
+        assert_eq!(past.published["n0_0"], 99, "wraps around");
     }
 }

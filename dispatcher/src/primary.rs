@@ -194,11 +194,11 @@ impl Primary {
         sockets: &[OwnedFd],
     ) -> std::io::Result<Outcome> {
         let mut events: Events = mpsc::unbounded_channel();
-        let accepting = listener.serve(events.0.clone())?;
-        let result = self.serve(listener, workers, sockets, &mut events).await;
-        let outcome = self.stop(result, &mut events).await;
-        accepting.abort();
-        Ok(outcome)
+        let result = match listener.serve(events.0.clone()) {
+            Ok(()) => self.serve(listener, workers, sockets, &mut events).await,
+            Err(error) => Err(error.into()),
+        };
+        Ok(self.stop(result, &mut events).await)
     }
 
     /// From the start of the workers to the signal that ends it.
@@ -303,7 +303,7 @@ impl Primary {
                     Request::Stats => (self.stats(), Ok(())),
                     Request::Attach(attach) => self.attach(connection, peer, attach),
                     Request::Detach => {
-                        self.begin_detach(connection);
+                        self.begin_detach(connection.id);
                         (Answer::default(), Ok(()))
                     }
                 };
@@ -341,6 +341,10 @@ impl Primary {
                     "its consumer index made no sense: evicted; what it had is counted as lost"
                 );
                 self.leave(place, State::Crashed);
+                // It is not let in again.
+                if let Some(token) = &mut self.members[place].token {
+                    *token = random_token()?;
+                }
             }
         }
         Ok(())
@@ -365,14 +369,16 @@ impl Primary {
     fn leave(&mut self, place: usize, state: State) {
         let member = &mut self.members[place];
         member.state = state;
-        if member.end_session().is_none() {
-            return;
-        }
+        // Its worker, if there still is one, sees the end of the connection.
+        let Some(session) = member.end_session() else { return };
+        session.connection.end();
         self.steer();
         for lane in &mut self.lanes {
             lane.command(Command::Retire(place));
         }
         self.settle();
+        // Who takes the place next has not lied yet.
+        self.members[place].take_corrupt();
     }
 
     /// Waits until the lanes have obeyed all commands: microseconds, or what the scheduler takes to run them.
@@ -387,7 +393,7 @@ impl Primary {
     fn place_of(&self, connection: ConnectionId) -> Option<usize> {
         self.members
             .iter()
-            .position(|member| member.session.as_ref().is_some_and(|session| session.connection == connection))
+            .position(|member| member.session.as_ref().is_some_and(|session| session.connection.id == connection))
     }
 
     /// A worker wants to leave: it gets no new packets, and is told when the last is in its rings.

@@ -46,6 +46,25 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     }
 }
 
+/// Has the kernel refuse messages with descriptors to this Unix socket and to what it accepts; unread ones would be closed by
+/// whoever closes the socket, and closing a descriptor may block for as long as its maker likes.
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 6.16.
+pub fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    /// As in asm-generic/socket.h; libc has no name for it yet.
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let off: libc::c_int = 0;
+    let length = libc::socklen_t::try_from(size_of_val(&off)).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `length` bytes at `off`.
+    match unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), length)
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Has the current tokio runtime watch a descriptor.
 ///
 /// # Errors

@@ -146,6 +146,11 @@ impl ProtocolError {
     pub fn would_block(&self) -> bool {
         matches!(self, ProtocolError::Io(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
+
+    /// Whether a message did not fit the send buffer, however empty.
+    pub fn is_too_long(&self) -> bool {
+        matches!(self, ProtocolError::Io(error) if error.raw_os_error() == Some(Errno::EMSGSIZE as i32))
+    }
 }
 
 /// Sends one message with descriptors.

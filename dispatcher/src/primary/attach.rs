@@ -5,7 +5,7 @@ use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
 use super::{Primary, PrimaryError};
-use crate::control::{Answer, ConnectionId};
+use crate::control::{Answer, Connection, ConnectionId};
 use crate::lane::Command;
 use crate::members::State;
 
@@ -13,10 +13,11 @@ impl Primary {
     /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
     pub(super) fn attach(
         &mut self,
-        connection: ConnectionId,
+        connection: Connection,
         peer: UnixCredentials,
-        attach: Attach,
+        mut attach: Attach,
     ) -> (Answer, Result<(), PrimaryError>) {
+        attach.program = printable(&attach.program);
         match self.admit(connection, peer, &attach) {
             Ok(answer) => (answer, Ok(())),
             Err((place, refusal)) => {
@@ -39,11 +40,11 @@ impl Primary {
 
     fn admit(
         &mut self,
-        connection: ConnectionId,
+        connection: Connection,
         peer: UnixCredentials,
         attach: &Attach,
     ) -> Result<Answer, (Option<usize>, Refusal)> {
-        let place = self.choose(connection, attach).map_err(|refusal| (None, refusal))?;
+        let place = self.choose(connection.id, attach).map_err(|refusal| (None, refusal))?;
         let refused = |code, message: String| (Some(place), Refusal { code, message });
         if attach.version != VERSION {
             return Err(refused(
@@ -94,7 +95,7 @@ impl Primary {
                 None => {
                     return refuse(
                         RefusalCode::UnknownMember,
-                        format!("there is no member {id}; there are {} in group default", self.members.len()),
+                        format!("there is no member {}; there are {} in group default", printable(id), self.members.len()),
                     );
                 }
             },
@@ -119,5 +120,21 @@ impl Primary {
             return refuse(RefusalCode::Occupied, format!("member {} has a worker", member.id));
         }
         Ok(place)
+    }
+}
+
+/// The beginning of a stranger's text, without what would steer a terminal or begin a line of its own in the log.
+fn printable(text: &str) -> String {
+    text.chars().filter(|character| !character.is_control()).take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_text_is_one_short_line() {
+        assert_eq!(printable("a\n\u{1b}[31mb\u{9b}c"), "a[31mbc");
+        assert_eq!(printable(&"x".repeat(10_000)).len(), 64);
     }
 }
