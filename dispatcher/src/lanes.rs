@@ -146,7 +146,9 @@ impl LaneHandle {
     /// Ends the lane. Returns the ledger as counted frame by frame, or `None` if the lane panicked.
     pub fn stop(&mut self) -> Option<Tally> {
         self.refresh_kernel();
-        self.command(Command::Stop);
+        if self.thread.is_some() {
+            self.command(Command::Stop);
+        }
         let frames = self.thread.take()?.join().ok()?;
         self.socket = None;
         Some(frames.audit())
@@ -188,5 +190,12 @@ impl LaneHandle {
             // Published between batches, when nothing is the lane's.
             frames: report::Frames { total, free, kernel, lane: 0, lent, tx: 0 },
         }
+    }
+}
+
+impl Drop for LaneHandle {
+    /// No lane outlives the control thread's interest in it, also when starting the others failed.
+    fn drop(&mut self) {
+        self.stop();
     }
 }

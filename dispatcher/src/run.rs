@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use xfan_shm::layout::Geometry;
+use xfan_shm::layout::{Geometry, MAX_LANES};
 use xfan_xdp::AttachError;
 
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, UserError, WorkerUser};
@@ -38,6 +38,11 @@ pub enum RunError {
     Control(#[from] ControlError),
     Primary(#[from] PrimaryError),
     Io(#[from] std::io::Error),
+    #[error(
+        "`{interface}` would get {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: name the queues that get \
+         one with --queues, or lower their number (`ethtool -L {interface}`)"
+    )]
+    TooManyLanes { interface: String, lanes: u32 },
     #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
     Imbalance(Vec<String>),
 }
@@ -62,6 +67,7 @@ impl RunError {
             RunError::Port(PortError::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. })) => {
                 Exit::Interface
             }
+            RunError::TooManyLanes { .. } => Exit::Usage,
             RunError::Primary(error) => error.exit(),
             RunError::Port(_) | RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) => Exit::Failure,
         }
@@ -88,6 +94,11 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         Some(key) => key,
         None => random_bytes()?,
     });
+    let lanes = u32::try_from(queues.len()).unwrap_or(u32::MAX);
+    if lanes > MAX_LANES {
+        return Err(RunError::TooManyLanes { interface: interface.name, lanes });
+    }
+    let geometry = Geometry { lanes, slots: budget.ring_slots };
     let (port, memory, sources) = Port::take(interface, queues.clone(), config, &budget, machine.nic_node())?;
     let listener = Listener::bind(&config.socket, user.uid)?;
     // Who shares a CPU must not spin on it.
@@ -97,7 +108,6 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     for ((source, slot), (queue, first)) in
         sources.into_iter().zip(&placement.lanes).zip(queues.into_iter().zip(0u32..))
     {
-        let region_bytes = budget.frames_per_lane * config.frame_size;
         sockets.push(source.second_descriptor()?);
         let parts = LaneParts {
             queue,
@@ -111,7 +121,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             },
             memory: memory.clone(),
             region: (
-                first * region_bytes,
+                region_start(first, budget.frames_per_lane, config.frame_size),
                 config.frame_size,
                 NonZeroU32::new(budget.frames_per_lane).unwrap_or(NonZeroU32::MIN),
             ),
@@ -126,8 +136,6 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         .enumerate()
         .map(|(place, slot)| Member::new(format!("default/{place}"), Some(slot.cpu), lanes.len()))
         .collect();
-    let geometry =
-        Geometry { lanes: u32::try_from(lanes.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
     let workers_share = placement.workers.iter().any(|slot| slot.shared);
     let primary = Primary::new(
         config.interface.clone(),
@@ -143,4 +151,20 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });
     let outcome = primary.run(&listener, workers.as_ref(), &sockets)?;
     Ok(outcome)
+}
+
+/// UMEM offset of the first frame of lane number `lane`. All of them are below the limit of 4 GiB, though their end may not be.
+fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
+    u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_may_end_where_offsets_end() {
+        assert_eq!(region_start(0, 1 << 21, 2048), 0);
+        assert_eq!(region_start(3, 1 << 19, 2048), 3 << 30);
+    }
 }

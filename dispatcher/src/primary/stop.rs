@@ -15,6 +15,9 @@ use crate::supervisor::Process;
 /// How often conditions are looked at while stopping.
 const POLL: Duration = Duration::from_millis(5);
 
+/// How long lanes may take to find their RX rings empty, which nothing is put on any more.
+const DRAIN: Duration = Duration::from_secs(1);
+
 /// How a primary ended.
 #[derive(Debug)]
 pub struct Outcome {
@@ -36,8 +39,7 @@ impl Primary {
         for lane in &mut self.lanes {
             lane.command(Command::Drain);
         }
-        let timeout = self.stop_timeout;
-        self.wait(events, timeout, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        self.wait(events, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
         // … who are told that it is the last, and may finish it …
         for member in &mut self.members {
             if member.state == State::Running {
@@ -45,6 +47,7 @@ impl Primary {
                 member.close();
             }
         }
+        let timeout = self.stop_timeout;
         self.wait(events, timeout, |primary| {
             primary.lanes.iter().for_each(LaneHandle::wake);
             primary.members.iter().all(|member| member.session.is_none() || member.backlog() == 0)
