@@ -100,15 +100,28 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// It is not built.
     pub fn worker(mut self, program: &str, arguments: &str) -> Result<Self, ProcessError> {
-        let program = if program.contains('/') { PathBuf::from(program) } else { self.within_reach(program)? };
+        let program =
+            if program.contains('/') { PathBuf::from(program) } else { self.within_reach(program)? };
         let folder = self.folder.path().display().to_string();
         self.command = vec![program.display().to_string()];
         self.command.extend(arguments.split_whitespace().map(|argument| argument.replace("FOLDER", &folder)));
         Ok(self)
     }
 
+    /// Sets `xfan-hostile` as the worker, and puts `xfan-count` beside it, which all members but the first become.
+    ///
+    /// # Errors
+    /// Either is not built.
+    pub fn hostile_worker(self, way: &str) -> Result<Self, ProcessError> {
+        self.within_reach("xfan-count")?;
+        self.worker("xfan-hostile", way)
+    }
+
     /// One of the workspace's programs, where workers' user can execute it: the checkout may be closed to others.
-    fn within_reach(&self, name: &str) -> Result<PathBuf, ProcessError> {
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn within_reach(&self, name: &str) -> Result<PathBuf, ProcessError> {
         let (built, copy) = (binary(name)?, self.folder.join(name));
         if !copy.exists() && std::fs::hard_link(&built, &copy).is_err() {
             std::fs::copy(&built, &copy)

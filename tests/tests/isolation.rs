@@ -27,7 +27,7 @@ fn replay(namespace: &Netns) {
 fn start(way: &str) -> (Netns, Primary) {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
     let launch = Launch::on(&namespace).unwrap().config("stop_timeout = '200ms'").unwrap();
-    let primary = launch.with("-n 2").worker("xfan-hostile", way).unwrap().start().unwrap();
+    let primary = launch.with("-n 2").hostile_worker(way).unwrap().start().unwrap();
     (namespace, primary)
 }
 

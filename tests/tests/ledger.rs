@@ -102,7 +102,7 @@ fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '1s'").unwrap();
-    let primary = launch.worker("xfan-hostile", "deaf").unwrap().start().unwrap();
+    let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
     replay(&namespace, &frames());
     let report = primary
         .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);

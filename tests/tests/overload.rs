@@ -12,7 +12,6 @@ use xfan_tests::generator::{self, End, Load};
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::process::binary;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
 use xfan_tests::veth::{Veth, VethConfig};
@@ -49,7 +48,8 @@ fn send(primary: &Primary, sockets: &mut [TxSocket], frames: &[Vec<u8>], fast: &
 
 /// A worker for `launch` that is `xfan-count`, with `arguments` if it is the first member.
 fn first_member_with(launch: &Launch<'_>, arguments: &str) -> PathBuf {
-    let count = binary("xfan-count").unwrap().display().to_string();
+    let count = launch.within_reach("xfan-count").unwrap();
+    let count = count.display().to_string();
     let script = format!(
         "#!/bin/sh\ncase $XFAN_MEMBER in\n*/0) exec {count} {arguments} ;;\n*) exec {count} ;;\nesac\n"
     );

@@ -288,9 +288,9 @@ fn a_worker_of_another_protocol_version() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
-    let exit = launch.worker("xfan-hostile", "version 99").unwrap().run().unwrap();
+    let program = launch.folder().join("xfan-hostile");
+    let exit = launch.hostile_worker("version 99").unwrap().run().unwrap();
     let why = "the worker speaks protocol version 99, this primary version 1: use builds of the same release";
-    let program = binary("xfan-hostile").unwrap();
     let message = format!("xfan: worker default/0 ({}) was refused: {why}", program.display());
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
     // The worker has been told, too.
