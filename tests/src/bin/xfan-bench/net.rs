@@ -11,7 +11,6 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
 use xfan_tests::generator::{self, End, Load};
 use xfan_tests::netns::{self, Netns};
 use xfan_tests::require;
@@ -21,7 +20,7 @@ use xfan_tests::watchdog::Watchdog;
 use crate::Failure;
 use crate::line::round_trip_ns;
 use crate::receivers::{CPU, Receiver};
-use crate::table;
+use crate::{table, tally};
 
 /// The CPU that sends. A veth puts what it redirects into the RX queue of the same number.
 const SENDER_CPU: usize = 0;
@@ -119,12 +118,13 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Has SIGTERM and SIGINT remove the namespace and end the process. What it has started is told by the kernel.
+/// Has SIGTERM and SIGINT remove the namespace and end the process. The kernel ends what it has started.
 fn clean_up_on_signals() -> nix::Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block()?;
-    std::thread::spawn(move || {
-        let _ = signals.wait();
+    tally::heed_signals()?;
+    std::thread::spawn(|| {
+        while tally::goes_on() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
         netns::remove_all();
         std::process::exit(1);
     });

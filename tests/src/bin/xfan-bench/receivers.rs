@@ -8,6 +8,7 @@ use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::process::Process;
 
 use crate::Failure;
+use crate::raw;
 use crate::tally::{READY, Tally};
 
 /// The CPU of all receivers; the sender and the kernel's receive path have CPU 0.
@@ -76,7 +77,11 @@ impl Receiver {
             }
             Receiver::Xfan(workers) => {
                 let flags = format!("--queues 0 --cores {CPU} -n {workers}");
-                let primary = Launch::on(namespace)?.with(&flags).worker("xfan-count", "")?.start()?;
+                let primary = Launch::on(namespace)?
+                    .config(&format!("rx_ring = {}", raw::RX_RING))?
+                    .with(&flags)
+                    .worker("xfan-count", "")?
+                    .start()?;
                 primary.report_when(|report| {
                     report.groups[0].members.iter().all(|member| member.state == "running")
                 });

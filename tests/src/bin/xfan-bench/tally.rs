@@ -66,27 +66,37 @@ impl Tally {
     }
 }
 
-/// Pins a receiver and has SIGTERM and SIGINT end it. Returns its meter.
+/// Pins a receiver and has signals end it. Returns its meter.
 ///
 /// # Errors
 /// There is no such CPU.
 pub fn begin(cpu: usize) -> Result<BusyMeter, Failure> {
+    let core = CoreId { id: cpu };
+    let allowed = core_affinity::get_core_ids().unwrap_or_default();
+    if !allowed.contains(&core) || !core_affinity::set_for_current(core) {
+        return Err(format!("cannot run on CPU {cpu}: it is offline or not allowed (taskset -p $$)").into());
+    }
+    heed_signals()?;
+    Ok(BusyMeter::new())
+}
+
+/// From now on SIGTERM and SIGINT do no more than have [`goes_on`] say no.
+///
+/// # Errors
+/// Whatever sigaction(2) says.
+pub fn heed_signals() -> nix::Result<()> {
     extern "C" fn ask(_: libc::c_int) {
         ASKED_TO_END.store(true, Ordering::Relaxed);
-    }
-    let allowed = core_affinity::get_core_ids().unwrap_or_default();
-    if !allowed.contains(&CoreId { id: cpu }) || !core_affinity::set_for_current(CoreId { id: cpu }) {
-        return Err(format!("cannot run on CPU {cpu}: it is offline or not allowed (taskset -p $$)").into());
     }
     let action = SigAction::new(SigHandler::Handler(ask), SaFlags::empty(), SigSet::empty());
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         // SAFETY: the handler stores to an atomic, which is safe in any context.
         unsafe { sigaction(signal, &action) }?;
     }
-    Ok(BusyMeter::new())
+    Ok(())
 }
 
-/// Whether the receiver is to go on.
+/// Whether no signal has asked this process to end.
 #[inline(always)]
 pub fn goes_on() -> bool {
     !ASKED_TO_END.load(Ordering::Relaxed)
