@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect, getsockopt, listen,
-    setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect,
+    getsockopt, listen, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Uid;
@@ -217,9 +217,14 @@ async fn accept_all(listener: OwnedFd, events: &mpsc::UnboundedSender<Event>) ->
         let (places, limit) =
             if peer.uid() == 0 { (&roots, MAX_ROOT_CONNECTIONS) } else { (&others, MAX_CONNECTIONS) };
         let Ok(place) = places.clone().try_acquire_owned() else {
-            let message = format!("there are {limit} connections of this kind of user, which is the limit: close some");
+            let message =
+                format!("there are {limit} connections of this kind of user, which is the limit: close some");
             // Whoever it is hears of it or sees the end.
-            let _ = protocol::send(&socket, &Reply::Refused(Refusal { code: RefusalCode::Occupied, message }), &[]);
+            let _ = protocol::send(
+                &socket,
+                &Reply::Refused(Refusal { code: RefusalCode::Occupied, message }),
+                &[],
+            );
             continue;
         };
         let connection = Connection { id, end: Arc::default() };
@@ -324,9 +329,11 @@ pub fn ask_for_report(path: &Path) -> Result<crate::report::Report, ProtocolErro
         protocol::receive::<Reply>(&socket, MAX_REPLY)
     };
     let (reply, _) = ask().map_err(|error| match error {
-        error if error.would_block() => {
-            io::Error::new(io::ErrorKind::TimedOut, format!("{} did not answer within {PATIENCE:?}", path.display())).into()
-        }
+        error if error.would_block() => io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("{} did not answer within {PATIENCE:?}", path.display()),
+        )
+        .into(),
         error => error,
     })?;
     match reply {

@@ -73,7 +73,10 @@ impl Frames {
     /// # Panics
     /// If these are not as said, or the region reaches beyond 4 GiB.
     pub fn new(base: u32, size: u32, count: u32) -> Self {
-        assert!(size.is_power_of_two() && size >= UNIT && base.is_multiple_of(size), "size {size}, base {base}");
+        assert!(
+            size.is_power_of_two() && size >= UNIT && base.is_multiple_of(size),
+            "size {size}, base {base}"
+        );
         assert!(u64::from(base) + u64::from(size) * u64::from(count) <= 1 << 32, "beyond 4 GiB");
         let stack: Box<[u32]> = (0..count).rev().map(|index| base + index * size).collect();
         let units = (base / UNIT) as usize + count as usize * (size / UNIT) as usize;

@@ -103,6 +103,8 @@ pub struct Lane<S> {
     room: Box<[Descriptor; MAX_BATCH]>,
     /// By place; one for each value of a table entry, so that no entry is out of range.
     members: Box<[Option<Link>; 256]>,
+    /// Places that were ever taken, as bits: an idle lane does not look at the others, each of which is a cache line.
+    joined: u64,
     counters: Arc<LaneCounters>,
     commands: Arc<ArrayQueue<Command>>,
     doorbell: Arc<OwnedFd>,
@@ -199,6 +201,7 @@ impl<S: PacketSource> Lane<S> {
             table: BucketTable::empty(),
             room: Box::new([Descriptor::default(); MAX_BATCH]),
             members: Box::new([const { None }; 256]),
+            joined: 0,
             counters,
             commands,
             doorbell,
@@ -331,7 +334,10 @@ impl<S: PacketSource> Lane<S> {
     }
 
     fn take_back_all(&mut self) {
-        for place in 0..MAX_MEMBERS {
+        let mut joined = self.joined;
+        while joined != 0 {
+            let place = joined.trailing_zeros() as usize;
+            joined &= joined - 1;
             if let Some(link) = &mut self.members[place]
                 && link.take_back(&mut self.frames).is_err()
             {
@@ -356,6 +362,7 @@ impl<S: PacketSource> Lane<S> {
             let stop = matches!(command, Command::Stop);
             match command {
                 Command::Join(place, link) => {
+                    self.joined |= 1 << place;
                     let counted = link.ring.head();
                     let link = Link { link: *link, ringer: Ringer::default(), counted, dropped: 0 };
                     if let Some(former) = self.members[place].replace(link) {

@@ -79,19 +79,15 @@ impl LaneHandle {
         let bell = doorbell()?;
         let (base, size, count) = region;
         let frames = Frames::new(base, size, count.get());
-        let lane = Lane::new(
-            config,
-            source,
-            memory,
-            frames,
-            key,
-            counters.clone(),
-            commands.clone(),
-            bell.clone(),
-        );
+        let lane =
+            Lane::new(config, source, memory, frames, key, counters.clone(), commands.clone(), bell.clone());
         let thread = std::thread::Builder::new().name(format!("lane-{queue}")).spawn(move || {
             if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
-                tracing::warn!(queue, core, "cannot pin the lane on its CPU; it runs wherever the kernel puts it");
+                tracing::warn!(
+                    queue,
+                    core,
+                    "cannot pin the lane on its CPU; it runs wherever the kernel puts it"
+                );
             }
             lane.run()
         })?;
@@ -160,7 +156,9 @@ impl LaneHandle {
     }
 
     fn refresh_kernel(&mut self) {
-        let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else { return };
+        let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else {
+            return;
+        };
         self.kernel = report::Kernel {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,

@@ -81,7 +81,10 @@ fn show_stats(flags: &StatsFlags) -> Ended {
                 match io.kind() {
                     NotFound | ConnectionRefused => (
                         Exit::Failure,
-                        format!("no primary answers on {}: start one with `xfan run`, or name its socket", socket.display()),
+                        format!(
+                            "no primary answers on {}: start one with `xfan run`, or name its socket",
+                            socket.display()
+                        ),
                     ),
                     PermissionDenied => (
                         Exit::Permission,
@@ -93,9 +96,12 @@ fn show_stats(flags: &StatsFlags) -> Ended {
             _ => (Exit::Failure, error.to_string()),
         })?;
         if flags.json {
-            print(&(serde_json::to_string(&report).map_err(|error| (Exit::Failure, error.to_string()))? + "\n"));
+            print(
+                &(serde_json::to_string(&report).map_err(|error| (Exit::Failure, error.to_string()))? + "\n"),
+            );
         } else {
-            let home = if flags.watch.is_some() && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+            let home =
+                if flags.watch.is_some() && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
             print(&(home.to_owned() + &report::render(&report, earlier.as_ref())));
         }
         let Some(seconds) = flags.watch else { return Ok(()) };

@@ -166,11 +166,7 @@ impl Member {
                 counters: counters.clone(),
             })
             .collect();
-        let handover = Handover {
-            down: segment::reopen_read_only(&down_fd)?,
-            up: up_fd,
-            doorbell: sleeper,
-        };
+        let handover = Handover { down: segment::reopen_read_only(&down_fd)?, up: up_fd, doorbell: sleeper };
         self.session = Some(Session { connection, pid, down, up, doorbell });
         Ok((links, handover))
     }
@@ -195,7 +191,8 @@ impl Member {
 
     /// Whether a lane caught its worker lying, since the last call.
     pub fn take_corrupt(&self) -> bool {
-        let caught = |lane: &&Arc<MemberCounters>| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel);
+        let caught =
+            |lane: &&Arc<MemberCounters>| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel);
         self.counters.iter().filter(caught).count() > 0
     }
 

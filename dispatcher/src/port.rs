@@ -85,9 +85,14 @@ impl Port {
         for &queue in &queues {
             let bind = |mode| XskSource::bind(name, queue, &memory, budget.rx_ring, budget.fill_ring, mode);
             let source = match bind(copy_mode) {
-                Err(BindError::NoZeroCopy { .. }) if config.bind_mode == BindMode::Auto && sources.is_empty() => {
+                Err(BindError::NoZeroCopy { .. })
+                    if config.bind_mode == BindMode::Auto && sources.is_empty() =>
+                {
                     copy_mode = CopyMode::Copy;
-                    tracing::warn!(interface = name, "the driver cannot do zero-copy: the kernel copies each packet");
+                    tracing::warn!(
+                        interface = name,
+                        "the driver cannot do zero-copy: the kernel copies each packet"
+                    );
                     bind(copy_mode)?
                 }
                 bound => bound?,
@@ -136,7 +141,8 @@ impl Port {
     pub fn counters(&self) -> (Vec<report::Xdp>, report::Xdp) {
         let counters = self.program.counters().unwrap_or_default();
         let served = |queue: &u32| counters.get(*queue as usize).map_or_else(report::Xdp::default, xdp);
-        let mut unserved = self.program.counters_of_new_queues().as_ref().map_or_else(|_| report::Xdp::default(), xdp);
+        let mut unserved =
+            self.program.counters_of_new_queues().as_ref().map_or_else(|_| report::Xdp::default(), xdp);
         for queue in self.interface.without_lane(&self.queues) {
             unserved.add(served(&queue));
         }

@@ -211,6 +211,8 @@ impl Primary {
     ) -> Result<(), PrimaryError> {
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
+        // They may have been put off until now.
+        sys::put_off_signals(false)?;
         if let Some(command) = workers {
             self.start_workers(command, listener, &events.0)?;
         }
@@ -391,9 +393,9 @@ impl Primary {
 
     /// The member whose worker speaks through this connection.
     fn place_of(&self, connection: ConnectionId) -> Option<usize> {
-        self.members
-            .iter()
-            .position(|member| member.session.as_ref().is_some_and(|session| session.connection.id == connection))
+        self.members.iter().position(|member| {
+            member.session.as_ref().is_some_and(|session| session.connection.id == connection)
+        })
     }
 
     /// A worker wants to leave: it gets no new packets, and is told when the last is in its rings.
@@ -453,12 +455,15 @@ impl Primary {
     pub fn report(&mut self) -> Report {
         let (served, unserved) = self.port.as_ref().map(Port::counters).unwrap_or_default();
         let mut served = served.into_iter();
-        let lanes = self.lanes.iter_mut().map(|lane| lane.report(served.next().unwrap_or_default())).collect();
+        let lanes =
+            self.lanes.iter_mut().map(|lane| lane.report(served.next().unwrap_or_default())).collect();
         let members = self
             .members
             .iter()
             .enumerate()
-            .map(|(place, member)| member.report(u8::try_from(place).map_or(0, |place| self.table.share(place))))
+            .map(|(place, member)| {
+                member.report(u8::try_from(place).map_or(0, |place| self.table.share(place)))
+            })
             .collect();
         Report {
             port: self.name.clone(),

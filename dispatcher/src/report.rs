@@ -163,7 +163,11 @@ impl Report {
     /// Packets received, delivered and dropped by the lanes.
     pub fn totals(&self) -> (u64, u64, u64) {
         self.lanes.iter().fold((0, 0, 0), |(received, delivered, dropped), lane| {
-            (received + lane.received, delivered + lane.delivered, dropped + lane.dropped.values().sum::<u64>())
+            (
+                received + lane.received,
+                delivered + lane.delivered,
+                dropped + lane.dropped.values().sum::<u64>(),
+            )
         })
     }
 
@@ -189,10 +193,14 @@ impl Report {
         for group in &self.groups {
             let members: u64 = group.members.iter().map(|member| member.delivered).sum();
             if members != delivered {
-                found.push(format!("group {}: lanes delivered {delivered}, members got {members}", group.name));
+                found.push(format!(
+                    "group {}: lanes delivered {delivered}, members got {members}",
+                    group.name
+                ));
             }
         }
-        let backlog: u64 = self.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
+        let backlog: u64 =
+            self.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
         let lent: u64 = self.lanes.iter().map(|lane| u64::from(lane.frames.lent)).sum();
         if backlog != lent {
             found.push(format!("workers have {backlog} packets, but {lent} frames are lent"));

@@ -19,6 +19,7 @@ use crate::primary::{Outcome, Primary, PrimaryError, random_bytes};
 use crate::privileges::{PrivilegeError, check_privileges};
 use crate::steer::HashKey;
 use crate::supervisor::WorkerCommand;
+use crate::sys::put_off_signals;
 use crate::topology::{Machine, TopologyError};
 use crate::xsk::BindError;
 
@@ -42,7 +43,10 @@ pub enum RunError {
         "`{interface}` would get {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: name the queues that get \
          one with --queues, or lower their number (`ethtool -L {interface}`)"
     )]
-    TooManyLanes { interface: String, lanes: u32 },
+    TooManyLanes {
+        interface: String,
+        lanes: u32,
+    },
     #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
     Imbalance(Vec<String>),
 }
@@ -59,17 +63,21 @@ impl RunError {
             RunError::Placement(error) => error.exit(),
             RunError::Budget(error) => error.exit(),
             RunError::Control(ControlError::NotASocket(_)) => Exit::Usage,
-            RunError::Port(PortError::Attach(AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. }))
+            RunError::Port(PortError::Attach(
+                AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. },
+            ))
             | RunError::Port(PortError::Bind(BindError::Busy { .. }))
             | RunError::Control(ControlError::Occupied(_)) => Exit::Busy,
             RunError::Port(PortError::Attach(AttachError::Privilege { .. }))
             | RunError::Port(PortError::Load(xfan_xdp::LoadError::Privilege { .. })) => Exit::Permission,
-            RunError::Port(PortError::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. })) => {
-                Exit::Interface
-            }
+            RunError::Port(PortError::Attach(
+                AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. },
+            )) => Exit::Interface,
             RunError::TooManyLanes { .. } => Exit::Usage,
             RunError::Primary(error) => error.exit(),
-            RunError::Port(_) | RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) => Exit::Failure,
+            RunError::Port(_) | RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) => {
+                Exit::Failure
+            }
         }
     }
 }
@@ -100,6 +108,8 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     }
     let geometry = Geometry { lanes, slots: budget.ring_slots };
     let (port, memory, sources) = Port::take(interface, queues.clone(), config, &budget, machine.nic_node())?;
+    // Until the primary listens to them.
+    put_off_signals(true)?;
     let listener = Listener::bind(&config.socket, user.uid)?;
     // Who shares a CPU must not spin on it.
     let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };

@@ -12,6 +12,10 @@ use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_TOKEN};
 use crate::config::WorkerUser;
 use crate::sys;
 
+/// What workers get of the primary's environment: where programs are, and how to write to people. The rest may hold what is
+/// root's alone.
+const ENVIRONMENT: [&str; 5] = ["PATH", "LANG", "LC_ALL", "TZ", "TERM"];
+
 /// What all workers of a primary have in common.
 #[derive(Clone, Debug)]
 pub struct WorkerCommand {
@@ -65,22 +69,29 @@ pub struct Process {
 
 impl Process {
     /// Starts a worker for the member `member`: as the given user, without capabilities and without a way to get any, in
-    /// its own process group, with descriptors 0 (empty), 1 and 2, and told to end when the primary does.
+    /// a session of its own (so that it cannot type into the primary's terminal), with descriptors 0 (empty), 1 and 2 and an
+    /// environment of its own, and told to end when the primary does.
     ///
     /// # Errors
     /// [`SpawnError`]
-    pub fn spawn(command: &WorkerCommand, socket: &Path, member: &str, token: &str) -> Result<Self, SpawnError> {
+    pub fn spawn(
+        command: &WorkerCommand,
+        socket: &Path,
+        member: &str,
+        token: &str,
+    ) -> Result<Self, SpawnError> {
         let (program, arguments) =
             command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
         let user = &command.user;
         let mut process = Command::new(program);
         process
             .args(arguments)
+            .env_clear()
+            .envs(ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
             .env(ENV_SOCKET, socket)
             .env(ENV_MEMBER, member)
             .env(ENV_TOKEN, token)
-            .stdin(Stdio::null())
-            .process_group(0);
+            .stdin(Stdio::null());
         let unprivileged = !user.is_root();
         if unprivileged {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
@@ -93,6 +104,7 @@ impl Process {
                 if unprivileged {
                     drop_capabilities()?;
                 }
+                nix::unistd::setsid()?;
                 nix::sys::prctl::set_no_new_privs()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 sys::close_on_exec_from(3)

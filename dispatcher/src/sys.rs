@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::sys::signal::{SigSet, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -25,7 +26,7 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// Whatever the kernel says; ESRCH if it has ended.
-pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: nix::sys::signal::Signal) -> io::Result<()> {
+pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed and means "as kill(2) would fill it".
     match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, none, 0) } {
@@ -44,6 +45,24 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be
+/// cleaned up and a handler that sees to it, a signal would end the process at once. Children that [`std::process`] starts
+/// have no signals put off.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn put_off_signals(off: bool) -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    if off {
+        signals.thread_block()?
+    } else {
+        signals.thread_unblock()?
+    }
+    Ok(())
 }
 
 /// Has the kernel refuse messages with descriptors to this Unix socket and to what it accepts; unread ones would be closed by

@@ -26,7 +26,9 @@ pub enum UmemError {
         reason: String,
     },
     /// It cannot be handed to workers.
-    #[error("cannot open the packet memory for workers: {0}; this needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")]
+    #[error(
+        "cannot open the packet memory for workers: {0}; this needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE"
+    )]
     Open(#[source] io::Error),
     /// A size that AF_XDP cannot take.
     #[error("packet memory with frames of {frame_size} bytes and rings of {fill_ring}: {reason}")]

@@ -145,7 +145,11 @@ impl XskSource {
                     let source = errno_of(&error);
                     if source.raw_os_error() == Some(libc::EBUSY) && started.elapsed() < BUSY_PATIENCE {
                         if !std::mem::replace(&mut told, true) {
-                            tracing::info!(interface, queue, "the queue is busy: waiting {BUSY_PATIENCE:?} for it");
+                            tracing::info!(
+                                interface,
+                                queue,
+                                "the queue is busy: waiting {BUSY_PATIENCE:?} for it"
+                            );
                         }
                         std::thread::sleep(Duration::from_millis(20));
                         continue;
@@ -178,7 +182,10 @@ impl XskSource {
 
 /// The errno behind xsk-rs' error.
 fn errno_of(error: &(dyn std::error::Error + 'static)) -> io::Error {
-    let errno = error.source().and_then(|source| source.downcast_ref::<io::Error>()).and_then(io::Error::raw_os_error);
+    let errno = error
+        .source()
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .and_then(io::Error::raw_os_error);
     errno.map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error)
 }
 

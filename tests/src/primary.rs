@@ -130,7 +130,7 @@ impl<'a> Launch<'a> {
         Ok(copy)
     }
 
-    /// `xfan-flow`, one file of records per member, for [`Primary::flow_records`].
+    /// `xfan-flow`, one file of records per member, for [`flow_records`].
     ///
     /// # Errors
     /// It is not built.

@@ -286,8 +286,10 @@ mod tests {
         let defaults = Config::from_toml_str("interface = 'eth1'", "f").unwrap();
         assert_eq!(Config::from_toml_str(text, "docs/xfan.toml").unwrap(), defaults);
 
-        let uncomment = |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
-        let all: Vec<_> = text.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned())).collect();
+        let uncomment =
+            |line: &str| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).map(str::to_owned);
+        let all: Vec<_> =
+            text.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned())).collect();
         let all = all.join("\n");
         let full = Config::from_toml_str(&all, "docs/xfan.toml").unwrap();
         assert_eq!(Config { cores: None, user: None, hash_key: None, ..full }, defaults);
@@ -295,7 +297,9 @@ mod tests {
         for key in file::KEYS {
             let found = match key.split_once('.') {
                 None => table.contains_key(key),
-                Some((outer, inner)) => table[outer].as_table().is_some_and(|table| table.contains_key(inner)),
+                Some((outer, inner)) => {
+                    table[outer].as_table().is_some_and(|table| table.contains_key(inner))
+                }
             };
             assert!(found, "docs/xfan.toml lacks {key}");
         }

@@ -72,8 +72,7 @@ struct Peer {
 fn bench() -> Bench {
     let length = (FRAME * FRAMES) as usize;
     let fd = segment::create("lane-test", length).unwrap();
-    let memory =
-        Arc::new(PacketMemory::of_segment(&fd, Mapping::read_write(&fd, length).unwrap()).unwrap());
+    let memory = Arc::new(PacketMemory::of_segment(&fd, Mapping::read_write(&fd, length).unwrap()).unwrap());
     let source =
         Script { packets: VecDeque::new(), posted: VecDeque::new(), memory: memory.clone(), again: None };
     let (counters, commands) = (Arc::<LaneCounters>::default(), Arc::new(ArrayQueue::new(16)));
@@ -158,8 +157,12 @@ impl Peer {
 
     /// How often it was rung since the last call.
     fn rung(&self) -> usize {
-        nix::sys::socket::recv(self.doorbell.as_raw_fd(), &mut [0; 8], nix::sys::socket::MsgFlags::MSG_DONTWAIT)
-            .unwrap_or(0)
+        nix::sys::socket::recv(
+            self.doorbell.as_raw_fd(),
+            &mut [0; 8],
+            nix::sys::socket::MsgFlags::MSG_DONTWAIT,
+        )
+        .unwrap_or(0)
     }
 }
 
@@ -176,7 +179,8 @@ fn flow(number: u16) -> FlowKey {
 
 /// A TCP packet of a flow.
 fn packet(key: FlowKey) -> Vec<u8> {
-    let (std::net::IpAddr::V4(source), std::net::IpAddr::V4(destination)) = (key.source, key.destination) else {
+    let (std::net::IpAddr::V4(source), std::net::IpAddr::V4(destination)) = (key.source, key.destination)
+    else {
         unreachable!("IPv4")
     };
     let mut frame = vec![0; 12];
@@ -257,7 +261,10 @@ fn without_a_member_packets_are_dropped_and_counted() {
     bench.steer(&[7]);
     bench.feed((0..5).map(|n| packet(flow(n))));
     assert_eq!(bench.dropped(), [0, 25, 0]);
-    assert_eq!(bench.lane.frames.tally(), Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 });
+    assert_eq!(
+        bench.lane.frames.tally(),
+        Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 }
+    );
     assert_eq!(BucketTable::empty().member(0), NOBODY);
 }
 

@@ -21,7 +21,13 @@ impl Primary {
         match self.admit(connection, peer, &attach) {
             Ok(answer) => (answer, Ok(())),
             Err((place, refusal)) => {
-                tracing::warn!(pid = peer.pid(), uid = peer.uid(), program = attach.program, "refused: {}", refusal.message);
+                tracing::warn!(
+                    pid = peer.pid(),
+                    uid = peer.uid(),
+                    program = attach.program,
+                    "refused: {}",
+                    refusal.message
+                );
                 let ours = place
                     .map(|place| &self.members[place])
                     .filter(|member| member.state == State::Starting && refusal.code == RefusalCode::Version);
@@ -95,16 +101,27 @@ impl Primary {
                 None => {
                     return refuse(
                         RefusalCode::UnknownMember,
-                        format!("there is no member {}; there are {} in group default", printable(id), self.members.len()),
+                        format!(
+                            "there is no member {}; there are {} in group default",
+                            printable(id),
+                            self.members.len()
+                        ),
                     );
                 }
             },
-            None => match self.members.iter().position(|member| member.token.is_none() && member.session.is_none()) {
+            None => match self
+                .members
+                .iter()
+                .position(|member| member.token.is_none() && member.session.is_none())
+            {
                 Some(place) => place,
                 None => {
                     return refuse(
                         RefusalCode::Occupied,
-                        format!("all {} members have a worker: start the primary with more (-n)", self.members.len()),
+                        format!(
+                            "all {} members have a worker: start the primary with more (-n)",
+                            self.members.len()
+                        ),
                     );
                 }
             },

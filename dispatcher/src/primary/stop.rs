@@ -93,7 +93,12 @@ impl Primary {
     }
 
     /// Deals with events until the condition holds (`true`) or the time is up.
-    async fn wait(&mut self, events: &mut Events, timeout: Duration, done: impl Fn(&Primary) -> bool) -> bool {
+    async fn wait(
+        &mut self,
+        events: &mut Events,
+        timeout: Duration,
+        done: impl Fn(&Primary) -> bool,
+    ) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
             if done(self) {

@@ -7,7 +7,8 @@ use super::{Report, Xdp};
 /// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
 /// the time since start.
 pub fn render(report: &Report, earlier: Option<&Report>) -> String {
-    let earlier = earlier.filter(|earlier| earlier.pid == report.pid && earlier.lanes.len() == report.lanes.len());
+    let earlier =
+        earlier.filter(|earlier| earlier.pid == report.pid && earlier.lanes.len() == report.lanes.len());
     let elapsed = report.uptime_ns - earlier.map_or(0, |earlier| earlier.uptime_ns.min(report.uptime_ns));
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -91,7 +92,8 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
             "         (not IP {pass_non_ip}, discovery {pass_nd}, rules {pass_rule}, no socket {pass_no_socket})"
         )?;
     }
-    let kernel = |field: fn(&super::Kernel) -> u64| report.lanes.iter().map(|lane| field(&lane.kernel)).sum::<u64>();
+    let kernel =
+        |field: fn(&super::Kernel) -> u64| report.lanes.iter().map(|lane| field(&lane.kernel)).sum::<u64>();
     writeln!(
         out,
         "kernel   dropped {}, RX ring full {}, FILL ring empty {}",
@@ -102,7 +104,8 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     let (received, delivered, dropped) = report.totals();
     write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
     let mut causes = std::collections::BTreeMap::new();
-    for (cause, count) in report.lanes.iter().flat_map(|lane| &lane.dropped).filter(|(_, count)| **count > 0) {
+    for (cause, count) in report.lanes.iter().flat_map(|lane| &lane.dropped).filter(|(_, count)| **count > 0)
+    {
         *causes.entry(cause).or_insert(0) += count;
     }
     if !causes.is_empty() {
@@ -150,7 +153,13 @@ mod tests {
 
     #[test]
     fn fits_80_columns_whatever_the_numbers() {
-        let lane = Lane { queue: 127, core: 1023, received: 999_999_999_999, busy_ns: u64::MAX / 2, ..Lane::default() };
+        let lane = Lane {
+            queue: 127,
+            core: 1023,
+            received: 999_999_999_999,
+            busy_ns: u64::MAX / 2,
+            ..Lane::default()
+        };
         let member = Member {
             id: "default/63".into(),
             pid: 4_194_304,

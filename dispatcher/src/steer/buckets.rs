@@ -40,7 +40,8 @@ impl BucketTable {
             return BucketTable::empty();
         }
         // What each may keep: an equal share; the remainder goes to those that have most, so that they keep it.
-        let mut by_load: Vec<(u8, usize)> = members.iter().map(|&member| (member, self.share(member))).collect();
+        let mut by_load: Vec<(u8, usize)> =
+            members.iter().map(|&member| (member, self.share(member))).collect();
         by_load.sort_by_key(|&(member, share)| (std::cmp::Reverse(share), member));
         let (each, remainder) = (BUCKETS / members.len(), BUCKETS % members.len());
         let mut wanted = [0usize; 256];

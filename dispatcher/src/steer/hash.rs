@@ -48,7 +48,8 @@ impl HashKey {
         let protocol = l3.to_le_bytes()[3];
         // The datagram ends behind the ports: its length is 24 or more.
         let total = u16::from_be_bytes([head[16], head[17]]);
-        if l2 & 0x00ff_ffff != 0x0045_0008 || l3 & 0xff3f != 0 || !matches!(protocol, TCP | UDP) || total < 24 {
+        if l2 & 0x00ff_ffff != 0x0045_0008 || l3 & 0xff3f != 0 || !matches!(protocol, TCP | UDP) || total < 24
+        {
             return None;
         }
         let addresses = le64(head, 26);
@@ -157,15 +158,14 @@ mod tests {
     }
 
     fn flows() -> impl Strategy<Value = FlowKey> {
-        (addresses(), any::<(u16, u16)>(), prop_oneof![Just(TCP), Just(UDP), Just(132), Just(136), Just(33)]).prop_map(
-            |((source, destination), (source_port, destination_port), protocol)| FlowKey {
+        (addresses(), any::<(u16, u16)>(), prop_oneof![Just(TCP), Just(UDP), Just(132), Just(136), Just(33)])
+            .prop_map(|((source, destination), (source_port, destination_port), protocol)| FlowKey {
                 source,
                 destination,
                 source_port,
                 destination_port,
                 protocol,
-            },
-        )
+            })
     }
 
     fn frame_of(flow: &FlowKey) -> Vec<u8> {

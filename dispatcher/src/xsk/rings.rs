@@ -119,7 +119,8 @@ impl RxRing {
     /// Whatever the system calls say.
     pub unsafe fn map(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
         let offsets = mmap_offsets(socket)?;
-        let map = RingMap::map(socket, &offsets.rx, entries, size_of::<libc::xdp_desc>(), libc::XDP_PGOFF_RX_RING)?;
+        let map =
+            RingMap::map(socket, &offsets.rx, entries, size_of::<libc::xdp_desc>(), libc::XDP_PGOFF_RX_RING)?;
         let consumed = map.consumer().load(Ordering::Relaxed);
         Ok(RxRing { map, produced: consumed, consumed })
     }
@@ -231,13 +232,21 @@ fn get_option<T: Copy>(socket: &impl AsRawFd, option: libc::c_int) -> io::Result
     let mut length = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `length` bytes to `value`.
     let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_XDP, option, value.as_mut_ptr().cast(), &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_XDP,
+            option,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
     };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
     if (length as usize) < size_of::<T>() {
-        return Err(io::Error::other("this kernel is too old for xfan: its AF_XDP options are shorter (Linux 5.11 is needed)"));
+        return Err(io::Error::other(
+            "this kernel is too old for xfan: its AF_XDP options are shorter (Linux 5.11 is needed)",
+        ));
     }
     // SAFETY: zeroed, then written by the kernel; the types used here are plain integers.
     Ok(unsafe { value.assume_init() })
