@@ -95,7 +95,7 @@ struct Handles {
 
 /// How long a queue may stay busy after its last socket was closed: the kernel lets go of it in the background, which
 /// takes milliseconds, or seconds on a machine that is busy itself.
-const BUSY_PATIENCE: Duration = Duration::from_secs(10);
+const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 
 impl XskSource {
     /// Binds a socket to `queue`. All sockets of one UMEM share the mode of the first.
