@@ -43,7 +43,8 @@ pub enum Command {
     /// Dispatch an interface's packets to workers, until SIGINT or SIGTERM
     ///
     /// Starts the primary and, if a COMMAND is given, its workers: supervised, pinned, unprivileged.
-    /// Needs root (or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID).
+    /// Needs root (or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_CHOWN
+    /// and CAP_KILL).
     #[command(after_long_help = after_help())]
     Run(Flags),
 

@@ -1,7 +1,7 @@
 //! What the primary must be allowed to do.
 
 /// Capabilities, their numbers (capabilities(7)), and what they are for.
-const NEEDED: [(&str, u8, &str); 7] = [
+const NEEDED: [(&str, u8, &str); 9] = [
     ("CAP_NET_ADMIN", 12, "attach the XDP program"),
     ("CAP_NET_RAW", 13, "make AF_XDP sockets"),
     ("CAP_BPF", 39, "load the XDP program"),
@@ -9,6 +9,8 @@ const NEEDED: [(&str, u8, &str); 7] = [
     ("CAP_SYS_ADMIN", 21, "hand the packet memory to workers"),
     ("CAP_SETUID", 7, "run workers as an unprivileged user"),
     ("CAP_SETGID", 6, "run workers as an unprivileged user"),
+    ("CAP_CHOWN", 0, "give workers the control socket"),
+    ("CAP_KILL", 5, "end workers of another user"),
 ];
 
 /// The primary may not do what it has to.

@@ -68,7 +68,8 @@ fn without_root() {
         "xfan: xfan run lacks CAP_NET_ADMIN (to attach the XDP program), CAP_NET_RAW (to make AF_XDP sockets), \
          CAP_BPF (to load the XDP program), CAP_PERFMON (to have it walk packet headers), \
          CAP_SYS_ADMIN (to hand the packet memory to workers), CAP_SETUID (to run workers as an unprivileged user), \
-         CAP_SETGID (to run workers as an unprivileged user): start it with sudo",
+         CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to give workers the control socket), \
+         CAP_KILL (to end workers of another user): start it with sudo",
     );
 }
 
@@ -84,6 +85,8 @@ fn without_a_single_capability() {
         (21, "CAP_SYS_ADMIN", "hand the packet memory to workers"),
         (7, "CAP_SETUID", "run workers as an unprivileged user"),
         (6, "CAP_SETGID", "run workers as an unprivileged user"),
+        (0, "CAP_CHOWN", "give workers the control socket"),
+        (5, "CAP_KILL", "end workers of another user"),
     ] {
         let launch = launch(&namespace);
         let mut command = launch.command().unwrap();
