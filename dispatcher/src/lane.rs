@@ -86,6 +86,8 @@ pub struct LaneConfig {
     pub spin: Duration,
     /// … and how long to yield after that, before sleeping.
     pub yields: Duration,
+    /// Whether a worker may run on the same CPU: then a lane that never runs dry makes room for it.
+    pub shared: bool,
     /// Number of the interface, for descriptors.
     pub port: u8,
 }
@@ -110,6 +112,8 @@ pub struct Lane<S> {
     doorbell: Arc<OwnedFd>,
     meter: BusyMeter,
     draining: bool,
+    /// Some ring is filling up.
+    crowded: bool,
 }
 
 /// A [`MemberLink`] and what the lane remembers about it.
@@ -207,6 +211,7 @@ impl<S: PacketSource> Lane<S> {
             doorbell,
             meter: BusyMeter::new(),
             draining: false,
+            crowded: false,
         };
         lane.settle();
         lane
@@ -234,6 +239,11 @@ impl<S: PacketSource> Lane<S> {
                 self.meter.add(start, now, count as u32);
                 self.counters.busy_ticks.set(self.meter.busy_ticks());
                 idle.reset();
+                if std::mem::take(&mut self.crowded) && self.config.shared {
+                    std::thread::yield_now();
+                    self.settle();
+                    now = ticks();
+                }
                 continue;
             }
             now = ticks();
@@ -287,8 +297,12 @@ impl<S: PacketSource> Lane<S> {
                 bell::ring(&link.link.doorbell);
             }
             link.count();
-            if link.link.ring.lent() >= TAKE_BACK && link.take_back(&mut self.frames).is_err() {
-                self.evict(place);
+            if link.link.ring.lent() >= TAKE_BACK {
+                let honest = link.take_back(&mut self.frames).is_ok();
+                self.crowded |= link.link.ring.is_filling_up();
+                if !honest {
+                    self.evict(place);
+                }
             }
         }
     }

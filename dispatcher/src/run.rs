@@ -127,6 +127,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
                 posted: budget.rx_ring,
                 spin: spin(slot.shared),
                 yields: config.idle.yielding,
+                shared: slot.shared,
                 port: 0,
             },
             memory: memory.clone(),

@@ -145,10 +145,19 @@ impl Process {
         self.pidfd.try_clone()
     }
 
-    /// Signals the process; not its group, since what a worker starts is the worker's own.
+    /// Signals the process; not its group: what a worker started is the worker's to end.
     pub fn signal(&self, signal: Signal) {
         // It may have ended meanwhile.
         let _ = sys::pidfd_signal(self.pidfd.as_fd(), signal);
+    }
+
+    /// Kills the process and what it has left in its process group, unless it has ended.
+    pub fn kill(&mut self) {
+        if self.ended().is_none() {
+            // Until it is waited for, its number is its own, and its group's.
+            let group = i32::try_from(self.child.id()).map(nix::unistd::Pid::from_raw);
+            let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
+        }
     }
 
     /// How it ended, if it has.
@@ -160,10 +169,8 @@ impl Process {
 impl Drop for Process {
     /// No worker outlives the primary's interest in it, also when starting the others failed.
     fn drop(&mut self) {
-        if self.ended().is_none() {
-            self.signal(Signal::SIGKILL);
-            let _ = self.child.wait();
-        }
+        self.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -116,6 +116,12 @@ impl<M: RingMemory> Producer<M> {
         self.head.wrapping_sub(self.consumed)
     }
 
+    /// Whether a quarter of the slots or more are lent, by the private copy of the consumer index.
+    #[inline(always)]
+    pub fn is_filling_up(&self) -> bool {
+        self.lent() >= self.slots / 4
+    }
+
     /// The first position not yet produced.
     #[inline(always)]
     pub fn head(&self) -> u32 {

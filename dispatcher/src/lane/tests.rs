@@ -78,7 +78,7 @@ fn bench() -> Bench {
     let (counters, commands) = (Arc::<LaneCounters>::default(), Arc::new(ArrayQueue::new(16)));
     let zero = Duration::ZERO;
     let lane = Lane::new(
-        LaneConfig { batch: 64, posted: POSTED, spin: zero, yields: zero, port: 3 },
+        LaneConfig { batch: 64, posted: POSTED, spin: zero, yields: zero, shared: false, port: 3 },
         source,
         memory,
         Frames::new(0, FRAME, FRAMES),

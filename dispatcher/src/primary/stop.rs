@@ -54,13 +54,17 @@ impl Primary {
         })
         .await;
         // … before they have to go.
-        self.signal_all(Signal::SIGTERM);
+        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
+            process.signal(Signal::SIGTERM);
+        }
         let gone = |primary: &Primary| primary.members.iter().all(|member| member.process.is_none());
         if !self.wait(events, timeout, gone).await {
-            for member in self.members.iter().filter(|member| member.process.is_some()) {
-                tracing::warn!(member = member.id, "did not end within {timeout:?} of SIGTERM: killed");
+            for member in &mut self.members {
+                if let Some(process) = &mut member.process {
+                    tracing::warn!(member = member.id, "did not end within {timeout:?} of SIGTERM: killed");
+                    process.kill();
+                }
             }
-            self.signal_all(Signal::SIGKILL);
             self.wait(events, Duration::from_secs(1), gone).await;
         }
         // Attached workers are nobody's children: they see the end of the connection.
@@ -84,12 +88,6 @@ impl Primary {
         let report = self.report();
         imbalances.extend(report.imbalances());
         Outcome { error: result.err(), report, imbalances }
-    }
-
-    fn signal_all(&self, signal: Signal) {
-        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
-            process.signal(signal);
-        }
     }
 
     /// Deals with events until the condition holds (`true`) or the time is up.

@@ -145,7 +145,14 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let parts = LaneParts {
         queue: 0,
         core: lane_cpu,
-        config: LaneConfig { batch: BATCH, posted: POSTED, spin, yields: Duration::from_secs(3600), port: 0 },
+        config: LaneConfig {
+            batch: BATCH,
+            posted: POSTED,
+            spin,
+            yields: Duration::from_secs(3600),
+            shared,
+            port: 0,
+        },
         memory: memory.clone(),
         region: (0, FRAME, NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN)),
         key: HashKey::from_bytes(random_bytes()?),
