@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept, bind, listen, socket};
 use xfan_shm::Descriptor;
+use xfan_shm::bell;
 use xfan_shm::clock::monotonic_ns;
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
@@ -56,7 +56,7 @@ pub struct Primary {
     pub request: Attach,
     pub lanes: Vec<Producer<SharedRing>>,
     umem: Mapping,
-    doorbell: EventFd,
+    doorbell: OwnedFd,
     ringer: Ringer,
     next_frame: usize,
 }
@@ -113,10 +113,10 @@ impl Primary {
         let umem = Mapping::read_write(&umem_fd, FRAME * FRAMES).unwrap();
         let (down, up) =
             (Down::create(&down_fd, answer.geometry).unwrap(), Up::create(&up_fd, answer.geometry).unwrap());
-        let doorbell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
+        let (doorbell, sleeper) = bell::create().unwrap();
         let read_only = |fd| segment::reopen_read_only(fd).unwrap();
         let (umem_fd, down_fd) = (read_only(&umem_fd), read_only(&down_fd));
-        let fds = [umem_fd.as_fd(), down_fd.as_fd(), up_fd.as_fd(), doorbell.as_fd()];
+        let fds = [umem_fd.as_fd(), down_fd.as_fd(), up_fd.as_fd(), sleeper.as_fd()];
         protocol::send(&connection, &Reply::Attached(answer.clone()), &fds).unwrap();
         let lanes =
             (0..answer.geometry.lanes).map(|lane| Producer::new(SharedRing::new(&down, &up, lane))).collect();
@@ -156,7 +156,7 @@ impl Primary {
         Ringer::fence();
         let ring = self.ringer.must_ring(self.up.epoch());
         if ring {
-            self.doorbell.write(1).unwrap();
+            bell::ring(&self.doorbell);
         }
         ring
     }
