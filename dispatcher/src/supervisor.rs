@@ -69,7 +69,7 @@ pub struct Process {
 
 impl Process {
     /// Starts a worker for the member `member`: as the given user, without capabilities and without a way to get any, in
-    /// a session of its own (so that it cannot type into the primary's terminal), with descriptors 0 (empty), 1 and 2 and an
+    /// its own process group, without a controlling terminal (so that it cannot type into the primary's), with descriptors 0 (empty), 1 and 2 and an
     /// environment of its own, and told to end when the primary does.
     ///
     /// # Errors
@@ -91,7 +91,10 @@ impl Process {
             .env(ENV_SOCKET, socket)
             .env(ENV_MEMBER, member)
             .env(ENV_TOKEN, token)
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            // No session of its own: where the kernel schedules by session (sched(7), autogroup), a lane that yields would
+            // not yield to a worker of another one.
+            .process_group(0);
         let unprivileged = !user.is_root();
         if unprivileged {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
@@ -104,7 +107,7 @@ impl Process {
                 if unprivileged {
                     drop_capabilities()?;
                 }
-                nix::unistd::setsid()?;
+                sys::leave_terminal()?;
                 nix::sys::prctl::set_no_new_privs()?;
                 nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 sys::close_on_exec_from(3)

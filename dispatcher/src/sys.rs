@@ -95,3 +95,23 @@ pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> 
     // SAFETY: an `OwnedFd` is open, and the same, for as long as it lives, and the `AsyncFd` owns it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
+
+/// Gives up the calling process' controlling terminal, if it has one. For a process that leads no session this is for
+/// good, and without effect on the others of its session. Async-signal-safe.
+///
+/// # Errors
+/// Whatever ioctl_tty(2) says.
+pub fn leave_terminal() -> io::Result<()> {
+    // SAFETY: the path is a constant that ends in a null byte.
+    let fd = unsafe { libc::open(c"/dev/tty".as_ptr(), libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Ok(()); // it has none
+    }
+    // SAFETY: the kernel has just made it, nobody else owns it.
+    let terminal = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: no pointers.
+    match unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCNOTTY) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
