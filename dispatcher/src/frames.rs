@@ -8,31 +8,18 @@
 //!
 //! A packet's frame is the lane's between [`accept`](Frames::accept) and the end of its batch, when it is either lent or
 //! given back; the ledger has it as lent meanwhile. Free frames are a stack: the one used last is the one
-//! most likely in the cache. The ledger is private to the lane; what it counts is published in the lane's counters.
+//! most likely in the cache. A mark per frame says whether the kernel has it; one that it has not is free if it is on the
+//! stack, else lent. The ledger is private to the lane; what it counts is published in the lane's counters.
+
+use std::collections::HashSet;
 
 /// The kernel handed over a packet in a frame it did not have: a bug of the NIC's driver, by the likes of it. The
 /// frame stays where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the kernel handed over a packet at UMEM offset {offset}; the ledger has that frame as {found:?}")]
+#[error("the kernel handed over a packet at UMEM offset {offset}, in a frame that was not posted")]
 pub struct OwnerError {
     /// UMEM offset of the packet.
     pub offset: u32,
-    /// Who has the frame; `None`: there is no such frame.
-    pub found: Option<Owner>,
-}
-
-/// Who has a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Owner {
-    /// Nobody: it can be posted.
-    Free,
-    /// The kernel: on the FILL ring, in the NIC, or on the RX ring.
-    Kernel,
-    /// A worker, or, within a batch, the lane.
-    Lent,
-    /// Another lane: this one has no such frame.
-    Foreign,
 }
 
 /// How many frames each owner has.
@@ -55,11 +42,13 @@ const UNIT: u32 = 2048;
 /// The ledger.
 #[derive(Debug)]
 pub struct Frames {
+    /// UMEM offset of the first frame.
+    base: u32,
     /// Clears the bits of an offset within its frame.
     start: u32,
-    /// By [`UNIT`] of the UMEM, up to the lane's last frame: what is before its first is foreign, and so is what is in
-    /// a frame but not where it begins.
-    owners: Box<[Owner]>,
+    /// By [`UNIT`] of the UMEM, up to the lane's last frame: whether the kernel has the frame that begins there, on the FILL
+    /// ring, in the NIC, or on the RX ring.
+    posted: Box<[bool]>,
     /// Offsets of free frames: the first `free` of these.
     stack: Box<[u32]>,
     free: usize,
@@ -80,12 +69,8 @@ impl Frames {
         assert!(u64::from(base) + u64::from(size) * u64::from(count) <= 1 << 32, "beyond 4 GiB");
         let stack: Box<[u32]> = (0..count).rev().map(|index| base + index * size).collect();
         let units = (base / UNIT) as usize + count as usize * (size / UNIT) as usize;
-        let mut owners = vec![Owner::Foreign; units];
-        for offset in &stack {
-            owners[(offset / UNIT) as usize] = Owner::Free;
-        }
         // The lowest on top.
-        Frames { start: !(size - 1), owners: owners.into(), stack, free: count as usize, kernel: 0 }
+        Frames { base, start: !(size - 1), posted: vec![false; units].into(), stack, free: count as usize, kernel: 0 }
     }
 
     /// Hands up to `count` free frames to the kernel. Returns the offsets at which they begin.
@@ -94,7 +79,7 @@ impl Frames {
         let left = self.free.saturating_sub(count as usize);
         let posted = &self.stack[left..self.free];
         for offset in posted {
-            self.owners[(offset / UNIT) as usize] = Owner::Kernel;
+            self.posted[(offset / UNIT) as usize] = true;
         }
         self.free = left;
         #[allow(clippy::cast_possible_truncation)] // at most `count`
@@ -103,39 +88,24 @@ impl Frames {
         posted
     }
 
-    /// The kernel handed over a packet at `offset`. It is lent, unless [`give_back`](Self::give_back) follows.
-    /// [`accepted`](Self::accepted) counts.
-    ///
-    /// # Errors
-    /// [`OwnerError`] if the kernel had no such frame; then nothing changes.
+    /// For accepting the packets of a batch.
     #[inline(always)]
-    pub fn accept(&mut self, offset: u32) -> Result<(), OwnerError> {
-        match self.owners.get_mut((offset / UNIT) as usize) {
-            Some(owner @ Owner::Kernel) => {
-                *owner = Owner::Lent;
-                Ok(())
-            }
-            other => Err(OwnerError { offset, found: other.copied() }),
-        }
-    }
-
-    /// That many frames were accepted.
-    #[inline(always)]
-    pub fn accepted(&mut self, count: u32) {
-        self.kernel -= count;
+    pub fn accepting(&mut self) -> Accepting<'_> {
+        Accepting { posted: &mut self.posted, kernel: &mut self.kernel, count: 0 }
     }
 
     /// An accepted packet that nobody took, or one that a worker is done with: its frame is free.
     #[inline(always)]
     pub fn give_back(&mut self, offset: u32) {
-        self.returning().give_back(offset);
+        self.returning(1).give_back(offset);
     }
 
-    /// For giving back many.
+    /// For giving back up to `count` frames.
     #[inline(always)]
-    pub fn returning(&mut self) -> Returning<'_> {
-        let free = self.free;
-        Returning { frames: self, free }
+    pub fn returning(&mut self, count: u32) -> Returning<'_> {
+        let places = &mut self.stack[self.free..];
+        let count = places.len().min(count as usize);
+        Returning { start: self.start, places: places[..count].iter_mut(), free: &mut self.free, count }
     }
 
     /// Frames the kernel has.
@@ -159,37 +129,73 @@ impl Frames {
         Tally { total, free, kernel, lent: total - free - kernel }
     }
 
-    /// Counts owner by owner, frame by frame: for tests and the final balance, where it must equal [`tally`](Self::tally).
-    #[allow(clippy::cast_possible_truncation)] // made from a u32
+    /// Counts frame by frame: for tests and the final balance, where it must equal [`tally`](Self::tally).
     pub fn audit(&self) -> Tally {
-        let count = |wanted| self.owners.iter().filter(|owner| **owner == wanted).count() as u32;
-        Tally {
-            total: self.stack.len() as u32,
-            free: count(Owner::Free),
-            kernel: count(Owner::Kernel),
-            lent: count(Owner::Lent),
+        let free: HashSet<u32> = self.stack[..self.free].iter().copied().collect();
+        let mut tally = Tally::default();
+        for (unit, &posted) in (0u32..).zip(&self.posted) {
+            let offset = unit * UNIT;
+            let is_free = free.contains(&offset);
+            // One that is both counts twice, as it must not be.
+            tally.free += u32::from(is_free);
+            tally.kernel += u32::from(posted);
+            let frame = offset >= self.base && offset & !self.start == 0;
+            tally.total += u32::from(frame);
+            tally.lent += u32::from(frame && !is_free && !posted);
         }
+        tally
+    }
+}
+
+/// Packets on their way in. It keeps their number, which each changes, out of memory that each writes to.
+#[derive(Debug)]
+pub struct Accepting<'a> {
+    posted: &'a mut [bool],
+    kernel: &'a mut u32,
+    count: u32,
+}
+
+impl Accepting<'_> {
+    /// The kernel handed over a packet at `offset`. It is lent, unless [`give_back`](Frames::give_back) follows.
+    ///
+    /// # Errors
+    /// [`OwnerError`] if the kernel had no such frame; then nothing changes.
+    #[inline(always)]
+    pub fn accept(&mut self, offset: u32) -> Result<(), OwnerError> {
+        match self.posted.get_mut((offset / UNIT) as usize) {
+            Some(posted) if *posted => {
+                *posted = false;
+                self.count += 1;
+                Ok(())
+            }
+            _ => Err(OwnerError { offset }),
+        }
+    }
+}
+
+impl Drop for Accepting<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.kernel -= self.count;
     }
 }
 
 /// Frames on their way back. It keeps the height of the stack, which each changes, out of memory that each writes to.
 #[derive(Debug)]
 pub struct Returning<'a> {
-    frames: &'a mut Frames,
-    free: usize,
+    start: u32,
+    places: std::slice::IterMut<'a, u32>,
+    free: &'a mut usize,
+    count: usize,
 }
 
 impl Returning<'_> {
     /// A worker is done with the frame, which was lent: it is free. Only the lane's own records say which these
-    /// are, so nothing is checked but that there is such a frame.
+    /// are, so nothing is checked.
     #[inline(always)]
     pub fn give_back(&mut self, offset: u32) {
-        let owner = self.frames.owners.get_mut((offset / UNIT) as usize);
-        if let (Some(owner), Some(place)) = (owner, self.frames.stack.get_mut(self.free)) {
-            debug_assert_eq!(*owner, Owner::Lent, "frame at {offset}");
-            *owner = Owner::Free;
-            *place = offset & self.frames.start;
-            self.free += 1;
+        if let Some(place) = self.places.next() {
+            *place = offset & self.start;
         }
     }
 }
@@ -197,7 +203,7 @@ impl Returning<'_> {
 impl Drop for Returning<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.frames.free = self.free;
+        *self.free += self.count - self.places.len();
     }
 }
 
@@ -212,8 +218,7 @@ mod tests {
         assert_eq!(frames.post(1), [8192]);
         for from_start in [0, 256, 2047] {
             let packet = 8192 + from_start;
-            frames.accept(packet).unwrap();
-            frames.accepted(1);
+            frames.accepting().accept(packet).unwrap();
             assert_eq!(frames.tally(), Tally { total: 3, free: 2, kernel: 0, lent: 1 });
             frames.give_back(packet);
             assert_eq!(frames.post(1), [8192]);
@@ -224,14 +229,11 @@ mod tests {
     fn a_frame_from_the_wrong_hands_is_refused() {
         let mut frames = Frames::new(4096, 4096, 2);
         assert_eq!(frames.post(1), [4096]);
-        let refused = |result: Result<(), OwnerError>| result.unwrap_err().found;
-        frames.accept(4096).unwrap();
-        frames.accepted(1);
-        // The same frame in two packets: what a broken FILL ring looks like.
-        assert_eq!(refused(frames.accept(4096)), Some(Owner::Lent));
-        assert_eq!(refused(frames.accept(8192)), Some(Owner::Free));
-        assert_eq!(refused(frames.accept(0)), Some(Owner::Foreign));
-        assert_eq!(refused(frames.accept(3 * 4096)), None);
+        frames.accepting().accept(4096).unwrap();
+        // The same frame in two packets, as with a broken FILL ring; a free one; another lane's; none.
+        for offset in [4096, 8192, 0, 3 * 4096] {
+            assert_eq!(frames.accepting().accept(offset), Err(OwnerError { offset }));
+        }
         assert_eq!(frames.tally(), frames.audit());
     }
 
@@ -251,8 +253,7 @@ mod tests {
                         kernel.extend(posted);
                     }
                     1 => lent.extend(take(&mut kernel, pick).inspect(|&f| {
-                        frames.accept(f + 256).unwrap();
-                        frames.accepted(1);
+                        frames.accepting().accept(f + 256).unwrap();
                     })),
                     _ => { take(&mut lent, pick).inspect(|&f| frames.give_back(f + 256)); }
                 }

@@ -132,10 +132,8 @@ impl Link {
     /// Frees the frames of committed packets.
     #[inline]
     fn take_back(&mut self, frames: &mut Frames) -> Result<(), IndexError> {
-        let mut returning = frames.returning();
-        let committed = self.link.ring.take_back(|descriptor| {
-            returning.give_back(descriptor.offset);
-        })?;
+        let mut returning = frames.returning(self.link.ring.lent());
+        let committed = self.link.ring.take_back(|offset| returning.give_back(offset))?;
         self.link.counters.committed.add(u64::from(committed));
         Ok(())
     }
@@ -152,9 +150,9 @@ impl Link {
     /// The ring was full: pushes if the worker has moved on meanwhile, else counts the drop.
     #[cold]
     #[inline(never)]
-    fn push_again(&mut self, descriptor: Descriptor, frames: &mut Frames) -> bool {
+    fn push_again(&mut self, descriptor: &Descriptor, frames: &mut Frames) -> bool {
         // An index that makes no sense is dealt with at the end of the batch.
-        let pushed = self.take_back(frames).is_ok() && self.link.ring.push(descriptor);
+        let pushed = self.take_back(frames).is_ok() && self.link.ring.push(*descriptor);
         self.dropped += u32::from(!pushed);
         pushed
     }
@@ -232,7 +230,7 @@ impl<S: PacketSource> Lane<S> {
             }
             let count = self.source.receive(&mut batch[..wanted]);
             if count > 0 {
-                self.dispatch(&batch[..count], clock.low_ns(now));
+                self.dispatch(&mut batch[..count], clock.low_ns(now));
                 // The end of this turn is the beginning of the next: reading the counter is not free.
                 let start = std::mem::replace(&mut now, ticks());
                 #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
@@ -271,26 +269,30 @@ impl<S: PacketSource> Lane<S> {
 
     /// Sends a batch on its way.
     #[inline]
-    fn dispatch(&mut self, batch: &[Received], time: u32) {
+    fn dispatch(&mut self, batch: &mut [Received], time: u32) {
         let stamp = Stamp { time, port: self.config.port };
         let mut sums = Sums::default();
-        let descriptors =
-            read(&self.key, &self.memory, &mut self.frames, batch, stamp, &mut self.room, &mut sums);
-        #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
-        self.frames.accepted(descriptors.len() as u32);
+        let received = batch.len();
+        let accepted = accept(&mut self.frames, &self.memory, batch, &mut sums);
+        let batch = &batch[..accepted];
+        describe(&self.key, &self.memory, batch, stamp, &mut self.room, &mut sums);
+        let descriptors = &self.room[..accepted.min(MAX_BATCH)];
         push(&mut self.frames, &self.table, &mut self.members, descriptors, &mut sums);
         self.wake(sums.touched);
         self.refill();
-        self.publish(batch.len(), &sums);
+        self.publish(received, &sums);
     }
 
-    /// Rings for every member that got packets and sleeps, counts, and takes frames back where many are lent.
+    /// Shows every member the packets it got, rings for those that sleep, counts, and takes frames back where many are lent.
     #[inline]
-    fn wake(&mut self, mut touched: u64) {
+    fn wake(&mut self, touched: u64) {
+        for place in places(touched) {
+            if let Some(link) = &mut self.members[place] {
+                link.link.ring.publish();
+            }
+        }
         Ringer::fence();
-        while touched != 0 {
-            let place = touched.trailing_zeros() as usize;
-            touched &= touched - 1;
+        for place in places(touched) {
             let Some(link) = &mut self.members[place] else { continue };
             if link.ringer.must_ring(link.link.up.epoch()) {
                 link.link.counters.wakeups.add(1);
@@ -348,10 +350,7 @@ impl<S: PacketSource> Lane<S> {
     }
 
     fn take_back_all(&mut self) {
-        let mut joined = self.joined;
-        while joined != 0 {
-            let place = joined.trailing_zeros() as usize;
-            joined &= joined - 1;
+        for place in places(self.joined) {
             if let Some(link) = &mut self.members[place]
                 && link.take_back(&mut self.frames).is_err()
             {
@@ -408,6 +407,16 @@ impl<S: PacketSource> Lane<S> {
     }
 }
 
+/// The places that a set of bits stands for.
+#[inline(always)]
+fn places(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = bits.trailing_zeros() as usize;
+        bits &= bits.wrapping_sub(1);
+        (place < MAX_MEMBERS).then_some(place)
+    })
+}
+
 /// What all descriptors of a batch have in common.
 #[derive(Clone, Copy)]
 struct Stamp {
@@ -415,31 +424,44 @@ struct Stamp {
     port: u8,
 }
 
-/// Accepts and reads each packet. Returns the descriptors of those accepted.
-///
-/// This and [`push`] are functions of what they use rather than of the lane: so the compiler knows that what they write
-/// is not what they read. They are two loops rather than one: so the processor works at several packets at once.
-#[inline(always)]
-fn read<'a>(
+// Three loops rather than one: so the processor works at several packets at once, and what each needs fits into its
+// registers. They are functions of what they use rather than of the lane: so the compiler knows that what they
+// write is not what they read.
+
+/// Takes the packets' frames from the kernel and asks for their headers. Returns how many these are: at the front
+/// of `batch`, from which those are taken out whose frames the kernel did not have.
+#[inline(never)]
+fn accept(frames: &mut Frames, memory: &PacketMemory, batch: &mut [Received], sums: &mut Sums) -> usize {
+    let mut frames = frames.accepting();
+    let (mut bytes, mut accepted) = (0, 0);
+    for number in 0..batch.len() {
+        let packet = batch[number];
+        prefetch(memory, packet.offset);
+        bytes += u64::from(packet.length);
+        if frames.accept(packet.offset).is_ok() {
+            if accepted != number {
+                batch[accepted] = packet;
+            }
+            accepted += 1;
+        }
+    }
+    sums.bytes = bytes;
+    sums.frame_owner = (batch.len() - accepted) as u64;
+    accepted
+}
+
+/// Reads each packet, and describes it.
+#[inline(never)]
+fn describe(
     key: &HashKey,
     memory: &PacketMemory,
-    frames: &mut Frames,
     batch: &[Received],
     stamp: Stamp,
-    descriptors: &'a mut [Descriptor; MAX_BATCH],
+    descriptors: &mut [Descriptor; MAX_BATCH],
     sums: &mut Sums,
-) -> &'a [Descriptor] {
-    for packet in batch {
-        prefetch(memory, packet.offset);
-    }
+) {
     let Stamp { time, port } = stamp;
-    let (mut bytes, mut accepted) = (0, 0);
-    for &Received { offset, length } in batch {
-        bytes += u64::from(length);
-        if frames.accept(offset).is_err() {
-            sums.frame_owner += 1;
-            continue;
-        }
+    for (&Received { offset, length }, descriptor) in batch.iter().zip(descriptors) {
         // SAFETY: the ledger says that the kernel had the frame and has handed it over; nobody else gets it before its
         // descriptor is pushed.
         let frame = unsafe { memory.packet(offset, length) };
@@ -453,16 +475,12 @@ fn read<'a>(
         };
         #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
         let length = length as u16;
-        // `accepted` is less than the batch is long, and that is at most MAX_BATCH.
-        descriptors[accepted % MAX_BATCH] = Descriptor { offset, time, length, port, flags, hash };
-        accepted += 1;
+        *descriptor = Descriptor::new(offset, time, length, port, flags, hash);
     }
-    sums.bytes = bytes;
-    &descriptors[..accepted.min(MAX_BATCH)]
 }
 
 /// Pushes each descriptor into the ring of the member that takes it.
-#[inline(always)]
+#[inline(never)]
 fn push(
     frames: &mut Frames,
     table: &BucketTable,
@@ -471,7 +489,8 @@ fn push(
     sums: &mut Sums,
 ) {
     let mut touched = 0u64;
-    for &descriptor in descriptors {
+    // By reference: a copy would be taken to pieces, and put together again from memory just written, which stalls.
+    for descriptor in descriptors {
         let place = table.member(descriptor.hash);
         let Some(link) = &mut members[usize::from(place)] else {
             sums.no_worker += 1;
@@ -479,7 +498,7 @@ fn push(
             continue;
         };
         touched |= 1u64.wrapping_shl(u32::from(place));
-        if !link.link.ring.push(descriptor) && !link.push_again(descriptor, frames) {
+        if !link.link.ring.push(*descriptor) && !link.push_again(descriptor, frames) {
             frames.give_back(descriptor.offset);
             sums.ring_full += 1;
         }

@@ -36,8 +36,27 @@ impl Descriptor {
     /// Flag: no 5-tuple could be read; the hash is over what addresses there are.
     pub const UNPARSED: u8 = 1;
 
+    /// A descriptor of these fields; `flags` of 7 bits.
+    #[inline(always)]
+    pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {
+        // Put together in registers: then it is written in two stores.
+        let word0 = u64::from(offset) | u64::from(time) << 32;
+        let low = u64::from(length) | u64::from(port) << 16 | u64::from(flags & 0x7f) << 24;
+        Descriptor::from_words(word0, low | u64::from(hash) << 32)
+    }
+
     /// The two words of a slot, with the lap mark clear.
     #[inline(always)]
+    #[cfg(target_endian = "little")]
+    pub(crate) fn to_words(self) -> (u64, u64) {
+        // SAFETY: as in `from_words`.
+        let [word0, word1] = unsafe { std::mem::transmute::<Descriptor, [u64; 2]>(self) };
+        (word0, word1 & !LAP)
+    }
+
+    /// The two words of a slot, with the lap mark clear.
+    #[inline(always)]
+    #[cfg(not(target_endian = "little"))]
     pub(crate) fn to_words(self) -> (u64, u64) {
         (
             u64::from(self.offset) | u64::from(self.time) << 32,
@@ -46,6 +65,13 @@ impl Descriptor {
                 | u64::from(self.flags & 0x7f) << 24
                 | u64::from(self.hash) << 32,
         )
+    }
+
+    /// The offset in a slot's first word.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
+    pub(crate) fn offset_in(word0: u64) -> u32 {
+        word0 as u32
     }
 
     /// Reads a slot's two words; the lap mark is left out.

@@ -4,6 +4,8 @@
 //! goes wrong in the first few. Loom reports a deadlock where a wake-up is lost, and a data race where a frame is written
 //! while its reader may still look at it.
 
+use std::collections::VecDeque;
+
 use loom::cell::UnsafeCell;
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
@@ -67,7 +69,7 @@ impl Bell {
 }
 
 /// Moves `items` packets through a ring of `slots` that starts two laps before the wrap of positions, with as many frames as
-/// slots, each written again as soon as it is back; the consumer commits batches of up to `batch`.
+/// slots, each written again as soon as it is back; batches of up to `batch` are published, and committed.
 fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     let start = 0u32.wrapping_sub(2 * slots);
     let ring = Arc::new(HeapRing::starting_at(slots, start));
@@ -97,12 +99,11 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     });
 
     let mut free: Vec<u32> = (0..slots).collect();
-    let mut returned = 0;
-    let mut take = |producer: &mut Producer<_>, free: &mut Vec<u32>| {
-        let count = producer.take_back(|packet| {
-            assert_eq!(packet.hash, returned, "frames return in order, once");
-            returned += 1;
-            free.push(packet.offset);
+    let mut sent = VecDeque::new();
+    let take = |producer: &mut Producer<_>, sent: &mut VecDeque<u32>, free: &mut Vec<u32>| {
+        let count = producer.take_back(|offset| {
+            assert_eq!(Some(offset), sent.pop_front(), "frames return in order, once");
+            free.push(offset);
         });
         if count.unwrap() == 0 {
             thread::yield_now();
@@ -110,14 +111,20 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     };
     for n in 0..items {
         while free.is_empty() {
-            take(&mut producer, &mut free);
+            producer.publish();
+            take(&mut producer, &mut sent, &mut free);
         }
         let frame = free.remove(0);
         write(&memory, frame, n);
+        sent.push_back(frame);
         assert!(producer.push(Descriptor { offset: frame, hash: n, ..Descriptor::default() }));
+        if (n + 1) % batch == 0 {
+            producer.publish();
+        }
     }
+    producer.publish();
     while free.len() < slots as usize {
-        take(&mut producer, &mut free);
+        take(&mut producer, &mut sent, &mut free);
     }
     assert_eq!(producer.lent(), 0);
     worker.join().unwrap();
@@ -153,11 +160,12 @@ fn nothing_is_lost_with_a_dead_consumer() {
         let mut pushed = 0;
         let mut back = Vec::new();
         for n in 0..3 {
-            pushed += u32::from(producer.push(Descriptor { hash: n, ..Descriptor::default() }));
-            producer.take_back(|packet| back.push(packet.hash)).unwrap();
+            pushed += u32::from(producer.push(Descriptor { offset: n, ..Descriptor::default() }));
+            producer.publish();
+            producer.take_back(|offset| back.push(offset)).unwrap();
         }
         // The worker may still run: a dispatcher that gives up on it does not wait for it.
-        producer.take_all(|packet| back.push(packet.hash));
+        producer.take_all(|packet| back.push(packet.offset));
         assert!(back.into_iter().eq(0..pushed));
         worker.join().unwrap();
     });
@@ -206,6 +214,7 @@ fn no_wake_up_is_lost() {
         let mut rings = 0;
         for _ in 0..ITEMS {
             assert!(producer.push(Descriptor::default()));
+            producer.publish();
             Ringer::fence();
             if ringer.must_ring(&epoch) {
                 rings += 1;

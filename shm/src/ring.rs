@@ -61,7 +61,7 @@ pub trait RingMemory {
 pub struct IndexError {
     /// Where the consumer stood before.
     pub consumed: u32,
-    /// The first position not yet produced.
+    /// The first position not yet published.
     pub head: u32,
     /// What its segment says now.
     pub seen: u32,
@@ -81,6 +81,10 @@ pub struct Producer<M> {
     memory: M,
     slots: u32,
     head: u32,
+    /// Up to here the consumer may see descriptors …
+    published: u32,
+    /// … and this is the second word of the first one beyond, if there is one.
+    held: u64,
     consumed: u32,
 }
 
@@ -92,7 +96,7 @@ impl<M: RingMemory> Producer<M> {
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
-        Producer { memory, slots, head: 0, consumed: 0 }
+        Producer { memory, slots, head: 0, published: 0, held: 0, consumed: 0 }
     }
 
     /// Like [`new`](Self::new), at a position that is a multiple of twice the slots: for tests near the wrap-around.
@@ -100,7 +104,7 @@ impl<M: RingMemory> Producer<M> {
     pub fn starting_at(memory: M, position: u32) -> Self {
         let mut producer = Producer::new(memory);
         assert_eq!(u64::from(position) % (2 * u64::from(producer.slots)), 0);
-        (producer.head, producer.consumed) = (position, position);
+        (producer.head, producer.published, producer.consumed) = (position, position, position);
         producer
     }
 
@@ -128,8 +132,8 @@ impl<M: RingMemory> Producer<M> {
         self.head
     }
 
-    /// Publishes one descriptor. `false`: full by the private copy, nothing was written;
-    /// [`take_back`](Self::take_back) may make room.
+    /// Writes one descriptor, which [`publish`](Self::publish) then shows to the consumer. `false`: full by the private
+    /// copy, nothing was written; [`take_back`](Self::take_back) may make room.
     #[inline(always)]
     pub fn push(&mut self, descriptor: Descriptor) -> bool {
         if self.room() == 0 {
@@ -138,52 +142,69 @@ impl<M: RingMemory> Producer<M> {
         let slot = self.memory.slot(self.head);
         let (word0, word1) = descriptor.to_words();
         slot.body.store(word0, Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
-        // and the packet's bytes that were written before this push.
-        slot.mark.store(word1 | lap_mark(self.head, self.slots), Ordering::Release);
+        let word1 = word1 | lap_mark(self.head, self.slots);
+        // The consumer stops at the first slot without its mark: as long as the first is held back, it sees none.
+        if self.head == self.published {
+            self.held = word1;
+        } else {
+            // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
+            // and the packet's bytes that were written before this push.
+            slot.mark.store(word1, Ordering::Release);
+        }
         self.head = self.head.wrapping_add(1);
         true
     }
 
-    /// Loads the consumer index and hands every descriptor committed since the last call to `returned`, in order.
-    /// Returns how many these were.
+    /// Shows the consumer, at once, all that was pushed: it does not reach for lines that are still being written.
+    #[inline(always)]
+    pub fn publish(&mut self) {
+        if self.published != self.head {
+            // Release: as in `push`.
+            self.memory.slot(self.published).mark.store(self.held, Ordering::Release);
+            self.published = self.head;
+        }
+    }
+
+    /// Loads the consumer index and hands the offset of every descriptor committed since the last call to `returned`, in
+    /// order. Returns how many these were.
     ///
     /// # Errors
     /// [`IndexError`] if no honest consumer can have written that index. Nothing was handed back then, and what the
     /// ring holds is still there for [`take_all`](Self::take_all).
     #[inline]
-    pub fn take_back(&mut self, returned: impl FnMut(Descriptor)) -> Result<u32, IndexError> {
+    pub fn take_back(&mut self, mut returned: impl FnMut(u32)) -> Result<u32, IndexError> {
         let seen = self.memory.consumer().load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `Consumer::commit`; the consumer's reads of the packets
         // are over before their frames are used again.
         fence(Ordering::Acquire);
         let committed = seen.wrapping_sub(self.consumed);
-        if committed > self.lent() {
-            return Err(IndexError { consumed: self.consumed, head: self.head, seen });
+        if committed > self.published.wrapping_sub(self.consumed) {
+            return Err(IndexError { consumed: self.consumed, head: self.published, seen });
         }
-        self.hand_back(committed, returned);
+        for ahead in 0..committed {
+            // Own words: only this producer writes them.
+            let body = self.memory.slot(self.consumed.wrapping_add(ahead)).body.load(Ordering::Relaxed);
+            returned(Descriptor::offset_in(body));
+        }
+        self.consumed = seen;
         Ok(committed)
     }
 
     /// Hands back every descriptor the consumer has not committed, in order, whatever its index says: for a consumer
     /// that is gone. Returns how many these were.
-    pub fn take_all(&mut self, returned: impl FnMut(Descriptor)) -> u32 {
+    pub fn take_all(&mut self, mut returned: impl FnMut(Descriptor)) -> u32 {
+        self.publish();
         let lent = self.lent();
-        self.hand_back(lent, returned);
-        lent
-    }
-
-    #[inline(always)]
-    fn hand_back(&mut self, count: u32, mut returned: impl FnMut(Descriptor)) {
-        for ahead in 0..count {
+        for ahead in 0..lent {
             let slot = self.memory.slot(self.consumed.wrapping_add(ahead));
-            // Own words: only this producer writes them.
+            // Own words, as above.
             returned(Descriptor::from_words(
                 slot.body.load(Ordering::Relaxed),
                 slot.mark.load(Ordering::Relaxed),
             ));
         }
-        self.consumed = self.consumed.wrapping_add(count);
+        self.consumed = self.head;
+        lent
     }
 }
 
@@ -335,6 +356,8 @@ mod tests {
         for n in 0..5 {
             assert!(producer.push(numbered(n)));
         }
+        producer.publish();
+        assert!(producer.push(numbered(5)));
         let lie = |value| RingMemory::consumer(&&ring).store(value, Ordering::Relaxed);
         let none = |_| panic!("handed back");
         lie(6);
@@ -346,20 +369,21 @@ mod tests {
         lie(2);
         assert_eq!(producer.take_back(none), Err(IndexError { consumed: 3, head: 5, seen: 2 }));
         let mut left = Vec::new();
-        assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
-        assert_eq!(left, [3, 4]);
+        assert_eq!(producer.take_all(|d| left.push(d.offset)), 3);
+        assert_eq!(left, [3, 4, 5]);
         assert_eq!(producer.room(), 8);
     }
 
     #[derive(Clone, Debug)]
     enum Step {
         Push,
+        Publish,
         Commit(u32),
         TakeBack,
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![3 => Just(Step::Push), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
+        prop_oneof![4 => Just(Step::Push), 2 => Just(Step::Publish), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
     }
 
     /// What a consumer writes that is out of its mind.
@@ -401,7 +425,7 @@ mod tests {
             let ring = HeapRing::starting_at(slots, start);
             let mut producer = Producer::starting_at(&ring, start);
             let mut consumer = Consumer::starting_at(&ring, start);
-            let (mut queue, mut lent) = (VecDeque::new(), VecDeque::new());
+            let (mut held, mut queue, mut lent) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
             let mut next = 0;
             for step in steps {
                 match step {
@@ -409,10 +433,14 @@ mod tests {
                         let fits = lent.len() < slots as usize;
                         prop_assert_eq!(producer.push(numbered(next)), fits);
                         if fits {
-                            queue.push_back(next);
+                            held.push_back(next);
                             lent.push_back(next);
                             next += 1;
                         }
+                    }
+                    Step::Publish => {
+                        producer.publish();
+                        queue.append(&mut held);
                     }
                     Step::Commit(count) => {
                         let count = count.min(u32::try_from(queue.len()).unwrap());
@@ -438,10 +466,10 @@ mod tests {
                     Step::TakeBack => {
                         let mut back = Vec::new();
                         producer.take_back(|d| back.push(d)).unwrap();
-                        for d in back {
-                            prop_assert_eq!(d, numbered(lent.pop_front().unwrap()));
+                        for offset in back {
+                            prop_assert_eq!(offset, numbered(lent.pop_front().unwrap()).offset);
                         }
-                        prop_assert_eq!(lent.len(), queue.len());
+                        prop_assert_eq!(lent.len(), queue.len() + held.len());
                     }
                 }
                 prop_assert_eq!(producer.lent() as usize, lent.len());
@@ -467,6 +495,7 @@ mod tests {
                 for _ in 0..push {
                     pushed += u32::from(producer.push(numbered(pushed)));
                 }
+                producer.publish();
                 prop_assert!(pushed - back <= slots);
                 let (head, consumed) = (start.wrapping_add(pushed), start.wrapping_add(back));
                 let seen = match lie {
@@ -476,15 +505,15 @@ mod tests {
                 };
                 RingMemory::consumer(&&ring).store(seen, Ordering::Relaxed);
                 let mut returned = Vec::new();
-                let answer = producer.take_back(|descriptor| returned.push(descriptor));
+                let answer = producer.take_back(|offset| returned.push(offset));
                 if (0..=pushed - back).any(|committed| consumed.wrapping_add(committed) == seen) {
                     prop_assert_eq!(answer, Ok(seen.wrapping_sub(consumed)));
                 } else {
                     prop_assert_eq!(answer, Err(IndexError { consumed, head, seen }));
                     prop_assert!(returned.is_empty());
                 }
-                for descriptor in returned {
-                    prop_assert_eq!(descriptor, numbered(back));
+                for offset in returned {
+                    prop_assert_eq!(offset, numbered(back).offset);
                     back += 1;
                 }
             }

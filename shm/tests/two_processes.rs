@@ -153,6 +153,7 @@ impl Peer {
                 pushed += 1;
                 left -= 1;
             }
+            self.producer.publish();
             if left > 0 && self.take_back(returned) == 0 {
                 idle.wait();
                 if idle.0.is_multiple_of(4096) && self.process.try_wait().unwrap().is_some() {
@@ -166,8 +167,8 @@ impl Peer {
     }
 
     fn take_back(&mut self, returned: &mut u32) -> u32 {
-        let count = self.producer.take_back(|descriptor| {
-            assert_eq!(descriptor, numbered(*returned));
+        let count = self.producer.take_back(|offset| {
+            assert_eq!(offset, numbered(*returned).offset);
             *returned += 1;
         });
         count.unwrap()

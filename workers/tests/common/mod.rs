@@ -153,6 +153,7 @@ impl Primary {
             hash: bytes[0].into(),
         };
         assert!(self.lanes[lane].push(descriptor));
+        self.lanes[lane].publish();
         Ringer::fence();
         let ring = self.ringer.must_ring(self.up.epoch());
         if ring {

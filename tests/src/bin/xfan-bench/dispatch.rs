@@ -33,11 +33,13 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the workers at a time, and
-/// no ring is ever full: when all are, the lane waits.
-const FRAMES: u32 = 4096;
-const POSTED: u32 = FRAMES / 2;
-const SLOTS: u32 = FRAMES;
+/// Flows: each frame holds a packet of one.
+const FLOWS: u32 = 4096;
+/// As `xfan run` has them where lane and workers share a CPU. The NIC holds as many as its RX ring, and all others can be with
+/// the workers; when all are, the lane waits.
+const SLOTS: u32 = 8192;
+const POSTED: u32 = 2048;
+const FRAMES: u32 = POSTED + SLOTS - BATCH as u32;
 const BATCH: usize = 64;
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
@@ -115,7 +117,7 @@ fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
         packet[17] = 50; // total length
         packet[23] = 17;
         packet[26..34].copy_from_slice(&[10, 99, 0, 0, 10, 99, 0, 1]);
-        let flow = u16::try_from(frame).unwrap_or(u16::MAX);
+        let flow = u16::try_from(frame % FLOWS).unwrap_or(u16::MAX);
         packet[28..30].copy_from_slice(&flow.to_be_bytes());
         packet[34..36].copy_from_slice(&flow.wrapping_mul(0x9e37).to_be_bytes());
         packet[39] = 30; // UDP length

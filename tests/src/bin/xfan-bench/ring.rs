@@ -231,6 +231,7 @@ impl Pair {
             for _ in 0..GROUP {
                 let sent = peer::numbered(self.sent);
                 self.push(sent);
+                self.there.publish();
                 let echo = loop {
                     if let Some(echo) = self.back.peek(0) {
                         break echo;
@@ -248,11 +249,15 @@ impl Pair {
         let first = self.sent;
         let start = Instant::now();
         while start.elapsed() < time {
-            for _ in 0..256 * size {
-                self.push(peer::numbered(self.sent));
+            for _ in 0..256 {
+                for _ in 0..size {
+                    self.push(peer::numbered(self.sent));
+                }
+                self.there.publish();
             }
         }
         self.push(Descriptor { flags: LAST, ..peer::numbered(self.sent) });
+        self.there.publish();
         let (taken, _) = protocol::receive::<Taken>(&self.socket, MAX_REQUEST)?;
         let elapsed = start.elapsed();
         self.intact &= taken.intact && taken.next == self.sent;
@@ -263,9 +268,10 @@ impl Pair {
     #[inline(always)]
     fn push(&mut self, descriptor: Descriptor) {
         while !self.there.push(descriptor) {
+            self.there.publish();
             let (returned, intact) = (&mut self.returned, &mut self.intact);
-            let committed = self.there.take_back(|descriptor| {
-                *intact &= descriptor.offset == *returned;
+            let committed = self.there.take_back(|offset| {
+                *intact &= offset == *returned;
                 *returned = returned.wrapping_add(1);
             });
             self.intact &= committed.is_ok();
