@@ -1,9 +1,9 @@
 //! The ring that descriptors travel through: one producing thread, one consuming process.
 //!
 //! ```text
-//!             consumed                 head
-//!                │                      │
-//!    … free … ───┼── lent to consumer ──┼─── free …      positions are free-running u32, masked at access
+//!             consumed              published      head
+//!                │                      │           │
+//!    … free … ───┼── lent to consumer ──┼─ pushed ──┼─ free …      positions are free-running u32, masked at access
 //!                │                      │
 //!   published by │                      │ private to the producer: a slot announces itself
 //!   the consumer ┘                      └ by the lap mark in its second word
@@ -11,10 +11,12 @@
 //!
 //! A slot is two words. The producer stores the first, then the second with Release; the second carries a mark
 //! that flips each lap. The consumer waits for the mark of its lap with Acquire on the very slot it wants, so no
-//! producer index travels between the caches. The consumer index travels back: it is stored once per commit, and the
-//! producer loads it when its private copy says *full* or when it wants its slots' frames back.
+//! producer index travels between the caches. Of the slots pushed since the last [`publish`](Producer::publish) the first
+//! gets its mark last: until then the consumer, which stops there, reaches for no line that is still being written. The
+//! consumer index travels back: it is stored once per commit, and the producer loads it when its private copy
+//! says *full* or when it wants its slots' frames back.
 //!
-//! The producer believes nothing: a consumer index that went backwards or past what was produced is an [`IndexError`].
+//! The producer believes nothing: a consumer index that went backwards or past what was published is an [`IndexError`].
 //! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics (`models`)
 //! while production runs them over mapped memory (`layout`).
 //!

@@ -128,7 +128,7 @@ impl Bench {
             if count == 0 {
                 break;
             }
-            self.lane.dispatch(&batch[..count], 77);
+            self.lane.dispatch(&mut batch[..count], 77);
         }
         self.balanced();
     }

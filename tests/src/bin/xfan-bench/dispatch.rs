@@ -33,13 +33,9 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// Flows: each frame holds a packet of one.
-const FLOWS: u32 = 4096;
-/// As `xfan run` has them where lane and workers share a CPU. The NIC holds as many as its RX ring, and all others can be with
-/// the workers; when all are, the lane waits.
-const SLOTS: u32 = 8192;
-const POSTED: u32 = 2048;
-const FRAMES: u32 = POSTED + SLOTS - BATCH as u32;
+/// One flow each. No ring is ever full: it has as many slots, and when the workers have all frames, the lane waits. More
+/// frames than a cycle of lane and workers takes would let those of one worker's flows stay away.
+const FRAMES: u32 = 4096;
 const BATCH: usize = 64;
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
@@ -87,8 +83,7 @@ struct Endless {
 impl PacketSource for Endless {
     #[inline(always)]
     fn receive(&mut self, batch: &mut [Received]) -> usize {
-        let held = POSTED as usize - BATCH;
-        let count = batch.len().min(self.posted.len().saturating_sub(held));
+        let count = batch.len().min(self.posted.len());
         let rest = self.posted.len() - count;
         for (packet, frame) in batch.iter_mut().zip(self.posted.drain(rest..)) {
             *packet = Received { offset: frame + HEADROOM, length: 64 };
@@ -117,7 +112,7 @@ fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
         packet[17] = 50; // total length
         packet[23] = 17;
         packet[26..34].copy_from_slice(&[10, 99, 0, 0, 10, 99, 0, 1]);
-        let flow = u16::try_from(frame % FLOWS).unwrap_or(u16::MAX);
+        let flow = u16::try_from(frame).unwrap_or(u16::MAX);
         packet[28..30].copy_from_slice(&flow.to_be_bytes());
         packet[34..36].copy_from_slice(&flow.wrapping_mul(0x9e37).to_be_bytes());
         packet[39] = 30; // UDP length
@@ -141,6 +136,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let shared = lane_cpu == worker_cpu || options.workers > 1;
     let before = round_trip_ns(0, 1);
 
+    // As `xfan run` has them.
+    let slots = if shared { 8192 } else { 4096 };
     let (fd, mapping) = packets()?;
     let memory = Arc::new(PacketMemory::of_segment(&fd, mapping)?);
     let spin = Duration::from_millis(if shared { 0 } else { 1000 });
@@ -149,7 +146,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         core: lane_cpu,
         config: LaneConfig {
             batch: BATCH,
-            posted: POSTED,
+            posted: FRAMES,
             spin,
             yields: Duration::from_secs(3600),
             shared,
@@ -171,7 +168,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         "memory".into(),
         None,
         memory,
-        Geometry { lanes: 1, slots: SLOTS },
+        Geometry { lanes: 1, slots },
         lanes,
         members,
         (spin, Duration::from_secs(3600)),

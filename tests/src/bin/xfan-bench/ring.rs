@@ -22,10 +22,8 @@ use crate::Failure;
 pub use peer::serve;
 use peer::{LAST, SharedLine, Taken, Task};
 
-/// Round trips that are timed together: some processors count time in steps of 10 ns.
-const GROUP: u64 = 16;
-/// Groups whose median is one sample.
-const GROUPS: u64 = 1500;
+/// Round trips of one sample.
+const TRIPS: u64 = 20_000;
 
 /// Room at which a full ring is filled further at once.
 const REST: u32 = 256;
@@ -204,42 +202,32 @@ impl Pair {
         Ok(Pair { process, socket, line, there, back, sent: 0, returned: 0, intact: true })
     }
 
-    /// Median round trip of one cache line, in nanoseconds.
+    /// Round trip of one cache line, in nanoseconds.
     fn line(&mut self) -> Result<f64, Failure> {
-        protocol::send(&self.socket, &Task::Line { trips: GROUP * GROUPS }, &[])?;
-        Ok(median_ns(|group| {
-            for trip in 1..=GROUP {
-                self.line.ping(group * GROUP + trip);
-            }
-        }))
+        protocol::send(&self.socket, &Task::Line { trips: TRIPS }, &[])?;
+        Ok(middle_ns(|trip| self.line.ping(trip)))
     }
 
-    /// Median round trip over two cache lines with one writer each, in nanoseconds.
+    /// Round trip over two cache lines with one writer each, in nanoseconds.
     fn two_lines(&mut self) -> Result<f64, Failure> {
-        protocol::send(&self.socket, &Task::Lines { trips: GROUP * GROUPS }, &[])?;
-        Ok(median_ns(|group| {
-            for trip in 1..=GROUP {
-                self.line.ping_over_two(group * GROUP + trip);
-            }
-        }))
+        protocol::send(&self.socket, &Task::Lines { trips: TRIPS }, &[])?;
+        Ok(middle_ns(|trip| self.line.ping_over_two(trip)))
     }
 
-    /// Median round trip of one descriptor, in nanoseconds.
+    /// Round trip of one descriptor, in nanoseconds.
     fn round_trip(&mut self) -> Result<f64, Failure> {
-        protocol::send(&self.socket, &Task::Echo { trips: GROUP * GROUPS }, &[])?;
-        Ok(median_ns(|_| {
-            for _ in 0..GROUP {
-                let sent = peer::numbered(self.sent);
-                self.push(sent);
-                self.there.publish();
-                let echo = loop {
-                    if let Some(echo) = self.back.peek(0) {
-                        break echo;
-                    }
-                };
-                self.back.commit(1);
-                self.intact &= echo == sent;
-            }
+        protocol::send(&self.socket, &Task::Echo { trips: TRIPS }, &[])?;
+        Ok(middle_ns(|_| {
+            let sent = peer::numbered(self.sent);
+            self.push(sent);
+            self.there.publish();
+            let echo = loop {
+                if let Some(echo) = self.back.peek(0) {
+                    break echo;
+                }
+            };
+            self.back.commit(1);
+            self.intact &= echo == sent;
         }))
     }
 
@@ -291,18 +279,20 @@ impl Drop for Pair {
     }
 }
 
-/// Median time of a round trip, of many groups of them, in nanoseconds.
-fn median_ns(mut group: impl FnMut(u64)) -> f64 {
-    let mut times: Vec<u64> = (0..GROUPS)
+/// Time of a round trip, in nanoseconds: each is timed alone, and the mean of the middle half taken, since some processors
+/// count time in steps of 10 ns. `trip` is called with their numbers, from 1.
+#[allow(clippy::cast_precision_loss)] // nanoseconds
+fn middle_ns(mut trip: impl FnMut(u64)) -> f64 {
+    let mut times: Vec<u64> = (1..=TRIPS)
         .map(|number| {
             let start = ticks();
-            group(number);
+            trip(number);
             ticks() - start
         })
         .collect();
     times.sort_unstable();
-    #[allow(clippy::cast_precision_loss)] // nanoseconds
-    times.get(times.len() / 2).map_or(f64::NAN, |ticks| *ticks as f64 / ticks_per_ns() / GROUP as f64)
+    let middle = &times[times.len() / 4..times.len() * 3 / 4];
+    middle.iter().sum::<u64>() as f64 / ticks_per_ns() / middle.len() as f64
 }
 
 fn print(json: bool, measured: &Measured) -> Result<(), Failure> {
