@@ -70,7 +70,14 @@ impl Frames {
         let stack: Box<[u32]> = (0..count).rev().map(|index| base + index * size).collect();
         let units = (base / UNIT) as usize + count as usize * (size / UNIT) as usize;
         // The lowest on top.
-        Frames { base, start: !(size - 1), posted: vec![false; units].into(), stack, free: count as usize, kernel: 0 }
+        Frames {
+            base,
+            start: !(size - 1),
+            posted: vec![false; units].into(),
+            stack,
+            free: count as usize,
+            kernel: 0,
+        }
     }
 
     /// Hands up to `count` free frames to the kernel. Returns the offsets at which they begin.

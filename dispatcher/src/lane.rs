@@ -15,6 +15,7 @@
 //! The loop allocates nothing, takes no lock, logs nothing, and makes no system call per packet: a batch costs at
 //! most one `clock_gettime` (vDSO) and one `write` per sleeping worker.
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,7 +27,7 @@ use xfan_shm::bell;
 use xfan_shm::clock::{BusyMeter, CoarseClock, ticks, ticks_per_ns};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
-use xfan_shm::ring::{IndexError, Producer};
+use xfan_shm::ring::{IndexError, Producer, Reserved};
 
 use crate::counters::{LaneCounters, MemberCounters};
 use crate::frames::Frames;
@@ -147,14 +148,14 @@ impl Link {
         self.link.counters.dropped.add(u64::from(std::mem::take(&mut self.dropped)));
     }
 
-    /// The ring was full: pushes if the worker has moved on meanwhile, else counts the drop.
+    /// The ring was full: takes a slot if the worker has moved on meanwhile, else counts the drop.
     #[cold]
     #[inline(never)]
-    fn push_again(&mut self, descriptor: &Descriptor, frames: &mut Frames) -> bool {
+    fn reserve_again(&mut self, frames: &mut Frames) -> Option<Reserved> {
         // An index that makes no sense is dealt with at the end of the batch.
-        let pushed = self.take_back(frames).is_ok() && self.link.ring.push(*descriptor);
-        self.dropped += u32::from(!pushed);
-        pushed
+        let reserved = self.take_back(frames).ok().and_then(|()| self.link.ring.reserve());
+        self.dropped += u32::from(reserved.is_none());
+        reserved
     }
 
     /// Frees all frames of a member that is no more.
@@ -276,7 +277,7 @@ impl<S: PacketSource> Lane<S> {
         let accepted = accept(&mut self.frames, &self.memory, batch, &mut sums);
         let batch = &batch[..accepted];
         describe(&self.key, &self.memory, batch, stamp, &mut self.room, &mut sums);
-        let descriptors = &self.room[..accepted.min(MAX_BATCH)];
+        let descriptors = &mut self.room[..accepted.min(MAX_BATCH)];
         push(&mut self.frames, &self.table, &mut self.members, descriptors, &mut sums);
         self.wake(sums.touched);
         self.refill();
@@ -479,29 +480,41 @@ fn describe(
     }
 }
 
-/// Pushes each descriptor into the ring of the member that takes it.
+/// Pushes each descriptor into the ring of the member that takes it. All slots are taken before the first is written: so
+/// their lines, which the workers' caches have, come at the same time.
 #[inline(never)]
 fn push(
     frames: &mut Frames,
     table: &BucketTable,
     members: &mut [Option<Link>; 256],
-    descriptors: &[Descriptor],
+    descriptors: &mut [Descriptor],
     sums: &mut Sums,
 ) {
-    let mut touched = 0u64;
-    // By reference: a copy would be taken to pieces, and put together again from memory just written, which stalls.
-    for descriptor in descriptors {
-        let place = table.member(descriptor.hash);
+    let mut slots = [const { MaybeUninit::<Reserved>::uninit() }; MAX_BATCH];
+    let (mut touched, mut reserved) = (0u64, 0);
+    for number in 0..descriptors.len().min(MAX_BATCH) {
+        let Descriptor { hash, offset, .. } = descriptors[number];
+        let place = table.member(hash);
         let Some(link) = &mut members[usize::from(place)] else {
             sums.no_worker += 1;
-            frames.give_back(descriptor.offset);
+            frames.give_back(offset);
             continue;
         };
         touched |= 1u64.wrapping_shl(u32::from(place));
-        if !link.link.ring.push(*descriptor) && !link.push_again(descriptor, frames) {
-            frames.give_back(descriptor.offset);
+        let Some(slot) = link.link.ring.reserve().or_else(|| link.reserve_again(frames)) else {
             sums.ring_full += 1;
+            frames.give_back(offset);
+            continue;
+        };
+        slots[reserved].write(slot);
+        if reserved != number {
+            descriptors[reserved] = descriptors[number];
         }
+        reserved += 1;
+    }
+    for (slot, descriptor) in slots.iter().zip(&*descriptors).take(reserved) {
+        // SAFETY: the first `reserved` are written; no member leaves and nothing is published meanwhile.
+        unsafe { slot.assume_init().fill(*descriptor) };
     }
     sums.touched = touched;
 }

@@ -23,6 +23,8 @@
 //! What the other side writes is mapped read-only here. On such memory Rust allows relaxed atomic loads and no others, so
 //! an Acquire load is written as a relaxed load and an Acquire fence behind it; on x86-64 it is the same instruction.
 
+use std::ptr::NonNull;
+
 use crate::descriptor::{Descriptor, LAP};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -83,10 +85,8 @@ pub struct Producer<M> {
     memory: M,
     slots: u32,
     head: u32,
-    /// Up to here the consumer may see descriptors …
+    /// Up to here the consumer may see descriptors.
     published: u32,
-    /// … and this is the second word of the first one beyond, if there is one.
-    held: u64,
     consumed: u32,
 }
 
@@ -98,7 +98,7 @@ impl<M: RingMemory> Producer<M> {
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
-        Producer { memory, slots, head: 0, published: 0, held: 0, consumed: 0 }
+        Producer { memory, slots, head: 0, published: 0, consumed: 0 }
     }
 
     /// Like [`new`](Self::new), at a position that is a multiple of twice the slots: for tests near the wrap-around.
@@ -134,35 +134,41 @@ impl<M: RingMemory> Producer<M> {
         self.head
     }
 
-    /// Writes one descriptor, which [`publish`](Self::publish) then shows to the consumer. `false`: full by the private
-    /// copy, nothing was written; [`take_back`](Self::take_back) may make room.
+    /// Takes the next slot, and asks for its line. `None`: full by the private copy; [`take_back`](Self::take_back) may
+    /// make room.
     #[inline(always)]
-    pub fn push(&mut self, descriptor: Descriptor) -> bool {
+    pub fn reserve(&mut self) -> Option<Reserved> {
         if self.room() == 0 {
-            return false;
+            return None;
         }
         let slot = self.memory.slot(self.head);
-        let (word0, word1) = descriptor.to_words();
-        slot.body.store(word0, Ordering::Relaxed);
-        let word1 = word1 | lap_mark(self.head, self.slots);
-        // The consumer stops at the first slot without its mark: as long as the first is held back, it sees none.
-        if self.head == self.published {
-            self.held = word1;
-        } else {
-            // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
-            // and the packet's bytes that were written before this push.
-            slot.mark.store(word1, Ordering::Release);
-        }
+        prefetch_for_writing(slot);
+        let mark = lap_mark(self.head, self.slots);
+        // The consumer stops at the first slot without its mark: as long as the first has none, it sees none.
+        let mark = if self.head == self.published { mark ^ LAP } else { mark };
         self.head = self.head.wrapping_add(1);
+        Some(Reserved { slot: NonNull::from(slot), mark })
+    }
+
+    /// Writes one descriptor, which [`publish`](Self::publish) then shows to the consumer. `false`: full by the private
+    /// copy, nothing was written.
+    #[inline(always)]
+    pub fn push(&mut self, descriptor: Descriptor) -> bool {
+        let Some(reserved) = self.reserve() else { return false };
+        // SAFETY: `self` has the ring's memory.
+        unsafe { reserved.fill(descriptor) };
         true
     }
 
-    /// Shows the consumer, at once, all that was pushed: it does not reach for lines that are still being written.
+    /// Shows the consumer, at once, all slots that were reserved, each of which has been filled: so it does not reach for
+    /// lines that are still being written.
     #[inline(always)]
     pub fn publish(&mut self) {
         if self.published != self.head {
-            // Release: as in `push`.
-            self.memory.slot(self.published).mark.store(self.held, Ordering::Release);
+            let first = &self.memory.slot(self.published).mark;
+            // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
+            // and the packet's bytes that were written before this.
+            first.store(first.load(Ordering::Relaxed) ^ LAP, Ordering::Release);
             self.published = self.head;
         }
     }
@@ -208,6 +214,43 @@ impl<M: RingMemory> Producer<M> {
         self.consumed = self.head;
         lent
     }
+}
+
+/// A slot that a producer has taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Reserved {
+    slot: NonNull<Slot>,
+    mark: u64,
+}
+
+impl Reserved {
+    /// Writes the descriptor that the slot is for.
+    ///
+    /// # Safety
+    /// The ring's memory still exists, and its producer has published nothing since.
+    #[inline(always)]
+    pub unsafe fn fill(self, descriptor: Descriptor) {
+        // SAFETY: the slot lies in the ring's memory, which exists.
+        let slot = unsafe { self.slot.as_ref() };
+        let (word0, word1) = descriptor.to_words();
+        slot.body.store(word0, Ordering::Relaxed);
+        // Release: as in `publish`, for all slots but the first.
+        slot.mark.store(word1 | self.mark, Ordering::Release);
+    }
+}
+
+/// Asks for the line of a slot: the consumer has read it in the last lap, so another cache has it. Lines that are asked for
+/// one after the other come at the same time; stores that miss wait for each other.
+#[inline(always)]
+fn prefetch_for_writing(slot: &Slot) {
+    #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
+    // SAFETY: a prefetch changes nothing that a program sees, and the line is there. The intrinsic with the hint for
+    // writing needs a processor feature that is no part of x86-64; without it, this is no operation.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) slot, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
+    let _ = slot;
 }
 
 /// The consuming end.
