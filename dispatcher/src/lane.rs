@@ -284,17 +284,13 @@ impl<S: PacketSource> Lane<S> {
         self.publish(received, &sums);
     }
 
-    /// Shows every member the packets it got, rings for those that sleep, counts, and takes frames back where many are lent.
+    /// Rings for every member that got packets and sleeps, counts, and takes frames back where many are lent.
     #[inline]
     fn wake(&mut self, touched: u64) {
-        for place in places(touched) {
-            if let Some(link) = &mut self.members[place] {
-                link.link.ring.publish();
-            }
-        }
         Ringer::fence();
         for place in places(touched) {
             let Some(link) = &mut self.members[place] else { continue };
+            link.link.ring.filled();
             if link.ringer.must_ring(link.link.up.epoch()) {
                 link.link.counters.wakeups.add(1);
                 bell::ring(&link.link.doorbell);
@@ -480,8 +476,9 @@ fn describe(
     }
 }
 
-/// Pushes each descriptor into the ring of the member that takes it. All slots are taken before the first is written: so
-/// their lines, which the workers' caches have, come at the same time.
+/// Pushes each descriptor into the ring of the member that takes it. All slots are reserved before one is filled: so
+/// their lines, which the workers' caches have, come at the same time. The first is filled last, and with it a
+/// worker sees all of its slots.
 #[inline(never)]
 fn push(
     frames: &mut Frames,
@@ -512,8 +509,9 @@ fn push(
         }
         reserved += 1;
     }
-    for (slot, descriptor) in slots.iter().zip(&*descriptors).take(reserved) {
-        // SAFETY: the first `reserved` are written; no member leaves and nothing is published meanwhile.
+    let reserved = reserved.min(descriptors.len());
+    for (slot, descriptor) in slots[..reserved].iter().zip(&descriptors[..reserved]).rev() {
+        // SAFETY: that many are written; no member leaves meanwhile.
         unsafe { slot.assume_init().fill(*descriptor) };
     }
     sums.touched = touched;

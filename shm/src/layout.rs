@@ -417,7 +417,6 @@ mod tests {
             for n in 0..20 {
                 let sent = Descriptor { offset: n, hash: lane, ..Descriptor::default() };
                 assert!(producer.push(sent));
-                producer.publish();
                 assert_eq!(consumer.peek(0), Some(sent));
                 consumer.commit(1);
                 assert_eq!(producer.take_back(|_| ()), Ok(1));

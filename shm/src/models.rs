@@ -13,7 +13,7 @@ use loom::thread;
 use crate::Descriptor;
 use crate::doorbell::{Ringer, Sleeper};
 use crate::ring::heap::HeapRing;
-use crate::ring::{Consumer, Producer};
+use crate::ring::{Consumer, Producer, Reserved};
 use crate::sync::{AtomicU32, Ordering};
 
 /// Runs a model that is too large to be run whole: every interleaving with at most so many preemptions in it.
@@ -69,7 +69,7 @@ impl Bell {
 }
 
 /// Moves `items` packets through a ring of `slots` that starts two laps before the wrap of positions, with as many frames as
-/// slots, each written again as soon as it is back; batches of up to `batch` are published, and committed.
+/// slots, each written again as soon as it is back; batches of up to `batch` are filled, and committed.
 fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     let start = 0u32.wrapping_sub(2 * slots);
     let ring = Arc::new(HeapRing::starting_at(slots, start));
@@ -99,6 +99,14 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     });
 
     let mut free: Vec<u32> = (0..slots).collect();
+    let mut reserved = Vec::new();
+    let fill = |producer: &mut Producer<_>, reserved: &mut Vec<(Reserved, Descriptor)>| {
+        for (slot, descriptor) in reserved.drain(..).rev() {
+            // SAFETY: the ring is there, and each slot is filled once.
+            unsafe { slot.fill(descriptor) };
+        }
+        producer.filled();
+    };
     let mut sent = VecDeque::new();
     let take = |producer: &mut Producer<_>, sent: &mut VecDeque<u32>, free: &mut Vec<u32>| {
         let count = producer.take_back(|offset| {
@@ -111,18 +119,19 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     };
     for n in 0..items {
         while free.is_empty() {
-            producer.publish();
+            fill(&mut producer, &mut reserved);
             take(&mut producer, &mut sent, &mut free);
         }
         let frame = free.remove(0);
         write(&memory, frame, n);
         sent.push_back(frame);
-        assert!(producer.push(Descriptor { offset: frame, hash: n, ..Descriptor::default() }));
+        let descriptor = Descriptor { offset: frame, hash: n, ..Descriptor::default() };
+        reserved.push((producer.reserve().expect("as many slots as frames"), descriptor));
         if (n + 1) % batch == 0 {
-            producer.publish();
+            fill(&mut producer, &mut reserved);
         }
     }
-    producer.publish();
+    fill(&mut producer, &mut reserved);
     while free.len() < slots as usize {
         take(&mut producer, &mut sent, &mut free);
     }
@@ -161,7 +170,6 @@ fn nothing_is_lost_with_a_dead_consumer() {
         let mut back = Vec::new();
         for n in 0..3 {
             pushed += u32::from(producer.push(Descriptor { offset: n, ..Descriptor::default() }));
-            producer.publish();
             producer.take_back(|offset| back.push(offset)).unwrap();
         }
         // The worker may still run: a dispatcher that gives up on it does not wait for it.
@@ -214,7 +222,6 @@ fn no_wake_up_is_lost() {
         let mut rings = 0;
         for _ in 0..ITEMS {
             assert!(producer.push(Descriptor::default()));
-            producer.publish();
             Ringer::fence();
             if ringer.must_ring(&epoch) {
                 rings += 1;

@@ -1,9 +1,9 @@
 //! The ring that descriptors travel through: one producing thread, one consuming process.
 //!
 //! ```text
-//!             consumed              published      head
-//!                │                      │           │
-//!    … free … ───┼── lent to consumer ──┼─ pushed ──┼─ free …      positions are free-running u32, masked at access
+//!             consumed                filled        head
+//!                │                      │            │
+//!    … free … ───┼── lent to consumer ──┼─ reserved ─┼─ free …     positions are free-running u32, masked at access
 //!                │                      │
 //!   published by │                      │ private to the producer: a slot announces itself
 //!   the consumer ┘                      └ by the lap mark in its second word
@@ -11,12 +11,10 @@
 //!
 //! A slot is two words. The producer stores the first, then the second with Release; the second carries a mark
 //! that flips each lap. The consumer waits for the mark of its lap with Acquire on the very slot it wants, so no
-//! producer index travels between the caches. Of the slots pushed since the last [`publish`](Producer::publish) the first
-//! gets its mark last: until then the consumer, which stops there, reaches for no line that is still being written. The
-//! consumer index travels back: it is stored once per commit, and the producer loads it when its private copy
-//! says *full* or when it wants its slots' frames back.
+//! producer index travels between the caches. The consumer index travels back: it is stored once per commit, and the
+//! producer loads it when its private copy says *full* or when it wants its slots' frames back.
 //!
-//! The producer believes nothing: a consumer index that went backwards or past what was published is an [`IndexError`].
+//! The producer believes nothing: a consumer index that went backwards or past what was filled is an [`IndexError`].
 //! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics (`models`)
 //! while production runs them over mapped memory (`layout`).
 //!
@@ -65,7 +63,7 @@ pub trait RingMemory {
 pub struct IndexError {
     /// Where the consumer stood before.
     pub consumed: u32,
-    /// The first position not yet published.
+    /// The first position not yet filled.
     pub head: u32,
     /// What its segment says now.
     pub seen: u32,
@@ -85,8 +83,8 @@ pub struct Producer<M> {
     memory: M,
     slots: u32,
     head: u32,
-    /// Up to here the consumer may see descriptors.
-    published: u32,
+    /// Up to here the slots hold descriptors; from here to the head they are reserved.
+    filled: u32,
     consumed: u32,
 }
 
@@ -98,7 +96,7 @@ impl<M: RingMemory> Producer<M> {
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
-        Producer { memory, slots, head: 0, published: 0, consumed: 0 }
+        Producer { memory, slots, head: 0, filled: 0, consumed: 0 }
     }
 
     /// Like [`new`](Self::new), at a position that is a multiple of twice the slots: for tests near the wrap-around.
@@ -106,7 +104,7 @@ impl<M: RingMemory> Producer<M> {
     pub fn starting_at(memory: M, position: u32) -> Self {
         let mut producer = Producer::new(memory);
         assert_eq!(u64::from(position) % (2 * u64::from(producer.slots)), 0);
-        (producer.head, producer.published, producer.consumed) = (position, position, position);
+        (producer.head, producer.filled, producer.consumed) = (position, position, position);
         producer
     }
 
@@ -136,6 +134,10 @@ impl<M: RingMemory> Producer<M> {
 
     /// Takes the next slot, and asks for its line. `None`: full by the private copy; [`take_back`](Self::take_back) may
     /// make room.
+    ///
+    /// Many slots are best [filled](Reserved::fill) from the last to the first: the consumer, which stops at the first that
+    /// is not filled, then reaches for no line that is still being written, and sees them all at once. Then say so
+    /// by [`filled`](Self::filled).
     #[inline(always)]
     pub fn reserve(&mut self) -> Option<Reserved> {
         if self.room() == 0 {
@@ -144,33 +146,24 @@ impl<M: RingMemory> Producer<M> {
         let slot = self.memory.slot(self.head);
         prefetch_for_writing(slot);
         let mark = lap_mark(self.head, self.slots);
-        // The consumer stops at the first slot without its mark: as long as the first has none, it sees none.
-        let mark = if self.head == self.published { mark ^ LAP } else { mark };
         self.head = self.head.wrapping_add(1);
         Some(Reserved { slot: NonNull::from(slot), mark })
     }
 
-    /// Writes one descriptor, which [`publish`](Self::publish) then shows to the consumer. `false`: full by the private
-    /// copy, nothing was written.
+    /// Publishes one descriptor. `false`: full by the private copy, nothing was written.
     #[inline(always)]
     pub fn push(&mut self, descriptor: Descriptor) -> bool {
         let Some(reserved) = self.reserve() else { return false };
         // SAFETY: `self` has the ring's memory.
         unsafe { reserved.fill(descriptor) };
+        self.filled();
         true
     }
 
-    /// Shows the consumer, at once, all slots that were reserved, each of which has been filled: so it does not reach for
-    /// lines that are still being written.
+    /// All slots that were reserved have been filled: the consumer may commit them.
     #[inline(always)]
-    pub fn publish(&mut self) {
-        if self.published != self.head {
-            let first = &self.memory.slot(self.published).mark;
-            // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
-            // and the packet's bytes that were written before this.
-            first.store(first.load(Ordering::Relaxed) ^ LAP, Ordering::Release);
-            self.published = self.head;
-        }
+    pub fn filled(&mut self) {
+        self.filled = self.head;
     }
 
     /// Loads the consumer index and hands the offset of every descriptor committed since the last call to `returned`, in
@@ -186,8 +179,8 @@ impl<M: RingMemory> Producer<M> {
         // are over before their frames are used again.
         fence(Ordering::Acquire);
         let committed = seen.wrapping_sub(self.consumed);
-        if committed > self.published.wrapping_sub(self.consumed) {
-            return Err(IndexError { consumed: self.consumed, head: self.published, seen });
+        if committed > self.filled.wrapping_sub(self.consumed) {
+            return Err(IndexError { consumed: self.consumed, head: self.filled, seen });
         }
         for ahead in 0..committed {
             // Own words: only this producer writes them.
@@ -201,8 +194,7 @@ impl<M: RingMemory> Producer<M> {
     /// Hands back every descriptor the consumer has not committed, in order, whatever its index says: for a consumer
     /// that is gone. Returns how many these were.
     pub fn take_all(&mut self, mut returned: impl FnMut(Descriptor)) -> u32 {
-        self.publish();
-        let lent = self.lent();
+        let lent = self.filled.wrapping_sub(self.consumed);
         for ahead in 0..lent {
             let slot = self.memory.slot(self.consumed.wrapping_add(ahead));
             // Own words, as above.
@@ -211,7 +203,7 @@ impl<M: RingMemory> Producer<M> {
                 slot.mark.load(Ordering::Relaxed),
             ));
         }
-        self.consumed = self.head;
+        self.consumed = self.filled;
         lent
     }
 }
@@ -227,14 +219,15 @@ impl Reserved {
     /// Writes the descriptor that the slot is for.
     ///
     /// # Safety
-    /// The ring's memory still exists, and its producer has published nothing since.
+    /// The ring's memory still exists, and the slot has not been filled.
     #[inline(always)]
     pub unsafe fn fill(self, descriptor: Descriptor) {
         // SAFETY: the slot lies in the ring's memory, which exists.
         let slot = unsafe { self.slot.as_ref() };
         let (word0, word1) = descriptor.to_words();
         slot.body.store(word0, Ordering::Relaxed);
-        // Release: as in `publish`, for all slots but the first.
+        // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
+        // and the packet's bytes that were written before this.
         slot.mark.store(word1 | self.mark, Ordering::Release);
     }
 }
@@ -401,8 +394,7 @@ mod tests {
         for n in 0..5 {
             assert!(producer.push(numbered(n)));
         }
-        producer.publish();
-        assert!(producer.push(numbered(5)));
+        assert!(producer.reserve().is_some());
         let lie = |value| RingMemory::consumer(&&ring).store(value, Ordering::Relaxed);
         let none = |_| panic!("handed back");
         lie(6);
@@ -414,21 +406,21 @@ mod tests {
         lie(2);
         assert_eq!(producer.take_back(none), Err(IndexError { consumed: 3, head: 5, seen: 2 }));
         let mut left = Vec::new();
-        assert_eq!(producer.take_all(|d| left.push(d.offset)), 3);
-        assert_eq!(left, [3, 4, 5]);
-        assert_eq!(producer.room(), 8);
+        assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
+        assert_eq!(left, [3, 4]);
+        assert_eq!(producer.room(), 7);
     }
 
     #[derive(Clone, Debug)]
     enum Step {
-        Push,
-        Publish,
+        Reserve,
+        Fill,
         Commit(u32),
         TakeBack,
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![4 => Just(Step::Push), 2 => Just(Step::Publish), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
+        prop_oneof![4 => Just(Step::Reserve), 2 => Just(Step::Fill), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
     }
 
     /// What a consumer writes that is out of its mind.
@@ -474,18 +466,22 @@ mod tests {
             let mut next = 0;
             for step in steps {
                 match step {
-                    Step::Push => {
-                        let fits = lent.len() < slots as usize;
-                        prop_assert_eq!(producer.push(numbered(next)), fits);
-                        if fits {
-                            held.push_back(next);
+                    Step::Reserve => {
+                        let reserved = producer.reserve();
+                        prop_assert_eq!(reserved.is_some(), lent.len() < slots as usize);
+                        if let Some(slot) = reserved {
+                            held.push_back((next, slot));
                             lent.push_back(next);
                             next += 1;
                         }
                     }
-                    Step::Publish => {
-                        producer.publish();
-                        queue.append(&mut held);
+                    Step::Fill => {
+                        for (number, slot) in held.iter().rev() {
+                            // SAFETY: the ring is there, and each slot is filled once.
+                            unsafe { slot.fill(numbered(*number)) };
+                        }
+                        producer.filled();
+                        queue.extend(held.drain(..).map(|(number, _)| number));
                     }
                     Step::Commit(count) => {
                         let count = count.min(u32::try_from(queue.len()).unwrap());
@@ -521,7 +517,7 @@ mod tests {
             }
             let mut rest = 0;
             producer.take_all(|_| rest += 1);
-            prop_assert_eq!(rest, lent.len());
+            prop_assert_eq!(rest, lent.len() - held.len());
         }
 
         /// Whatever a consumer index says, it is an error exactly when it is none an honest consumer can have written,
@@ -540,7 +536,6 @@ mod tests {
                 for _ in 0..push {
                     pushed += u32::from(producer.push(numbered(pushed)));
                 }
-                producer.publish();
                 prop_assert!(pushed - back <= slots);
                 let (head, consumed) = (start.wrapping_add(pushed), start.wrapping_add(back));
                 let seen = match lie {

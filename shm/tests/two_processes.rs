@@ -153,7 +153,6 @@ impl Peer {
                 pushed += 1;
                 left -= 1;
             }
-            self.producer.publish();
             if left > 0 && self.take_back(returned) == 0 {
                 idle.wait();
                 if idle.0.is_multiple_of(4096) && self.process.try_wait().unwrap().is_some() {

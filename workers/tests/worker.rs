@@ -69,7 +69,6 @@ fn packets_are_read_in_place_with_what_is_known_of_them() {
     primary.send(1, 7);
     let unparsed = Descriptor { flags: Descriptor::UNPARSED, port: 9, ..Descriptor::default() };
     assert!(primary.lanes[1].push(unparsed));
-    primary.lanes[1].publish();
     let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
     assert_eq!((batch.len(), batch.is_empty(), batch.lane()), (2, false, 1));
     let packets: Vec<_> = batch.iter().collect();
@@ -261,9 +260,7 @@ fn a_corrupt_descriptor_is_an_error_and_what_comes_before_it_is_not() {
     let offset = u32::try_from(FRAME * FRAMES - 10).unwrap();
     primary.send(0, 1);
     assert!(primary.lanes[0].push(Descriptor { offset, length: 10, ..Descriptor::default() }));
-    primary.lanes[0].publish();
     assert!(primary.lanes[0].push(Descriptor { offset, length: 11, ..Descriptor::default() }));
-    primary.lanes[0].publish();
     assert_eq!(contents(&mut worker), [1, 0]);
     let error = worker.recv(LONG).unwrap_err();
     assert!(matches!(error, RecvError::Corrupt { lane: 0, length: 11, .. }), "{error}");
@@ -271,7 +268,6 @@ fn a_corrupt_descriptor_is_an_error_and_what_comes_before_it_is_not() {
     assert_eq!(primary.take_back(0), 2);
     let outside = Descriptor { offset: u32::MAX, length: u16::MAX, ..Descriptor::default() };
     assert!(primary.lanes[1].push(outside));
-    primary.lanes[1].publish();
     assert!(matches!(worker.recv(LONG), Err(RecvError::Corrupt { .. })));
 }
 

@@ -153,7 +153,6 @@ impl Primary {
             hash: bytes[0].into(),
         };
         assert!(self.lanes[lane].push(descriptor));
-        self.lanes[lane].publish();
         Ringer::fence();
         let ring = self.ringer.must_ring(self.up.epoch());
         if ring {

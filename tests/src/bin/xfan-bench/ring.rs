@@ -220,7 +220,6 @@ impl Pair {
         Ok(middle_ns(|_| {
             let sent = peer::numbered(self.sent);
             self.push(sent);
-            self.there.publish();
             let echo = loop {
                 if let Some(echo) = self.back.peek(0) {
                     break echo;
@@ -241,11 +240,9 @@ impl Pair {
                 for _ in 0..size {
                     self.push(peer::numbered(self.sent));
                 }
-                self.there.publish();
             }
         }
         self.push(Descriptor { flags: LAST, ..peer::numbered(self.sent) });
-        self.there.publish();
         let (taken, _) = protocol::receive::<Taken>(&self.socket, MAX_REQUEST)?;
         let elapsed = start.elapsed();
         self.intact &= taken.intact && taken.next == self.sent;
@@ -256,7 +253,6 @@ impl Pair {
     #[inline(always)]
     fn push(&mut self, descriptor: Descriptor) {
         while !self.there.push(descriptor) {
-            self.there.publish();
             let (returned, intact) = (&mut self.returned, &mut self.intact);
             let committed = self.there.take_back(|offset| {
                 *intact &= offset == *returned;

@@ -144,7 +144,6 @@ fn echo(
         while !back.push(packet) {
             back.take_back(|_| ())?;
         }
-        back.publish();
         there.commit(1);
     }
     Ok(())
