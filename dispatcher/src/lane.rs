@@ -15,7 +15,9 @@
 //! The loop allocates nothing, takes no lock, logs nothing, and makes no system call per packet: a batch costs at
 //! most one `clock_gettime` (vDSO) and one `write` per sleeping worker.
 
-use std::mem::MaybeUninit;
+mod idle;
+mod steps;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,7 +26,7 @@ use std::time::Duration;
 use crossbeam_queue::ArrayQueue;
 use xfan_shm::Descriptor;
 use xfan_shm::bell;
-use xfan_shm::clock::{BusyMeter, CoarseClock, ticks, ticks_per_ns};
+use xfan_shm::clock::{BusyMeter, CoarseClock, ticks};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{IndexError, Producer, Reserved};
@@ -34,6 +36,9 @@ use crate::frames::Frames;
 use crate::source::{PacketSource, Received};
 use crate::steer::{BucketTable, HashKey};
 use crate::umem::PacketMemory;
+
+use idle::{Idle, Turn};
+use steps::{Stamp, Sums, accept, describe, push};
 
 /// Most packets handled in one turn.
 pub const MAX_BATCH: usize = 64;
@@ -166,18 +171,6 @@ impl Link {
         let lost = self.link.ring.take_all(|descriptor| frames.give_back(descriptor.offset));
         self.link.counters.lost.add(u64::from(lost));
     }
-}
-
-/// Sums of one batch.
-#[derive(Default)]
-struct Sums {
-    bytes: u64,
-    ring_full: u64,
-    no_worker: u64,
-    frame_owner: u64,
-    unparsed: u64,
-    /// Members that got packets, as bits.
-    touched: u64,
 }
 
 const _: () = assert!(MAX_MEMBERS <= u64::BITS as usize);
@@ -412,171 +405,6 @@ fn places(mut bits: u64) -> impl Iterator<Item = usize> {
         bits &= bits.wrapping_sub(1);
         (place < MAX_MEMBERS).then_some(place)
     })
-}
-
-/// What all descriptors of a batch have in common.
-#[derive(Clone, Copy)]
-struct Stamp {
-    time: u32,
-    port: u8,
-}
-
-// Three loops rather than one: so the processor works at several packets at once, and what each needs fits into its
-// registers. They are functions of what they use rather than of the lane: so the compiler knows that what they
-// write is not what they read.
-
-/// Takes the packets' frames from the kernel and asks for their headers. Returns how many these are: at the front
-/// of `batch`, from which those are taken out whose frames the kernel did not have.
-#[inline(never)]
-fn accept(frames: &mut Frames, memory: &PacketMemory, batch: &mut [Received], sums: &mut Sums) -> usize {
-    let mut frames = frames.accepting();
-    let (mut bytes, mut accepted) = (0, 0);
-    for number in 0..batch.len() {
-        let packet = batch[number];
-        prefetch(memory, packet.offset);
-        bytes += u64::from(packet.length);
-        if frames.accept(packet.offset).is_ok() {
-            if accepted != number {
-                batch[accepted] = packet;
-            }
-            accepted += 1;
-        }
-    }
-    sums.bytes = bytes;
-    sums.frame_owner = (batch.len() - accepted) as u64;
-    accepted
-}
-
-/// Reads each packet, and describes it.
-#[inline(never)]
-fn describe(
-    key: &HashKey,
-    memory: &PacketMemory,
-    batch: &[Received],
-    stamp: Stamp,
-    descriptors: &mut [Descriptor; MAX_BATCH],
-    sums: &mut Sums,
-) {
-    let Stamp { time, port } = stamp;
-    for (&Received { offset, length }, descriptor) in batch.iter().zip(descriptors) {
-        // SAFETY: the ledger says that the kernel had the frame and has handed it over; nobody else gets it before its
-        // descriptor is pushed.
-        let frame = unsafe { memory.packet(offset, length) };
-        let (hash, flags) = match frame.and_then(|frame| key.hash_plain(frame)) {
-            Some(hash) => (hash, 0),
-            None => {
-                let (hash, parsed) = key.hash_any(frame.unwrap_or(&[]));
-                sums.unparsed += u64::from(!parsed);
-                (hash, if parsed { 0 } else { Descriptor::UNPARSED })
-            }
-        };
-        #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes
-        let length = length as u16;
-        *descriptor = Descriptor::new(offset, time, length, port, flags, hash);
-    }
-}
-
-/// Pushes each descriptor into the ring of the member that takes it. All slots are reserved before one is filled: so
-/// their lines, which the workers' caches have, come at the same time. The first is filled last, and with it a
-/// worker sees all of its slots.
-#[inline(never)]
-fn push(
-    frames: &mut Frames,
-    table: &BucketTable,
-    members: &mut [Option<Link>; 256],
-    descriptors: &mut [Descriptor],
-    sums: &mut Sums,
-) {
-    let mut slots = [const { MaybeUninit::<Reserved>::uninit() }; MAX_BATCH];
-    let (mut touched, mut reserved) = (0u64, 0);
-    for number in 0..descriptors.len().min(MAX_BATCH) {
-        let Descriptor { hash, offset, .. } = descriptors[number];
-        let place = table.member(hash);
-        let Some(link) = &mut members[usize::from(place)] else {
-            sums.no_worker += 1;
-            frames.give_back(offset);
-            continue;
-        };
-        touched |= 1u64.wrapping_shl(u32::from(place));
-        let Some(slot) = link.link.ring.reserve().or_else(|| link.reserve_again(frames)) else {
-            sums.ring_full += 1;
-            frames.give_back(offset);
-            continue;
-        };
-        slots[reserved].write(slot);
-        if reserved != number {
-            descriptors[reserved] = descriptors[number];
-        }
-        reserved += 1;
-    }
-    let reserved = reserved.min(descriptors.len());
-    for (slot, descriptor) in slots[..reserved].iter().zip(&descriptors[..reserved]).rev() {
-        // SAFETY: that many are written; no member leaves meanwhile.
-        unsafe { slot.assume_init().fill(*descriptor) };
-    }
-    sums.touched = touched;
-}
-
-/// What to do when there is nothing to do.
-enum Turn {
-    Settle,
-    Spin,
-    Yield,
-    Sleep,
-}
-
-/// Spin, then yield, then sleep. The first idle turn settles accounts, and so does every thousandth.
-struct Idle {
-    since: Option<u64>,
-    turns: u32,
-    spin: u64,
-    yields: u64,
-}
-
-impl Idle {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-    fn new(spin: Duration, yields: Duration) -> Self {
-        let in_ticks = |time: Duration| (time.as_nanos() as f64 * ticks_per_ns()) as u64;
-        Idle { since: None, turns: 0, spin: in_ticks(spin), yields: in_ticks(spin + yields) }
-    }
-
-    #[inline(always)]
-    fn reset(&mut self) {
-        self.since = None;
-    }
-
-    #[inline]
-    fn next(&mut self, now: u64) -> Turn {
-        let Some(since) = self.since else {
-            (self.since, self.turns) = (Some(now), 0);
-            return Turn::Settle;
-        };
-        self.turns = self.turns.wrapping_add(1);
-        let idle = now.wrapping_sub(since);
-        if idle >= self.yields {
-            Turn::Sleep
-        } else if self.turns.is_multiple_of(1024) {
-            Turn::Settle
-        } else if idle < self.spin {
-            Turn::Spin
-        } else {
-            Turn::Yield
-        }
-    }
-}
-
-/// Asks for a packet's first line.
-#[inline(always)]
-fn prefetch(memory: &PacketMemory, offset: u32) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = memory.base().as_ptr().wrapping_add(offset as usize);
-        // SAFETY: a prefetch of any address faults never.
-        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (memory, offset);
 }
 
 #[cfg(test)]

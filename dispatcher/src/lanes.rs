@@ -150,11 +150,6 @@ impl LaneHandle {
         Some(frames.audit())
     }
 
-    /// Packets received so far.
-    pub fn received(&self) -> u64 {
-        self.counters.received.get()
-    }
-
     fn refresh_kernel(&mut self) {
         let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else {
             return;

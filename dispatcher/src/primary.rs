@@ -4,6 +4,7 @@
 //! its end before the next. To a lane it speaks by commands; from a lane it reads counters.
 
 mod attach;
+mod error;
 mod stop;
 
 use std::os::fd::OwnedFd;
@@ -17,17 +18,17 @@ use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::{Reply, Request};
 
 use crate::control::{Answer, ConnectionId, Event, Listener};
-use crate::exit::Exit;
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
 use crate::members::{Member, State};
 use crate::port::Port;
 use crate::report::{self, Report};
 use crate::steer::BucketTable;
-use crate::supervisor::{Process, SpawnError, WorkerCommand};
+use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
 
+pub use error::PrimaryError;
 pub use stop::Outcome;
 
 /// How often the control thread looks after what sends no event: vanished interfaces, lanes that ended, liars.
@@ -58,85 +59,6 @@ pub struct Primary {
     pub stop_timeout: Duration,
     table: BucketTable,
     started: Instant,
-}
-
-/// Why a primary ended.
-#[derive(Debug, thiserror::Error)]
-pub enum PrimaryError {
-    /// A worker cannot be started.
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
-    /// A worker ended before it attached.
-    #[error(
-        "worker {member} ({program}) ended before it attached: {how}. Run it by hand to see why; \
-         a worker must attach to the socket named in XFAN_SOCKET"
-    )]
-    EndedEarly {
-        /// Its place.
-        member: String,
-        /// Its program.
-        program: String,
-        /// Exit status or signal.
-        how: String,
-    },
-    /// A worker did not attach in time.
-    #[error(
-        "worker {member} ({program}) has not attached within {timeout:?}: is it an xfan worker? If it needs longer, \
-         raise start_timeout"
-    )]
-    NotAttached {
-        /// Its place.
-        member: String,
-        /// Its program.
-        program: String,
-        /// `start_timeout`.
-        timeout: Duration,
-    },
-    /// A worker was refused.
-    #[error("worker {member} ({program}) was refused: {reason}")]
-    Refused {
-        /// Its place.
-        member: String,
-        /// Its program.
-        program: String,
-        /// What it was told.
-        reason: String,
-    },
-    /// No supervised worker is left.
-    #[error("no worker is left: the last one, {member}, ended ({how})")]
-    NoneLeft {
-        /// Its place.
-        member: String,
-        /// Exit status or signal.
-        how: String,
-    },
-    /// The interface is gone.
-    #[error("interface {0} has vanished")]
-    Vanished(String),
-    /// A lane's thread ended by itself.
-    #[error("the lane of queue {0} ended unexpectedly: this is a bug of xfan")]
-    LaneEnded(u32),
-    /// Packets cannot be let in.
-    #[error(transparent)]
-    Port(#[from] crate::port::PortError),
-    /// The runtime failed.
-    #[error("control thread: {0}")]
-    Io(#[from] std::io::Error),
-}
-
-impl PrimaryError {
-    /// The exit code of the process.
-    pub fn exit(&self) -> Exit {
-        match self {
-            PrimaryError::Spawn(_)
-            | PrimaryError::EndedEarly { .. }
-            | PrimaryError::NotAttached { .. }
-            | PrimaryError::Refused { .. }
-            | PrimaryError::NoneLeft { .. } => Exit::Workers,
-            PrimaryError::Vanished(_) => Exit::Interface,
-            PrimaryError::LaneEnded(_) | PrimaryError::Io(_) | PrimaryError::Port(_) => Exit::Failure,
-        }
-    }
 }
 
 /// Sends the primary's own events to itself.

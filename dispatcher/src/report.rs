@@ -198,6 +198,15 @@ impl Report {
                     group.name
                 ));
             }
+            for member in &group.members {
+                let gone = member.committed + member.lost;
+                if member.delivered != gone + member.backlog {
+                    found.push(format!(
+                        "member {}: delivered {} is not committed {} + lost {} + backlog {}",
+                        member.id, member.delivered, member.committed, member.lost, member.backlog
+                    ));
+                }
+            }
         }
         let backlog: u64 =
             self.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();

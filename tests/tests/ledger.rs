@@ -121,6 +121,27 @@ fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
 }
 
 #[test]
+fn a_second_signal_ends_the_waiting() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '600s'").unwrap();
+    let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
+    replay(&namespace, &frames());
+    let report = primary
+        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    let other = report.groups[0].members[1].clone();
+
+    kill(primary.process.pid(), Signal::SIGTERM).unwrap();
+    primary.report_when(|report| report.groups[0].members[0].state == "draining");
+    let (exit, folder) = primary.end(Signal::SIGINT);
+    assert_ended_well(&exit);
+    let stderr = exit.stderr.join("\n");
+    assert!(stderr.contains("killed, as the primary was told to stop again"), "{stderr}");
+    assert_eq!(counted(&exit), other.committed);
+    assert_nothing_is_left(&namespace, &folder);
+}
+
+#[test]
 fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
     let _watchdog = e2e_or_skip!();
     let (sender, receiver) = (Netns::quiet().unwrap(), Netns::quiet().unwrap());

@@ -1,8 +1,9 @@
 //! The end of a primary: traffic back to the kernel first, then the workers, then the lanes; nothing is left.
 
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{Events, Primary, PrimaryError};
 use crate::control::Event;
@@ -29,9 +30,36 @@ pub struct Outcome {
     pub imbalances: Vec<String>,
 }
 
+/// Signals that come while the primary is stopping: whoever sends one does not want to wait for the workers.
+struct Again {
+    signals: Vec<Signal>,
+    told: bool,
+}
+
+impl Again {
+    fn listen() -> Self {
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate()];
+        // Where there is no way to listen, everything takes its time.
+        Again { signals: kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect(), told: false }
+    }
+
+    async fn wait(&mut self) {
+        let told = &mut self.told;
+        std::future::poll_fn(|context| {
+            if self.signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
+                *told = true;
+                return Poll::Ready(());
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
 impl Primary {
     /// Takes everything down.
     pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, events: &mut Events) -> Outcome {
+        let mut again = Again::listen();
         if let Some(port) = &mut self.port {
             port.close();
         }
@@ -39,7 +67,7 @@ impl Primary {
         for lane in &mut self.lanes {
             lane.command(Command::Drain);
         }
-        self.wait(events, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        self.wait(events, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
         // … who are told that it is the last, and may finish it …
         for member in &mut self.members {
             if member.state == State::Running {
@@ -48,24 +76,32 @@ impl Primary {
             }
         }
         let timeout = self.stop_timeout;
-        self.wait(events, timeout, |primary| {
+        self.wait(events, &mut again, timeout, |primary| {
             primary.lanes.iter().for_each(LaneHandle::wake);
             primary.members.iter().all(|member| member.session.is_none() || member.backlog() == 0)
         })
         .await;
         // … before they have to go.
         for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
-            process.signal(Signal::SIGTERM);
+            process.signal(nix::sys::signal::Signal::SIGTERM);
         }
         let gone = |primary: &Primary| primary.members.iter().all(|member| member.process.is_none());
-        if !self.wait(events, timeout, gone).await {
+        if !self.wait(events, &mut again, timeout, gone).await {
             for member in &mut self.members {
                 if let Some(process) = &mut member.process {
-                    tracing::warn!(member = member.id, "did not end within {timeout:?} of SIGTERM: killed");
+                    if again.told {
+                        tracing::warn!(member = member.id, "killed, as the primary was told to stop again");
+                    } else {
+                        tracing::warn!(
+                            member = member.id,
+                            "did not end within {timeout:?} of SIGTERM: killed"
+                        );
+                    }
                     process.kill();
                 }
             }
-            self.wait(events, Duration::from_secs(1), gone).await;
+            again.told = false;
+            self.wait(events, &mut again, Duration::from_secs(1), gone).await;
         }
         // Attached workers are nobody's children: they see the end of the connection.
         for place in 0..self.members.len() {
@@ -90,10 +126,11 @@ impl Primary {
         Outcome { error: result.err(), report, imbalances }
     }
 
-    /// Deals with events until the condition holds (`true`) or the time is up.
+    /// Deals with events until the condition holds (`true`), the time is up, or patience is.
     async fn wait(
         &mut self,
         events: &mut Events,
+        again: &mut Again,
         timeout: Duration,
         done: impl Fn(&Primary) -> bool,
     ) -> bool {
@@ -102,11 +139,13 @@ impl Primary {
             if done(self) {
                 return true;
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || again.told {
                 return false;
             }
-            if let Ok(Some(event)) = tokio::time::timeout(POLL, events.1.recv()).await {
-                self.handle_while_stopping(event);
+            tokio::select! {
+                Some(event) = events.1.recv() => self.handle_while_stopping(event),
+                () = again.wait() => {}
+                () = tokio::time::sleep(POLL) => {}
             }
         }
     }
