@@ -1,8 +1,8 @@
 //! The hash of a packet's flow: equal for both directions, keyed, the same in every lane.
 //!
 //! Multiply-and-fold, the mixing step of wyhash (Wang Yi, <https://github.com/wangyi-fudan/wyhash>): two secret-keyed words are
-//! multiplied to 128 bits and the halves xored. The two endpoints are put in order first, so a flow's
-//! two directions hash alike. The key is secret and new at each start: nobody outside can aim flows at one worker.
+//! multiplied to 128 bits and the halves xored. IPv4's two endpoints are under the same key, and IPv6's are put in order
+//! first, so a flow's two directions hash alike. The key is secret and new at each start: nobody outside can aim flows at one worker.
 //! It is no cryptographic hash.
 
 use std::net::IpAddr;
