@@ -86,6 +86,10 @@ impl Frames {
         let left = self.free.saturating_sub(count as usize);
         let posted = &self.stack[left..self.free];
         for offset in posted {
+            debug_assert!(
+                !self.posted[(offset / UNIT) as usize],
+                "frame at {offset} is free and the kernel's"
+            );
             self.posted[(offset / UNIT) as usize] = true;
         }
         self.free = left;

@@ -289,7 +289,7 @@ impl<S: PacketSource> Lane<S> {
                 bell::ring(&link.link.doorbell);
             }
             link.count();
-            if link.link.ring.lent() >= TAKE_BACK {
+            if link.link.ring.lent() >= TAKE_BACK || link.link.ring.is_filling_up() {
                 let honest = link.take_back(&mut self.frames).is_ok();
                 self.crowded |= link.link.ring.is_filling_up();
                 if !honest {

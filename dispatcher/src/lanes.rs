@@ -139,15 +139,15 @@ impl LaneHandle {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends the lane. Returns the ledger as counted frame by frame, or `None` if the lane panicked.
-    pub fn stop(&mut self) -> Option<Tally> {
+    /// Ends the lane. Returns its ledger, or `None` if the lane panicked.
+    pub fn stop(&mut self) -> Option<Frames> {
         self.refresh_kernel();
         if self.thread.is_some() {
             self.command(Command::Stop);
         }
         let frames = self.thread.take()?.join().ok()?;
         self.socket = None;
-        Some(frames.audit())
+        Some(frames)
     }
 
     fn refresh_kernel(&mut self) {

@@ -153,6 +153,7 @@ impl<M: RingMemory> Producer<M> {
     /// Publishes one descriptor. `false`: full by the private copy, nothing was written.
     #[inline(always)]
     pub fn push(&mut self, descriptor: Descriptor) -> bool {
+        debug_assert_eq!(self.filled, self.head, "a slot is reserved and not filled");
         let Some(reserved) = self.reserve() else { return false };
         // SAFETY: `self` has the ring's memory.
         unsafe { reserved.fill(descriptor) };
@@ -274,7 +275,8 @@ impl<M: RingMemory> Consumer<M> {
         consumer
     }
 
-    /// The descriptor `ahead` places after the first uncommitted one, if it has been published.
+    /// The descriptor `ahead` places after the first uncommitted one, if it has been published. It may be so before one
+    /// that comes earlier: only look past those that are there.
     #[inline(always)]
     pub fn peek(&self, ahead: u32) -> Option<Descriptor> {
         if ahead >= self.slots {
@@ -286,7 +288,7 @@ impl<M: RingMemory> Consumer<M> {
         if mark & LAP != lap_mark(position, self.slots) {
             return None;
         }
-        // Acquire: pairs with the Release in `Producer::push`.
+        // Acquire: pairs with the Release in `Reserved::fill`.
         fence(Ordering::Acquire);
         Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
     }
@@ -306,7 +308,7 @@ impl<M: RingMemory> Consumer<M> {
             if word1 & LAP != mark {
                 break;
             }
-            // Acquire: pairs with the Release in `Producer::push`.
+            // Acquire: pairs with the Release in `Reserved::fill`.
             fence(Ordering::Acquire);
             if !found(count as usize, Descriptor::from_words(slot.body.load(Ordering::Relaxed), word1)) {
                 break;

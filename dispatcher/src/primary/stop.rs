@@ -115,10 +115,18 @@ impl Primary {
         for lane in &mut self.lanes {
             match lane.stop() {
                 None => imbalances.push(format!("lane {}: ended by a panic", lane.queue)),
-                Some(audit) if audit.lent > 0 => {
-                    imbalances.push(format!("lane {}: {} frames not given back", lane.queue, audit.lent));
+                Some(frames) => {
+                    let (audit, tally) = (frames.audit(), frames.tally());
+                    if audit.lent > 0 {
+                        imbalances.push(format!("lane {}: {} frames not given back", lane.queue, audit.lent));
+                    }
+                    if audit != tally {
+                        imbalances.push(format!(
+                            "lane {}: frames are {audit:?}, the ledger has {tally:?}",
+                            lane.queue
+                        ));
+                    }
                 }
-                Some(_) => {}
             }
         }
         let report = self.report();

@@ -33,9 +33,11 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. No ring is ever full: it has as many slots, and when the workers have all frames, the lane waits. More
-/// frames than a cycle of lane and workers takes would let those of one worker's flows stay away.
+/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the workers at a time, and
+/// no ring is ever full: when all are, the lane waits. There are not more than a cycle of lane and workers takes, so that
+/// those of one worker's flows cannot stay away.
 const FRAMES: u32 = 4096;
+const POSTED: u32 = FRAMES / 2;
 const BATCH: usize = 64;
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
@@ -83,7 +85,8 @@ struct Endless {
 impl PacketSource for Endless {
     #[inline(always)]
     fn receive(&mut self, batch: &mut [Received]) -> usize {
-        let count = batch.len().min(self.posted.len());
+        let held = POSTED as usize - BATCH;
+        let count = batch.len().min(self.posted.len().saturating_sub(held));
         let rest = self.posted.len() - count;
         for (packet, frame) in batch.iter_mut().zip(self.posted.drain(rest..)) {
             *packet = Received { offset: frame + HEADROOM, length: 64 };
@@ -146,7 +149,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         core: lane_cpu,
         config: LaneConfig {
             batch: BATCH,
-            posted: FRAMES,
+            posted: POSTED,
             spin,
             yields: Duration::from_secs(3600),
             shared,
