@@ -1,7 +1,7 @@
 //! Counters that one lane writes and the control thread reads.
 //!
 //! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and group
-//! `received = delivered + Σ dropped`, and for every member `delivered = committed + backlog + lost`.
+//! `received = delivered + Σ dropped`, and for every member `delivered = committed + backlog + requeued + lost`.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -97,10 +97,12 @@ pub struct MemberCounters {
     pub committed: Counter,
     /// Packets for it that were dropped because its ring was full.
     pub dropped: Counter,
-    /// Packets that were in its ring when it was gone.
+    /// Packets that were in its ring when it was gone, and went to others.
+    pub requeued: Counter,
+    /// Packets that were in its ring when it was gone, and that nobody had room for.
     pub lost: Counter,
     /// Times it was woken.
     pub wakeups: Counter,
-    /// Set by the lane when the worker's index made no sense; the lane gives it nothing any more.
+    /// Set by the lane when the worker's index made no sense; the lane takes nothing back from it any more.
     pub corrupt: AtomicBool,
 }

@@ -29,7 +29,7 @@ use xfan_shm::bell;
 use xfan_shm::clock::{BusyMeter, CoarseClock, ticks};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
-use xfan_shm::ring::{IndexError, Producer, Reserved};
+use xfan_shm::ring::{Producer, Reserved};
 
 use crate::counters::{LaneCounters, MemberCounters};
 use crate::frames::Frames;
@@ -73,8 +73,9 @@ pub enum Command {
     Join(usize, Box<MemberLink>),
     /// Use this table from now on.
     Steer(Box<BucketTable>),
-    /// Forget a member: what it has not committed is counted as lost, its frames are free.
-    Retire(usize),
+    /// Forget a member, and use this table from now on: what it has not committed goes to those that take its flows, before
+    /// any newer packet of them.
+    Retire(usize, Box<BucketTable>),
     /// Raise the `drained` flag of the counters when the RX ring has been found empty.
     Drain,
     /// End, retiring every member.
@@ -132,16 +133,33 @@ struct Link {
     counted: u32,
     /// Dropped, not yet counted.
     dropped: u32,
+    /// Its index made no sense: nothing is taken back any more, until the control thread has it retired.
+    distrusted: bool,
 }
 
 impl Link {
     /// Frees the frames of committed packets.
     #[inline]
-    fn take_back(&mut self, frames: &mut Frames) -> Result<(), IndexError> {
+    fn take_back(&mut self, frames: &mut Frames) {
+        if self.distrusted {
+            return;
+        }
         let mut returning = frames.returning(self.link.ring.lent());
-        let committed = self.link.ring.take_back(|offset| returning.give_back(offset))?;
-        self.link.counters.committed.add(u64::from(committed));
-        Ok(())
+        match self.link.ring.take_back(|offset| returning.give_back(offset)) {
+            Ok(committed) => self.link.counters.committed.add(u64::from(committed)),
+            Err(_) => {
+                self.distrusted = true;
+                self.link.counters.corrupt.store(true, Ordering::Release);
+            }
+        }
+    }
+
+    /// Takes a packet of a member that is no more, if there is room.
+    fn inherit(&mut self, descriptor: Descriptor, frames: &mut Frames) -> bool {
+        if self.link.ring.room() == 0 {
+            self.take_back(frames);
+        }
+        self.link.ring.push(descriptor)
     }
 
     /// Counts what happened since the last call.
@@ -157,19 +175,10 @@ impl Link {
     #[cold]
     #[inline(never)]
     fn reserve_again(&mut self, frames: &mut Frames) -> Option<Reserved> {
-        // An index that makes no sense is dealt with at the end of the batch.
-        let reserved = self.take_back(frames).ok().and_then(|()| self.link.ring.reserve());
+        self.take_back(frames);
+        let reserved = self.link.ring.reserve();
         self.dropped += u32::from(reserved.is_none());
         reserved
-    }
-
-    /// Frees all frames of a member that is no more.
-    fn retire(mut self, frames: &mut Frames) {
-        self.count();
-        // What it did commit is not lost; an index that makes no sense says nothing.
-        let _ = self.take_back(frames);
-        let lost = self.link.ring.take_all(|descriptor| frames.give_back(descriptor.offset));
-        self.link.counters.lost.add(u64::from(lost));
     }
 }
 
@@ -290,11 +299,8 @@ impl<S: PacketSource> Lane<S> {
             }
             link.count();
             if link.link.ring.lent() >= TAKE_BACK || link.link.ring.is_filling_up() {
-                let honest = link.take_back(&mut self.frames).is_ok();
+                link.take_back(&mut self.frames);
                 self.crowded |= link.link.ring.is_filling_up();
-                if !honest {
-                    self.evict(place);
-                }
             }
         }
     }
@@ -341,21 +347,35 @@ impl<S: PacketSource> Lane<S> {
 
     fn take_back_all(&mut self) {
         for place in places(self.joined) {
-            if let Some(link) = &mut self.members[place]
-                && link.take_back(&mut self.frames).is_err()
-            {
-                self.evict(place);
+            if let Some(link) = &mut self.members[place] {
+                link.take_back(&mut self.frames);
             }
         }
     }
 
-    /// A worker's index made no sense: it gets nothing any more, and the control thread is told.
+    /// A member is no more: what it has not committed goes, marked, to those that take its flows now. For what they have no
+    /// room for, and if there are none, it is lost.
     #[cold]
-    fn evict(&mut self, place: usize) {
-        if let Some(link) = self.members[place].take() {
-            link.link.counters.corrupt.store(true, Ordering::Release);
-            link.retire(&mut self.frames);
-        }
+    fn retire(&mut self, place: usize) {
+        let Some(mut gone) = self.members[place].take() else { return };
+        gone.count();
+        gone.take_back(&mut self.frames);
+        let (mut touched, mut requeued) = (0, 0);
+        let (frames, members, table) = (&mut self.frames, &mut self.members, &self.table);
+        let left = gone.link.ring.take_all(|mut descriptor| {
+            descriptor.flags |= Descriptor::REDELIVERED;
+            let place = table.member(descriptor.hash);
+            let heir = members[usize::from(place)].as_mut();
+            if heir.is_some_and(|heir| heir.inherit(descriptor, frames)) {
+                touched |= 1u64.wrapping_shl(u32::from(place));
+                requeued += 1;
+            } else {
+                frames.give_back(descriptor.offset);
+            }
+        });
+        gone.link.counters.requeued.add(requeued);
+        gone.link.counters.lost.add(u64::from(left) - requeued);
+        self.wake(touched);
     }
 
     /// Carries out all commands; `true`: end.
@@ -365,26 +385,21 @@ impl<S: PacketSource> Lane<S> {
             let stop = matches!(command, Command::Stop);
             match command {
                 Command::Join(place, link) => {
+                    self.retire(place);
                     self.joined |= 1 << place;
-                    let counted = link.ring.head();
-                    let link = Link { link: *link, ringer: Ringer::default(), counted, dropped: 0 };
-                    if let Some(former) = self.members[place].replace(link) {
-                        former.retire(&mut self.frames);
-                    }
+                    let (ringer, counted) = (Ringer::default(), link.ring.head());
+                    let link = Link { link: *link, ringer, counted, dropped: 0, distrusted: false };
+                    self.members[place] = Some(link);
                 }
                 Command::Steer(table) => self.table = *table,
-                Command::Retire(place) => {
-                    if let Some(link) = self.members[place].take() {
-                        link.retire(&mut self.frames);
-                    }
+                Command::Retire(place, table) => {
+                    self.table = *table;
+                    self.retire(place);
                 }
                 Command::Drain => self.draining = true,
                 Command::Stop => {
-                    for place in self.members.iter_mut() {
-                        if let Some(link) = place.take() {
-                            link.retire(&mut self.frames);
-                        }
-                    }
+                    self.table = BucketTable::empty();
+                    places(self.joined).for_each(|place| self.retire(place));
                 }
             }
             self.counters.set_tally(self.frames.tally());

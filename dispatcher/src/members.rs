@@ -203,11 +203,16 @@ impl Member {
     /// Packets in its rings.
     pub fn backlog(&self) -> u64 {
         // Read in this order, a sum can only be too high while packets flow.
-        let gone = self.sum(|lane| &lane.committed) + self.sum(|lane| &lane.lost);
+        let gone = self.sum(|lane| &lane.committed) + self.requeued() + self.lost();
         self.sum(|lane| &lane.delivered).saturating_sub(gone)
     }
 
-    /// Packets that were in its rings when it was gone.
+    /// Packets that were in its rings when it was gone, and went to others.
+    pub fn requeued(&self) -> u64 {
+        self.sum(|lane| &lane.requeued)
+    }
+
+    /// Packets that were in its rings when it was gone, and that nobody had room for.
     pub fn lost(&self) -> u64 {
         self.sum(|lane| &lane.lost)
     }
@@ -235,6 +240,7 @@ impl Member {
             delivered: self.sum(|lane| &lane.delivered),
             committed: self.sum(|lane| &lane.committed),
             dropped: self.sum(|lane| &lane.dropped),
+            requeued: self.requeued(),
             lost: self.lost(),
             wakeups: self.sum(|lane| &lane.wakeups),
             busy_ns: ticks_to_ns(busy),

@@ -262,7 +262,7 @@ impl Primary {
             if self.members[place].take_corrupt() {
                 tracing::error!(
                     member = self.members[place].id,
-                    "its consumer index made no sense: evicted; what it had is counted as lost"
+                    "its consumer index made no sense: evicted; what it had not committed goes to others"
                 );
                 self.leave(place, State::Crashed);
                 // It is not let in again.
@@ -274,31 +274,30 @@ impl Primary {
         Ok(())
     }
 
+    /// The places of those that run.
+    fn running(&self) -> Vec<u8> {
+        let running = self.members.iter().enumerate().filter(|(_, member)| member.state == State::Running);
+        running.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
+    }
+
     /// Has all lanes use a table of those that run.
     fn steer(&mut self) {
-        let running: Vec<u8> = self
-            .members
-            .iter()
-            .enumerate()
-            .filter(|(_, member)| member.state == State::Running)
-            .filter_map(|(place, _)| u8::try_from(place).ok())
-            .collect();
-        self.table = self.table.with_members(&running);
+        self.table = self.table.with_members(&self.running());
         for lane in &mut self.lanes {
             lane.command(Command::Steer(Box::new(self.table.clone())));
         }
     }
 
-    /// The worker in this place is no more: its flows go to the others, its frames are free.
+    /// The worker in this place is no more: its flows go to the others, and what it had not committed.
     fn leave(&mut self, place: usize, state: State) {
         let member = &mut self.members[place];
         member.state = state;
         // Its worker, if there still is one, sees the end of the connection.
         let Some(session) = member.end_session() else { return };
         session.connection.end();
-        self.steer();
+        self.table = self.table.with_members(&self.running());
         for lane in &mut self.lanes {
-            lane.command(Command::Retire(place));
+            lane.command(Command::Retire(place, Box::new(self.table.clone())));
         }
         self.settle();
         // Who takes the place next has not lied yet.
@@ -347,7 +346,8 @@ impl Primary {
         if draining {
             tracing::info!(member = member.id, "detached");
         } else {
-            tracing::warn!(member = member.id, lost = member.lost(), "its worker is gone without a word");
+            let (requeued, lost) = (member.requeued(), member.lost());
+            tracing::warn!(member = member.id, requeued, lost, "its worker is gone without a word");
         }
     }
 

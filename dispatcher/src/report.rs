@@ -126,7 +126,7 @@ pub struct Group {
     pub members: Vec<Member>,
 }
 
-/// A worker's place in a group. `delivered = committed + backlog + lost`.
+/// A worker's place in a group. `delivered = committed + backlog + requeued + lost`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Such as `default/0`.
@@ -149,7 +149,9 @@ pub struct Member {
     pub dropped: u64,
     /// Packets in its rings.
     pub backlog: u64,
-    /// Packets that were in its rings when it was gone.
+    /// Packets that were in its rings when it was gone, and went to others, who have them among `delivered`, too.
+    pub requeued: u64,
+    /// Packets that were in its rings when it was gone, and that nobody had room for.
     pub lost: u64,
     /// Times a lane woke it.
     pub wakeups: u64,
@@ -192,18 +194,24 @@ impl Report {
         let delivered: u64 = self.lanes.iter().map(|lane| lane.delivered).sum();
         for group in &self.groups {
             let members: u64 = group.members.iter().map(|member| member.delivered).sum();
-            if members != delivered {
+            let requeued: u64 = group.members.iter().map(|member| member.requeued).sum();
+            if members != delivered + requeued {
                 found.push(format!(
-                    "group {}: lanes delivered {delivered}, members got {members}",
+                    "group {}: lanes delivered {delivered} and requeued {requeued}, members got {members}",
                     group.name
                 ));
             }
             for member in &group.members {
-                let gone = member.committed + member.lost;
+                let gone = member.committed + member.requeued + member.lost;
                 if member.delivered != gone + member.backlog {
                     found.push(format!(
-                        "member {}: delivered {} is not committed {} + lost {} + backlog {}",
-                        member.id, member.delivered, member.committed, member.lost, member.backlog
+                        "member {}: delivered {} is not committed {} + requeued {} + lost {} + backlog {}",
+                        member.id,
+                        member.delivered,
+                        member.committed,
+                        member.requeued,
+                        member.lost,
+                        member.backlog
                     ));
                 }
             }

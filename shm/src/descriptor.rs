@@ -36,6 +36,9 @@ impl Descriptor {
     /// Flag: no 5-tuple could be read; the hash is over what addresses there are.
     pub const UNPARSED: u8 = 1;
 
+    /// Flag: another worker had this packet before, and may have read it, but is gone without having committed it.
+    pub const REDELIVERED: u8 = 2;
+
     /// A descriptor of these fields; `flags` of 7 bits.
     #[inline(always)]
     pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {

@@ -184,7 +184,7 @@ fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
 }
 
 #[test]
-fn a_killed_worker_loses_what_it_held_and_nothing_else() {
+fn what_a_killed_worker_held_goes_to_the_other() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
     let primary = start(&namespace, Folder::new().unwrap());
@@ -208,23 +208,26 @@ fn a_killed_worker_loses_what_it_held_and_nothing_else() {
 
     signal(Signal::SIGKILL);
     let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
-    let report = primary.report_when(|report| gone(&report.groups[0].members[0]));
+    let report = primary.report_when(|report| {
+        let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
+        gone(victim) && survivor.committed == 2 * rest + share
+    });
     assert_balanced(&report, 2 * PACKETS);
     let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
-    assert_eq!((victim.committed, victim.lost, victim.backlog, victim.buckets), (share, share, 0, 0));
-    assert_eq!((survivor.committed, survivor.lost, survivor.buckets), (2 * rest, 0, 4096));
+    assert_eq!((victim.committed, victim.requeued, victim.lost, victim.buckets), (share, share, 0, 0));
+    assert_eq!((survivor.delivered, survivor.buckets), (2 * rest + share, 4096));
     assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
 
     // The survivor gets every flow.
     replay(&namespace, &frames);
     let report = primary.report_after(3 * PACKETS, true);
     assert_balanced(&report, 3 * PACKETS);
-    assert_eq!(report.groups[0].members[1].committed, 2 * rest + PACKETS);
+    assert_eq!(report.groups[0].members[1].committed, 2 * rest + share + PACKETS);
     assert_eq!(report.groups[0].members[0].delivered, 2 * share);
     assert!(report.lanes.iter().all(|lane| lane.dropped.values().all(|&dropped| dropped == 0)));
     let (exit, folder) = primary.stop();
     assert_ended_well(&exit);
-    assert_eq!(counted(&exit), 2 * rest + PACKETS);
+    assert_eq!(counted(&exit), 2 * rest + share + PACKETS);
     assert_nothing_is_left(&namespace, &folder);
 }
 

@@ -170,6 +170,13 @@ impl<'b> Packet<'b> {
     pub fn is_parsed(&self) -> bool {
         self.descriptor.flags & Descriptor::UNPARSED == 0
     }
+
+    /// Whether another worker had this packet before, and is gone without having committed it: it may have read it, and done
+    /// with it what this one is about to do.
+    #[inline]
+    pub fn is_redelivered(&self) -> bool {
+        self.descriptor.flags & Descriptor::REDELIVERED != 0
+    }
 }
 
 impl fmt::Debug for Packet<'_> {

@@ -115,6 +115,10 @@ impl Bench {
         Peer { ring, up, doorbell, counters }
     }
 
+    fn retire(&mut self, place: usize, others: &[u8]) {
+        self.command(Command::Retire(place, Box::new(BucketTable::empty().with_members(others))));
+    }
+
     fn steer(&mut self, members: &[u8]) {
         self.command(Command::Steer(Box::new(BucketTable::empty().with_members(members))));
     }
@@ -140,6 +144,14 @@ impl Bench {
         assert_eq!(counters.received.get(), counters.delivered.get() + dropped);
         assert_eq!(self.lane.frames.tally(), self.lane.frames.audit());
         assert_eq!(counters.tally(), self.lane.frames.tally());
+    }
+
+    /// The last byte of a packet.
+    fn last_byte(&self, descriptor: Descriptor) -> u8 {
+        // SAFETY: the lane has not taken the packet back yet.
+        let packet =
+            unsafe { self.lane.source.memory.packet(descriptor.offset, u32::from(descriptor.length)) };
+        *packet.unwrap().last().unwrap()
     }
 
     fn dropped(&self) -> [u64; 3] {
@@ -269,7 +281,7 @@ fn without_a_member_packets_are_dropped_and_counted() {
 }
 
 #[test]
-fn what_a_retired_member_had_is_lost_and_its_frames_are_free() {
+fn what_the_last_member_had_is_lost_and_its_frames_are_free() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -277,7 +289,7 @@ fn what_a_retired_member_had_is_lost_and_its_frames_are_free() {
     // It reads ten and commits four.
     assert!(peer.ring.peek(9).is_some());
     peer.ring.commit(4);
-    bench.command(Command::Retire(0));
+    bench.retire(0, &[]);
     bench.balanced();
     let counters = &peer.counters;
     assert_eq!((counters.delivered.get(), counters.committed.get(), counters.lost.get()), (10, 4, 6));
@@ -287,7 +299,57 @@ fn what_a_retired_member_had_is_lost_and_its_frames_are_free() {
 }
 
 #[test]
-fn a_consumer_index_that_makes_no_sense_evicts_its_member_and_nobody_else() {
+fn what_a_retired_member_had_goes_to_the_others_in_order_before_newer_packets() {
+    let mut bench = bench();
+    let (mut gone, mut heir) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    let numbered = |n: u8| {
+        let mut packet = packet(flow(u16::from(n % 4)));
+        packet.push(n);
+        packet
+    };
+    bench.feed((0..12).map(numbered));
+    let had = gone.counters.delivered.get();
+    let own = heir.take().len() as u64;
+    assert!(had > 1 && own > 0 && had + own == 12);
+    assert!(gone.ring.peek(1).is_some());
+    gone.ring.commit(1);
+    bench.retire(0, &[1]);
+    bench.feed((12..16).map(numbered));
+
+    let counters = &gone.counters;
+    assert_eq!((counters.committed.get(), counters.requeued.get(), counters.lost.get()), (1, had - 1, 0));
+    let taken = heir.take();
+    assert_eq!(taken.len() as u64, had - 1 + 4);
+    assert_eq!(heir.counters.delivered.get(), own + had - 1 + 4);
+    let numbers: Vec<u8> = taken.iter().map(|descriptor| bench.last_byte(*descriptor)).collect();
+    assert!(numbers.is_sorted(), "{numbers:?}");
+    for (descriptor, number) in taken.iter().zip(numbers) {
+        let flags = if number < 12 { Descriptor::REDELIVERED } else { 0 };
+        assert_eq!(descriptor.flags, flags, "packet {number}");
+    }
+    bench.lane.settle();
+    bench.balanced();
+    assert_eq!(bench.lane.frames.tally().lent, 0);
+    assert_eq!(bench.dropped(), [0, 0, 0]);
+}
+
+#[test]
+fn what_the_heirs_have_no_room_for_is_lost_and_its_frames_are_free() {
+    let mut bench = bench();
+    let (gone, heir) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    bench.feed((0..100).map(|n| packet(flow(n))));
+    let slots = u64::from(SLOTS);
+    assert_eq!((gone.counters.delivered.get(), heir.counters.delivered.get()), (slots, slots));
+    bench.retire(0, &[1]);
+    bench.balanced();
+    assert_eq!((gone.counters.requeued.get(), gone.counters.lost.get()), (0, slots));
+    assert_eq!(u64::from(bench.lane.frames.tally().lent), slots);
+}
+
+#[test]
+fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
     let mut bench = bench();
     let (mut liar, mut honest) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -298,13 +360,19 @@ fn a_consumer_index_that_makes_no_sense_evicts_its_member_and_nobody_else() {
     bench.lane.settle();
     bench.balanced();
     assert!(liar.counters.corrupt.load(Ordering::Acquire));
-    assert_eq!((liar.counters.committed.get(), liar.counters.lost.get()), (0, had));
+    assert!(!honest.counters.corrupt.load(Ordering::Acquire));
     let count = honest.take().len() as u64;
     assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
-    assert!(!honest.counters.corrupt.load(Ordering::Acquire));
+    // Also if it tells the truth now: nothing is taken back until it is retired, and then all it had goes to the other.
+    liar.ring.commit(0u32.wrapping_sub(1000));
+    bench.lane.settle();
+    assert_eq!(u64::from(bench.lane.frames.tally().lent), had);
+    bench.retire(0, &[1]);
+    assert_eq!((liar.counters.committed.get(), liar.counters.requeued.get()), (0, had));
+    assert_eq!(honest.take().len() as u64, had);
     bench.feed((0..16).map(|n| packet(flow(n))));
-    assert_eq!(honest.take().len() as u64, 16 - had);
-    assert_eq!(bench.dropped(), [0, had, 0]);
+    assert_eq!(honest.take().len(), 16);
+    assert_eq!(bench.dropped(), [0, 0, 0]);
 }
 
 #[test]

@@ -168,6 +168,7 @@ mod tests {
             delivered: 999_999_999_999,
             dropped: 999_999_999_999,
             backlog: 1_048_576,
+            requeued: 999_999,
             lost: 999_999,
             busy_ns: 1,
             ..Member::default()
