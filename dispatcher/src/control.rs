@@ -66,6 +66,10 @@ pub enum Event {
     HangUp(ConnectionId),
     /// The process of the member in this place ended.
     Exited(usize),
+    /// It is time to start the process of the member in this place again.
+    Restart(usize),
+    /// The process of the member in this place, with this id, was to attach by now.
+    StartTimeout(usize, u32),
 }
 
 /// An answer, and the descriptors that go with it. `None`: nothing to say.

@@ -14,6 +14,7 @@ pub mod port;
 pub mod primary;
 pub mod privileges;
 pub mod report;
+pub mod restart;
 pub mod run;
 pub mod source;
 pub mod steer;

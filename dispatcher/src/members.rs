@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use xfan_shm::bell;
 use xfan_shm::clock::ticks_to_ns;
@@ -14,6 +15,7 @@ use crate::control::Connection;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
 use crate::report;
+use crate::restart::Starts;
 use crate::supervisor::Process;
 
 /// Where a member is in its life.
@@ -29,8 +31,10 @@ pub enum State {
     Draining,
     /// It left in good order.
     Stopped,
-    /// It ended without a word, or lied.
+    /// It ended without a word, lied, or hung; it may be started again.
     Crashed,
+    /// It was started too often, and stays down.
+    Failed,
 }
 
 impl State {
@@ -43,6 +47,7 @@ impl State {
             State::Draining => "draining",
             State::Stopped => "stopped",
             State::Crashed => "crashed",
+            State::Failed => "failed",
         }
     }
 }
@@ -64,6 +69,15 @@ pub struct Member {
     pub session: Option<Session>,
     /// Name of its program, once known.
     pub program: String,
+    /// Starts of its processes.
+    pub starts: Starts,
+    /// Its process is to be started again.
+    pub restarting: bool,
+    /// How its last process ended.
+    pub last_exit: Option<String>,
+    /// Times it hung.
+    pub hangs: u64,
+    pulse: Option<Pulse>,
     /// One for each lane, in order.
     counters: Vec<Arc<MemberCounters>>,
     /// What its former sessions published.
@@ -88,6 +102,14 @@ impl Past {
             }
         }
     }
+}
+
+/// What a worker that is alive changes, and when it last did.
+#[derive(Debug)]
+struct Pulse {
+    committed: u64,
+    heartbeat: u64,
+    since: Instant,
 }
 
 /// A worker that has taken a place.
@@ -135,6 +157,11 @@ impl Member {
             process: None,
             session: None,
             program: String::new(),
+            starts: Starts::default(),
+            restarting: false,
+            last_exit: None,
+            hangs: 0,
+            pulse: None,
             counters: (0..lanes).map(|_| Arc::default()).collect(),
             past: Past::default(),
         }
@@ -169,6 +196,26 @@ impl Member {
         let handover = Handover { down: segment::reopen_read_only(&down_fd)?, up: up_fd, doorbell: sleeper };
         self.session = Some(Session { connection, pid, down, up, doorbell });
         Ok((links, handover))
+    }
+
+    /// How long its worker has had packets, and has neither committed one nor asked for more.
+    pub fn stands_still(&mut self, now: Instant) -> Option<Duration> {
+        let Some(session) = &self.session else {
+            self.pulse = None;
+            return None;
+        };
+        let heartbeat = session.up.heartbeat().load(std::sync::atomic::Ordering::Relaxed);
+        let committed = self.sum(|lane| &lane.committed);
+        let idle = self.backlog() == 0;
+        match &self.pulse {
+            Some(pulse) if !idle && pulse.committed == committed && pulse.heartbeat == heartbeat => {
+                Some(now.duration_since(pulse.since))
+            }
+            _ => {
+                self.pulse = Some(Pulse { committed, heartbeat, since: now });
+                None
+            }
+        }
     }
 
     /// Tells the worker that what is in its rings is the last.
@@ -235,6 +282,9 @@ impl Member {
             pid: self.session.as_ref().map(|session| session.pid).or(process).unwrap_or(0),
             core: self.core,
             state: self.state.name().to_owned(),
+            restarts: self.starts.restarts,
+            hangs: self.hangs,
+            last_exit: self.last_exit.clone(),
             buckets,
             backlog: self.backlog(),
             delivered: self.sum(|lane| &lane.delivered),

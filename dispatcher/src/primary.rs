@@ -6,12 +6,12 @@
 mod attach;
 mod error;
 mod stop;
+mod workers;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::Interest;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use xfan_shm::layout::Geometry;
@@ -24,12 +24,14 @@ use crate::members::{Member, State};
 use crate::port::Port;
 use crate::report::{self, Report};
 use crate::steer::BucketTable;
-use crate::supervisor::{Process, WorkerCommand};
+use crate::supervisor::WorkerCommand;
 use crate::sys;
 use crate::umem::PacketMemory;
+use workers::Spawner;
 
 pub use error::PrimaryError;
 pub use stop::Outcome;
+pub use workers::Care;
 
 /// How often the control thread looks after what sends no event: vanished interfaces, lanes that ended, liars.
 const TICK: Duration = Duration::from_millis(50);
@@ -57,6 +59,11 @@ pub struct Primary {
     pub start_timeout: Duration,
     /// How long workers may take to finish, and to end.
     pub stop_timeout: Duration,
+    /// When workers are restarted.
+    pub care: Care,
+    spawner: Option<Spawner>,
+    /// Packets have been let in: all workers had attached.
+    open: bool,
     table: BucketTable,
     started: Instant,
 }
@@ -76,6 +83,7 @@ impl Primary {
         members: Vec<Member>,
         idle: (Duration, Duration),
         timeouts: (Duration, Duration),
+        care: Care,
     ) -> Self {
         let mode = port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode);
         Primary {
@@ -89,6 +97,9 @@ impl Primary {
             idle,
             start_timeout: timeouts.0,
             stop_timeout: timeouts.1,
+            care,
+            spawner: None,
+            open: false,
             table: BucketTable::empty(),
             started: Instant::now(),
         }
@@ -136,15 +147,19 @@ impl Primary {
         // They may have been put off until now.
         sys::put_off_signals(false)?;
         if let Some(command) = workers {
-            self.start_workers(command, listener, &events.0)?;
+            self.spawner = Some(Spawner {
+                command: command.clone(),
+                socket: listener.path().to_owned(),
+                events: events.0.clone(),
+            });
+            self.start_workers()?;
         }
         let attached_by = Instant::now() + self.start_timeout;
-        let mut open = false;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            if !open && self.members.iter().all(|member| member.state != State::Starting) {
-                self.open(sockets)?;
+            if !self.open && self.members.iter().all(|member| member.state != State::Starting) {
+                self.let_in(sockets)?;
                 tracing::info!(
                     interface = self.name,
                     mode = self.mode,
@@ -153,7 +168,7 @@ impl Primary {
                     socket = %listener.path().display(),
                     "running"
                 );
-                open = true;
+                self.open = true;
             }
             tokio::select! {
                 Some(event) = events.1.recv() => self.handle(event)?,
@@ -161,7 +176,7 @@ impl Primary {
                 _ = interrupted.recv() => return Ok(()),
                 _ = terminated.recv() => return Ok(()),
             }
-            if !open && Instant::now() >= attached_by {
+            if !self.open && Instant::now() >= attached_by {
                 self.report_missing()?;
             }
         }
@@ -169,7 +184,7 @@ impl Primary {
 
     /// Lets packets in. With the same key, the same members get the same flows at every start: shares are dealt out
     /// anew here, as those of the start depend on the order in which workers happened to attach.
-    fn open(&mut self, sockets: &[OwnedFd]) -> Result<(), PrimaryError> {
+    fn let_in(&mut self, sockets: &[OwnedFd]) -> Result<(), PrimaryError> {
         self.table = BucketTable::empty();
         self.steer();
         self.settle();
@@ -177,35 +192,6 @@ impl Primary {
             Some(port) => Ok(port.open(sockets)?),
             None => Ok(()),
         }
-    }
-
-    /// Starts a process for each place.
-    fn start_workers(
-        &mut self,
-        command: &WorkerCommand,
-        listener: &Listener,
-        events: &mpsc::UnboundedSender<Event>,
-    ) -> Result<(), PrimaryError> {
-        if command.user.is_root() {
-            tracing::warn!(
-                "workers run as root, as asked: nothing keeps them from writing to packets and segments that are not theirs"
-            );
-        }
-        for (place, member) in self.members.iter_mut().enumerate() {
-            let token = random_token()?;
-            let process = Process::spawn(command, listener.path(), &member.id, &token)?;
-            member.program = command.command.first().cloned().unwrap_or_default();
-            member.token = Some(token);
-            member.state = State::Starting;
-            let ended = sys::watched(process.watch()?, Interest::READABLE)?;
-            member.process = Some(process);
-            let events = events.clone();
-            tokio::spawn(async move {
-                let _ = ended.readable().await;
-                let _ = events.send(Event::Exited(place));
-            });
-        }
-        Ok(())
     }
 
     fn report_missing(&self) -> Result<(), PrimaryError> {
@@ -240,6 +226,11 @@ impl Primary {
                 Ok(())
             }
             Event::Exited(place) => self.process_ended(place),
+            Event::Restart(place) => self.restart(place),
+            Event::StartTimeout(place, pid) => {
+                self.start_timed_out(place, pid);
+                Ok(())
+            }
         }
     }
 
@@ -266,11 +257,17 @@ impl Primary {
                 );
                 self.leave(place, State::Crashed);
                 // It is not let in again.
-                if let Some(token) = &mut self.members[place].token {
+                let member = &mut self.members[place];
+                if let Some(token) = &mut member.token {
                     *token = random_token()?;
+                }
+                // Its end is an event.
+                if let Some(process) = &mut member.process {
+                    process.kill();
                 }
             }
         }
+        self.look_for_hanging();
         Ok(())
     }
 
@@ -349,28 +346,6 @@ impl Primary {
             let (requeued, lost) = (member.requeued(), member.lost());
             tracing::warn!(member = member.id, requeued, lost, "its worker is gone without a word");
         }
-    }
-
-    /// The process in this place has ended. Without any left, so does the primary.
-    fn process_ended(&mut self, place: usize) -> Result<(), PrimaryError> {
-        let member = &mut self.members[place];
-        let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
-        member.process = None;
-        let how = status.to_string();
-        if member.state == State::Starting {
-            return Err(PrimaryError::EndedEarly {
-                member: member.id.clone(),
-                program: member.program.clone(),
-                how,
-            });
-        }
-        let state = if status.success() { State::Stopped } else { State::Crashed };
-        tracing::warn!(member = member.id, how, "its process ended");
-        self.leave(place, state);
-        if self.members.iter().all(|member| member.process.is_none()) {
-            return Err(PrimaryError::NoneLeft { member: self.members[place].id.clone(), how });
-        }
-        Ok(())
     }
 
     /// What is known of everything.

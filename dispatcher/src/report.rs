@@ -137,8 +137,14 @@ pub struct Member {
     pub pid: u32,
     /// CPU it is pinned on.
     pub core: Option<usize>,
-    /// `vacant`, `starting`, `running`, `draining`, `stopped` or `crashed`.
+    /// `vacant`, `starting`, `running`, `draining`, `stopped`, `crashed` or `failed`.
     pub state: String,
+    /// Times its process was started again.
+    pub restarts: u64,
+    /// Times it hung.
+    pub hangs: u64,
+    /// How its last process ended, such as `exit status: 1`; none: it has not.
+    pub last_exit: Option<String>,
     /// Buckets of the 4,096 that it takes.
     pub buckets: usize,
     /// Packets pushed into its rings.

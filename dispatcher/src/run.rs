@@ -15,7 +15,7 @@ use crate::lanes::{LaneHandle, LaneParts};
 use crate::members::Member;
 use crate::placement::{PlacementError, place};
 use crate::port::{Port, PortError};
-use crate::primary::{Outcome, Primary, PrimaryError, random_bytes};
+use crate::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
 use crate::privileges::{PrivilegeError, check_privileges};
 use crate::steer::HashKey;
 use crate::supervisor::WorkerCommand;
@@ -157,6 +157,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         members,
         (spin(workers_share), config.idle.yielding),
         (config.start_timeout, config.stop_timeout),
+        Care { restart: config.restart, hang_timeout: config.hang_timeout },
     );
     let workers =
         (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });

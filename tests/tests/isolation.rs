@@ -26,7 +26,7 @@ fn replay(namespace: &Netns) {
 /// A hostile worker and an honest one, on two queues.
 fn start(way: &str) -> (Netns, Primary) {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
-    let launch = Launch::on(&namespace).unwrap().config("stop_timeout = '200ms'").unwrap();
+    let launch = Launch::on(&namespace).unwrap().config("stop_timeout = '200ms'\nrestart = 'no'").unwrap();
     let primary = launch.with("-n 2").hostile_worker(way).unwrap().start().unwrap();
     (namespace, primary)
 }
@@ -143,7 +143,7 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
     assert_eq!((other.delivered, other.buckets, other.state.as_str()), (PACKETS, 4096, "running"));
     assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
 
-    // It goes on making noise, and the other gets every flow.
+    // It is killed, and the other gets every flow.
     replay(&namespace);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);

@@ -8,7 +8,7 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 21] = [
+pub(super) const KEYS: [&str; 26] = [
     "interface",
     "queues",
     "workers",
@@ -27,6 +27,11 @@ pub(super) const KEYS: [&str; 21] = [
     "hash_key",
     "start_timeout",
     "stop_timeout",
+    "restart",
+    "restart_delay",
+    "start_limit_burst",
+    "start_limit_interval",
+    "hang_timeout",
     "idle.spin",
     "idle.yield",
     "log.level",
@@ -64,6 +69,14 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
     keys.set("hash_key", &mut config.hash_key, |v| value::hash_key(v).map(Some))?;
     keys.set("start_timeout", &mut config.start_timeout, |v| value::duration(v, ms(100)..=ms(600_000)))?;
     keys.set("stop_timeout", &mut config.stop_timeout, |v| value::duration(v, ms(0)..=ms(600_000)))?;
+    let restart = &mut config.restart;
+    keys.set("restart", &mut restart.policy, value::restart)?;
+    keys.set("restart_delay", &mut restart.delay, |v| value::duration(v, ms(1)..=ms(60_000)))?;
+    keys.set("start_limit_burst", &mut restart.limit_burst, |v| value::number(v, 1..=1_000_000, "starts"))?;
+    keys.set("start_limit_interval", &mut restart.limit_interval, |v| {
+        value::duration(v, ms(1)..=ms(86_400_000))
+    })?;
+    keys.set("hang_timeout", &mut config.hang_timeout, |v| value::duration(v, ms(0)..=ms(3_600_000)))?;
     keys.set("idle.spin", &mut config.idle.spin, |v| value::duration(v, at_once.clone()))?;
     keys.set("idle.yield", &mut config.idle.yielding, |v| value::duration(v, at_once.clone()))?;
     keys.set("log.level", &mut config.log, value::log_level)?;

@@ -28,6 +28,8 @@ pub(crate) use list::format_list;
 pub use user::{UserError, WorkerUser};
 pub use xfan_xdp::{ModeChoice, PassRule};
 
+use crate::restart::{Policy, Restart};
+
 pub(crate) use flags::socket_flag;
 
 /// All settings. Each field is a key of the file under the same name, unless it says otherwise.
@@ -100,6 +102,16 @@ pub struct Config {
 
     /// How long a worker may take to end after SIGTERM before it is killed, 0s to 600s. Default `"5s"`.
     pub stop_timeout: Duration,
+
+    /// When a worker that ended is started again: `restart`, `"no"`, `"on-failure"` (every end but an exit with status 0) or
+    /// `"always"`, default `"on-failure"`; `restart_delay`, 1ms to 60s, default `"100ms"`, doubled with each restart that
+    /// follows soon; `start_limit_burst`, default 5, starts at most in `start_limit_interval`, 1ms to 86400s, default
+    /// `"10s"`.
+    pub restart: Restart,
+
+    /// How long a worker that has packets may take none, and not even ask, before it counts as hanging and is killed (or
+    /// evicted, if xfan did not start it), 0s (never) to 3600s. Default `"30s"`.
+    pub hang_timeout: Duration,
 
     /// What a lane does while there is nothing to do: the table `[idle]`.
     pub idle: Idle,
@@ -213,6 +225,13 @@ impl Config {
             hash_key: None,
             start_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(5),
+            restart: Restart {
+                policy: Policy::OnFailure,
+                delay: Duration::from_millis(100),
+                limit_burst: 5,
+                limit_interval: Duration::from_secs(10),
+            },
+            hang_timeout: Duration::from_secs(30),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
             log: LogLevel::Info,
         }

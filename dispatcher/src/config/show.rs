@@ -56,6 +56,11 @@ impl Config {
             ),
             format!("start_timeout = {}", text(&format_duration(self.start_timeout))),
             format!("stop_timeout = {}", text(&format_duration(self.stop_timeout))),
+            format!("restart = {}", text(self.restart.policy.name())),
+            format!("restart_delay = {}", text(&format_duration(self.restart.delay))),
+            format!("start_limit_burst = {}", self.restart.limit_burst),
+            format!("start_limit_interval = {}", text(&format_duration(self.restart.limit_interval))),
+            format!("hang_timeout = {}", text(&format_duration(self.hang_timeout))),
             "\n[idle]".to_owned(),
             format!("spin = {}", text(&format_duration(self.idle.spin))),
             format!("yield = {}", text(&format_duration(self.idle.yielding))),
@@ -79,7 +84,9 @@ mod tests {
                     cores = '4-7,2'\nuser = 'daemon'\npass = ['icmp', 'tcp/22']\nsocket = '/tmp/x.sock'\n\
                     xdp_mode = 'native'\nbind_mode = 'zero-copy'\nframe_size = 4096\nrx_ring = 512\n\
                     ring_slots = 1024\nframes = 9000\nbatch = 32\nhash_key = '000102030405060708090a0b0c0d0e0f'\n\
-                    start_timeout = '1500ms'\nstop_timeout = '0s'\n[idle]\nspin = '7us'\nyield = '0s'\n\
+                    start_timeout = '1500ms'\nstop_timeout = '0s'\nrestart = 'always'\n\
+                    restart_delay = '7ms'\nstart_limit_burst = 9\nstart_limit_interval = '3s'\n\
+                    hang_timeout = '0s'\n[idle]\nspin = '7us'\nyield = '0s'\n\
                     [log]\nlevel = 'trace'";
         for text in ["interface = 'eth1'", full] {
             let config = Config::from_toml_str(text, "f").unwrap();

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::list::parse_list;
 use super::{BindMode, LogLevel, ModeChoice, PassRule, Queues};
+use crate::restart::Policy;
 
 /// The largest queue number that can be asked for.
 pub const MAX_QUEUE: usize = 4095;
@@ -248,6 +249,14 @@ pub fn bind_mode(value: &Value) -> Read<BindMode> {
         Some("zero-copy") => Ok(BindMode::ZeroCopy),
         Some("copy") => Ok(BindMode::Copy),
         _ => wanted("\"auto\", \"zero-copy\" or \"copy\""),
+    }
+}
+
+/// Which ends of a worker make it start again.
+pub fn restart(value: &Value) -> Read<Policy> {
+    match Policy::ALL.into_iter().find(|policy| text(value) == Some(policy.name())) {
+        Some(policy) => Ok(policy),
+        None => wanted("\"no\", \"on-failure\" or \"always\""),
     }
 }
 

@@ -29,6 +29,7 @@ impl Primary {
                     refusal.message
                 );
                 let ours = place
+                    .filter(|_| !self.open)
                     .map(|place| &self.members[place])
                     .filter(|member| member.state == State::Starting && refusal.code == RefusalCode::Version);
                 let result = match ours {

@@ -171,6 +171,7 @@ impl Primary {
                     self.leave(place, state);
                 }
             }
+            Event::Restart(_) | Event::StartTimeout(..) => {}
             // A worker is refused, and the rest is as always: errors end nothing that is ending already.
             Event::Request { request: xfan_shm::protocol::Request::Attach(_), answer, .. } => {
                 let refusal = xfan_shm::protocol::Refusal {

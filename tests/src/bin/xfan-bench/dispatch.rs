@@ -16,8 +16,9 @@ use xfan::frames::Frames;
 use xfan::lane::LaneConfig;
 use xfan::lanes::{LaneHandle, LaneParts};
 use xfan::members::Member;
-use xfan::primary::{Primary, random_bytes};
+use xfan::primary::{Care, Primary, random_bytes};
 use xfan::report::Report;
+use xfan::restart::{Policy, Restart};
 use xfan::source::{PacketSource, Received};
 use xfan::steer::HashKey;
 use xfan::supervisor::WorkerCommand;
@@ -167,6 +168,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
     let listener = Listener::bind(&folder.join("bench.sock"), user.uid)?;
+    let (second, policy) = (Duration::from_secs(1), Policy::No);
+    let restart = Restart { policy, delay: second, limit_burst: 1, limit_interval: second };
     let primary = Primary::new(
         "memory".into(),
         None,
@@ -176,6 +179,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         members,
         (spin, Duration::from_secs(3600)),
         (Duration::from_secs(10), Duration::from_secs(5)),
+        Care { restart, hang_timeout: Duration::ZERO },
     );
     // Where the workers' user can execute it, whoever the checkout is closed to.
     let program = folder.join("xfan-count");

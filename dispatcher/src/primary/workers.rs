@@ -1,0 +1,182 @@
+//! Worker processes: started, restarted, watched for hanging.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::sync::mpsc;
+
+use super::{Primary, PrimaryError, random_token};
+use crate::control::Event;
+use crate::members::State;
+use crate::restart::{Restart, Verdict};
+use crate::supervisor::{Process, WorkerCommand};
+use crate::sys;
+
+/// What it takes to start a worker.
+#[derive(Debug)]
+pub(super) struct Spawner {
+    pub(super) command: WorkerCommand,
+    pub(super) socket: PathBuf,
+    pub(super) events: mpsc::UnboundedSender<Event>,
+}
+
+/// When workers are restarted, and after how long they count as hanging.
+#[derive(Clone, Copy, Debug)]
+pub struct Care {
+    /// When those that ended are started again.
+    pub restart: Restart,
+    /// How long a worker that has packets may stand still; zero: for ever.
+    pub hang_timeout: Duration,
+}
+
+impl Spawner {
+    /// Sends an event to the primary, later.
+    fn later(&self, delay: Duration, event: Event) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let _ = events.send(event);
+        });
+    }
+}
+
+impl Primary {
+    /// Starts a process for each place.
+    pub(super) fn start_workers(&mut self) -> Result<(), PrimaryError> {
+        if self.spawner.as_ref().is_some_and(|spawner| spawner.command.user.is_root()) {
+            tracing::warn!(
+                "workers run as root, as asked: nothing keeps them from writing to packets and segments that are not theirs"
+            );
+        }
+        (0..self.members.len()).try_for_each(|place| self.start_worker(place))
+    }
+
+    fn start_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
+        let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
+        let token = random_token()?;
+        member.starts.count(Instant::now());
+        let process = Process::spawn(&spawner.command, &spawner.socket, &member.id, &token)?;
+        member.program = spawner.command.command.first().cloned().unwrap_or_default();
+        member.token = Some(token);
+        member.state = State::Starting;
+        let ended = sys::watched(process.watch()?, Interest::READABLE)?;
+        let pid = process.pid();
+        member.process = Some(process);
+        let events = spawner.events.clone();
+        tokio::spawn(async move {
+            let _ = ended.readable().await;
+            let _ = events.send(Event::Exited(place));
+        });
+        spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
+        Ok(())
+    }
+
+    /// The process in this place has ended. Without any left, so does the primary.
+    pub(super) fn process_ended(&mut self, place: usize) -> Result<(), PrimaryError> {
+        let member = &mut self.members[place];
+        let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
+        member.process = None;
+        let how = status.to_string();
+        let attached = member.state != State::Starting;
+        if !attached && !self.open {
+            return Err(PrimaryError::EndedEarly {
+                member: member.id.clone(),
+                program: member.program.clone(),
+                how,
+            });
+        }
+        // One that ends before it attaches has failed, whatever it says.
+        let success = status.success() && attached;
+        member.last_exit = Some(how.clone());
+        tracing::warn!(member = member.id, how, "its process ended");
+        self.leave(place, if success { State::Stopped } else { State::Crashed });
+        self.restart_or_not(place, success);
+        self.check_any_left(place, how)
+    }
+
+    /// Decides what becomes of a member whose process is no more.
+    fn restart_or_not(&mut self, place: usize, success: bool) {
+        let member = &mut self.members[place];
+        let limit = self.care.restart;
+        match member.starts.judge(&limit, Instant::now(), success) {
+            Verdict::Stay => {}
+            Verdict::After(delay) => {
+                member.restarting = true;
+                if let Some(spawner) = &self.spawner {
+                    spawner.later(delay, Event::Restart(place));
+                }
+            }
+            Verdict::GiveUp => {
+                member.state = State::Failed;
+                tracing::error!(
+                    member = member.id,
+                    "stays down: started {} times within {:?} (start_limit_burst, start_limit_interval)",
+                    limit.limit_burst,
+                    limit.limit_interval
+                );
+            }
+        }
+    }
+
+    fn check_any_left(&self, place: usize, how: String) -> Result<(), PrimaryError> {
+        if self.members.iter().all(|member| member.process.is_none() && !member.restarting) {
+            return Err(PrimaryError::NoneLeft { member: self.members[place].id.clone(), how });
+        }
+        Ok(())
+    }
+
+    /// It is time to start the worker of this place again.
+    pub(super) fn restart(&mut self, place: usize) -> Result<(), PrimaryError> {
+        let member = &mut self.members[place];
+        if !std::mem::take(&mut member.restarting) || member.process.is_some() {
+            return Ok(());
+        }
+        tracing::info!(member = member.id, "restarting");
+        match self.start_worker(place) {
+            Err(PrimaryError::Spawn(error)) => {
+                // The program may come back: an upgrade replaces it.
+                tracing::error!(member = self.members[place].id, "{error}");
+                self.restart_or_not(place, false);
+                self.check_any_left(place, error.to_string())
+            }
+            other => other,
+        }
+    }
+
+    /// A process was to attach by now. At the beginning, that all have is looked after elsewhere.
+    pub(super) fn start_timed_out(&mut self, place: usize, pid: u32) {
+        let member = &mut self.members[place];
+        let Some(process) = &mut member.process else { return };
+        if self.open && member.state == State::Starting && process.pid() == pid {
+            tracing::warn!(member = member.id, "has not attached within {:?}: killed", self.start_timeout);
+            process.kill();
+        }
+    }
+
+    /// Looks for workers that have packets, and take none.
+    pub(super) fn look_for_hanging(&mut self) {
+        if self.care.hang_timeout.is_zero() {
+            return;
+        }
+        let now = Instant::now();
+        for place in 0..self.members.len() {
+            let member = &mut self.members[place];
+            let Some(still) = member.stands_still(now) else { continue };
+            if still < self.care.hang_timeout {
+                continue;
+            }
+            tracing::error!(
+                member = member.id,
+                backlog = member.backlog(),
+                "hangs: it has packets and has taken none for {still:?} (hang_timeout)"
+            );
+            member.hangs += 1;
+            match &mut member.process {
+                // Its end is an event.
+                Some(process) => process.kill(),
+                None => self.leave(place, State::Crashed),
+            }
+        }
+    }
+}

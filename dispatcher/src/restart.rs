@@ -1,0 +1,155 @@
+//! When a worker that ended is started again: as systemd does it (systemd.service(5): `Restart=`, `RestartSec=`,
+//! `RestartSteps=`, `StartLimitBurst=`, `StartLimitIntervalSec=`).
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Longest wait before a restart.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Which ends of a worker's process make it start again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// None.
+    No,
+    /// Every one but an exit with status 0.
+    OnFailure,
+    /// Every one.
+    Always,
+}
+
+impl Policy {
+    pub(crate) const ALL: [Self; 3] = [Self::No, Self::OnFailure, Self::Always];
+
+    /// Its name in the configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::OnFailure => "on-failure",
+            Self::Always => "always",
+        }
+    }
+}
+
+/// How workers are restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restart {
+    /// After which ends.
+    pub policy: Policy,
+    /// The wait before the first restart; each one that follows soon waits twice as long as the one before, up to a minute.
+    pub delay: Duration,
+    /// Most starts …
+    pub limit_burst: u32,
+    /// … in this time. After one more end the worker stays down.
+    pub limit_interval: Duration,
+}
+
+/// What becomes of a worker whose process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stays down: its end was no failure, or restarts are off.
+    Stay,
+    /// It is started again after this time.
+    After(Duration),
+    /// It stays down: it was started too often.
+    GiveUp,
+}
+
+/// The starts of one member's processes.
+#[derive(Debug, Default)]
+pub struct Starts {
+    /// Those within the last interval.
+    recent: VecDeque<Instant>,
+    /// All but the first.
+    pub restarts: u64,
+    started: bool,
+}
+
+impl Starts {
+    /// A process was started.
+    pub fn count(&mut self, now: Instant) {
+        self.restarts += u64::from(self.started);
+        self.started = true;
+        self.recent.push_back(now);
+    }
+
+    /// The process ended.
+    pub fn judge(&mut self, restart: &Restart, now: Instant, success: bool) -> Verdict {
+        match restart.policy {
+            Policy::Always => {}
+            Policy::OnFailure if !success => {}
+            Policy::OnFailure | Policy::No => return Verdict::Stay,
+        }
+        while self.recent.front().is_some_and(|start| now.duration_since(*start) >= restart.limit_interval) {
+            self.recent.pop_front();
+        }
+        let recent = u32::try_from(self.recent.len()).unwrap_or(u32::MAX);
+        if recent >= restart.limit_burst {
+            return Verdict::GiveUp;
+        }
+        let times = 1u32.checked_shl(recent.saturating_sub(1)).unwrap_or(u32::MAX);
+        Verdict::After(restart.delay.saturating_mul(times).min(LONGEST))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RESTART: Restart = Restart {
+        policy: Policy::OnFailure,
+        delay: Duration::from_millis(100),
+        limit_burst: 4,
+        limit_interval: Duration::from_secs(10),
+    };
+
+    #[test]
+    fn the_policy_says_which_ends_count() {
+        for (policy, after_success, after_failure) in
+            [(Policy::No, false, false), (Policy::OnFailure, false, true), (Policy::Always, true, true)]
+        {
+            for (success, again) in [(true, after_success), (false, after_failure)] {
+                let now = Instant::now();
+                let mut starts = Starts::default();
+                starts.count(now);
+                let verdict = starts.judge(&Restart { policy, ..RESTART }, now, success);
+                assert_eq!(verdict != Verdict::Stay, again, "{policy:?}, success {success}");
+            }
+        }
+    }
+
+    #[test]
+    fn waits_double_until_the_limit() {
+        let now = Instant::now();
+        let mut starts = Starts::default();
+        for wait in [100, 200, 400] {
+            starts.count(now);
+            assert_eq!(starts.judge(&RESTART, now, false), Verdict::After(Duration::from_millis(wait)));
+        }
+        starts.count(now);
+        assert_eq!(starts.judge(&RESTART, now, false), Verdict::GiveUp);
+        assert_eq!(starts.restarts, 3);
+    }
+
+    #[test]
+    fn what_is_long_ago_is_forgiven() {
+        let first = Instant::now();
+        let mut starts = Starts::default();
+        for second in 0..100 {
+            let now = first + Duration::from_secs(10 * second);
+            starts.count(now);
+            assert_eq!(starts.judge(&RESTART, now, false), Verdict::After(RESTART.delay));
+        }
+        assert_eq!(starts.recent.len(), 1);
+    }
+
+    #[test]
+    fn no_wait_is_longer_than_a_minute() {
+        let now = Instant::now();
+        let mut starts = Starts::default();
+        (0..100).for_each(|_| starts.count(now));
+        let endless = Restart { limit_burst: u32::MAX, ..RESTART };
+        assert_eq!(starts.judge(&endless, now, false), Verdict::After(LONGEST));
+    }
+}

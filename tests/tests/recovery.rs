@@ -1,0 +1,154 @@
+//! Workers that crash or hang: others get their packets, and they are started again.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan::report::{Member, Report};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::leftovers;
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const PACKETS: u64 = 600;
+
+fn start(config: &str) -> (Netns, Primary) {
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    (namespace, primary)
+}
+
+fn replay(namespace: &Netns) {
+    let frames = traffic::synthetic(60, 600, 5).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+}
+
+fn member(report: &Report, place: usize) -> &Member {
+    &report.groups[0].members[place]
+}
+
+fn signal(member: &Member, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(member.pid).unwrap()), signal).unwrap();
+}
+
+fn stop(member: &Member) {
+    signal(member, Signal::SIGSTOP);
+    while leftovers::state(member.pid) != Some('T') {
+        std::thread::yield_now();
+    }
+}
+
+fn committed(report: &Report) -> u64 {
+    report.groups[0].members.iter().map(|member| member.committed).sum()
+}
+
+#[test]
+fn a_killed_worker_is_started_again_and_gets_its_share_again() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("hash_key = '000102030405060708090a0b0c0d0e0f'");
+    replay(&namespace);
+    let before = primary.report_after(PACKETS, true);
+    assert_balanced(&before, PACKETS);
+    let share = member(&before, 0).committed;
+    assert!(share > 0 && share < PACKETS);
+
+    signal(member(&before, 0), Signal::SIGKILL);
+    let again = |member: &Member| member.restarts == 1 && member.state == "running";
+    let report = primary.report_when(|report| again(member(report, 0)));
+    assert_ne!(member(&report, 0).pid, member(&before, 0).pid);
+    assert_eq!(member(&report, 0).last_exit.as_deref(), Some("signal: 9 (SIGKILL)"));
+    assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (2048, 2048));
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(committed(&report), 2 * PACKETS);
+    // Half of the buckets again, though perhaps not the same ones.
+    assert!(member(&report, 0).committed > share);
+    assert_eq!((member(&report, 0).lost, member(&report, 0).requeued), (0, 0));
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_again() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("hang_timeout = '1s'");
+    let before = primary.report();
+    stop(member(&before, 0));
+    replay(&namespace);
+    let report = primary.report_when(|report| {
+        member(report, 0).hangs == 1 && member(report, 0).state == "running" && committed(report) == PACKETS
+    });
+    assert_balanced(&report, PACKETS);
+    let hung = member(&report, 0);
+    assert_eq!((hung.restarts, hung.committed, hung.lost), (1, 0, 0));
+    assert!(hung.requeued > 0 && hung.requeued == hung.delivered);
+    assert_eq!(member(&report, 1).committed, PACKETS);
+    assert_eq!(member(&report, 1).hangs, 0, "having no packets is not hanging");
+
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(committed(&report), 2 * PACKETS);
+    assert!(member(&report, 0).committed > 0);
+    let exit = primary.stop().0;
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    assert!(exit.stderr.join("\n").contains("hangs: it has packets and has taken none for"), "{exit:#?}");
+}
+
+#[test]
+fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) =
+        start("restart_delay = '1ms'\nstart_limit_burst = 3\nstart_limit_interval = '600s'");
+    for restarts in 0..3 {
+        let report = primary.report_when(|report| {
+            member(report, 0).restarts == restarts && member(report, 0).state == "running"
+        });
+        signal(member(&report, 0), Signal::SIGKILL);
+    }
+    let report = primary.report_when(|report| member(report, 0).state == "failed");
+    assert_eq!((member(&report, 0).restarts, member(&report, 0).buckets), (2, 0));
+    assert_eq!(member(&report, 1).buckets, 4096);
+    replay(&namespace);
+    let report = primary.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(member(&report, 1).committed, PACKETS);
+
+    // When all are down for good, so is the primary.
+    for restarts in 0..3 {
+        let report = primary.report_when(|report| {
+            member(report, 1).restarts == restarts && member(report, 1).state == "running"
+        });
+        signal(member(&report, 1), Signal::SIGKILL);
+    }
+    let exit = primary.process.wait();
+    assert_eq!(exit.code, Some(6), "{exit:#?}");
+    let stderr = exit.stderr.join("\n");
+    assert_eq!(stderr.matches("stays down: started 3 times within 600s").count(), 2, "{stderr}");
+    assert!(stderr.contains("no worker is left: the last one, default/1"), "{stderr}");
+}
+
+#[test]
+fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let launch = Launch::on(&namespace).unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let before = primary.report();
+    stop(member(&before, 0));
+    replay(&namespace);
+    primary.report_when(|report| member(report, 0).backlog == PACKETS);
+    signal(member(&before, 0), Signal::SIGKILL);
+    let report =
+        primary.report_when(|report| member(report, 0).restarts == 1 && member(report, 0).state == "running");
+    assert_balanced(&report, PACKETS);
+    assert_eq!((member(&report, 0).lost, member(&report, 0).requeued), (PACKETS, 0));
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(member(&report, 0).committed, PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
