@@ -34,8 +34,8 @@
 //! # What a commit means
 //!
 //! A packet is the worker's until [`Batch::commit`]; then its memory goes back to the network card. A batch that is dropped
-//! instead comes again with the next [`Worker::recv`]. Of a process that dies, the dispatcher takes the
-//! memory back, counts what was not committed as lost, and gives its flows to the other workers.
+//! instead comes again with the next [`Worker::recv`]. What a process that dies had not committed goes to the other workers, with
+//! its flows; those packets say so ([`Packet::is_redelivered`]), since it may have seen them.
 //!
 //! # How a worker ends
 //!
