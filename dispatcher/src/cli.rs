@@ -61,11 +61,15 @@ pub enum Command {
     /// Show the counters of a running primary
     #[command(after_long_help = after_help())]
     Stats(StatsFlags),
+
+    /// List the workers of a running primary, add, drain, restart or remove some
+    #[command(after_long_help = after_help(), arg_required_else_help = true, subcommand_required = true)]
+    Workers(WorkersFlags),
 }
 
-/// Whose counters to show, and how.
+/// Which primary.
 #[derive(Args, Clone, Debug)]
-pub struct StatsFlags {
+pub struct PrimaryFlags {
     /// Interface of the primary
     #[arg(short, long, value_name = "IFACE", required_unless_present = "socket")]
     pub interface: Option<String>,
@@ -73,6 +77,88 @@ pub struct StatsFlags {
     /// Control socket of the primary [default: /run/xfan/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = socket_flag())]
     pub socket: Option<PathBuf>,
+}
+
+impl PrimaryFlags {
+    /// The control socket to ask.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        let default = || Config::default_socket(self.interface.as_deref().unwrap_or_default());
+        self.socket.clone().unwrap_or_else(default)
+    }
+}
+
+/// What to do with whose workers.
+#[derive(Args, Clone, Debug)]
+pub struct WorkersFlags {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: WorkersAction,
+}
+
+/// What can be done with workers.
+#[derive(Subcommand, Clone, Debug)]
+pub enum WorkersAction {
+    /// List them
+    List {
+        /// Which primary.
+        #[command(flatten)]
+        primary: PrimaryFlags,
+        /// Print JSON: an array of members, as in `xfan stats --json`
+        #[arg(long)]
+        json: bool,
+    },
+    /// Start more of them
+    ///
+    /// Those whose command `xfan run` was given. There can be `max_workers` at a time.
+    Add {
+        /// How many
+        #[arg(value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64))]
+        count: u8,
+        /// Which primary.
+        #[command(flatten)]
+        order: OrderFlags,
+    },
+    /// Have one finish what it has, and leave
+    ///
+    /// It gets no new packets: its flows go to the others. It stays away until `restart`.
+    Drain(MemberFlags),
+    /// Drain one, and start it again
+    ///
+    /// Also one that has failed, or that was drained.
+    Restart(MemberFlags),
+    /// Drain one, and leave its place to whoever comes
+    Remove(MemberFlags),
+}
+
+/// Which member of which primary.
+#[derive(Args, Clone, Debug)]
+pub struct MemberFlags {
+    /// The member, such as default/0
+    #[arg(value_name = "ID")]
+    pub member: String,
+    /// Which primary.
+    #[command(flatten)]
+    pub order: OrderFlags,
+}
+
+/// Which primary, and whether to wait.
+#[derive(Args, Clone, Debug)]
+pub struct OrderFlags {
+    /// Which primary.
+    #[command(flatten)]
+    pub primary: PrimaryFlags,
+    /// Do not wait until it is done
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// Whose counters to show, and how.
+#[derive(Args, Clone, Debug)]
+pub struct StatsFlags {
+    /// Which primary.
+    #[command(flatten)]
+    pub primary: PrimaryFlags,
 
     /// Print JSON: one object, or with --watch one per line
     #[arg(long)]
@@ -82,15 +168,6 @@ pub struct StatsFlags {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub watch: Option<u64>,
-}
-
-impl StatsFlags {
-    /// The control socket to ask.
-    #[must_use]
-    pub fn socket(&self) -> PathBuf {
-        let default = || Config::default_socket(self.interface.as_deref().unwrap_or_default());
-        self.socket.clone().unwrap_or_else(default)
-    }
 }
 
 fn after_help() -> String {
@@ -158,7 +235,7 @@ mod tests {
     fn the_long_help_ends_with_the_exit_codes_and_fits_80_columns() {
         let mut command = Cli::command();
         command.build();
-        for name in ["run", "check", "topology", "stats"] {
+        for name in ["run", "check", "topology", "stats", "workers"] {
             let help = command.find_subcommand_mut(name).unwrap().render_long_help().to_string();
             assert!(help.contains("Exit codes:"), "{name}");
             assert!(help.lines().all(|line| line.chars().count() <= 80), "{name}:\n{help}");

@@ -3,28 +3,32 @@
 //! A connection is a task that only moves messages, on a thread of its own: what they mean is decided in one place, the
 //! primary, which gets them as [`Event`]s, and which goes on whatever a peer makes its connection wait for.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect,
-    getsockopt, listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect, listen,
+    setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::unistd::Uid;
+use nix::unistd::Gid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
+use crate::access::{Access, peer_of};
 use crate::sys;
 
-/// Connections at a time: those of the workers' user, and those of root, which no worker can use up.
+/// Connections at a time: those of all users, of each of them, and those of root, which nobody else can use up.
 const MAX_CONNECTIONS: usize = 256;
+const MAX_USER_CONNECTIONS: usize = 128;
 const MAX_ROOT_CONNECTIONS: usize = 64;
 
 /// How long a tool waits for the primary's answer.
@@ -106,12 +110,40 @@ pub enum ControlError {
     },
 }
 
+/// What came over the control socket.
+#[derive(Debug, Default)]
+pub struct ControlCounters {
+    connections: AtomicU64,
+    forbidden: AtomicU64,
+    too_many: AtomicU64,
+    malformed: AtomicU64,
+}
+
+impl ControlCounters {
+    /// As in the report.
+    pub fn report(&self) -> crate::report::Control {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        crate::report::Control {
+            connections: get(&self.connections),
+            forbidden: get(&self.forbidden),
+            too_many: get(&self.too_many),
+            malformed: get(&self.malformed),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
 /// The listening socket. Dropping it removes its file.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
     path: PathBuf,
     inode: u64,
+    access: Access,
+    counters: Arc<ControlCounters>,
 }
 
 fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
@@ -119,11 +151,11 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
 }
 
 impl Listener {
-    /// Listens on `path`, for `user` and root. The socket of a primary that was killed is replaced.
+    /// Listens on `path`. The socket of a primary that was killed is replaced.
     ///
     /// # Errors
     /// [`ControlError`]
-    pub fn bind(path: &Path, user: Uid) -> Result<Self, ControlError> {
+    pub fn bind(path: &Path, access: Access) -> Result<Self, ControlError> {
         let fail = |source: io::Error| ControlError::Io { path: path.to_owned(), source };
         if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
             std::fs::create_dir(parent).map_err(fail)?;
@@ -148,10 +180,11 @@ impl Listener {
             bind(fd.as_raw_fd(), &address)?;
             let inode = std::fs::symlink_metadata(path)?.ino();
             // From here on, a failure removes the file.
-            let listener = Listener { fd, path: path.to_owned(), inode };
+            let (mode, owner, group) = (access.mode, access.owner.as_raw(), access.group.map(Gid::as_raw));
+            let listener = Listener { fd, path: path.to_owned(), inode, access, counters: Arc::default() };
             // Nobody can connect before `listen`.
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-            std::os::unix::fs::chown(path, Some(user.as_raw()), None)?;
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+            std::os::unix::fs::chown(path, Some(owner), group)?;
             listen(&listener.fd, Backlog::MAXCONN)?;
             Ok(listener)
         };
@@ -163,6 +196,11 @@ impl Listener {
         &self.path
     }
 
+    /// What came over it.
+    pub fn counters(&self) -> Arc<ControlCounters> {
+        self.counters.clone()
+    }
+
     /// Accepts connections, on a thread of their own, and reports what happens on them, until the receiver of events is
     /// gone.
     ///
@@ -170,12 +208,13 @@ impl Listener {
     /// If the thread cannot be made.
     pub fn serve(&self, events: mpsc::UnboundedSender<Event>) -> io::Result<()> {
         let fd = self.fd.try_clone()?;
+        let (access, counters) = (self.access.clone(), self.counters.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("control".into()).spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
                     () = events.closed() => {}
-                    result = accept_all(fd, &events) => {
+                    result = accept_all(fd, &access, &counters, &events) => {
                         if let Err(error) = result {
                             tracing::error!(%error, "the control socket accepts no connections");
                         }
@@ -203,14 +242,18 @@ fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
 }
 
 /// Accepts connections for ever.
-async fn accept_all(listener: OwnedFd, events: &mpsc::UnboundedSender<Event>) -> io::Result<()> {
+async fn accept_all(
+    listener: OwnedFd,
+    access: &Access,
+    counters: &Arc<ControlCounters>,
+    events: &mpsc::UnboundedSender<Event>,
+) -> io::Result<()> {
     let listener = sys::watched(listener, Interest::READABLE)?;
-    let roots = Arc::new(Semaphore::new(MAX_ROOT_CONNECTIONS));
-    let others = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut room = Room::default();
     for id in 0.. {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
             let socket = accept(listener)?;
-            let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
+            let peer = peer_of(&socket)?;
             Ok((socket, peer))
         });
         let Ok((socket, peer)) = accepted.await else {
@@ -218,23 +261,67 @@ async fn accept_all(listener: OwnedFd, events: &mpsc::UnboundedSender<Event>) ->
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let (places, limit) =
-            if peer.uid() == 0 { (&roots, MAX_ROOT_CONNECTIONS) } else { (&others, MAX_CONNECTIONS) };
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            let message =
-                format!("there are {limit} connections of this kind of user, which is the limit: close some");
-            // Whoever it is hears of it or sees the end.
-            let _ = protocol::send(
-                &socket,
-                &Reply::Refused(Refusal { code: RefusalCode::Occupied, message }),
-                &[],
+        count(&counters.connections);
+        // Whoever it is hears of it or sees the end.
+        let refuse = |code, message| protocol::send(&socket, &Reply::Refused(Refusal { code, message }), &[]);
+        if !access.admits(&socket, &peer).unwrap_or(false) {
+            count(&counters.forbidden);
+            tracing::info!(uid = peer.uid(), pid = peer.pid(), "may not use the control socket");
+            let message = format!(
+                "user id {} may not use this control socket: root and the workers' user may, and whom allow_users and \
+                 allow_groups in [control] of its configuration name",
+                peer.uid()
             );
+            let _ = refuse(RefusalCode::Forbidden, message);
             continue;
-        };
-        let connection = Connection { id, end: Arc::default() };
-        tokio::spawn(carry(connection, peer, socket, place, events.clone()));
+        }
+        match room.take(peer.uid()) {
+            Ok(place) => {
+                let connection = Connection { id, end: Arc::default() };
+                tokio::spawn(carry(connection, peer, socket, place, counters.clone(), events.clone()));
+            }
+            Err(message) => {
+                count(&counters.too_many);
+                let _ = refuse(RefusalCode::Occupied, message);
+            }
+        }
     }
     Ok(())
+}
+
+/// Who has how many connections.
+struct Room {
+    root: Arc<Semaphore>,
+    others: Arc<Semaphore>,
+    /// Only of users who were admitted: there are no more than the system has.
+    users: HashMap<u32, Arc<Semaphore>>,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Room {
+            root: Arc::new(Semaphore::new(MAX_ROOT_CONNECTIONS)),
+            others: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            users: HashMap::new(),
+        }
+    }
+}
+
+impl Room {
+    /// A connection's place, or why there is none. It is free again when what this returns is dropped.
+    fn take(&mut self, uid: u32) -> Result<Vec<OwnedSemaphorePermit>, String> {
+        let own = self.users.entry(uid).or_insert_with(|| Arc::new(Semaphore::new(MAX_USER_CONNECTIONS)));
+        let limits: &[_] = if uid == 0 {
+            &[(&self.root, MAX_ROOT_CONNECTIONS, "of root")]
+        } else {
+            &[(&*own, MAX_USER_CONNECTIONS, "of this user"), (&self.others, MAX_CONNECTIONS, "of all users")]
+        };
+        let take = |&(places, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
+            let message = || format!("there are {limit} connections {whose}, which is the limit: close some");
+            places.clone().try_acquire_owned().map_err(|_| message())
+        };
+        limits.iter().map(take).collect()
+    }
 }
 
 /// A connection from its beginning to its end.
@@ -242,14 +329,15 @@ async fn carry(
     connection: Connection,
     peer: UnixCredentials,
     socket: OwnedFd,
-    _place: OwnedSemaphorePermit,
+    _place: Vec<OwnedSemaphorePermit>,
+    counters: Arc<ControlCounters>,
     events: mpsc::UnboundedSender<Event>,
 ) {
     let id = connection.id;
     let end = connection.end.clone();
     tokio::select! {
         () = end.notified() => {}
-        result = converse(connection, peer, socket, &events) => {
+        result = converse(connection, peer, socket, &counters, &events) => {
             if let Err(error) = result {
                 tracing::debug!(connection = id, %error, "connection ended");
             }
@@ -263,6 +351,7 @@ async fn converse(
     connection: Connection,
     peer: UnixCredentials,
     socket: OwnedFd,
+    counters: &ControlCounters,
     events: &mpsc::UnboundedSender<Event>,
 ) -> Result<(), ProtocolError> {
     let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
@@ -285,6 +374,7 @@ async fn converse(
             }
             Err(ProtocolError::Closed) => return Ok(()),
             Err(error) => {
+                count(&counters.malformed);
                 let refusal = Refusal { code: RefusalCode::Malformed, message: error.to_string() };
                 let _ = protocol::send(socket.get_ref(), &Reply::Refused(refusal), &[]);
                 return Err(error);
@@ -320,19 +410,29 @@ async fn reply_on(socket: &AsyncFd<OwnedFd>, reply: &Reply, fds: &[OwnedFd]) -> 
 /// Asks the primary on `path` for its report, as a tool does.
 ///
 /// # Errors
-/// [`ProtocolError`]; [`io::ErrorKind::NotFound`] or [`io::ErrorKind::ConnectionRefused`] if there is no primary.
+/// As [`ask`].
 pub fn ask_for_report(path: &Path) -> Result<crate::report::Report, ProtocolError> {
+    match ask(path, &Request::Stats)? {
+        Reply::Stats(report) => Ok(serde_json::from_value(report)?),
+        _ => Err(io::Error::other("the primary answered something else").into()),
+    }
+}
+
+/// Asks the primary on `path` for something, as a tool does.
+///
+/// # Errors
+/// [`ProtocolError`]; [`io::ErrorKind::NotFound`] or [`io::ErrorKind::ConnectionRefused`] if there is no primary; a refusal is an
+/// error with its words.
+pub fn ask(path: &Path, request: &Request) -> Result<Reply, ProtocolError> {
     let socket = seqpacket(SockFlag::empty())?;
     let patience = TimeVal::seconds(i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX));
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
     setsockopt(&socket, sockopt::SendTimeout, &patience)?;
-    let ask = || {
+    let converse = || {
         connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        // If it has refused and hung up already, its word is still there to be read.
-        let _ = protocol::send(&socket, &Request::Stats, &[]);
-        protocol::receive::<Reply>(&socket, MAX_REPLY)
+        protocol::ask(&socket, request)
     };
-    let (reply, _) = ask().map_err(|error| match error {
+    let (reply, _) = converse().map_err(|error| match error {
         error if error.would_block() => io::Error::new(
             io::ErrorKind::TimedOut,
             format!("{} did not answer within {PATIENCE:?}", path.display()),
@@ -341,8 +441,7 @@ pub fn ask_for_report(path: &Path) -> Result<crate::report::Report, ProtocolErro
         error => error,
     })?;
     match reply {
-        Reply::Stats(report) => Ok(serde_json::from_value(report)?),
         Reply::Refused(refusal) => Err(io::Error::other(refusal.message).into()),
-        Reply::Attached(_) => Err(io::Error::other("the primary answered something else").into()),
+        reply => Ok(reply),
     }
 }

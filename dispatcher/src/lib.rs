@@ -1,4 +1,11 @@
-//! Placeholder.
+//! The primary of xfan: it owns an interface's AF_XDP sockets, and dispatches packets to worker processes.
+//!
+//! As packets go: [`port`] takes the interface, [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
+//! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
+//! thread, with [`members`], their processes ([`supervisor`], [`restart`]), the [`control`] socket and its [`access`], and the
+//! [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
+
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -1,11 +1,12 @@
 //! The `xfan` command.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan::cli::{Cli, Command, StatsFlags};
+use xfan::cli::{Cli, Command, PrimaryFlags, StatsFlags, WorkersAction};
 use xfan::config::{Config, Flags, PlacementFlags};
 use xfan::exit::Exit;
 use xfan::interface::Interface;
@@ -13,7 +14,7 @@ use xfan::placement::place;
 use xfan::run::{RunError, run};
 use xfan::topology::Machine;
 use xfan::{control, report, topology};
-use xfan_shm::protocol::ProtocolError;
+use xfan_shm::protocol::{ProtocolError, Reply, Request, WorkersOrder};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         Command::Check(flags) => check(&flags),
         Command::Topology(flags) => show_topology(flags),
         Command::Stats(flags) => show_stats(&flags),
+        Command::Workers(flags) => workers(&flags.action),
     };
     match result {
         Ok(()) => Exit::Ok.into(),
@@ -72,33 +74,11 @@ fn show_topology(flags: PlacementFlags) -> Ended {
 }
 
 fn show_stats(flags: &StatsFlags) -> Ended {
-    let socket = flags.socket();
     let mut earlier = None;
     loop {
-        let report = control::ask_for_report(&socket).map_err(|error| match &error {
-            ProtocolError::Io(io) => {
-                use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
-                match io.kind() {
-                    NotFound | ConnectionRefused => (
-                        Exit::Failure,
-                        format!(
-                            "no primary answers on {}: start one with `xfan run`, or name its socket",
-                            socket.display()
-                        ),
-                    ),
-                    PermissionDenied => (
-                        Exit::Permission,
-                        format!("{} may be used by root and the workers' user only", socket.display()),
-                    ),
-                    _ => (Exit::Failure, error.to_string()),
-                }
-            }
-            _ => (Exit::Failure, error.to_string()),
-        })?;
+        let report = report_of(&flags.primary)?;
         if flags.json {
-            print(
-                &(serde_json::to_string(&report).map_err(|error| (Exit::Failure, error.to_string()))? + "\n"),
-            );
+            print(&(to_json(&report)? + "\n"));
         } else {
             let home =
                 if flags.watch.is_some() && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
@@ -108,6 +88,81 @@ fn show_stats(flags: &StatsFlags) -> Ended {
         earlier = Some(report);
         std::thread::sleep(Duration::from_secs(seconds));
     }
+}
+
+fn workers(action: &WorkersAction) -> Ended {
+    let (flags, order) = match action {
+        WorkersAction::List { primary, json } => {
+            let report = report_of(primary)?;
+            let members: Vec<_> = report.groups.iter().flat_map(|group| &group.members).collect();
+            print(&if *json { to_json(&members)? + "\n" } else { report::render_members(&members) });
+            return Ok(());
+        }
+        WorkersAction::Add { count, order } => (order, WorkersOrder::Add(usize::from(*count))),
+        WorkersAction::Drain(flags) => (&flags.order, WorkersOrder::Drain(flags.member.clone())),
+        WorkersAction::Restart(flags) => (&flags.order, WorkersOrder::Restart(flags.member.clone())),
+        WorkersAction::Remove(flags) => (&flags.order, WorkersOrder::Remove(flags.member.clone())),
+    };
+    let before = report_of(&flags.primary)?;
+    let socket = flags.primary.socket();
+    let request = Request::Workers(order.clone());
+    let members = match control::ask(&socket, &request).map_err(|error| no_answer(&socket, &error))? {
+        Reply::Ordered(members) => members,
+        _ => return Err((Exit::Failure, format!("{} answered something else", socket.display()))),
+    };
+    let pid_before = |id: &str| before.member(id).map_or(0, |member| member.pid);
+    let come = matches!(order, WorkersOrder::Add(_) | WorkersOrder::Restart(_));
+    for id in members {
+        while !flags.no_wait {
+            let now = report_of(&flags.primary)?;
+            let member = now.member(&id).cloned().unwrap_or_default();
+            let state = member.state.as_str();
+            let another = member.pid != pid_before(&id);
+            let done = if come { another && state == "running" } else { another };
+            if done {
+                break;
+            }
+            if come && matches!(state, "crashed" | "failed" | "stopped" | "vacant") && member.pid == 0 {
+                let how = member.last_exit.unwrap_or_else(|| "see its primary's log".into());
+                return Err((Exit::Workers, format!("member {id} is {state}: {how}")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        print(&format!("{id}\n"));
+    }
+    Ok(())
+}
+
+fn report_of(primary: &PrimaryFlags) -> Result<report::Report, (Exit, String)> {
+    let socket = primary.socket();
+    control::ask_for_report(&socket).map_err(|error| no_answer(&socket, &error))
+}
+
+/// What it means that a primary did not answer as it should.
+fn no_answer(socket: &Path, error: &ProtocolError) -> (Exit, String) {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+    let ProtocolError::Io(io) = error else { return (Exit::Failure, error.to_string()) };
+    match io.kind() {
+        NotFound | ConnectionRefused => (
+            Exit::Failure,
+            format!(
+                "no primary answers on {}: start one with `xfan run`, or name its socket",
+                socket.display()
+            ),
+        ),
+        PermissionDenied => (
+            Exit::Permission,
+            format!(
+                "no permission to use {}: root and the workers' user may, and whom [control] in its configuration names",
+                socket.display()
+            ),
+        ),
+        _ => (Exit::Failure, error.to_string()),
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<String, (Exit, String)> {
+    serde_json::to_string(value).map_err(|error| (Exit::Failure, error.to_string()))
 }
 
 /// Prints; a reader that has gone away ends the program, quietly.

@@ -14,6 +14,7 @@ use xfan_shm::segment;
 use crate::control::Connection;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
+use crate::primary::Leaving;
 use crate::report;
 use crate::restart::Starts;
 use crate::supervisor::Process;
@@ -77,6 +78,12 @@ pub struct Member {
     pub last_exit: Option<String>,
     /// Times it hung.
     pub hangs: u64,
+    /// An operator has told it to leave.
+    pub leaving: Option<Leaving>,
+    /// How long its worker spins when there is nothing to do.
+    pub spin: Duration,
+    /// Somebody had it, or has.
+    taken: bool,
     pulse: Option<Pulse>,
     /// One for each lane, in order.
     counters: Vec<Arc<MemberCounters>>,
@@ -147,8 +154,8 @@ pub enum SessionError {
 }
 
 impl Member {
-    /// A vacant place.
-    pub fn new(id: String, core: Option<usize>, lanes: usize) -> Self {
+    /// A vacant place, in which a worker spins for `spin` when there is nothing to do.
+    pub fn new(id: String, core: Option<usize>, spin: Duration, lanes: usize) -> Self {
         Member {
             id,
             core,
@@ -161,6 +168,9 @@ impl Member {
             restarting: false,
             last_exit: None,
             hangs: 0,
+            leaving: None,
+            spin,
+            taken: false,
             pulse: None,
             counters: (0..lanes).map(|_| Arc::default()).collect(),
             past: Past::default(),
@@ -195,7 +205,18 @@ impl Member {
             .collect();
         let handover = Handover { down: segment::reopen_read_only(&down_fd)?, up: up_fd, doorbell: sleeper };
         self.session = Some(Session { connection, pid, down, up, doorbell });
+        self.taken = true;
         Ok((links, handover))
+    }
+
+    /// Whether nobody has the place, and xfan starts nobody for it.
+    pub fn is_vacant(&self) -> bool {
+        self.token.is_none() && self.session.is_none() && self.process.is_none()
+    }
+
+    /// Whether nobody ever had the place.
+    pub fn is_untouched(&self) -> bool {
+        self.is_vacant() && !self.taken
     }
 
     /// How long its worker has had packets, and has neither committed one nor asked for more.
@@ -284,6 +305,7 @@ impl Member {
             state: self.state.name().to_owned(),
             restarts: self.starts.restarts,
             hangs: self.hangs,
+            supervised: self.token.is_some(),
             last_exit: self.last_exit.clone(),
             buckets,
             backlog: self.backlog(),

@@ -5,6 +5,7 @@
 
 mod attach;
 mod error;
+mod operator;
 mod stop;
 mod workers;
 
@@ -17,7 +18,7 @@ use tokio::sync::mpsc;
 use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::{Reply, Request};
 
-use crate::control::{Answer, ConnectionId, Event, Listener};
+use crate::control::{Answer, ConnectionId, ControlCounters, Event, Listener};
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
 use crate::members::{Member, State};
@@ -30,6 +31,7 @@ use crate::umem::PacketMemory;
 use workers::Spawner;
 
 pub use error::PrimaryError;
+pub use operator::Leaving;
 pub use stop::Outcome;
 pub use workers::Care;
 
@@ -53,8 +55,10 @@ pub struct Primary {
     pub lanes: Vec<LaneHandle>,
     /// The group's places.
     pub members: Vec<Member>,
-    /// How workers wait: spin, then yield.
-    pub idle: (Duration, Duration),
+    /// The places that `xfan run` starts with; the others show only once somebody has taken them.
+    pub places: usize,
+    /// How long workers yield after spinning.
+    pub yields: Duration,
     /// How long workers may take to attach.
     pub start_timeout: Duration,
     /// How long workers may take to finish, and to end.
@@ -62,6 +66,7 @@ pub struct Primary {
     /// When workers are restarted.
     pub care: Care,
     spawner: Option<Spawner>,
+    control: Arc<ControlCounters>,
     /// Packets have been let in: all workers had attached.
     open: bool,
     table: BucketTable,
@@ -81,7 +86,8 @@ impl Primary {
         geometry: Geometry,
         lanes: Vec<LaneHandle>,
         members: Vec<Member>,
-        idle: (Duration, Duration),
+        places: usize,
+        yields: Duration,
         timeouts: (Duration, Duration),
         care: Care,
     ) -> Self {
@@ -94,11 +100,13 @@ impl Primary {
             geometry,
             lanes,
             members,
-            idle,
+            places,
+            yields,
             start_timeout: timeouts.0,
             stop_timeout: timeouts.1,
             care,
             spawner: None,
+            control: Arc::default(),
             open: false,
             table: BucketTable::empty(),
             started: Instant::now(),
@@ -127,6 +135,7 @@ impl Primary {
         sockets: &[OwnedFd],
     ) -> std::io::Result<Outcome> {
         let mut events: Events = mpsc::unbounded_channel();
+        self.control = listener.counters();
         let result = match listener.serve(events.0.clone()) {
             Ok(()) => self.serve(listener, workers, sockets, &mut events).await,
             Err(error) => Err(error.into()),
@@ -216,6 +225,7 @@ impl Primary {
                         self.begin_detach(connection.id);
                         (Answer::default(), Ok(()))
                     }
+                    Request::Workers(order) => (self.order(&peer, &order).into(), Ok(())),
                 };
                 // Whoever asked may be gone.
                 let _ = answer.send(reply);
@@ -267,7 +277,9 @@ impl Primary {
                 }
             }
         }
-        self.look_for_hanging();
+        let now = Instant::now();
+        self.look_for_hanging(now);
+        self.look_for_overdue(now);
         Ok(())
     }
 
@@ -331,14 +343,20 @@ impl Primary {
         let Some(place) = self.place_of(connection) else { return };
         let draining = self.members[place].state == State::Draining;
         let vacant = self.members[place].token.is_none();
+        let told = self.members[place].leaving.is_some();
         self.leave(
             place,
             match (draining, vacant) {
                 (false, _) => State::Crashed,
+                // It has left when its process has ended.
+                (true, _) if told => State::Draining,
                 (true, true) => State::Vacant,
                 (true, false) => State::Stopped,
             },
         );
+        if self.members[place].process.is_none() {
+            self.has_left(place);
+        }
         let member = &self.members[place];
         if draining {
             tracing::info!(member = member.id, "detached");
@@ -358,6 +376,7 @@ impl Primary {
             .members
             .iter()
             .enumerate()
+            .filter(|(place, member)| *place < self.places || !member.is_untouched())
             .map(|(place, member)| {
                 member.report(u8::try_from(place).map_or(0, |place| self.table.share(place)))
             })
@@ -368,6 +387,7 @@ impl Primary {
             pid: std::process::id(),
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unserved,
+            control: self.control.report(),
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use table::render;
+pub use table::{render, render_members};
 
 /// Everything about one primary.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +21,8 @@ pub struct Report {
     pub uptime_ns: u64,
     /// XDP outcomes of queues that have no lane, summed up.
     pub unserved: Xdp,
+    /// What came over the control socket.
+    pub control: Control,
     /// One for each RX queue served.
     pub lanes: Vec<Lane>,
     /// Who the packets go to.
@@ -117,6 +119,19 @@ pub struct Frames {
     pub tx: u32,
 }
 
+/// What came over the control socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Control {
+    /// Connections, those that were refused included.
+    pub connections: u64,
+    /// Refused, since the user may not use it.
+    pub forbidden: u64,
+    /// Refused, since there were too many.
+    pub too_many: u64,
+    /// Ended, since what came made no sense.
+    pub malformed: u64,
+}
+
 /// Workers that share one copy of the traffic.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
@@ -145,6 +160,8 @@ pub struct Member {
     pub hangs: u64,
     /// How its last process ended, such as `exit status: 1`; none: it has not.
     pub last_exit: Option<String>,
+    /// Whether xfan starts its process; else it is open to workers that attach by themselves.
+    pub supervised: bool,
     /// Buckets of the 4,096 that it takes.
     pub buckets: usize,
     /// Packets pushed into its rings.
@@ -168,6 +185,11 @@ pub struct Member {
 }
 
 impl Report {
+    /// The member of this name.
+    pub fn member(&self, id: &str) -> Option<&Member> {
+        self.groups.iter().flat_map(|group| &group.members).find(|member| member.id == id)
+    }
+
     /// Packets received, delivered and dropped by the lanes.
     pub fn totals(&self) -> (u64, u64, u64) {
         self.lanes.iter().fold((0, 0, 0), |(received, delivered, dropped), lane| {

@@ -74,6 +74,11 @@ impl Starts {
         self.recent.push_back(now);
     }
 
+    /// Forgets the starts so far: an operator wants another.
+    pub fn forgive(&mut self) {
+        self.recent.clear();
+    }
+
     /// The process ended.
     pub fn judge(&mut self, restart: &Restart, now: Instant, success: bool) -> Verdict {
         match restart.policy {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use xfan_shm::layout::{Geometry, MAX_LANES};
 use xfan_xdp::AttachError;
 
+use crate::access::Access;
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, UserError, WorkerUser};
 use crate::control::{ControlError, Listener};
 use crate::exit::Exit;
@@ -92,6 +93,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     interface.check_mtu(config.frame_size)?;
     check_privileges()?;
     let user = WorkerUser::find(config.user.as_deref())?;
+    let access = Access::find(&config.control, &user)?;
     let machine = Machine::discover(Some(&interface))?;
     let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref())?;
     for note in &placement.notes {
@@ -110,7 +112,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     let (port, memory, sources) = Port::take(interface, queues.clone(), config, &budget, machine.nic_node())?;
     // Until the primary listens to them.
     put_off_signals(true)?;
-    let listener = Listener::bind(&config.socket, user.uid)?;
+    let listener = Listener::bind(&config.socket, access)?;
     // Who shares a CPU must not spin on it.
     let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
     let mut lanes = Vec::with_capacity(queues.len());
@@ -141,13 +143,17 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         };
         lanes.push(LaneHandle::spawn(parts, source)?);
     }
-    let members = placement
-        .workers
-        .iter()
-        .enumerate()
-        .map(|(place, slot)| Member::new(format!("default/{place}"), Some(slot.cpu), lanes.len()))
-        .collect();
+    // Who joins later gets a CPU of its own, or none: then the scheduler finds one, and there is no spinning on it.
+    let all = place(&machine, lanes.len(), budget.places, config.cores.as_deref())?;
+    let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
     let workers_share = placement.workers.iter().any(|slot| slot.shared);
+    let members = (0..budget.places)
+        .map(|number| {
+            let slot = placement.workers.get(number).or_else(|| later.get(number - config.workers));
+            let spin = spin(slot.is_none() || workers_share);
+            Member::new(format!("default/{number}"), slot.map(|slot| slot.cpu), spin, lanes.len())
+        })
+        .collect();
     let primary = Primary::new(
         config.interface.clone(),
         Some(port),
@@ -155,7 +161,8 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         geometry,
         lanes,
         members,
-        (spin(workers_share), config.idle.yielding),
+        config.workers,
+        config.idle.yielding,
         (config.start_timeout, config.stop_timeout),
         Care { restart: config.restart, hang_timeout: config.hang_timeout },
     );

@@ -3,7 +3,7 @@
 //! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this order:
 //! the packet memory (read-only), its down segment (read-only), its up segment, the sleeper's end of its
 //! [`bell`](crate::bell). The connection stays open for as long as the worker works; its end is the end of the worker. An
-//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`].
+//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], or [`Request::Workers`] and gets [`Reply::Ordered`].
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -39,6 +39,22 @@ pub enum Request {
     Detach,
     /// Report on everything.
     Stats,
+    /// Change who works; for root.
+    Workers(WorkersOrder),
+}
+
+/// What an operator wants of the workers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkersOrder {
+    /// Start so many more.
+    Add(usize),
+    /// Give this member no new packets; when it has finished what it has, it leaves, and stays away.
+    Drain(String),
+    /// The same, and then start it again.
+    Restart(String),
+    /// The same, and then give up its place, to whoever comes.
+    Remove(String),
 }
 
 /// A worker introduces itself.
@@ -46,6 +62,9 @@ pub enum Request {
 pub struct Attach {
     /// [`VERSION`](crate::layout::VERSION) of the worker.
     pub version: u32,
+    /// The group to join; none: the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// The member whose place it takes, such as `default/0`; none: any vacant one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub member: Option<String>,
@@ -66,6 +85,8 @@ pub enum Reply {
     Refused(Refusal),
     /// The report, see the documentation of `xfan stats --json`.
     Stats(serde_json::Value),
+    /// An operator's order is being carried out, on these members.
+    Ordered(Vec<String>),
 }
 
 /// All that a worker needs, beside the descriptors.
@@ -105,6 +126,10 @@ pub enum RefusalCode {
     Version,
     /// There is no such member.
     UnknownMember,
+    /// There is no such group.
+    UnknownGroup,
+    /// There is nothing to be done, or no way to do it.
+    Impossible,
     /// The member has a worker, or all have.
     Occupied,
     /// This user or process may not.
@@ -178,6 +203,23 @@ pub fn send(
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+    }
+}
+
+/// Sends a request and receives the answer, with its descriptors.
+///
+/// # Errors
+/// [`ProtocolError`]
+pub fn ask(socket: impl AsFd, request: &Request) -> Result<(Reply, Vec<OwnedFd>), ProtocolError> {
+    // Who refuses a connection may have hung up before the request came. Its word is there all the same …
+    match send(&socket, request, &[]) {
+        Ok(()) | Err(ProtocolError::Closed) => {}
+        Err(error) => return Err(error),
+    }
+    match receive(&socket, MAX_REPLY) {
+        // … behind an error that the kernel tells once, and first (unix(7): ECONNRESET).
+        Err(ProtocolError::Closed) => receive(&socket, MAX_REPLY),
+        result => result,
     }
 }
 
@@ -276,6 +318,7 @@ mod tests {
         let (a, b) = pair();
         let request = Request::Attach(Attach {
             version: 1,
+            group: None,
             member: Some("default/0".into()),
             token: None,
             program: "me".into(),
@@ -299,6 +342,22 @@ mod tests {
         drop(a);
         assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::Closed)));
         assert!(matches!(send(&b, &1, &[]), Err(ProtocolError::Closed)));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "sockets")]
+    fn a_refusal_is_heard_also_of_one_that_has_hung_up_without_listening() {
+        for asked_before in [false, true] {
+            let (a, b) = pair();
+            if asked_before {
+                send(&a, &Request::Detach, &[]).unwrap();
+            }
+            let refusal = Refusal { code: RefusalCode::Forbidden, message: "no".into() };
+            send(&b, &Reply::Refused(refusal.clone()), &[]).unwrap();
+            drop(b);
+            assert_eq!(ask(&a, &Request::Stats).unwrap().0, Reply::Refused(refusal));
+            assert!(matches!(ask(&a, &Request::Stats), Err(ProtocolError::Closed)));
+        }
     }
 
     #[test]

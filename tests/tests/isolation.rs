@@ -218,7 +218,7 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
         assert!(answer.starts_with("a message that makes no sense: "), "{answer}");
     }
     let version = b"{\"attach\":{\"version\":99,\"member\":\"default/9\",\"program\":\"x\"}}";
-    assert_eq!(refused(version), "there is no member default/9; there are 2 in group default");
+    assert_eq!(refused(version), "there is no member default/9: they are default/0 to default/3");
 
     // An empty message and a hang-up say the same. Descriptors, which nobody asked for, are refused by the kernel
     // (from 6.16 on) or closed.

@@ -355,8 +355,8 @@ fn frames_that_do_not_suffice() {
     let namespace = network();
     let launch = launch(&namespace).with("-n 2").config("frames = 4096\nring_slots = 4096").unwrap();
     let exit = launch.run().unwrap();
-    let message = "xfan: `frames` is 4096 per lane, but a lane needs rx_ring (2048) + batch (64) + workers (2) × \
-                   ring_slots (4096) = 10304: raise `frames` to 10304, or lower `ring_slots` or `rx_ring`";
+    let message = "xfan: `frames` is 4096 per lane, but a lane needs rx_ring (4096) + batch (64) + max_workers (2) × \
+                   ring_slots (4096) = 12352: raise `frames` to 12352, or lower `max_workers`, `ring_slots` or `rx_ring`";
     assert_refused_without_trace(&namespace, &exit, USAGE, message);
 }
 

@@ -13,8 +13,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use xfan_shm::clock;
 use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
 use xfan_shm::protocol::{
-    self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, MAX_REPLY, ProtocolError, RefusalCode, Reply,
-    Request,
+    self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
 };
 use xfan_shm::segment::Mapping;
 
@@ -93,6 +92,7 @@ pub enum AttachError {
 #[derive(Debug, Clone)]
 pub struct Builder {
     socket: Option<PathBuf>,
+    group: Option<String>,
     member: Option<String>,
     token: Option<String>,
     program: Option<String>,
@@ -104,6 +104,7 @@ impl Builder {
     pub(crate) fn new() -> Self {
         Builder {
             socket: None,
+            group: None,
             member: None,
             token: None,
             program: None,
@@ -115,6 +116,12 @@ impl Builder {
     /// The dispatcher's control socket. Without it, the environment says where, which member, and with what token.
     pub fn socket(mut self, path: impl Into<PathBuf>) -> Self {
         self.socket = Some(path.into());
+        self
+    }
+
+    /// The group to join; the dispatcher's first otherwise.
+    pub fn group(mut self, group: impl Into<String>) -> Self {
+        self.group = Some(group.into());
         self
     }
 
@@ -169,6 +176,7 @@ impl Builder {
         let control = dial(&path)?;
         let request = Request::Attach(Attach {
             version: VERSION,
+            group: self.group,
             member: self.member,
             token: self.token,
             program: self.program.unwrap_or_else(program_name),
@@ -218,13 +226,12 @@ fn ask(control: impl AsFd, request: &Request, path: &Path) -> Result<(Attached, 
             AttachError::Protocol(path.into(), error)
         }
     };
-    protocol::send(&control, request, &[]).map_err(failed)?;
-    match protocol::receive(&control, MAX_REPLY).map_err(failed)? {
+    match protocol::ask(&control, request).map_err(failed)? {
         (Reply::Attached(attached), fds) => Ok((attached, fds)),
         (Reply::Refused(refusal), _) => {
             Err(AttachError::Refused { code: refusal.code, message: refusal.message })
         }
-        (Reply::Stats(_), _) => Err(AttachError::Unexpected(path.into())),
+        (Reply::Stats(_) | Reply::Ordered(_), _) => Err(AttachError::Unexpected(path.into())),
     }
 }
 

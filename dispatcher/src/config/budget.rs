@@ -3,8 +3,10 @@
 //! ```text
 //!  frames of a lane  ≥  rx_ring              posted to the kernel: in the FILL and RX rings
 //!                     + batch                in the lane's hands
-//!                     + workers × ring_slots lent out at worst: every ring full
+//!                     + places × ring_slots  lent out at worst: every ring full
 //! ```
+//!
+//! A place is what a worker takes, those that may join later included: `max_workers`.
 
 use super::Config;
 use crate::exit::Exit;
@@ -20,11 +22,18 @@ const AUTO_SLOTS_SHARED: u32 = 8192;
 /// `ring_slots = "auto"` never goes below this.
 const AUTO_SLOTS_MIN: u32 = 512;
 
+/// `max_workers = "auto"`: this many more than `workers`, if the UMEM stays within [`AUTO_UMEM`].
+const AUTO_MORE: usize = 2;
+/// Most places there can be.
+const MAX_PLACES: usize = crate::lane::MAX_MEMBERS;
+
 /// The sizes of all rings and of the packet memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameBudget {
     /// Frames of each lane.
     pub frames_per_lane: u32,
+    /// Workers there can be at a time.
+    pub places: usize,
     /// Slots of each ring from a lane to a worker.
     pub ring_slots: u32,
     /// Entries of each RX ring, and frames kept posted to the kernel by each lane.
@@ -41,8 +50,8 @@ pub enum BudgetError {
     /// Fewer frames than the rings can hold at worst.
     #[error(
         "`frames` is {frames} per lane, but a lane needs rx_ring ({rx_ring}) + batch ({batch}) + \
-         workers ({workers}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
-         or lower `ring_slots` or `rx_ring`"
+         max_workers ({places}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
+         or lower `max_workers`, `ring_slots` or `rx_ring`"
     )]
     TooFew {
         /// Frames asked for.
@@ -53,8 +62,8 @@ pub enum BudgetError {
         rx_ring: u32,
         /// Packets taken at once.
         batch: usize,
-        /// Worker processes.
-        workers: usize,
+        /// Workers there can be at a time.
+        places: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
@@ -62,7 +71,7 @@ pub enum BudgetError {
     #[error(
         "the packet memory would be {lanes} lanes × {frames} frames × {frame_size} bytes = {bytes} bytes, \
          but the limit is {} bytes (4 GiB): lower `ring_slots` (now {ring_slots}), `frames` or `frame_size`, \
-         or use fewer `queues` or `workers`",
+         or use fewer `queues` or `max_workers` (now {places})",
         UMEM_LIMIT
     )]
     TooLarge {
@@ -74,6 +83,8 @@ pub enum BudgetError {
         frame_size: u32,
         /// The product.
         bytes: u64,
+        /// Workers there can be at a time.
+        places: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
@@ -100,17 +111,27 @@ impl FrameBudget {
         config: &Config,
         shared_cores: bool,
     ) -> Result<Self, BudgetError> {
-        let try_slots = |slots| Self::with_slots(lanes, workers, config, slots);
-        if let Some(slots) = config.ring_slots {
-            return try_slots(slots);
-        }
-        let mut slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
+        let auto_slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
+        let mut slots = config.ring_slots.unwrap_or(auto_slots);
         loop {
-            let budget = try_slots(slots);
-            let good = budget.as_ref().is_ok_and(|budget| budget.umem_bytes <= AUTO_UMEM);
-            // Given frames do not shrink with the slots: then only being too few is a reason to go on.
-            if good || slots == AUTO_SLOTS_MIN || (config.frames.is_some() && budget.is_ok()) {
-                return budget;
+            // Places that nobody may ever take are given up before slots are.
+            let most = config.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_PLACES)).max(workers);
+            let least = config.max_workers.map_or(workers, |_| most);
+            let mut places = most;
+            let last = loop {
+                let budget = Self::with_slots(lanes, places, config, slots);
+                // Given frames do not shrink: then only being too few is a reason to go on.
+                let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.frames.is_some();
+                if budget.as_ref().is_ok_and(good) {
+                    return budget;
+                }
+                if places == least {
+                    break budget;
+                }
+                places -= 1;
+            };
+            if slots <= AUTO_SLOTS_MIN || config.ring_slots.is_some() {
+                return last;
             }
             slots /= 2;
         }
@@ -118,23 +139,28 @@ impl FrameBudget {
 
     fn with_slots(
         lanes: usize,
-        workers: usize,
+        places: usize,
         config: &Config,
         ring_slots: u32,
     ) -> Result<Self, BudgetError> {
         let &Config { rx_ring, batch, frame_size, .. } = config;
-        let lent = (workers as u64).saturating_mul(u64::from(ring_slots));
+        let lent = (places as u64).saturating_mul(u64::from(ring_slots));
         let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);
         let frames = config.frames.map_or(needed, u64::from);
         if frames < needed {
-            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, workers, ring_slots });
+            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, places, ring_slots });
         }
         let bytes = (lanes as u64).saturating_mul(frames).saturating_mul(u64::from(frame_size));
         match u32::try_from(frames) {
-            Ok(frames_per_lane) if bytes <= UMEM_LIMIT => {
-                Ok(Self { frames_per_lane, ring_slots, rx_ring, fill_ring: 2 * rx_ring, umem_bytes: bytes })
-            }
-            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, ring_slots }),
+            Ok(frames_per_lane) if bytes <= UMEM_LIMIT => Ok(Self {
+                frames_per_lane,
+                places,
+                ring_slots,
+                rx_ring,
+                fill_ring: 2 * rx_ring,
+                umem_bytes: bytes,
+            }),
+            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, places, ring_slots }),
         }
     }
 }
@@ -154,11 +180,12 @@ mod tests {
         assert_eq!(
             budget,
             FrameBudget {
-                frames_per_lane: 2048 + 64 + 2 * 4096,
+                frames_per_lane: 4096 + 64 + 4 * 4096,
+                places: 4,
                 ring_slots: 4096,
-                rx_ring: 2048,
-                fill_ring: 4096,
-                umem_bytes: 2 * 10304 * 2048,
+                rx_ring: 4096,
+                fill_ring: 8192,
+                umem_bytes: 2 * 20544 * 2048,
             }
         );
         assert_eq!(FrameBudget::plan(2, 2, &config(""), true).unwrap().ring_slots, 8192);
@@ -175,8 +202,8 @@ mod tests {
 
     #[test]
     fn auto_slots_fit_the_frames_that_were_given() {
-        let budget = FrameBudget::plan(1, 2, &config("frames = 5000"), true).unwrap();
-        assert_eq!((budget.frames_per_lane, budget.ring_slots), (5000, 1024));
+        let budget = FrameBudget::plan(1, 2, &config("frames = 8000"), true).unwrap();
+        assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.places), (8000, 1024, 3));
         let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false).unwrap();
         assert_eq!(budget.ring_slots, 4096);
     }
@@ -186,9 +213,22 @@ mod tests {
         let error = FrameBudget::plan(1, 2, &config("frames = 4096\nring_slots = 4096"), false).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "`frames` is 4096 per lane, but a lane needs rx_ring (2048) + batch (64) + workers (2) × \
-             ring_slots (4096) = 10304: raise `frames` to 10304, or lower `ring_slots` or `rx_ring`"
+            "`frames` is 4096 per lane, but a lane needs rx_ring (4096) + batch (64) + max_workers (2) × \
+             ring_slots (4096) = 12352: raise `frames` to 12352, or lower `max_workers`, `ring_slots` or `rx_ring`"
         );
+    }
+
+    #[test]
+    fn room_for_more_workers_comes_before_nothing() {
+        let places =
+            |lanes, workers, toml| FrameBudget::plan(lanes, workers, &config(toml), false).unwrap().places;
+        assert_eq!(places(1, 1, ""), 3);
+        assert_eq!(places(1, 63, "ring_slots = 64"), 64, "the limit");
+        // A gibibyte is 2^19 frames.
+        assert_eq!(places(1, 2, "ring_slots = 131072"), 3);
+        assert_eq!(places(1, 2, "ring_slots = 262144"), 2, "what was asked for may need more");
+        assert_eq!(places(1, 2, "max_workers = 9"), 9);
+        assert_eq!(places(1, 12, "max_workers = 9"), 12, "-n on the command line wins over it");
     }
 
     #[test]
@@ -211,7 +251,8 @@ mod tests {
             config.ring_slots = slots.map(|bits| 1 << bits);
             config.frames = frames;
             if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared) {
-                let lent = workers as u64 * u64::from(budget.ring_slots);
+                let lent = budget.places as u64 * u64::from(budget.ring_slots);
+                prop_assert!((workers..=workers + 2).contains(&budget.places) && budget.places <= 64);
                 prop_assert!(u64::from(budget.frames_per_lane) >= lent + u64::from(budget.rx_ring) + 64);
                 prop_assert!(budget.umem_bytes <= UMEM_LIMIT);
                 prop_assert_eq!(budget.umem_bytes, lanes as u64 * u64::from(budget.frames_per_lane) * 2048);

@@ -8,10 +8,11 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 26] = [
+pub(super) const KEYS: [&str; 31] = [
     "interface",
     "queues",
     "workers",
+    "max_workers",
     "command",
     "cores",
     "user",
@@ -32,6 +33,10 @@ pub(super) const KEYS: [&str; 26] = [
     "start_limit_burst",
     "start_limit_interval",
     "hang_timeout",
+    "control.allow_users",
+    "control.allow_groups",
+    "control.socket_owner",
+    "control.socket_mode",
     "idle.spin",
     "idle.yield",
     "log.level",
@@ -50,6 +55,7 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
     keys.set("interface", &mut config.interface, value::interface)?;
     keys.set("queues", &mut config.queues, value::queues)?;
     keys.set("workers", &mut config.workers, value::workers)?;
+    keys.set("max_workers", &mut config.max_workers, |v| value::auto(v, value::workers))?;
     keys.set("command", &mut config.command, value::command)?;
     keys.set("cores", &mut config.cores, |v| value::cores(v).map(Some))?;
     keys.set("user", &mut config.user, |v| value::user(v).map(Some))?;
@@ -77,6 +83,11 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
         value::duration(v, ms(1)..=ms(86_400_000))
     })?;
     keys.set("hang_timeout", &mut config.hang_timeout, |v| value::duration(v, ms(0)..=ms(3_600_000)))?;
+    let control = &mut config.control;
+    keys.set("control.allow_users", &mut control.allow_users, value::users)?;
+    keys.set("control.allow_groups", &mut control.allow_groups, value::groups)?;
+    keys.set("control.socket_owner", &mut control.socket_owner, |v| value::owner(v).map(Some))?;
+    keys.set("control.socket_mode", &mut control.socket_mode, |v| value::mode(v).map(Some))?;
     keys.set("idle.spin", &mut config.idle.spin, |v| value::duration(v, at_once.clone()))?;
     keys.set("idle.yield", &mut config.idle.yielding, |v| value::duration(v, at_once.clone()))?;
     keys.set("log.level", &mut config.log, value::log_level)?;

@@ -45,6 +45,10 @@ pub struct Config {
     /// Worker processes, 1 to 64. Default 1. Flag `-n`.
     pub workers: usize,
 
+    /// Workers there can be at a time, those that join later included: 1 to 64, or `"auto"` (`None`): two more than `workers`,
+    /// fewer where the packet memory would exceed 1 GiB or `frames`. Default `"auto"`.
+    pub max_workers: Option<usize>,
+
     /// The program every worker runs, and its arguments, as a list of texts. Default: none; then the
     /// workers' places stay vacant until workers attach through the socket. On the command line: what follows `--`.
     pub command: Vec<String>,
@@ -78,7 +82,7 @@ pub struct Config {
     pub frame_size: u32,
 
     /// Frames kept posted to the kernel per lane: a power of two from 64 to 32768. The FILL ring has
-    /// twice as many entries. Default 2048.
+    /// twice as many entries. Default 4096.
     pub rx_ring: u32,
 
     /// Slots of the ring between a lane and a worker: a power of two from 64 to 1048576, or `"auto"`
@@ -87,7 +91,7 @@ pub struct Config {
     pub ring_slots: Option<u32>,
 
     /// Frames per lane, 128 to 2097152, or `"auto"` (`None`): the fewest that suffice, which are
-    /// `rx_ring + batch + workers × ring_slots`. Default `"auto"`.
+    /// `rx_ring + batch + max_workers × ring_slots`. Default `"auto"`.
     pub frames: Option<u32>,
 
     /// The most packets a lane takes at once, 1 to 64. Default 64.
@@ -113,12 +117,37 @@ pub struct Config {
     /// evicted, if xfan did not start it), 0s (never) to 3600s. Default `"30s"`.
     pub hang_timeout: Duration,
 
+    /// Who may use the control socket: the table `[control]`.
+    pub control: ControlAccess,
+
     /// What a lane does while there is nothing to do: the table `[idle]`.
     pub idle: Idle,
 
     /// How much is logged: `"error"`, `"warn"`, `"info"`, `"debug"` or `"trace"`. Key `level` in the table
     /// `[log]`. Default `"info"`. Flag `--log`.
     pub log: LogLevel,
+}
+
+/// Who may use the control socket, besides root and the workers' user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlAccess {
+    /// Names of users who may attach workers and read the counters. Default: none.
+    pub allow_users: Vec<String>,
+    /// Names of groups whose members may. Default: none.
+    pub allow_groups: Vec<String>,
+    /// Who owns the socket's file: `"user"`, `"user:group"` or `":group"`. Default: the workers' user.
+    pub socket_owner: Option<Owner>,
+    /// Permissions of the socket's file, in octal. Default: `"0600"`, or `"0666"` where users or groups are allowed.
+    pub socket_mode: Option<u32>,
+}
+
+/// An owner of a file, by names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The user; none: stays as it is.
+    pub user: Option<String>,
+    /// The group; none: stays as it is.
+    pub group: Option<String>,
 }
 
 /// How a lane waits: it spins, then yields its CPU, then sleeps until a packet arrives.
@@ -210,6 +239,7 @@ impl Config {
             interface: String::new(),
             queues: Queues::All,
             workers: 1,
+            max_workers: None,
             command: Vec::new(),
             cores: None,
             user: None,
@@ -218,7 +248,7 @@ impl Config {
             xdp_mode: ModeChoice::Auto,
             bind_mode: BindMode::Auto,
             frame_size: 2048,
-            rx_ring: 2048,
+            rx_ring: 4096,
             ring_slots: None,
             frames: None,
             batch: 64,
@@ -232,6 +262,7 @@ impl Config {
                 limit_interval: Duration::from_secs(10),
             },
             hang_timeout: Duration::from_secs(30),
+            control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
             log: LogLevel::Info,
         }
@@ -311,7 +342,8 @@ mod tests {
             text.lines().map(|line| uncomment(line).unwrap_or_else(|| line.to_owned())).collect();
         let all = all.join("\n");
         let full = Config::from_toml_str(&all, "docs/xfan.toml").unwrap();
-        assert_eq!(Config { cores: None, user: None, hash_key: None, ..full }, defaults);
+        let control = ControlAccess { socket_owner: None, socket_mode: None, ..full.control };
+        assert_eq!(Config { cores: None, user: None, hash_key: None, control, ..full }, defaults);
         let table: toml::Table = all.parse().unwrap();
         for key in file::KEYS {
             let found = match key.split_once('.') {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::value::format_duration;
-use super::{BindMode, Config, ModeChoice, Queues, format_list};
+use super::{BindMode, Config, ModeChoice, Owner, Queues, format_list};
 
 impl Config {
     /// Every setting, as a file that yields this configuration. Settings that are chosen at start
@@ -32,6 +32,10 @@ impl Config {
             format!("interface = {}", text(&self.interface)),
             format!("queues = {queues}"),
             format!("workers = {}", self.workers),
+            format!(
+                "max_workers = {}",
+                self.max_workers.map_or_else(|| text("auto"), |number| number.to_string())
+            ),
             format!("command = {}", list(&self.command)),
             self.cores.as_ref().map_or_else(
                 || chosen("cores", "chosen at start, see `xfan topology`"),
@@ -61,6 +65,20 @@ impl Config {
             format!("start_limit_burst = {}", self.restart.limit_burst),
             format!("start_limit_interval = {}", text(&format_duration(self.restart.limit_interval))),
             format!("hang_timeout = {}", text(&format_duration(self.hang_timeout))),
+            "\n[control]".to_owned(),
+            format!("allow_users = {}", list(&self.control.allow_users)),
+            format!("allow_groups = {}", list(&self.control.allow_groups)),
+            self.control.socket_owner.as_ref().map_or_else(
+                || chosen("socket_owner", "the workers' user"),
+                |Owner { user, group }| {
+                    let group = group.as_ref().map_or_else(String::new, |group| format!(":{group}"));
+                    format!("socket_owner = {}", text(&(user.clone().unwrap_or_default() + &group)))
+                },
+            ),
+            self.control.socket_mode.map_or_else(
+                || chosen("socket_mode", "0600, or 0666 with allow_users or allow_groups"),
+                |mode| format!("socket_mode = \"{mode:04o}\""),
+            ),
             "\n[idle]".to_owned(),
             format!("spin = {}", text(&format_duration(self.idle.spin))),
             format!("yield = {}", text(&format_duration(self.idle.yielding))),
@@ -86,7 +104,8 @@ mod tests {
                     ring_slots = 1024\nframes = 9000\nbatch = 32\nhash_key = '000102030405060708090a0b0c0d0e0f'\n\
                     start_timeout = '1500ms'\nstop_timeout = '0s'\nrestart = 'always'\n\
                     restart_delay = '7ms'\nstart_limit_burst = 9\nstart_limit_interval = '3s'\n\
-                    hang_timeout = '0s'\n[idle]\nspin = '7us'\nyield = '0s'\n\
+                    hang_timeout = '0s'\nmax_workers = 9\n[control]\nallow_users = ['a']\n\
+                    allow_groups = ['b', 'c']\nsocket_owner = ':adm'\nsocket_mode = '0660'\n[idle]\nspin = '7us'\nyield = '0s'\n\
                     [log]\nlevel = 'trace'";
         for text in ["interface = 'eth1'", full] {
             let config = Config::from_toml_str(text, "f").unwrap();

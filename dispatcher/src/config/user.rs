@@ -24,8 +24,18 @@ pub enum UserError {
     /// The system knows no user of this name.
     #[error("no user `{0}` on this system: set `user` (or --user) to one that `getent passwd` lists")]
     Unknown(String),
+    /// The system knows no user or group of this name.
+    #[error("no {kind} `{name}` on this system, which [control] names: see `getent {database}`")]
+    UnknownInControl {
+        /// `user` or `group`.
+        kind: &'static str,
+        /// As given.
+        name: String,
+        /// Where `getent` lists them.
+        database: &'static str,
+    },
     /// The system cannot be asked.
-    #[error("cannot look up the user `{name}`: {source}")]
+    #[error("cannot look up `{name}`: {source}")]
     Lookup {
         /// Whom we looked for.
         name: String,

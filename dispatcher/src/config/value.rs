@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::list::parse_list;
-use super::{BindMode, LogLevel, ModeChoice, PassRule, Queues};
+use super::{BindMode, LogLevel, ModeChoice, Owner, PassRule, Queues};
 use crate::restart::Policy;
 
 /// The largest queue number that can be asked for.
@@ -206,8 +206,53 @@ pub fn command(value: &Value) -> Read<Vec<String>> {
 /// A user name.
 pub fn user(value: &Value) -> Read<String> {
     match text(value) {
-        Some(name) if !name.is_empty() && !name.contains(['\0', ':', '/']) => Ok(name.to_owned()),
+        Some(name) if is_name(name) => Ok(name.to_owned()),
         _ => wanted("the name of a user"),
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['\0', ':', '/'])
+}
+
+fn names(value: &Value) -> Option<Vec<String>> {
+    let Value::List(items) = value else { return None };
+    items.iter().map(|item| text(item).filter(|name| is_name(name)).map(str::to_owned)).collect()
+}
+
+/// Names of users.
+pub fn users(value: &Value) -> Read<Vec<String>> {
+    names(value).map_or_else(|| wanted("a list of users' names, such as [\"alice\"]"), Ok)
+}
+
+/// Names of groups.
+pub fn groups(value: &Value) -> Read<Vec<String>> {
+    names(value).map_or_else(|| wanted("a list of groups' names, such as [\"adm\"]"), Ok)
+}
+
+/// An owner of a file.
+pub fn owner(value: &Value) -> Read<Owner> {
+    let (user, group) = match text(value).unwrap_or_default().split_once(':') {
+        Some((user, group)) => (user, Some(group)),
+        None => (text(value).unwrap_or_default(), None),
+    };
+    let owner = Owner {
+        user: Some(user).filter(|user| !user.is_empty()).map(str::to_owned),
+        group: group.map(str::to_owned),
+    };
+    let given = || [&owner.user, &owner.group].into_iter().flatten();
+    if given().next().is_none() || !given().all(|name| is_name(name)) {
+        return wanted("an owner: \"user\", \"user:group\" or \":group\"");
+    }
+    Ok(owner)
+}
+
+/// Permissions of a file.
+pub fn mode(value: &Value) -> Read<u32> {
+    let digits = text(value).filter(|text| (3..=4).contains(&text.len()) && !text.starts_with('+'));
+    match digits.and_then(|text| u32::from_str_radix(text, 8).ok()) {
+        Some(mode) if mode <= 0o777 => Ok(mode),
+        _ => wanted("permissions in octal, as a text from \"000\" to \"0777\", such as \"0660\""),
     }
 }
 
@@ -341,6 +386,26 @@ mod tests {
         assert!(socket(&t("x.sock")).is_err());
         assert!(socket(&t(&format!("/{}", "x".repeat(106)))).is_ok());
         assert!(socket(&t(&format!("/{}", "x".repeat(107)))).is_err());
+    }
+
+    #[test]
+    fn owners_and_permissions_are_written_as_for_chown_and_chmod() {
+        let names = |user: Option<&str>, group: Option<&str>| {
+            Ok(Owner { user: user.map(str::to_owned), group: group.map(str::to_owned) })
+        };
+        assert_eq!(owner(&t("root")), names(Some("root"), None));
+        assert_eq!(owner(&t("root:adm")), names(Some("root"), Some("adm")));
+        assert_eq!(owner(&t(":adm")), names(None, Some("adm")));
+        for wrong in ["", ":", "root:", "a:b:c", "a/b"] {
+            assert!(owner(&t(wrong)).is_err(), "{wrong}");
+        }
+        assert_eq!(mode(&t("0660")), Ok(0o660));
+        assert_eq!(mode(&t("666")), Ok(0o666));
+        for wrong in ["", "6", "0888", "1777", "+660", "-660", "rw-rw----"] {
+            assert!(mode(&t(wrong)).is_err(), "{wrong}");
+        }
+        assert_eq!(users(&Value::List(vec![t("alice")])), Ok(vec!["alice".to_owned()]));
+        assert!(users(&t("alice")).is_err() && groups(&Value::List(vec![t("")])).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 use super::{Primary, PrimaryError};
 use crate::control::{Answer, Connection, ConnectionId};
 use crate::lane::Command;
-use crate::members::State;
+use crate::members::{Member, State};
 
 impl Primary {
     /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
@@ -76,8 +76,8 @@ impl Primary {
             geometry: self.geometry,
             umem_bytes: self.memory.length() as u64,
             core: member.core,
-            spin_ns: u64::try_from(self.idle.0.as_nanos()).unwrap_or(u64::MAX),
-            yield_ns: u64::try_from(self.idle.1.as_nanos()).unwrap_or(u64::MAX),
+            spin_ns: u64::try_from(self.members[place].spin.as_nanos()).unwrap_or(u64::MAX),
+            yield_ns: u64::try_from(self.yields.as_nanos()).unwrap_or(u64::MAX),
         };
         for (lane, link) in self.lanes.iter_mut().zip(links) {
             lane.command(Command::Join(place, Box::new(link)));
@@ -96,31 +96,22 @@ impl Primary {
         if self.place_of(connection).is_some() {
             return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
         }
+        if let Some(group) = attach.group.as_ref().filter(|group| *group != "default") {
+            return refuse(
+                RefusalCode::UnknownGroup,
+                format!("there is no group {}: the only one is default", printable(group)),
+            );
+        }
         let place = match &attach.member {
-            Some(id) => match self.members.iter().position(|member| member.id == *id) {
-                Some(place) => place,
-                None => {
-                    return refuse(
-                        RefusalCode::UnknownMember,
-                        format!(
-                            "there is no member {}; there are {} in group default",
-                            printable(id),
-                            self.members.len()
-                        ),
-                    );
-                }
-            },
-            None => match self
-                .members
-                .iter()
-                .position(|member| member.token.is_none() && member.session.is_none())
-            {
+            Some(id) => self.find(id)?,
+            None => match self.members.iter().position(Member::is_vacant) {
                 Some(place) => place,
                 None => {
                     return refuse(
                         RefusalCode::Occupied,
                         format!(
-                            "all {} members have a worker: start the primary with more (-n)",
+                            "all {} places are taken: remove a worker (`xfan workers remove`), or start the primary with a higher \
+                             max_workers",
                             self.members.len()
                         ),
                     );
@@ -142,7 +133,7 @@ impl Primary {
 }
 
 /// The beginning of a stranger's text, without what would steer a terminal or begin a line of its own in the log.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().filter(|character| !character.is_control()).take(64).collect()
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::{Primary, PrimaryError, random_token};
 use crate::control::Event;
-use crate::members::State;
+use crate::members::{Member, State};
 use crate::restart::{Restart, Verdict};
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
@@ -42,17 +42,17 @@ impl Spawner {
 }
 
 impl Primary {
-    /// Starts a process for each place.
+    /// Starts a process for each place but those that are for workers who join later.
     pub(super) fn start_workers(&mut self) -> Result<(), PrimaryError> {
         if self.spawner.as_ref().is_some_and(|spawner| spawner.command.user.is_root()) {
             tracing::warn!(
                 "workers run as root, as asked: nothing keeps them from writing to packets and segments that are not theirs"
             );
         }
-        (0..self.members.len()).try_for_each(|place| self.start_worker(place))
+        (0..self.places).try_for_each(|place| self.start_worker(place))
     }
 
-    fn start_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
+    pub(super) fn start_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
         let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         let token = random_token()?;
         member.starts.count(Instant::now());
@@ -89,6 +89,11 @@ impl Primary {
         // One that ends before it attaches has failed, whatever it says.
         let success = status.success() && attached;
         member.last_exit = Some(how.clone());
+        if member.leaving.is_some() {
+            self.leave(place, State::Draining);
+            self.has_left(place);
+            return Ok(());
+        }
         tracing::warn!(member = member.id, how, "its process ended");
         self.leave(place, if success { State::Stopped } else { State::Crashed });
         self.restart_or_not(place, success);
@@ -120,7 +125,9 @@ impl Primary {
     }
 
     fn check_any_left(&self, place: usize, how: String) -> Result<(), PrimaryError> {
-        if self.members.iter().all(|member| member.process.is_none() && !member.restarting) {
+        let over =
+            |member: &Member| member.process.is_none() && member.session.is_none() && !member.restarting;
+        if self.members.iter().all(over) {
             return Err(PrimaryError::NoneLeft { member: self.members[place].id.clone(), how });
         }
         Ok(())
@@ -155,11 +162,10 @@ impl Primary {
     }
 
     /// Looks for workers that have packets, and take none.
-    pub(super) fn look_for_hanging(&mut self) {
+    pub(super) fn look_for_hanging(&mut self, now: Instant) {
         if self.care.hang_timeout.is_zero() {
             return;
         }
-        let now = Instant::now();
         for place in 0..self.members.len() {
             let member = &mut self.members[place];
             let Some(still) = member.stands_still(now) else { continue };

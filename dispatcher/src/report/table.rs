@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Report, Xdp};
+use super::{Member, Report, Xdp};
+use crate::steer::BUCKETS;
 
 /// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
 /// the time since start.
@@ -13,6 +14,35 @@ pub fn render(report: &Report, earlier: Option<&Report>) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
     let _ = write_all(&mut out, report, earlier, elapsed.max(1));
+    out
+}
+
+/// Renders members alone, each with what an operator wants to know of its life.
+pub fn render_members(members: &[&Member]) -> String {
+    let mut out = format!(
+        "{:<12} {:>7} {:>4} {:<8} {:>6} {:>7} {:>8} {:>5}  {}\n",
+        "member", "pid", "core", "state", "flows", "backlog", "restarts", "hangs", "program"
+    );
+    for member in members {
+        let share = u64::try_from(member.buckets).unwrap_or_default();
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            out,
+            "{:<12} {:>7} {:>4} {:<8} {:>6} {:>7} {:>8} {:>5}  {:.16}",
+            member.id,
+            member.pid,
+            member.core.map_or_else(|| "-".into(), |core| core.to_string()),
+            member.state,
+            percent(share, BUCKETS as u64),
+            short(member.backlog),
+            member.restarts,
+            member.hangs,
+            member.program.rsplit('/').next().unwrap_or_default(),
+        );
+        if let Some(exit) = &member.last_exit {
+            let _ = writeln!(out, "  last process: {exit}");
+        }
+    }
     out
 }
 
@@ -48,14 +78,14 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
             percent(busy, elapsed)
         )?;
     }
-    for (number, group) in report.groups.iter().enumerate() {
+    for group in &report.groups {
         writeln!(
             out,
             "\n{:<12} {:>7} {:>4} {:<8} {:>12} {:>7} {:>7} {:>6} {:>5}",
             "member", "pid", "core", "state", "delivered", "dropped", "backlog", "lost", "busy"
         )?;
-        for (place, member) in group.members.iter().enumerate() {
-            let before = earlier.and_then(|earlier| earlier.groups.get(number)?.members.get(place));
+        for member in &group.members {
+            let before = earlier.and_then(|earlier| earlier.member(&member.id));
             let busy = member.busy_ns.saturating_sub(before.map_or(0, |member| member.busy_ns));
             writeln!(
                 out,

@@ -130,12 +130,12 @@ fn ask(
     token: Option<String>,
 ) -> Outcome<(OwnedFd, Attached, Vec<OwnedFd>)> {
     let control = dial()?;
-    let attach = Attach { version, member, token, program: "hostile".into() };
+    let attach = Attach { version, group: None, member, token, program: "hostile".into() };
     protocol::send(&control, &Request::Attach(attach), &[])?;
     match protocol::receive(&control, MAX_REPLY)? {
         (Reply::Attached(attached), fds) => Ok((control, attached, fds)),
         (Reply::Refused(refusal), _) => Err(refusal.message.into()),
-        (Reply::Stats(_), _) => Err("statistics".into()),
+        (Reply::Stats(_) | Reply::Ordered(_), _) => Err("statistics".into()),
     }
 }
 

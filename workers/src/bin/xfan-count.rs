@@ -11,9 +11,12 @@ use xfan_worker::{Packet, Received, Worker};
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Control socket of the dispatcher; the environment says it to workers that `xfan run` starts.
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
+    /// Join the dispatcher behind this control socket; the environment says it to workers that `xfan run` starts.
+    #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
+    attach: Option<PathBuf>,
+    /// The group to join; the dispatcher's first otherwise.
+    #[arg(long)]
+    group: Option<String>,
     /// The member to become, such as default/0; any vacant one otherwise.
     #[arg(long)]
     member: Option<String>,
@@ -58,8 +61,11 @@ impl Totals {
 
 fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = Worker::builder().leave_on_signals();
-    if let Some(socket) = &arguments.socket {
+    if let Some(socket) = &arguments.attach {
         builder = builder.socket(socket);
+    }
+    if let Some(group) = &arguments.group {
+        builder = builder.group(group);
     }
     if let Some(member) = &arguments.member {
         builder = builder.member(member);

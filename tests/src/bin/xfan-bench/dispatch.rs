@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xfan::config::WorkerUser;
+use xfan::access::Access;
+use xfan::config::{ControlAccess, WorkerUser};
 use xfan::control::{Listener, ask_for_report};
 use xfan::frames::Frames;
 use xfan::lane::LaneConfig;
@@ -163,11 +164,12 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     };
     let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
     let members = (0..options.workers)
-        .map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), 1))
+        .map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), spin, 1))
         .collect();
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
-    let listener = Listener::bind(&folder.join("bench.sock"), user.uid)?;
+    let access = Access::find(&ControlAccess::default(), &user)?;
+    let listener = Listener::bind(&folder.join("bench.sock"), access)?;
     let (second, policy) = (Duration::from_secs(1), Policy::No);
     let restart = Restart { policy, delay: second, limit_burst: 1, limit_interval: second };
     let primary = Primary::new(
@@ -177,7 +179,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         Geometry { lanes: 1, slots },
         lanes,
         members,
-        (spin, Duration::from_secs(3600)),
+        options.workers,
+        Duration::from_secs(3600),
         (Duration::from_secs(10), Duration::from_secs(5)),
         Care { restart, hang_timeout: Duration::ZERO },
     );

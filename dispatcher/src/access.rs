@@ -1,0 +1,170 @@
+//! Who may use the control socket.
+//!
+//! Its file's permissions keep out whom they can; whoever connects is checked again, by what the kernel says of the process
+//! that connected: its user, and all its groups.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::sys::socket::{UnixCredentials, getsockopt, sockopt};
+use nix::unistd::{Gid, Group, Uid, User};
+
+use crate::config::{ControlAccess, UserError, WorkerUser};
+
+/// Most groups of a user that are looked at; the kernel's own limit.
+const MAX_GROUPS: usize = 65536;
+
+/// Who may connect, and whose the socket's file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Access {
+    users: Vec<Uid>,
+    groups: Vec<Gid>,
+    /// The file's owner.
+    pub owner: Uid,
+    /// The file's group; none: as it is made.
+    pub group: Option<Gid>,
+    /// The file's permissions.
+    pub mode: u32,
+}
+
+impl Access {
+    /// Looks up all names of a configuration. The workers' user always has access, and root.
+    ///
+    /// # Errors
+    /// A user or group that the system does not know.
+    pub fn find(config: &ControlAccess, workers: &WorkerUser) -> Result<Self, UserError> {
+        let users = config.allow_users.iter().map(|name| user(name)).collect::<Result<Vec<_>, _>>()?;
+        let groups = config.allow_groups.iter().map(|name| group(name)).collect::<Result<Vec<_>, _>>()?;
+        let owner = config.socket_owner.as_ref();
+        let mode = if users.is_empty() && groups.is_empty() { 0o600 } else { 0o666 };
+        Ok(Access {
+            owner: owner.and_then(|owner| owner.user.as_deref()).map_or(Ok(workers.uid), user)?,
+            group: owner.and_then(|owner| owner.group.as_deref()).map(group).transpose()?,
+            mode: config.socket_mode.unwrap_or(mode),
+            users: users.into_iter().chain([Uid::from_raw(0), workers.uid]).collect(),
+            groups,
+        })
+    }
+
+    /// Whether this peer may connect.
+    ///
+    /// # Errors
+    /// If the kernel does not tell its groups.
+    pub fn admits(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<bool> {
+        if self.users.contains(&Uid::from_raw(peer.uid())) {
+            return Ok(true);
+        }
+        if self.groups.is_empty() {
+            return Ok(false);
+        }
+        let listed = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
+        Ok(listed(peer.gid()) || peer_groups(socket)?.into_iter().any(listed))
+    }
+}
+
+/// Who connected, as the kernel noted it then.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn peer_of(socket: &impl AsFd) -> io::Result<UnixCredentials> {
+    Ok(getsockopt(socket, sockopt::PeerCredentials)?)
+}
+
+/// The supplementary groups of who connected. See `SO_PEERGROUPS` in socket(7); nix has no name for it.
+fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
+    let mut groups = vec![0u32; 64];
+    loop {
+        let mut bytes = libc::socklen_t::try_from(size_of_val(&*groups)).map_err(io::Error::other)?;
+        // SAFETY: the pointer leads to as many bytes as `bytes` says, which the kernel fills with group ids.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut bytes,
+            )
+        };
+        let count = bytes as usize / size_of::<u32>();
+        match result {
+            0 => {
+                groups.truncate(count);
+                return Ok(groups);
+            }
+            _ if count > groups.len() && count <= MAX_GROUPS => groups.resize(count, 0),
+            _ => return Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn user(name: &str) -> Result<Uid, UserError> {
+    match User::from_name(name) {
+        Ok(Some(user)) => Ok(user.uid),
+        Ok(None) => {
+            Err(UserError::UnknownInControl { kind: "user", name: name.to_owned(), database: "passwd" })
+        }
+        Err(source) => Err(UserError::Lookup { name: name.to_owned(), source }),
+    }
+}
+
+fn group(name: &str) -> Result<Gid, UserError> {
+    match Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid),
+        Ok(None) => {
+            Err(UserError::UnknownInControl { kind: "group", name: name.to_owned(), database: "group" })
+        }
+        Err(source) => Err(UserError::Lookup { name: name.to_owned(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Owner;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    fn workers() -> WorkerUser {
+        WorkerUser { name: "w".into(), uid: Uid::from_raw(4711), gid: Gid::from_raw(4711) }
+    }
+
+    #[test]
+    fn the_workers_user_and_root_are_always_among_them() {
+        let access = Access::find(&ControlAccess::default(), &workers()).unwrap();
+        assert_eq!((access.owner.as_raw(), access.group, access.mode), (4711, None, 0o600));
+        assert_eq!(access.users, [0, 4711].map(Uid::from_raw));
+        let owner = Owner { user: Some("root".into()), group: Some("root".into()) };
+        let config = ControlAccess {
+            allow_groups: vec!["root".into()],
+            socket_owner: Some(owner),
+            ..Default::default()
+        };
+        let access = Access::find(&config, &workers()).unwrap();
+        assert_eq!((access.owner.as_raw(), access.group, access.mode), (0, Some(Gid::from_raw(0)), 0o666));
+    }
+
+    #[test]
+    fn who_is_not_there_is_named() {
+        let config = ControlAccess { allow_groups: vec!["no-such-group".into()], ..Default::default() };
+        let error = Access::find(&config, &workers()).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "no group `no-such-group` on this system, which [control] names: see `getent group`"
+        );
+    }
+
+    #[test]
+    fn a_peer_is_who_the_kernel_says() {
+        let (a, _b) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let peer = peer_of(&a).unwrap();
+        assert_eq!(peer.uid(), nix::unistd::getuid().as_raw());
+        let none = Access { users: vec![], groups: vec![], owner: Uid::from_raw(0), group: None, mode: 0 };
+        assert!(!none.admits(&a, &peer).unwrap());
+        let by_user = Access { users: vec![Uid::from_raw(peer.uid())], ..none.clone() };
+        assert!(by_user.admits(&a, &peer).unwrap());
+        for gid in nix::unistd::getgroups().unwrap().into_iter().chain([Gid::from_raw(peer.gid())]) {
+            assert!(Access { groups: vec![gid], ..none.clone() }.admits(&a, &peer).unwrap(), "{gid}");
+        }
+        assert!(!Access { groups: vec![Gid::from_raw(54321)], ..none }.admits(&a, &peer).unwrap());
+    }
+}

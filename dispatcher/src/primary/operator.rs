@@ -1,0 +1,235 @@
+//! What an operator orders: workers are added, drained, restarted, removed.
+//!
+//! Who is to leave gets no new packets, finishes what it has, and sees that there will be no more. A process that does not end
+//! then gets SIGTERM after `stop_timeout`, and SIGKILL after as much again; a worker that xfan did not start is evicted. What it
+//! had not committed by then goes to the others.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::UnixCredentials;
+use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
+
+use super::{Primary, PrimaryError};
+use crate::members::State;
+
+/// A member that an operator has told to leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaving {
+    purpose: Purpose,
+    /// When the next thing is done about one that has not left.
+    deadline: Instant,
+    /// Its process got SIGTERM.
+    terminated: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    StayAway,
+    StartAgain,
+    GiveUpPlace,
+}
+
+fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { code, message: message.into() })
+}
+
+impl Primary {
+    /// Carries out an order. What takes time goes on when this returns: the members are starting or draining.
+    pub(super) fn order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) -> Reply {
+        let result = if peer.uid() == 0 {
+            tracing::info!(pid = peer.pid(), ?order, "an operator's order");
+            self.carry_out(order)
+        } else {
+            refuse(RefusalCode::Forbidden, "only root may add, drain, restart or remove workers: use sudo")
+        };
+        match result {
+            Ok(members) => Reply::Ordered(members),
+            Err(refusal) => {
+                tracing::warn!(pid = peer.pid(), uid = peer.uid(), "refused: {}", refusal.message);
+                Reply::Refused(refusal)
+            }
+        }
+    }
+
+    fn carry_out(&mut self, order: &WorkersOrder) -> Result<Vec<String>, Refusal> {
+        if !self.open {
+            return refuse(RefusalCode::Impossible, "this primary is still starting its workers: try again");
+        }
+        let (id, purpose) = match order {
+            WorkersOrder::Add(count) => return self.add(*count),
+            WorkersOrder::Drain(id) => (id, Purpose::StayAway),
+            WorkersOrder::Restart(id) => (id, Purpose::StartAgain),
+            WorkersOrder::Remove(id) => (id, Purpose::GiveUpPlace),
+        };
+        let place = self.find(id)?;
+        self.have_leave(place, purpose)?;
+        Ok(vec![self.members[place].id.clone()])
+    }
+
+    fn add(&mut self, count: usize) -> Result<Vec<String>, Refusal> {
+        if self.spawner.is_none() {
+            return refuse(
+                RefusalCode::Impossible,
+                "this primary has no command to start workers with: give `xfan run` one, or start workers that attach by \
+                 themselves, as `xfan-count --attach SOCKET` does",
+            );
+        }
+        let vacant: Vec<usize> =
+            (0..self.members.len()).filter(|&place| self.members[place].is_vacant()).take(count).collect();
+        if vacant.len() < count {
+            let places = self.members.len();
+            return refuse(
+                RefusalCode::Occupied,
+                format!(
+                    "{} of {places} places are vacant, which {count} more workers do not fit: remove some, or start the \
+                     primary with a higher max_workers",
+                    vacant.len()
+                ),
+            );
+        }
+        let mut started = Vec::new();
+        for place in vacant {
+            self.members[place].starts.forgive();
+            if let Err(error) = self.start_worker(place) {
+                self.vacate(place);
+                return refuse(RefusalCode::Impossible, error.to_string());
+            }
+            started.push(self.members[place].id.clone());
+        }
+        Ok(started)
+    }
+
+    fn have_leave(&mut self, place: usize, purpose: Purpose) -> Result<(), Refusal> {
+        let member = &mut self.members[place];
+        let id = &member.id;
+        if member.leaving.is_some() {
+            return refuse(RefusalCode::Impossible, format!("member {id} is leaving already"));
+        }
+        if member.session.is_none() && member.process.is_none() {
+            let failed =
+                |error: PrimaryError| Refusal { code: RefusalCode::Impossible, message: error.to_string() };
+            return match purpose {
+                _ if member.token.is_none() => {
+                    refuse(RefusalCode::Impossible, format!("member {id} has no worker"))
+                }
+                Purpose::StayAway if !member.restarting => {
+                    refuse(RefusalCode::Impossible, format!("member {id} has no worker"))
+                }
+                Purpose::StayAway => {
+                    member.restarting = false;
+                    member.state = State::Stopped;
+                    Ok(())
+                }
+                Purpose::StartAgain => self.start_afresh(place).map_err(failed),
+                Purpose::GiveUpPlace => {
+                    self.vacate(place);
+                    Ok(())
+                }
+            };
+        }
+        if purpose == Purpose::StartAgain && member.process.is_none() {
+            return refuse(
+                RefusalCode::Impossible,
+                format!(
+                    "member {id} was not started by xfan: restart it where it was started; `xfan workers drain` has it leave"
+                ),
+            );
+        }
+        member.leaving =
+            Some(Leaving { purpose, deadline: Instant::now() + self.stop_timeout, terminated: false });
+        match member.state {
+            State::Running => {
+                member.state = State::Draining;
+                self.steer();
+                self.settle();
+                self.members[place].close();
+            }
+            // It is draining by itself already, or has never attached.
+            _ => {
+                if let (None, Some(process)) = (&member.session, &member.process) {
+                    member.state = State::Draining;
+                    process.signal(Signal::SIGTERM);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The worker in this place has left as it was told, and its process has ended.
+    pub(super) fn has_left(&mut self, place: usize) {
+        let member = &mut self.members[place];
+        let Some(leaving) = member.leaving.take() else { return };
+        member.restarting = false;
+        tracing::info!(member = member.id, "left, as it was told");
+        match leaving.purpose {
+            Purpose::GiveUpPlace => self.vacate(place),
+            Purpose::StayAway if member.token.is_none() => member.state = State::Vacant,
+            Purpose::StayAway => member.state = State::Stopped,
+            Purpose::StartAgain => {
+                if let Err(error) = self.start_afresh(place) {
+                    let member = &mut self.members[place];
+                    member.state = State::Failed;
+                    tracing::error!(member = member.id, "{error}");
+                }
+            }
+        }
+    }
+
+    /// Looks for members that were told to leave, and have not.
+    pub(super) fn look_for_overdue(&mut self, now: Instant) {
+        for place in 0..self.members.len() {
+            let member = &mut self.members[place];
+            let Some(leaving) = member.leaving.as_mut().filter(|leaving| now >= leaving.deadline) else {
+                continue;
+            };
+            leaving.deadline = now + self.stop_timeout.max(Duration::from_millis(100));
+            let terminated = std::mem::replace(&mut leaving.terminated, true);
+            match &mut member.process {
+                Some(process) if terminated => {
+                    tracing::warn!(member = member.id, "does not leave: killed");
+                    // Its end is an event.
+                    process.kill();
+                }
+                Some(process) => process.signal(Signal::SIGTERM),
+                None => {
+                    tracing::warn!(member = member.id, "does not leave: evicted");
+                    self.leave(place, State::Crashed);
+                    self.has_left(place);
+                }
+            }
+        }
+    }
+
+    /// Starts the process of a member that has none, whatever came of the ones before.
+    fn start_afresh(&mut self, place: usize) -> Result<(), PrimaryError> {
+        let member = &mut self.members[place];
+        member.restarting = false;
+        member.starts.forgive();
+        self.start_worker(place)
+    }
+
+    /// Gives a place to whoever comes.
+    fn vacate(&mut self, place: usize) {
+        let member = &mut self.members[place];
+        member.token = None;
+        member.restarting = false;
+        member.state = State::Vacant;
+        member.program.clear();
+    }
+
+    /// The place of the member of this name.
+    pub(super) fn find(&self, id: &str) -> Result<usize, Refusal> {
+        match self.members.iter().position(|member| member.id == id) {
+            Some(place) => Ok(place),
+            None => refuse(
+                RefusalCode::UnknownMember,
+                format!(
+                    "there is no member {}: they are default/0 to default/{}",
+                    super::attach::printable(id),
+                    self.members.len().saturating_sub(1)
+                ),
+            ),
+        }
+    }
+}

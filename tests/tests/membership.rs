@@ -1,0 +1,325 @@
+//! Workers that come and go while packets flow: by themselves, or as an operator orders.
+
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use xfan::report::{Member, Report};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::generator::{End, Generator, Load};
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::process::{Exit, Process, binary};
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+use xfan_worker::{Received, Worker};
+
+const PACKETS: u64 = 600;
+/// Ids of the user and group `daemon`, which every Debian has, and of nobody's.
+const DAEMON: u32 = 1;
+const STRANGER: u32 = 54_321;
+
+fn network() -> Netns {
+    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
+}
+
+fn replay(namespace: &Netns) {
+    let frames = traffic::synthetic(60, 600, 7).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+}
+
+fn member<'a>(report: &'a Report, id: &str) -> &'a Member {
+    report.member(id).unwrap_or_else(|| panic!("{id} is not in {report:#?}"))
+}
+
+fn is(report: &Report, id: &str, state: &str) -> bool {
+    report.member(id).is_some_and(|member| member.state == state)
+}
+
+/// `xfan-count --attach`, as a user and group.
+fn attach(primary: &Primary, ids: (u32, u32), groups: &[u32]) -> Process {
+    let mut command = Command::new(primary.folder().join("xfan-count"));
+    command.arg("--attach").arg(primary.socket()).args(["--group", "default"]);
+    let groups: Vec<_> = groups.iter().map(|&gid| nix::unistd::Gid::from_raw(gid)).collect();
+    let (uid, gid) = (nix::unistd::Uid::from_raw(ids.0), nix::unistd::Gid::from_raw(ids.1));
+    // SAFETY: only system calls that are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            nix::unistd::setgroups(&groups)?;
+            nix::unistd::setresgid(gid, gid, gid)?;
+            Ok(nix::unistd::setresuid(uid, uid, uid)?)
+        });
+    }
+    Process::spawn(command).unwrap()
+}
+
+/// `xfan workers …` by root.
+fn workers(primary: &Primary, arguments: &str) -> Exit {
+    let mut command = Command::new(binary("xfan").unwrap());
+    command.arg("workers").args(arguments.split_whitespace()).arg("--socket").arg(primary.socket());
+    Process::spawn(command).unwrap().wait()
+}
+
+fn ordered(primary: &Primary, arguments: &str) -> Vec<String> {
+    let exit = workers(primary, arguments);
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    exit.stdout
+}
+
+fn refused(primary: &Primary, arguments: &str) -> String {
+    let exit = workers(primary, arguments);
+    assert_eq!((exit.code, &exit.stdout), (Some(1), &vec![]), "{exit:#?}");
+    exit.stderr.concat()
+}
+
+fn counted(exit: &Exit) -> u64 {
+    let line = exit.stdout.iter().find(|line| line.contains("\"packets\"")).expect("its totals");
+    serde_json::from_str::<serde_json::Value>(line).unwrap()["packets"].as_u64().unwrap()
+}
+
+#[test]
+fn workers_of_another_user_join_and_leave_under_traffic_and_nothing_is_lost_for_it() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let config = "[control]\nallow_users = ['daemon']";
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let load = Load { frames_per_second: Some(100_000), ..Load::onto("tx0", End::After(Duration::MAX)) };
+    let generator = namespace.run(|| Generator::start(&load)).unwrap();
+    primary.report_when(|report| report.totals().0 > 1000);
+    assert_eq!(primary.report().groups[0].members.len(), 1, "places that nobody ever had are not shown");
+
+    let first = attach(&primary, (DAEMON, DAEMON), &[]);
+    let report = primary.report_when(|report| is(report, "default/1", "running"));
+    assert_eq!((member(&report, "default/0").buckets, member(&report, "default/1").buckets), (2048, 2048));
+    assert!(!member(&report, "default/1").supervised && member(&report, "default/0").supervised);
+    let second = attach(&primary, (DAEMON, DAEMON), &[]);
+    let report = primary.report_when(|report| is(report, "default/2", "running"));
+    let buckets: Vec<_> = report.groups[0].members.iter().map(|member| member.buckets).collect();
+    assert_eq!((buckets.iter().sum::<usize>(), buckets.iter().max()), (4096, Some(&1366)));
+    primary.report_when(|report| {
+        report.groups[0].members.iter().all(|member| member.committed > 1000 && member.delivered > 2000)
+    });
+
+    // One leaves by itself, one as it is told; their places are vacant again.
+    let first = first.end(Signal::SIGTERM);
+    assert_eq!(first.code, Some(0), "{first:#?}");
+    assert_eq!(ordered(&primary, "drain default/2"), ["default/2"]);
+    let second = second.wait();
+    assert_eq!(second.code, Some(0), "{second:#?}");
+    let report =
+        primary.report_when(|report| is(report, "default/1", "vacant") && is(report, "default/2", "vacant"));
+    assert_eq!(member(&report, "default/0").buckets, 4096);
+    let taken = report.totals().0;
+    primary.report_when(|report| report.totals().0 > taken + 1000);
+
+    let sent = generator.stop().unwrap().sent;
+    let report = primary.report_after(sent, true);
+    assert_balanced(&report, sent);
+    for member in &report.groups[0].members {
+        assert_eq!((member.lost, member.requeued), (0, 0), "{member:#?}");
+    }
+    assert_eq!(report.lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), 0);
+    assert_eq!(counted(&first), member(&report, "default/1").committed);
+    assert_eq!(counted(&second), member(&report, "default/2").committed);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn an_operator_adds_drains_restarts_and_removes_workers() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config("max_workers = 3").unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let shares = || {
+        let report = primary.report();
+        report.groups[0].members.iter().map(|member| member.buckets).collect::<Vec<_>>()
+    };
+
+    assert_eq!(ordered(&primary, "add 2"), ["default/1", "default/2"]);
+    assert_eq!(shares().iter().sum::<usize>(), 4096);
+    assert!(shares().iter().all(|&share| share >= 1365));
+    let answer = refused(&primary, "add");
+    assert!(answer.contains("0 of 3 places are vacant") && answer.contains("max_workers"), "{answer}");
+    replay(&namespace);
+    let before = primary.report_after(PACKETS, true);
+    assert!(before.groups[0].members.iter().all(|member| member.committed > 0));
+
+    assert_eq!(ordered(&primary, "drain default/1"), ["default/1"]);
+    let report = primary.report();
+    let drained = member(&report, "default/1");
+    assert_eq!((drained.state.as_str(), drained.pid, drained.buckets), ("stopped", 0, 0));
+    assert_eq!(drained.last_exit.as_deref(), Some("exit status: 0"));
+    assert!(refused(&primary, "drain default/1").contains("member default/1 has no worker"));
+
+    // A restart: of one that runs, and of one that was drained.
+    for id in ["default/0", "default/1"] {
+        let restarts = member(&primary.report(), id).restarts;
+        assert_eq!(ordered(&primary, &format!("restart {id}")), [id]);
+        let report = primary.report();
+        let member_now = member(&report, id);
+        assert_eq!((member_now.state.as_str(), member_now.restarts), ("running", restarts + 1));
+        assert_ne!(member_now.pid, member(&before, id).pid);
+    }
+
+    // Where one was removed, whoever comes may join.
+    assert_eq!(ordered(&primary, "remove default/2"), ["default/2"]);
+    let gone = member(&primary.report(), "default/2").clone();
+    assert_eq!((gone.state.as_str(), gone.supervised), ("vacant", false));
+    let guest = attach(&primary, (0, 0), &[]);
+    primary.report_when(|report| is(report, "default/2", "running"));
+    assert!(refused(&primary, "restart default/2").contains("was not started by xfan"));
+    assert!(
+        refused(&primary, "remove default/9")
+            .contains("there is no member default/9: they are default/0 to default/2")
+    );
+    assert_eq!(ordered(&primary, "remove default/2"), ["default/2"]);
+    assert_eq!(guest.wait().code, Some(0));
+
+    let list = ordered(&primary, "list").join("\n");
+    assert!(list.contains("default/1") && list.contains("running") && list.contains("vacant"), "{list}");
+    let list: Vec<Member> = serde_json::from_str(&ordered(&primary, "list --json").concat()).unwrap();
+    assert_eq!(list.len(), 3);
+
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!(report.totals(), (2 * PACKETS, 2 * PACKETS, 0));
+    assert!(report.groups[0].members.iter().all(|member| member.lost + member.requeued == 0));
+
+    // With everyone drained the primary stays, and says what it drops.
+    for id in ["default/0", "default/1"] {
+        assert_eq!(ordered(&primary, &format!("drain {id}")), [id]);
+    }
+    replay(&namespace);
+    let report = primary.report_after(3 * PACKETS, true);
+    assert_eq!(report.lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), PACKETS);
+    assert_eq!(ordered(&primary, "restart default/0"), ["default/0"]);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn one_that_does_not_leave_is_made_to_and_its_packets_go_to_the_others() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '300ms'").unwrap();
+    let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
+    replay(&namespace);
+    let settled = |report: &Report| report.totals().0 == PACKETS && member(report, "default/1").backlog == 0;
+    let held = member(&primary.report_when(settled), "default/0").backlog;
+    assert!(held > 0);
+    assert_eq!(ordered(&primary, "drain default/0"), ["default/0"]);
+    let report = primary.report_after(PACKETS, true);
+    let deaf = member(&report, "default/0");
+    assert_eq!((deaf.requeued, deaf.lost, deaf.state.as_str()), (held, 0, "stopped"));
+    assert_eq!(deaf.last_exit.as_deref(), Some("signal: 9 (SIGKILL)"));
+    assert_eq!(member(&report, "default/1").committed, PACKETS);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn who_may_not_is_told_why_and_counted() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let config = "[control]\nallow_groups = ['daemon']";
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
+    launch.within_reach("xfan-count").unwrap();
+    let tool = launch.within_reach("xfan").unwrap();
+    let primary = launch.start().unwrap();
+
+    let stranger = attach(&primary, (STRANGER, STRANGER), &[]).wait();
+    assert_eq!(stranger.code, Some(1), "{stranger:#?}");
+    let why = "user id 54321 may not use this control socket: root and the workers' user may, and whom allow_users and \
+               allow_groups in [control] of its configuration name";
+    assert!(stranger.stderr.concat().contains(why), "{stranger:#?}");
+    let control = primary.report().control;
+    assert_eq!((control.forbidden, control.too_many, control.malformed), (1, 0, 0));
+
+    // Of a group, first or among others.
+    for (ids, groups) in [((STRANGER, DAEMON), vec![]), ((STRANGER, STRANGER), vec![4, DAEMON])] {
+        let guest = attach(&primary, ids, &groups);
+        primary.report_when(|report| is(report, "default/0", "running"));
+        let exit = guest.end(Signal::SIGTERM);
+        assert_eq!(exit.code, Some(0), "{exit:#?}");
+        primary.report_when(|report| is(report, "default/0", "vacant"));
+    }
+
+    // Who may look may not order.
+    let mut command = Command::new(&tool);
+    command.args(["workers", "add", "--socket"]).arg(primary.socket()).uid(STRANGER).gid(DAEMON);
+    let exit = Process::spawn(command).unwrap().wait();
+    assert_eq!(exit.code, Some(1), "{exit:#?}");
+    assert!(
+        exit.stderr.concat().contains("only root may add, drain, restart or remove workers"),
+        "{exit:#?}"
+    );
+    let answer = refused(&primary, "add");
+    assert!(answer.contains("has no command to start workers with"), "{answer}");
+
+    let mut wrong = Command::new(primary.folder().join("xfan-count"));
+    wrong.arg("--attach").arg(primary.socket()).args(["--group", "ids"]);
+    let exit = Process::spawn(wrong).unwrap().wait();
+    assert!(exit.stderr.concat().contains("there is no group ids: the only one is default"), "{exit:#?}");
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn ten_thousand_joins_leave_nothing_behind() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let config = "ring_slots = 64\n[log]\nlevel = 'error'";
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
+    let primary = launch.spawn().unwrap();
+    while !primary.socket().exists() || xfan::control::ask_for_report(&primary.socket()).is_err() {
+        std::thread::yield_now();
+    }
+    let pid = primary.process.pid();
+    let read = |file: &str| {
+        let mut text = String::new();
+        std::fs::File::open(format!("/proc/{pid}/{file}")).unwrap().read_to_string(&mut text).unwrap();
+        text
+    };
+    let segments = || read("maps").lines().filter(|line| line.contains("memfd:xfan-")).count();
+    let descriptors = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let resident = || {
+        let status = read("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
+    };
+    let join = || {
+        let mut worker = Worker::builder().socket(primary.socket()).attach().unwrap();
+        worker.request_detach().unwrap();
+        while !matches!(worker.recv(Duration::from_millis(100)).unwrap(), Received::Closed) {}
+        drop(worker);
+    };
+    let at_rest = || primary.report_when(|report| report.groups[0].members[0].state == "vacant");
+    at_rest();
+    // The last connection may be closing still.
+    let before = loop {
+        let count = descriptors();
+        std::thread::sleep(Duration::from_millis(50));
+        if descriptors() == count {
+            break count;
+        }
+    };
+    let mut early = 0;
+    for number in 0..10_000 {
+        join();
+        at_rest();
+        if number == 1000 {
+            early = resident();
+        }
+    }
+    while descriptors() > before {
+        std::thread::yield_now();
+    }
+    assert_eq!(segments(), 0);
+    let late = resident();
+    assert!(late < early + 1024, "{early} KiB after 1,000 joins, {late} KiB after 10,000");
+    assert_eq!(primary.stop().0.code, Some(0));
+}
