@@ -113,24 +113,28 @@ fn workers(action: &WorkersAction) -> Ended {
     let pid_before = |id: &str| before.member(id).map_or(0, |member| member.pid);
     let come = matches!(order, WorkersOrder::Add(_) | WorkersOrder::Restart(_));
     for id in members {
-        while !flags.no_wait {
-            let now = report_of(&flags.primary)?;
-            let member = now.member(&id).cloned().unwrap_or_default();
-            let state = member.state.as_str();
-            let another = member.pid != pid_before(&id);
-            let done = if come { another && state == "running" } else { another };
-            if done {
-                break;
-            }
-            if come && matches!(state, "crashed" | "failed" | "stopped" | "vacant") && member.pid == 0 {
-                let how = member.last_exit.unwrap_or_else(|| "see its primary's log".into());
-                return Err((Exit::Workers, format!("member {id} is {state}: {how}")));
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        if !flags.no_wait {
+            wait_for(&flags.primary, &id, pid_before(&id), come)?;
         }
         print(&format!("{id}\n"));
     }
     Ok(())
+}
+
+/// Waits until a member has another process than `before`, or none; and, if it is to `come`, until that runs.
+fn wait_for(primary: &PrimaryFlags, id: &str, before: u32, come: bool) -> Ended {
+    loop {
+        let member = report_of(primary)?.member(id).cloned().unwrap_or_default();
+        let state = member.state.as_str();
+        if member.pid != before && (!come || state == "running") {
+            return Ok(());
+        }
+        if come && member.pid == 0 && matches!(state, "crashed" | "failed" | "stopped" | "vacant") {
+            let how = member.last_exit.unwrap_or_else(|| "see its primary's log".into());
+            return Err((Exit::Workers, format!("member {id} is {state}: {how}")));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn report_of(primary: &PrimaryFlags) -> Result<report::Report, (Exit, String)> {
