@@ -14,9 +14,19 @@ use crate::config::{ControlAccess, UserError, WorkerUser};
 /// Most groups of a user that are looked at; the kernel's own limit.
 const MAX_GROUPS: usize = 65536;
 
+/// Whom a peer is admitted as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Root, or whom the configuration names.
+    Named,
+    /// The workers' user: what runs as it may be a worker gone astray, which must not take more than its place.
+    Worker,
+}
+
 /// Who may connect, and whose the socket's file is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Access {
+    worker: Uid,
     users: Vec<Uid>,
     groups: Vec<Gid>,
     /// The file's owner.
@@ -41,24 +51,25 @@ impl Access {
             owner: owner.and_then(|owner| owner.user.as_deref()).map_or(Ok(workers.uid), user)?,
             group: owner.and_then(|owner| owner.group.as_deref()).map(group).transpose()?,
             mode: config.socket_mode.unwrap_or(mode),
-            users: users.into_iter().chain([Uid::from_raw(0), workers.uid]).collect(),
+            worker: workers.uid,
+            users: users.into_iter().chain([Uid::from_raw(0)]).collect(),
             groups,
         })
     }
 
-    /// Whether this peer may connect.
+    /// Whom this peer may connect as; `None`: it may not.
     ///
     /// # Errors
     /// If the kernel does not tell its groups.
-    pub fn admits(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<bool> {
-        if self.users.contains(&Uid::from_raw(peer.uid())) {
-            return Ok(true);
+    pub fn admits(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<Option<Standing>> {
+        let uid = Uid::from_raw(peer.uid());
+        let named = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
+        if self.users.contains(&uid)
+            || !self.groups.is_empty() && (named(peer.gid()) || peer_groups(socket)?.into_iter().any(named))
+        {
+            return Ok(Some(Standing::Named));
         }
-        if self.groups.is_empty() {
-            return Ok(false);
-        }
-        let listed = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
-        Ok(listed(peer.gid()) || peer_groups(socket)?.into_iter().any(listed))
+        Ok((uid == self.worker).then_some(Standing::Worker))
     }
 }
 
@@ -131,7 +142,7 @@ mod tests {
     fn the_workers_user_and_root_are_always_among_them() {
         let access = Access::find(&ControlAccess::default(), &workers()).unwrap();
         assert_eq!((access.owner.as_raw(), access.group, access.mode), (4711, None, 0o600));
-        assert_eq!(access.users, [0, 4711].map(Uid::from_raw));
+        assert_eq!((access.users, access.worker), (vec![Uid::from_raw(0)], Uid::from_raw(4711)));
         let owner = Owner { user: Some("root".into()), group: Some("root".into()) };
         let config = ControlAccess {
             allow_groups: vec!["root".into()],
@@ -158,13 +169,22 @@ mod tests {
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let peer = peer_of(&a).unwrap();
         assert_eq!(peer.uid(), nix::unistd::getuid().as_raw());
-        let none = Access { users: vec![], groups: vec![], owner: Uid::from_raw(0), group: None, mode: 0 };
-        assert!(!none.admits(&a, &peer).unwrap());
-        let by_user = Access { users: vec![Uid::from_raw(peer.uid())], ..none.clone() };
-        assert!(by_user.admits(&a, &peer).unwrap());
+        let none = Access {
+            worker: Uid::from_raw(54321),
+            users: vec![],
+            groups: vec![],
+            owner: Uid::from_raw(0),
+            group: None,
+            mode: 0,
+        };
+        let admits = |access: Access| access.admits(&a, &peer).unwrap();
+        assert_eq!(admits(none.clone()), None);
+        let uid = Uid::from_raw(peer.uid());
+        assert_eq!(admits(Access { worker: uid, ..none.clone() }), Some(Standing::Worker));
+        assert_eq!(admits(Access { worker: uid, users: vec![uid], ..none.clone() }), Some(Standing::Named));
         for gid in nix::unistd::getgroups().unwrap().into_iter().chain([Gid::from_raw(peer.gid())]) {
-            assert!(Access { groups: vec![gid], ..none.clone() }.admits(&a, &peer).unwrap(), "{gid}");
+            assert_eq!(admits(Access { groups: vec![gid], ..none.clone() }), Some(Standing::Named), "{gid}");
         }
-        assert!(!Access { groups: vec![Gid::from_raw(54321)], ..none }.admits(&a, &peer).unwrap());
+        assert_eq!(admits(Access { groups: vec![Gid::from_raw(54321)], ..none }), None);
     }
 }

@@ -62,6 +62,10 @@ pub enum Command {
     #[command(after_long_help = after_help())]
     Stats(StatsFlags),
 
+    /// Show what happened to the workers of a running primary, and when
+    #[command(after_long_help = after_help())]
+    Events(EventsFlags),
+
     /// List the workers of a running primary, add, drain, restart or remove some
     #[command(after_long_help = after_help(), arg_required_else_help = true, subcommand_required = true)]
     Workers(WorkersFlags),
@@ -86,6 +90,22 @@ impl PrimaryFlags {
         let default = || Config::default_socket(self.interface.as_deref().unwrap_or_default());
         self.socket.clone().unwrap_or_else(default)
     }
+}
+
+/// Whose journal to show, and how.
+#[derive(Args, Clone, Debug)]
+pub struct EventsFlags {
+    /// Which primary.
+    #[command(flatten)]
+    pub primary: PrimaryFlags,
+
+    /// Go on with what happens from now on, until the primary ends
+    #[arg(long)]
+    pub follow: bool,
+
+    /// Print JSON, one object per line
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to do with whose workers.
@@ -235,7 +255,7 @@ mod tests {
     fn the_long_help_ends_with_the_exit_codes_and_fits_80_columns() {
         let mut command = Cli::command();
         command.build();
-        for name in ["run", "check", "topology", "stats", "workers"] {
+        for name in ["run", "check", "topology", "stats", "workers", "events"] {
             let help = command.find_subcommand_mut(name).unwrap().render_long_help().to_string();
             assert!(help.contains("Exit codes:"), "{name}");
             assert!(help.lines().all(|line| line.chars().count() <= 80), "{name}:\n{help}");

@@ -23,7 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
-use crate::access::{Access, peer_of};
+use crate::access::{Access, Standing, peer_of};
 use crate::sys;
 
 /// Connections at a time: those of all users, of each of them, and those of root, which nobody else can use up.
@@ -42,6 +42,8 @@ pub type ConnectionId = u64;
 pub struct Connection {
     /// Its number.
     pub id: ConnectionId,
+    /// Whom it was admitted as.
+    pub standing: Standing,
     end: Arc<Notify>,
 }
 
@@ -264,7 +266,7 @@ async fn accept_all(
         count(&counters.connections);
         // Whoever it is hears of it or sees the end.
         let refuse = |code, message| protocol::send(&socket, &Reply::Refused(Refusal { code, message }), &[]);
-        if !access.admits(&socket, &peer).unwrap_or(false) {
+        let Some(standing) = access.admits(&socket, &peer).unwrap_or(None) else {
             count(&counters.forbidden);
             tracing::info!(uid = peer.uid(), pid = peer.pid(), "may not use the control socket");
             let message = format!(
@@ -274,10 +276,10 @@ async fn accept_all(
             );
             let _ = refuse(RefusalCode::Forbidden, message);
             continue;
-        }
+        };
         match room.take(peer.uid()) {
             Ok(place) => {
-                let connection = Connection { id, end: Arc::default() };
+                let connection = Connection { id, standing, end: Arc::default() };
                 tokio::spawn(carry(connection, peer, socket, place, counters.clone(), events.clone()));
             }
             Err(message) => {

@@ -2,7 +2,7 @@
 //!
 //! As packets go: [`port`] takes the interface, [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
 //! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
-//! thread, with [`members`], their processes ([`supervisor`], [`restart`]), the [`control`] socket and its [`access`], and the
+//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`restart`]), the [`control`] socket and its [`access`], and the
 //! [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
 
 pub mod access;
@@ -13,8 +13,10 @@ pub mod counters;
 pub mod exit;
 pub mod frames;
 pub mod interface;
+pub mod journal;
 pub mod lane;
 pub mod lanes;
+pub mod life;
 pub mod members;
 pub mod placement;
 pub mod port;

@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan::cli::{Cli, Command, PrimaryFlags, StatsFlags, WorkersAction};
+use xfan::cli::{Cli, Command, EventsFlags, PrimaryFlags, StatsFlags, WorkersAction};
 use xfan::config::{Config, Flags, PlacementFlags};
 use xfan::exit::Exit;
 use xfan::interface::Interface;
 use xfan::placement::place;
 use xfan::run::{RunError, run};
 use xfan::topology::Machine;
-use xfan::{control, report, topology};
+use xfan::{control, journal, report, topology};
 use xfan_shm::protocol::{ProtocolError, Reply, Request, WorkersOrder};
 
 fn main() -> ExitCode {
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Command::Topology(flags) => show_topology(flags),
         Command::Stats(flags) => show_stats(&flags),
         Command::Workers(flags) => workers(&flags.action),
+        Command::Events(flags) => show_events(&flags),
     };
     match result {
         Ok(()) => Exit::Ok.into(),
@@ -134,6 +135,36 @@ fn wait_for(primary: &PrimaryFlags, id: &str, before: u32, come: bool) -> Ended 
             return Err((Exit::Workers, format!("member {id} is {state}: {how}")));
         }
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// How often a follower asks for what is new.
+const FOLLOW: Duration = Duration::from_millis(200);
+
+fn show_events(flags: &EventsFlags) -> Ended {
+    let socket = flags.primary.socket();
+    let mut last = 0;
+    loop {
+        let page: journal::Page = match control::ask(&socket, &Request::Events(last)) {
+            Ok(Reply::Events(page)) => {
+                serde_json::from_value(page).map_err(|error| (Exit::Failure, error.to_string()))?
+            }
+            Ok(_) => return Err((Exit::Failure, format!("{} answered something else", socket.display()))),
+            // It has been there: now it has ended.
+            Err(_) if last > 0 => return Ok(()),
+            Err(error) => return Err(no_answer(&socket, &error)),
+        };
+        if page.missed > 0 {
+            eprintln!("xfan: {} older entries are no longer kept", page.missed);
+        }
+        for entry in &page.entries {
+            print(&if flags.json { to_json(entry)? + "\n" } else { entry.to_string() + "\n" });
+            last = entry.number;
+        }
+        if !flags.follow {
+            return Ok(());
+        }
+        std::thread::sleep(FOLLOW);
     }
 }
 

@@ -14,44 +14,11 @@ use xfan_shm::segment;
 use crate::control::Connection;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
+use crate::life::{Life, State};
 use crate::primary::Leaving;
 use crate::report;
 use crate::restart::Starts;
 use crate::supervisor::Process;
-
-/// Where a member is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// Nobody has the place; whoever may can take it.
-    Vacant,
-    /// Its process runs, and has not attached yet.
-    Starting,
-    /// It gets packets.
-    Running,
-    /// It gets no new packets and finishes what it has.
-    Draining,
-    /// It left in good order.
-    Stopped,
-    /// It ended without a word, lied, or hung; it may be started again.
-    Crashed,
-    /// It was started too often, and stays down.
-    Failed,
-}
-
-impl State {
-    /// As in the report.
-    pub fn name(self) -> &'static str {
-        match self {
-            State::Vacant => "vacant",
-            State::Starting => "starting",
-            State::Running => "running",
-            State::Draining => "draining",
-            State::Stopped => "stopped",
-            State::Crashed => "crashed",
-            State::Failed => "failed",
-        }
-    }
-}
 
 /// A worker's place.
 #[derive(Debug)]
@@ -61,7 +28,7 @@ pub struct Member {
     /// CPU its worker is to run on.
     pub core: Option<usize>,
     /// Where it is in its life.
-    pub state: State,
+    pub life: Life,
     /// What a process must know to take the place; `None`: it is open to all who may connect.
     pub token: Option<String>,
     /// The process started for it.
@@ -159,7 +126,7 @@ impl Member {
         Member {
             id,
             core,
-            state: State::Vacant,
+            life: Life::new(Instant::now()),
             token: None,
             process: None,
             session: None,
@@ -207,6 +174,17 @@ impl Member {
         self.session = Some(Session { connection, pid, down, up, doorbell });
         self.taken = true;
         Ok((links, handover))
+    }
+
+    /// The state it is in.
+    pub fn state(&self) -> State {
+        self.life.state()
+    }
+
+    /// Process id of its worker, as the kernel says; else of the process started for it; 0: none.
+    pub fn pid(&self) -> u32 {
+        let process = self.process.as_ref().map(Process::pid);
+        self.session.as_ref().map(|session| session.pid).or(process).unwrap_or(0)
     }
 
     /// Whether nobody has the place, and xfan starts nobody for it.
@@ -296,13 +274,16 @@ impl Member {
                 *sum = sum.wrapping_add(value);
             }
         }
-        let process = self.process.as_ref().map(Process::pid);
+        let usage = Usage::of(self.pid());
         report::Member {
             id: self.id.clone(),
             program: self.program.clone(),
-            pid: self.session.as_ref().map(|session| session.pid).or(process).unwrap_or(0),
+            pid: self.pid(),
             core: self.core,
-            state: self.state.name().to_owned(),
+            state: self.state().name().to_owned(),
+            in_state_ns: u64::try_from(self.life.age(Instant::now()).as_nanos()).unwrap_or(u64::MAX),
+            cpu_ns: usage.cpu_ns,
+            resident_bytes: usage.resident_bytes,
             restarts: self.starts.restarts,
             hangs: self.hangs,
             supervised: self.token.is_some(),
@@ -321,9 +302,40 @@ impl Member {
     }
 }
 
+/// What a process uses, as the kernel says (proc(5)).
+#[derive(Default)]
+struct Usage {
+    cpu_ns: u64,
+    resident_bytes: u64,
+}
+
+impl Usage {
+    /// Nothing for a process that is not there, or in another PID namespace.
+    fn of(pid: u32) -> Self {
+        let Some(pid) = i32::try_from(pid).ok().filter(|pid| *pid > 0) else { return Usage::default() };
+        let Ok(stat) = procfs::process::Process::new(pid).and_then(|process| process.stat()) else {
+            return Usage::default();
+        };
+        let ticks = u128::from(stat.utime) + u128::from(stat.stime);
+        let cpu_ns = ticks * 1_000_000_000 / u128::from(procfs::ticks_per_second().max(1));
+        Usage {
+            cpu_ns: u64::try_from(cpu_ns).unwrap_or(u64::MAX),
+            resident_bytes: stat.rss.saturating_mul(procfs::page_size()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_process_uses_is_what_the_kernel_says() {
+        let own = Usage::of(std::process::id());
+        assert!(own.resident_bytes > 100_000, "{}", own.resident_bytes);
+        assert!(own.cpu_ns < 3_600_000_000_000);
+        assert_eq!(Usage::of(0).resident_bytes + Usage::of(u32::MAX).resident_bytes, 0);
+    }
 
     #[test]
     fn new_names_at_every_session_do_not_pile_up() {

@@ -19,9 +19,11 @@ use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::{Reply, Request};
 
 use crate::control::{Answer, ConnectionId, ControlCounters, Event, Listener};
+use crate::journal::Journal;
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
-use crate::members::{Member, State};
+use crate::life::{Change, State};
+use crate::members::Member;
 use crate::port::Port;
 use crate::report::{self, Report};
 use crate::steer::BucketTable;
@@ -67,6 +69,7 @@ pub struct Primary {
     pub care: Care,
     spawner: Option<Spawner>,
     control: Arc<ControlCounters>,
+    journal: Journal,
     /// Packets have been let in: all workers had attached.
     open: bool,
     table: BucketTable,
@@ -107,6 +110,7 @@ impl Primary {
             care,
             spawner: None,
             control: Arc::default(),
+            journal: Journal::default(),
             open: false,
             table: BucketTable::empty(),
             started: Instant::now(),
@@ -167,17 +171,18 @@ impl Primary {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            if !self.open && self.members.iter().all(|member| member.state != State::Starting) {
+            if !self.open && self.members.iter().all(|member| member.state() != State::Starting) {
                 self.let_in(sockets)?;
                 tracing::info!(
                     interface = self.name,
                     mode = self.mode,
                     lanes = self.lanes.len(),
-                    workers = self.members.iter().filter(|member| member.state == State::Running).count(),
+                    workers = self.running().len(),
                     socket = %listener.path().display(),
                     "running"
                 );
                 self.open = true;
+                self.journal.write(None, std::process::id(), "running", "packets come");
             }
             tokio::select! {
                 Some(event) = events.1.recv() => self.handle(event)?,
@@ -204,7 +209,7 @@ impl Primary {
     }
 
     fn report_missing(&self) -> Result<(), PrimaryError> {
-        match self.members.iter().find(|member| member.state == State::Starting) {
+        match self.members.iter().find(|member| member.state() == State::Starting) {
             Some(member) => Err(PrimaryError::NotAttached {
                 member: member.id.clone(),
                 program: member.program.clone(),
@@ -225,6 +230,7 @@ impl Primary {
                         self.begin_detach(connection.id);
                         (Answer::default(), Ok(()))
                     }
+                    Request::Events(after) => (self.events_after(after), Ok(())),
                     Request::Workers(order) => (self.order(&peer, &order).into(), Ok(())),
                 };
                 // Whoever asked may be gone.
@@ -251,6 +257,13 @@ impl Primary {
         }
     }
 
+    fn events_after(&self, number: u64) -> Answer {
+        match serde_json::to_value(self.journal.page(number)) {
+            Ok(page) => Reply::Events(page).into(),
+            Err(_) => Answer::default(),
+        }
+    }
+
     /// Looks after what sends no event.
     fn look_after(&mut self) -> Result<(), PrimaryError> {
         if let Some(lane) = self.lanes.iter().find(|lane| lane.ended()) {
@@ -265,7 +278,7 @@ impl Primary {
                     member = self.members[place].id,
                     "its consumer index made no sense: evicted; what it had not committed goes to others"
                 );
-                self.leave(place, State::Crashed);
+                self.leave(place, Some(Change::Die), "evicted: its consumer index made no sense");
                 // It is not let in again.
                 let member = &mut self.members[place];
                 if let Some(token) = &mut member.token {
@@ -283,9 +296,9 @@ impl Primary {
         Ok(())
     }
 
-    /// The places of those that run.
+    /// The places of those that take packets.
     fn running(&self) -> Vec<u8> {
-        let running = self.members.iter().enumerate().filter(|(_, member)| member.state == State::Running);
+        let running = self.members.iter().enumerate().filter(|(_, member)| member.state().takes_packets());
         running.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
     }
 
@@ -298,11 +311,26 @@ impl Primary {
     }
 
     /// The worker in this place is no more: its flows go to the others, and what it had not committed.
-    fn leave(&mut self, place: usize, state: State) {
+    fn leave(&mut self, place: usize, change: Option<Change>, why: &str) {
+        let pid = self.members[place].pid();
+        let changed = change.filter(|change| self.members[place].life.make(*change, Instant::now()));
+        let (requeued, lost) = self.retire(place).unwrap_or_default();
+        let id = Some(&*self.members[place].id);
+        if let Some(change) = changed {
+            self.journal.write(id, pid, change.name(), why);
+        }
+        if requeued + lost > 0 {
+            self.journal.write(id, pid, "uncommitted", format!("requeued {requeued}, lost {lost}"));
+        }
+    }
+
+    /// Ends the session in this place, if there is one: its flows go to the others, and what it had not committed. Returns how
+    /// many packets were requeued, and how many lost.
+    fn retire(&mut self, place: usize) -> Option<(u64, u64)> {
         let member = &mut self.members[place];
-        member.state = state;
+        let before = (member.requeued(), member.lost());
         // Its worker, if there still is one, sees the end of the connection.
-        let Some(session) = member.end_session() else { return };
+        let session = member.end_session()?;
         session.connection.end();
         self.table = self.table.with_members(&self.running());
         for lane in &mut self.lanes {
@@ -310,7 +338,17 @@ impl Primary {
         }
         self.settle();
         // Who takes the place next has not lied yet.
-        self.members[place].take_corrupt();
+        let member = &self.members[place];
+        member.take_corrupt();
+        Some((member.requeued() - before.0, member.lost() - before.1))
+    }
+
+    /// Has something happen to the member in this place, and writes it down.
+    fn change(&mut self, place: usize, change: Change, detail: impl Into<String>) {
+        let member = &mut self.members[place];
+        if member.life.make(change, Instant::now()) {
+            self.journal.write(Some(&member.id), member.pid(), change.name(), detail);
+        }
     }
 
     /// Waits until the lanes have obeyed all commands: microseconds, or what the scheduler takes to run them.
@@ -331,8 +369,8 @@ impl Primary {
     /// A worker wants to leave: it gets no new packets, and is told when the last is in its rings.
     fn begin_detach(&mut self, connection: ConnectionId) {
         let Some(place) = self.place_of(connection) else { return };
-        if self.members[place].state == State::Running {
-            self.members[place].state = State::Draining;
+        if self.members[place].state().takes_packets() {
+            self.change(place, Change::Drain, "as it asked");
             self.steer();
             self.settle();
             self.members[place].close();
@@ -341,19 +379,17 @@ impl Primary {
 
     fn hang_up(&mut self, connection: ConnectionId) {
         let Some(place) = self.place_of(connection) else { return };
-        let draining = self.members[place].state == State::Draining;
+        let draining = self.members[place].state() == State::Draining;
         let vacant = self.members[place].token.is_none();
         let told = self.members[place].leaving.is_some();
-        self.leave(
-            place,
-            match (draining, vacant) {
-                (false, _) => State::Crashed,
-                // It has left when its process has ended.
-                (true, _) if told => State::Draining,
-                (true, true) => State::Vacant,
-                (true, false) => State::Stopped,
-            },
-        );
+        let change = match (draining, vacant) {
+            (false, _) => Some(Change::Die),
+            // It has left when its process has ended.
+            (true, _) if told => None,
+            (true, true) => Some(Change::Vacate),
+            (true, false) => Some(Change::Leave),
+        };
+        self.leave(place, change, if draining { "" } else { "its connection ended" });
         if self.members[place].process.is_none() {
             self.has_left(place);
         }

@@ -152,8 +152,14 @@ pub struct Member {
     pub pid: u32,
     /// CPU it is pinned on.
     pub core: Option<usize>,
-    /// `vacant`, `starting`, `running`, `draining`, `stopped`, `crashed` or `failed`.
+    /// `vacant`, `starting`, `running`, `unhealthy`, `draining`, `stopped`, `crashed` or `failed`.
     pub state: String,
+    /// For how long it has been in it, in nanoseconds.
+    pub in_state_ns: u64,
+    /// CPU time its process has used, user and system, in nanoseconds; to hundredths of a second.
+    pub cpu_ns: u64,
+    /// Memory its process has in RAM, in bytes; packet memory counts once it has been touched.
+    pub resident_bytes: u64,
     /// Times its process was started again.
     pub restarts: u64,
     /// Times it hung.

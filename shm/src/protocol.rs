@@ -3,7 +3,7 @@
 //! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this order:
 //! the packet memory (read-only), its down segment (read-only), its up segment, the sleeper's end of its
 //! [`bell`](crate::bell). The connection stays open for as long as the worker works; its end is the end of the worker. An
-//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], or [`Request::Workers`] and gets [`Reply::Ordered`].
+//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], likewise [`Request::Events`], or [`Request::Workers`] and gets [`Reply::Ordered`].
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -39,6 +39,8 @@ pub enum Request {
     Detach,
     /// Report on everything.
     Stats,
+    /// What happened after the entry of this number; 0: all that is kept.
+    Events(u64),
     /// Change who works; for root.
     Workers(WorkersOrder),
 }
@@ -85,6 +87,8 @@ pub enum Reply {
     Refused(Refusal),
     /// The report, see the documentation of `xfan stats --json`.
     Stats(serde_json::Value),
+    /// A part of the journal, see the documentation of `xfan events --json`.
+    Events(serde_json::Value),
     /// An operator's order is being carried out, on these members.
     Ordered(Vec<String>),
 }

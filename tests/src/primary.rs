@@ -216,6 +216,14 @@ impl Primary {
         }
     }
 
+    /// As [`report_when`](Self::report_when), once its sums hold, too: its counters are not read at one instant.
+    ///
+    /// # Panics
+    /// It does not answer.
+    pub fn balanced_report_when(&self, ready: impl Fn(&Report) -> bool) -> Report {
+        self.report_when(|report| ready(report) && report.imbalances().is_empty())
+    }
+
     /// Its report, once `packets` have been redirected and are accounted for: received or dropped by the kernel, and
     /// committed by whom they were delivered to, if `committed`.
     ///

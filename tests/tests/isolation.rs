@@ -26,7 +26,10 @@ fn replay(namespace: &Netns) {
 /// A hostile worker and an honest one, on two queues.
 fn start(way: &str) -> (Netns, Primary) {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
-    let launch = Launch::on(&namespace).unwrap().config("stop_timeout = '200ms'\nrestart = 'no'").unwrap();
+    let launch = Launch::on(&namespace)
+        .unwrap()
+        .config("max_workers = 3\nstop_timeout = '200ms'\nrestart = 'no'")
+        .unwrap();
     let primary = launch.with("-n 2").hostile_worker(way).unwrap().start().unwrap();
     (namespace, primary)
 }
@@ -114,8 +117,11 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
             ("other's place with our token", &not_yours("default/1")),
             ("our place without a token", &not_yours("default/0")),
             ("our place again", "member default/0 has a worker"),
-            ("any place", "all 2 members have a worker: start the primary with more (-n)"),
-            ("a place that is not there", "there is no member default/2; there are 2 in group default"),
+            (
+                "any place",
+                "this primary starts its own workers: beside them may join root, and whom allow_users and allow_groups in [control] of its configuration name",
+            ),
+            ("a place that is not there", "there is no member default/9: they are default/0 to default/2"),
         ],
     );
     assert_eq!(report, expected);
@@ -134,7 +140,7 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
 
     unleash(&primary);
     let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
-    let report = primary.report_when(|report| {
+    let report = primary.balanced_report_when(|report| {
         gone(&report.groups[0].members[0]) && report.groups[0].members[1].committed == PACKETS
     });
     assert_balanced(&report, PACKETS);
@@ -162,8 +168,9 @@ fn a_worker_that_jams_its_doorbell_stops_nobody() {
     unleash(&primary);
     primary.process.wait_for_line("jammed").unwrap();
     replay(&namespace);
-    let report = primary
-        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    let report = primary.balanced_report_when(|report| {
+        report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0
+    });
     assert_balanced(&report, PACKETS);
     let [jammer, other] = [0, 1].map(|place| &report.groups[0].members[place]);
     assert_eq!(

@@ -105,8 +105,9 @@ fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '3s'").unwrap();
     let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
     replay(&namespace, &frames());
-    let report = primary
-        .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
+    let report = primary.balanced_report_when(|report| {
+        report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0
+    });
     assert_balanced(&report, PACKETS);
     let [deaf, other] = [0, 1].map(|place| report.groups[0].members[place].clone());
     assert_eq!((deaf.backlog, deaf.committed, deaf.backlog + other.committed), (deaf.delivered, 0, PACKETS));
@@ -207,14 +208,15 @@ fn what_a_killed_worker_held_goes_to_the_other() {
         std::thread::yield_now();
     }
     replay(&namespace, &frames);
-    let report = primary
-        .report_when(|report| report.totals().0 == 2 * PACKETS && report.groups[0].members[1].backlog == 0);
+    let report = primary.balanced_report_when(|report| {
+        report.totals().0 == 2 * PACKETS && report.groups[0].members[1].backlog == 0
+    });
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(report.groups[0].members[0].backlog, share);
 
     signal(Signal::SIGKILL);
     let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
-    let report = primary.report_when(|report| {
+    let report = primary.balanced_report_when(|report| {
         let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
         gone(victim) && survivor.committed == 2 * rest + share
     });

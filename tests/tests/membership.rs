@@ -323,3 +323,53 @@ fn ten_thousand_joins_leave_nothing_behind() {
     assert!(late < early + 1024, "{early} KiB after 1,000 joins, {late} KiB after 10,000");
     assert_eq!(primary.stop().0.code, Some(0));
 }
+
+#[test]
+fn what_happened_is_in_the_journal() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let config = "restart_delay = '1ms'\n[control]\nallow_users = ['daemon']";
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let events = |follow: bool| {
+        let mut command = Command::new(binary("xfan").unwrap());
+        command.args(["events", "--json", "--socket"]).arg(primary.socket());
+        command.args(follow.then_some("--follow"));
+        Process::spawn(command).unwrap()
+    };
+    let follower = events(true);
+    let first = primary.report().groups[0].members[0].clone();
+    assert!(first.resident_bytes > 0 && first.in_state_ns > 0);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.pid.cast_signed()), Signal::SIGKILL).unwrap();
+    primary.report_when(|report| {
+        report.groups[0].members[0].restarts == 1 && is(report, "default/0", "running")
+    });
+    let guest = attach(&primary, (DAEMON, DAEMON), &[]);
+    primary.report_when(|report| is(report, "default/1", "running"));
+    ordered(&primary, "drain default/1");
+    assert_eq!(guest.wait().code, Some(0));
+
+    let shown = events(false).wait();
+    assert_eq!(shown.code, Some(0), "{shown:#?}");
+    let parse = |line: &String| serde_json::from_str::<xfan::journal::Entry>(line).unwrap();
+    let entries: Vec<_> = shown.stdout.iter().map(parse).collect();
+    assert!(entries.iter().map(|entry| entry.number).eq(1..=entries.len() as u64));
+    assert!(entries.is_sorted_by_key(|entry| entry.time_ns));
+    let of = |id: Option<&str>| {
+        let ours = entries.iter().filter(|entry| entry.member.as_deref() == id);
+        ours.map(|entry| entry.event.as_str()).collect::<Vec<_>>()
+    };
+    assert_eq!(of(None), ["running", "ordered"]);
+    // The end of its connection and the end of its process come in either order.
+    assert_eq!(of(Some("default/0")), ["started", "attached", "died", "died", "started", "attached"]);
+    let deaths: Vec<_> = entries.iter().filter(|entry| entry.event == "died").collect();
+    assert!(deaths.iter().any(|entry| entry.detail.contains("signal: 9 (SIGKILL)")), "{deaths:#?}");
+    assert_eq!(of(Some("default/1")), ["attached", "draining", "vacated"]);
+
+    follower.wait_for_line("vacated").unwrap();
+    let exit = primary.stop().0;
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    let followed = follower.wait();
+    assert_eq!(followed.code, Some(0), "{followed:#?}");
+    assert!(followed.stdout.starts_with(&shown.stdout), "{followed:#?}");
+}

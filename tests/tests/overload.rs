@@ -135,7 +135,7 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
     }
 
     kill(pid, Signal::SIGCONT).unwrap();
-    primary.report_when(|report| members(report)[0].backlog == 0);
+    primary.balanced_report_when(|report| members(report)[0].backlog == 0);
     send(&primary, &mut sockets, &frames, &[0, 1]);
     let report = primary.report();
     assert_balanced(&report, 7200);

@@ -2,7 +2,10 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use xfan::control;
+use xfan::journal::Page;
 use xfan::report::{Member, Report};
+use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
@@ -78,7 +81,7 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     let before = primary.report();
     stop(member(&before, 0));
     replay(&namespace);
-    let report = primary.report_when(|report| {
+    let report = primary.balanced_report_when(|report| {
         member(report, 0).hangs == 1 && member(report, 0).state == "running" && committed(report) == PACKETS
     });
     assert_balanced(&report, PACKETS);
@@ -93,6 +96,15 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(committed(&report), 2 * PACKETS);
     assert!(member(&report, 0).committed > 0);
+    let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
+        panic!("it tells what happened")
+    };
+    let page: Page = serde_json::from_value(page).unwrap();
+    let life: Vec<_> =
+        page.entries.iter().filter(|entry| entry.member.as_deref() == Some("default/0")).collect();
+    let place = |event: &str| life.iter().position(|entry| entry.event == event).expect(event);
+    assert!(place("stalled") < place("hung") && place("hung") < place("died"), "{life:#?}");
+
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     assert!(exit.stderr.join("\n").contains("hangs: it has packets and has taken none for"), "{exit:#?}");
@@ -142,8 +154,9 @@ fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
     replay(&namespace);
     primary.report_when(|report| member(report, 0).backlog == PACKETS);
     signal(member(&before, 0), Signal::SIGKILL);
-    let report =
-        primary.report_when(|report| member(report, 0).restarts == 1 && member(report, 0).state == "running");
+    let report = primary.balanced_report_when(|report| {
+        member(report, 0).restarts == 1 && member(report, 0).state == "running"
+    });
     assert_balanced(&report, PACKETS);
     assert_eq!((member(&report, 0).lost, member(&report, 0).requeued), (PACKETS, 0));
     replay(&namespace);

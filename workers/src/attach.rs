@@ -231,7 +231,9 @@ fn ask(control: impl AsFd, request: &Request, path: &Path) -> Result<(Attached, 
         (Reply::Refused(refusal), _) => {
             Err(AttachError::Refused { code: refusal.code, message: refusal.message })
         }
-        (Reply::Stats(_) | Reply::Ordered(_), _) => Err(AttachError::Unexpected(path.into())),
+        (Reply::Stats(_) | Reply::Events(_) | Reply::Ordered(_), _) => {
+            Err(AttachError::Unexpected(path.into()))
+        }
     }
 }
 

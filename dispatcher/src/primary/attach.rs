@@ -5,9 +5,11 @@ use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
 use super::{Primary, PrimaryError};
-use crate::control::{Answer, Connection, ConnectionId};
+use crate::access::Standing;
+use crate::control::{Answer, Connection};
 use crate::lane::Command;
-use crate::members::{Member, State};
+use crate::life::{Change, State};
+use crate::members::Member;
 
 impl Primary {
     /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
@@ -28,10 +30,12 @@ impl Primary {
                     "refused: {}",
                     refusal.message
                 );
-                let ours = place
-                    .filter(|_| !self.open)
-                    .map(|place| &self.members[place])
-                    .filter(|member| member.state == State::Starting && refusal.code == RefusalCode::Version);
+                let pid = u32::try_from(peer.pid()).unwrap_or(0);
+                let member = attach.member.as_deref().map(printable);
+                self.journal.write(member.as_deref(), pid, "refused", refusal.message.clone());
+                let ours = place.filter(|_| !self.open).map(|place| &self.members[place]).filter(|member| {
+                    member.state() == State::Starting && refusal.code == RefusalCode::Version
+                });
                 let result = match ours {
                     Some(member) => Err(PrimaryError::Refused {
                         member: member.id.clone(),
@@ -51,7 +55,7 @@ impl Primary {
         peer: UnixCredentials,
         attach: &Attach,
     ) -> Result<Answer, (Option<usize>, Refusal)> {
-        let place = self.choose(connection.id, attach).map_err(|refusal| (None, refusal))?;
+        let place = self.choose(&connection, attach).map_err(|refusal| (None, refusal))?;
         let refused = |code, message: String| (Some(place), Refusal { code, message });
         if attach.version != VERSION {
             return Err(refused(
@@ -69,7 +73,6 @@ impl Primary {
         let (links, handover) =
             member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
         member.program.clone_from(&attach.program);
-        member.state = State::Running;
         let attached = Attached {
             member: member.id.clone(),
             ports: vec![self.name.clone()],
@@ -82,6 +85,7 @@ impl Primary {
         for (lane, link) in self.lanes.iter_mut().zip(links) {
             lane.command(Command::Join(place, Box::new(link)));
         }
+        self.change(place, Change::Attach, attach.program.clone());
         self.steer();
         tracing::info!(member = attached.member, pid, program = attach.program, "attached");
         Ok(Answer {
@@ -91,9 +95,9 @@ impl Primary {
     }
 
     /// The place a worker may take.
-    fn choose(&self, connection: ConnectionId, attach: &Attach) -> Result<usize, Refusal> {
+    fn choose(&self, connection: &Connection, attach: &Attach) -> Result<usize, Refusal> {
         let refuse = |code, message: String| Err(Refusal { code, message });
-        if self.place_of(connection).is_some() {
+        if self.place_of(connection.id).is_some() {
             return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
         }
         if let Some(group) = attach.group.as_ref().filter(|group| *group != "default") {
@@ -125,8 +129,24 @@ impl Primary {
                 format!("member {} is for the process that the primary started for it", member.id),
             );
         }
+        // A worker that was started for its place shall not take others'.
+        if member.token.is_none() && self.spawner.is_some() && connection.standing == Standing::Worker {
+            return refuse(
+                RefusalCode::Forbidden,
+                "this primary starts its own workers: beside them may join root, and whom allow_users and allow_groups in \
+                 [control] of its configuration name"
+                    .into(),
+            );
+        }
         if member.session.is_some() {
             return refuse(RefusalCode::Occupied, format!("member {} has a worker", member.id));
+        }
+        // It is leaving, or down for good.
+        if member.state().after(Change::Attach).is_none()
+            || (member.token.is_some() && member.process.is_none())
+        {
+            let state = member.state().name();
+            return refuse(RefusalCode::Occupied, format!("member {} is {state}", member.id));
         }
         Ok(place)
     }

@@ -11,7 +11,7 @@ use nix::sys::socket::UnixCredentials;
 use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
 
 use super::{Primary, PrimaryError};
-use crate::members::State;
+use crate::life::Change;
 
 /// A member that an operator has told to leave.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,8 @@ impl Primary {
     pub(super) fn order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) -> Reply {
         let result = if peer.uid() == 0 {
             tracing::info!(pid = peer.pid(), ?order, "an operator's order");
+            let pid = u32::try_from(peer.pid()).unwrap_or(0);
+            self.journal.write(None, pid, "ordered", format!("{order:?}"));
             self.carry_out(order)
         } else {
             refuse(RefusalCode::Forbidden, "only root may add, drain, restart or remove workers: use sudo")
@@ -118,7 +120,7 @@ impl Primary {
                 }
                 Purpose::StayAway => {
                     member.restarting = false;
-                    member.state = State::Stopped;
+                    self.change(place, Change::Leave, "not to be started again");
                     Ok(())
                 }
                 Purpose::StartAgain => self.start_afresh(place).map_err(failed),
@@ -138,20 +140,15 @@ impl Primary {
         }
         member.leaving =
             Some(Leaving { purpose, deadline: Instant::now() + self.stop_timeout, terminated: false });
-        match member.state {
-            State::Running => {
-                member.state = State::Draining;
-                self.steer();
-                self.settle();
-                self.members[place].close();
-            }
-            // It is draining by itself already, or has never attached.
-            _ => {
-                if let (None, Some(process)) = (&member.session, &member.process) {
-                    member.state = State::Draining;
-                    process.signal(Signal::SIGTERM);
-                }
-            }
+        if let (None, Some(process)) = (&member.session, &member.process) {
+            process.signal(Signal::SIGTERM);
+        }
+        let takes_packets = member.state().takes_packets();
+        self.change(place, Change::Drain, "as it was told");
+        if takes_packets {
+            self.steer();
+            self.settle();
+            self.members[place].close();
         }
         Ok(())
     }
@@ -164,13 +161,15 @@ impl Primary {
         tracing::info!(member = member.id, "left, as it was told");
         match leaving.purpose {
             Purpose::GiveUpPlace => self.vacate(place),
-            Purpose::StayAway if member.token.is_none() => member.state = State::Vacant,
-            Purpose::StayAway => member.state = State::Stopped,
+            Purpose::StayAway if member.token.is_none() => {
+                self.change(place, Change::Vacate, "as it was told")
+            }
+            Purpose::StayAway => self.change(place, Change::Leave, "as it was told"),
             Purpose::StartAgain => {
+                self.change(place, Change::Leave, "to be started again");
                 if let Err(error) = self.start_afresh(place) {
-                    let member = &mut self.members[place];
-                    member.state = State::Failed;
-                    tracing::error!(member = member.id, "{error}");
+                    tracing::error!(member = self.members[place].id, "{error}");
+                    self.change(place, Change::GiveUp, error.to_string());
                 }
             }
         }
@@ -194,7 +193,7 @@ impl Primary {
                 Some(process) => process.signal(Signal::SIGTERM),
                 None => {
                     tracing::warn!(member = member.id, "does not leave: evicted");
-                    self.leave(place, State::Crashed);
+                    self.leave(place, Some(Change::Die), "evicted: it does not leave");
                     self.has_left(place);
                 }
             }
@@ -214,8 +213,8 @@ impl Primary {
         let member = &mut self.members[place];
         member.token = None;
         member.restarting = false;
-        member.state = State::Vacant;
         member.program.clear();
+        self.change(place, Change::Vacate, "");
     }
 
     /// The place of the member of this name.

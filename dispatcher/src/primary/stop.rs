@@ -9,7 +9,7 @@ use super::{Events, Primary, PrimaryError};
 use crate::control::Event;
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
-use crate::members::State;
+use crate::life::{Change, State};
 use crate::report::Report;
 use crate::supervisor::Process;
 
@@ -69,10 +69,10 @@ impl Primary {
         }
         self.wait(events, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
         // … who are told that it is the last, and may finish it …
-        for member in &mut self.members {
-            if member.state == State::Running {
-                member.state = State::Draining;
-                member.close();
+        for place in 0..self.members.len() {
+            if self.members[place].state().takes_packets() {
+                self.change(place, Change::Drain, "the primary stops");
+                self.members[place].close();
             }
         }
         let timeout = self.stop_timeout;
@@ -105,11 +105,8 @@ impl Primary {
         }
         // Attached workers are nobody's children: they see the end of the connection.
         for place in 0..self.members.len() {
-            let state = match self.members[place].state {
-                State::Draining => State::Stopped,
-                other => other,
-            };
-            self.leave(place, state);
+            let draining = self.members[place].state() == State::Draining;
+            self.leave(place, draining.then_some(Change::Leave), "the primary stops");
         }
         let mut imbalances = Vec::new();
         for lane in &mut self.lanes {
@@ -164,11 +161,11 @@ impl Primary {
                 let member = &mut self.members[place];
                 if let Some(status) = member.process.as_mut().and_then(Process::ended) {
                     member.process = None;
-                    let state = if status.success() { State::Stopped } else { State::Crashed };
+                    let change = if status.success() { Change::Leave } else { Change::Die };
                     if !status.success() {
                         tracing::warn!(member = member.id, how = %status, "its process ended");
                     }
-                    self.leave(place, state);
+                    self.leave(place, Some(change), &status.to_string());
                 }
             }
             Event::Restart(_) | Event::StartTimeout(..) => {}

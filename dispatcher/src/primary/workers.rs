@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 
 use super::{Primary, PrimaryError, random_token};
 use crate::control::Event;
-use crate::members::{Member, State};
+use crate::life::{Change, State};
+use crate::members::Member;
 use crate::restart::{Restart, Verdict};
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
@@ -59,7 +60,6 @@ impl Primary {
         let process = Process::spawn(&spawner.command, &spawner.socket, &member.id, &token)?;
         member.program = spawner.command.command.first().cloned().unwrap_or_default();
         member.token = Some(token);
-        member.state = State::Starting;
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
         let pid = process.pid();
         member.process = Some(process);
@@ -69,6 +69,8 @@ impl Primary {
             let _ = events.send(Event::Exited(place));
         });
         spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
+        let program = member.program.clone();
+        self.change(place, Change::Start, program);
         Ok(())
     }
 
@@ -78,7 +80,7 @@ impl Primary {
         let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
         member.process = None;
         let how = status.to_string();
-        let attached = member.state != State::Starting;
+        let attached = member.state() != State::Starting;
         if !attached && !self.open {
             return Err(PrimaryError::EndedEarly {
                 member: member.id.clone(),
@@ -90,12 +92,12 @@ impl Primary {
         let success = status.success() && attached;
         member.last_exit = Some(how.clone());
         if member.leaving.is_some() {
-            self.leave(place, State::Draining);
+            self.leave(place, None, &how);
             self.has_left(place);
             return Ok(());
         }
         tracing::warn!(member = member.id, how, "its process ended");
-        self.leave(place, if success { State::Stopped } else { State::Crashed });
+        self.leave(place, Some(if success { Change::Leave } else { Change::Die }), &how);
         self.restart_or_not(place, success);
         self.check_any_left(place, how)
     }
@@ -113,13 +115,12 @@ impl Primary {
                 }
             }
             Verdict::GiveUp => {
-                member.state = State::Failed;
-                tracing::error!(
-                    member = member.id,
-                    "stays down: started {} times within {:?} (start_limit_burst, start_limit_interval)",
-                    limit.limit_burst,
-                    limit.limit_interval
+                let why = format!(
+                    "started {} times within {:?} (start_limit_burst, start_limit_interval)",
+                    limit.limit_burst, limit.limit_interval
                 );
+                tracing::error!(member = member.id, "stays down: {why}");
+                self.change(place, Change::GiveUp, why);
             }
         }
     }
@@ -155,9 +156,11 @@ impl Primary {
     pub(super) fn start_timed_out(&mut self, place: usize, pid: u32) {
         let member = &mut self.members[place];
         let Some(process) = &mut member.process else { return };
-        if self.open && member.state == State::Starting && process.pid() == pid {
-            tracing::warn!(member = member.id, "has not attached within {:?}: killed", self.start_timeout);
+        if self.open && member.life.state() == State::Starting && process.pid() == pid {
+            let why = format!("has not attached within {:?}", self.start_timeout);
+            tracing::warn!(member = member.id, "{why}: killed");
             process.kill();
+            self.journal.write(Some(&member.id), pid, "killed", why);
         }
     }
 
@@ -168,20 +171,29 @@ impl Primary {
         }
         for place in 0..self.members.len() {
             let member = &mut self.members[place];
-            let Some(still) = member.stands_still(now) else { continue };
+            let still = member.stands_still(now);
+            if still.is_none_or(|still| still < self.care.hang_timeout / 2) {
+                self.change(place, Change::Recover, "takes packets again");
+                continue;
+            }
+            let still = still.unwrap_or_default();
+            self.change(place, Change::Stall, format!("has packets and has taken none for {still:?}"));
             if still < self.care.hang_timeout {
                 continue;
             }
+            let member = &mut self.members[place];
             tracing::error!(
                 member = member.id,
                 backlog = member.backlog(),
                 "hangs: it has packets and has taken none for {still:?} (hang_timeout)"
             );
             member.hangs += 1;
+            let why = format!("has taken no packet for {still:?} (hang_timeout)");
+            self.journal.write(Some(&member.id), member.pid(), "hung", why);
             match &mut member.process {
                 // Its end is an event.
                 Some(process) => process.kill(),
-                None => self.leave(place, State::Crashed),
+                None => self.leave(place, Some(Change::Die), "evicted: it hung"),
             }
         }
     }

@@ -20,30 +20,42 @@ pub fn render(report: &Report, earlier: Option<&Report>) -> String {
 /// Renders members alone, each with what an operator wants to know of its life.
 pub fn render_members(members: &[&Member]) -> String {
     let mut out = format!(
-        "{:<12} {:>7} {:>4} {:<8} {:>6} {:>7} {:>8} {:>5}  {}\n",
-        "member", "pid", "core", "state", "flows", "backlog", "restarts", "hangs", "program"
+        "{:<12} {:>7} {:>4} {:<9} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}\n",
+        "member", "pid", "core", "state", "for", "flows", "backlog", "restarts", "cpu s", "MiB"
     );
     for member in members {
         let share = u64::try_from(member.buckets).unwrap_or_default();
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "{:<12} {:>7} {:>4} {:<8} {:>6} {:>7} {:>8} {:>5}  {:.16}",
+            "{:<12} {:>7} {:>4} {:<9} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}",
             member.id,
             member.pid,
             member.core.map_or_else(|| "-".into(), |core| core.to_string()),
             member.state,
+            age(member.in_state_ns / 1_000_000_000),
             percent(share, BUCKETS as u64),
             short(member.backlog),
-            member.restarts,
-            member.hangs,
-            member.program.rsplit('/').next().unwrap_or_default(),
+            short(member.restarts),
+            short(member.cpu_ns / 1_000_000_000),
+            short(member.resident_bytes >> 20),
         );
-        if let Some(exit) = &member.last_exit {
-            let _ = writeln!(out, "  last process: {exit}");
-        }
+        let mut more = vec![format!("{:.30}", member.program.rsplit('/').next().unwrap_or_default())];
+        more.extend(member.last_exit.iter().map(|exit| format!("last process: {exit:.30}")));
+        more.extend((member.hangs > 0).then(|| format!("hung {}", member.hangs)));
+        let _ = writeln!(out, "  {}", more.join("; "));
     }
     out
+}
+
+/// A time in at most 5 characters: 59s, 59m, 23h, 9999d.
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86400),
+    }
 }
 
 fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapsed: u64) -> std::fmt::Result {
@@ -81,7 +93,7 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
     for group in &report.groups {
         writeln!(
             out,
-            "\n{:<12} {:>7} {:>4} {:<8} {:>12} {:>7} {:>7} {:>6} {:>5}",
+            "\n{:<12} {:>7} {:>4} {:<9} {:>12} {:>7} {:>7} {:>6} {:>5}",
             "member", "pid", "core", "state", "delivered", "dropped", "backlog", "lost", "busy"
         )?;
         for member in &group.members {
@@ -89,7 +101,7 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
             let busy = member.busy_ns.saturating_sub(before.map_or(0, |member| member.busy_ns));
             writeln!(
                 out,
-                "{:<12} {:>7} {:>4} {:<8} {:>12} {:>7} {:>7} {:>6} {:>5}",
+                "{:<12} {:>7} {:>4} {:<9} {:>12} {:>7} {:>7} {:>6} {:>5}",
                 member.id,
                 member.pid,
                 member.core.map_or_else(|| "-".into(), |core| core.to_string()),
@@ -194,13 +206,20 @@ mod tests {
             id: "default/63".into(),
             pid: 4_194_304,
             core: Some(1023),
-            state: "draining".into(),
             delivered: 999_999_999_999,
             dropped: 999_999_999_999,
             backlog: 1_048_576,
             requeued: 999_999,
             lost: 999_999,
             busy_ns: 1,
+            state: "unhealthy".into(),
+            restarts: u64::MAX,
+            hangs: 999_999,
+            cpu_ns: u64::MAX,
+            in_state_ns: u64::MAX / 100,
+            resident_bytes: 1 << 40,
+            program: "/usr/local/bin/".to_owned() + &"w".repeat(100),
+            last_exit: Some("signal: 11 (SIGSEGV) (core dumped)".into()),
             ..Member::default()
         };
         let report = Report {
@@ -215,5 +234,7 @@ mod tests {
         let text = render(&report, None);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
         assert!(text.contains("default/63"));
+        let text = render_members(&[&report.groups[0].members[0]]);
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }
 }

@@ -135,7 +135,7 @@ fn ask(
     match protocol::receive(&control, MAX_REPLY)? {
         (Reply::Attached(attached), fds) => Ok((control, attached, fds)),
         (Reply::Refused(refusal), _) => Err(refusal.message.into()),
-        (Reply::Stats(_) | Reply::Ordered(_), _) => Err("statistics".into()),
+        (Reply::Stats(_) | Reply::Events(_) | Reply::Ordered(_), _) => Err("statistics".into()),
     }
 }
 
@@ -363,7 +363,7 @@ fn probe_places(report: &mut BTreeMap<String, String>) {
         ("our place without a token", member(), None),
         ("our place again", member(), token()),
         ("any place", None, None),
-        ("a place that is not there", Some("default/2".to_owned()), None),
+        ("a place that is not there", Some("default/9".to_owned()), None),
     ] {
         let answer = ask(VERSION, member, token);
         report

@@ -1,0 +1,121 @@
+//! The journal: what happened to whom, and when. It holds the last [`LIMIT`] entries.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+/// Entries kept.
+pub const LIMIT: usize = 1024;
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Counts from 1; without a gap.
+    pub number: u64,
+    /// Nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The member, such as `default/0`; none: the primary.
+    pub member: Option<String>,
+    /// Process id of its worker; 0: none.
+    pub pid: u32,
+    /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`, `vacated`, `hung`, `evicted`,
+    /// `killed`, `refused`, `ordered`, `running`, `uncommitted`.
+    pub event: String,
+    /// More of it, for people.
+    pub detail: String,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_nanos(self.time_ns));
+        write!(f, "{time} {:<12} {:<9}", self.member.as_deref().unwrap_or("primary"), self.event)?;
+        if self.pid != 0 {
+            write!(f, " pid {}", self.pid)?;
+        }
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        Ok(())
+    }
+}
+
+/// A part of the journal, as it is sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// In the order in which they happened.
+    pub entries: Vec<Entry>,
+    /// Entries that were asked for and are no longer kept.
+    pub missed: u64,
+}
+
+/// The journal.
+#[derive(Debug, Default)]
+pub struct Journal {
+    entries: VecDeque<Entry>,
+    written: u64,
+}
+
+impl Journal {
+    /// Writes down what happened now.
+    pub fn write(&mut self, member: Option<&str>, pid: u32, event: &str, detail: impl Into<String>) {
+        if self.entries.len() == LIMIT {
+            self.entries.pop_front();
+        }
+        self.written += 1;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.entries.push_back(Entry {
+            number: self.written,
+            time_ns: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+            member: member.map(str::to_owned),
+            pid,
+            event: event.to_owned(),
+            detail: detail.into(),
+        });
+    }
+
+    /// What was written after entry number `after`.
+    pub fn page(&self, after: u64) -> Page {
+        let kept_from = self.written - self.entries.len() as u64;
+        let entries = self.entries.iter().filter(|entry| entry.number > after).cloned().collect();
+        Page { entries, missed: kept_from.saturating_sub(after) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_keeps_the_last_and_says_what_it_lost() {
+        let mut journal = Journal::default();
+        assert_eq!(journal.page(0), Page::default());
+        for number in 1..=LIMIT + 10 {
+            journal.write(Some("default/0"), 7, "started", number.to_string());
+        }
+        let page = journal.page(0);
+        assert_eq!((page.entries.len(), page.missed), (LIMIT, 10));
+        assert_eq!((page.entries[0].number, &*page.entries[0].detail), (11, "11"));
+        let last = journal.page(LIMIT as u64 + 9);
+        assert_eq!((last.entries.len(), last.missed, last.entries[0].number), (1, 0, LIMIT as u64 + 10));
+        assert_eq!(journal.page(u64::MAX), Page::default());
+    }
+
+    #[test]
+    fn an_entry_is_a_line() {
+        let mut entry = Entry {
+            number: 1,
+            time_ns: 1_700_000_000_123_456_789,
+            member: Some("default/0".into()),
+            pid: 42,
+            event: "died".into(),
+            detail: "signal: 9 (SIGKILL); requeued 7, lost 0".into(),
+        };
+        let line =
+            "2023-11-14T22:13:20.123Z default/0    died      pid 42: signal: 9 (SIGKILL); requeued 7, lost 0";
+        assert_eq!(entry.to_string(), line);
+        entry = Entry { member: None, pid: 0, detail: String::new(), ..entry };
+        assert_eq!(entry.to_string(), "2023-11-14T22:13:20.123Z primary      died     ");
+    }
+}
