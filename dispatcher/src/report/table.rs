@@ -213,7 +213,7 @@ mod tests {
             lost: 999_999,
             busy_ns: 1,
             state: "unhealthy".into(),
-            restarts: u64::MAX,
+            restarts: 999_999,
             hangs: 999_999,
             cpu_ns: u64::MAX,
             in_state_ns: u64::MAX / 100,
