@@ -40,8 +40,8 @@ pub fn render_members(members: &[&Member]) -> String {
             short(member.cpu_ns / 1_000_000_000),
             short(member.resident_bytes >> 20),
         );
-        let mut more = vec![format!("{:.24}", member.program.rsplit('/').next().unwrap_or_default())];
-        more.extend(member.last_exit.iter().map(|exit| format!("last process: {exit:.27}")));
+        let mut more = vec![format!("{:.22}", member.program.rsplit('/').next().unwrap_or_default())];
+        more.extend(member.last_exit.iter().map(|exit| format!("last process: {exit:.24}")));
         more.extend((member.hangs > 0).then(|| format!("hung {}", member.hangs)));
         let _ = writeln!(out, "  {}", more.join("; "));
     }
