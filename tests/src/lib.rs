@@ -28,4 +28,5 @@ pub mod traffic;
 pub mod tx;
 pub mod veth;
 pub mod watchdog;
+pub mod witness;
 mod xsk;

@@ -1,6 +1,6 @@
 //! A worker that misbehaves, for tests. It speaks the protocol itself, without the SDK, since no SDK would do these things.
 //!
-//! Of the members of a group only the first is hostile: the others become `xfan-count`.
+//! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -46,7 +46,7 @@ enum Way {
 
 fn main() -> ExitCode {
     let way = Way::parse();
-    if !std::env::var(ENV_MEMBER).unwrap_or_default().ends_with("/0") {
+    if std::env::var(ENV_MEMBER).is_ok_and(|member| !member.ends_with("/0")) {
         let count = std::env::current_exe().unwrap_or_default().with_file_name("xfan-count");
         eprintln!("xfan-hostile: {}", Command::new(count).exec());
         return ExitCode::FAILURE;

@@ -1,0 +1,267 @@
+//! Four workers under traffic, to whom everything happens that can happen to workers, at random. Every packet must be accounted
+//! for.
+//!
+//! XFAN_CHAOS_SECONDS says for how long (60), XFAN_CHAOS_SEED with which random numbers. `scripts/chaos` sets them.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan::control;
+use xfan::report::{Member, Report};
+use xfan_shm::protocol::{ENV_SOCKET, Reply, Request, WorkersOrder};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::generator::{End, Generator, Load};
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::process::Process;
+use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::witness::testimony;
+
+const CONFIG: &str = "max_workers = 8\nring_slots = 1024\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
+                      start_limit_interval = '1ms'\nhang_timeout = '500ms'\nstop_timeout = '500ms'\n[log]\nlevel = 'error'";
+
+/// Marsaglia's xorshift64.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap() % limit
+    }
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))
+}
+
+fn signal(pid: u32, signal: Signal) {
+    // It may have ended meanwhile.
+    let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
+}
+
+struct Chaos {
+    primary: Primary,
+    dice: Dice,
+    done: BTreeMap<&'static str, u64>,
+    /// Workers that joined by themselves.
+    guests: Vec<Process>,
+    /// Stopped processes, and when they go on.
+    stopped: Vec<(u32, Instant)>,
+}
+
+impl Chaos {
+    fn count(&mut self, what: &'static str) {
+        *self.done.entry(what).or_default() += 1;
+    }
+
+    /// A worker that takes packets, by chance.
+    fn any(&mut self) -> Option<Member> {
+        let report = self.primary.report();
+        let running = |member: &&Member| matches!(member.state.as_str(), "running" | "unhealthy");
+        let members: Vec<_> = report.groups[0].members.iter().filter(running).cloned().collect();
+        (!members.is_empty()).then(|| members[self.dice.below(members.len())].clone())
+    }
+
+    fn order(&mut self, what: &'static str, order: WorkersOrder) {
+        if let Ok(Reply::Ordered(_)) = control::ask(&self.primary.socket(), &Request::Workers(order)) {
+            self.count(what);
+        }
+    }
+
+    fn join(&mut self, program: &str, arguments: &[&str]) -> u32 {
+        let mut command = Command::new(self.primary.folder().join(program));
+        command.args(arguments).env(ENV_SOCKET, self.primary.socket());
+        let guest = Process::spawn(command).unwrap();
+        let pid = guest.pid().as_raw().cast_unsigned();
+        self.guests.push(guest);
+        pid
+    }
+
+    fn one_thing(&mut self) {
+        match self.dice.below(10) {
+            0 | 1 => {
+                if let Some(member) = self.any() {
+                    signal(member.pid, Signal::SIGKILL);
+                    self.count("killed");
+                }
+            }
+            2 | 3 => {
+                if let Some(member) = self.any() {
+                    signal(member.pid, Signal::SIGSTOP);
+                    // At times for longer than `hang_timeout`.
+                    let pause = Duration::from_millis(self.dice.below(900) as u64);
+                    self.stopped.push((member.pid, Instant::now() + pause));
+                    self.count("stopped");
+                }
+            }
+            4 => {
+                if let Some(member) = self.any() {
+                    self.order("drained", WorkersOrder::Drain(member.id));
+                }
+            }
+            5 => {
+                if let Some(member) = self.any() {
+                    self.order("restarted", WorkersOrder::Restart(member.id));
+                }
+            }
+            6 | 7 if self.guests.len() < 4 => {
+                let folder = self.primary.folder().display().to_string();
+                let socket = self.primary.socket().display().to_string();
+                self.join("xfan-witness", &["--attach", &socket, &folder]);
+                self.count("joined");
+            }
+            8 if self.guests.len() < 4 => {
+                let seed = self.dice.below(1000).to_string();
+                let pid = self.join("xfan-hostile", &["noise", &seed]);
+                let attached =
+                    |report: &Report| report.groups[0].members.iter().any(|member| member.pid == pid);
+                // All places may be taken.
+                for _ in 0..100 {
+                    if attached(&self.primary.report()) {
+                        signal(pid, Signal::SIGUSR1);
+                        self.count("lied");
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            _ if !self.guests.is_empty() => {
+                let guest = self.guests.swap_remove(self.dice.below(self.guests.len()));
+                let how = if self.dice.below(2) == 0 { Signal::SIGTERM } else { Signal::SIGKILL };
+                signal(guest.pid().as_raw().cast_unsigned(), Signal::SIGCONT);
+                guest.end(how);
+                self.count("left");
+            }
+            _ => {}
+        }
+        let now = Instant::now();
+        for (pid, _) in self.stopped.extract_if(.., |(_, until)| *until <= now) {
+            signal(pid, Signal::SIGCONT);
+        }
+        // Who was drained comes back, at times.
+        if self.dice.below(4) == 0 {
+            self.bring_back();
+        }
+    }
+
+    fn bring_back(&mut self) {
+        let report = self.primary.report();
+        for member in report.groups[0].members.iter().filter(|member| member.supervised && member.pid == 0) {
+            self.order("brought back", WorkersOrder::Restart(member.id.clone()));
+        }
+    }
+
+    /// Ends everything that is under way, until the four workers run as at the beginning.
+    fn calm(&mut self) {
+        for (pid, _) in self.stopped.drain(..) {
+            signal(pid, Signal::SIGCONT);
+        }
+        for guest in self.guests.drain(..) {
+            guest.end(Signal::SIGTERM);
+        }
+        loop {
+            self.bring_back();
+            let report = self.primary.report();
+            let calm = |member: &Member| {
+                if member.supervised {
+                    member.state == "running"
+                } else {
+                    member.pid == 0 && member.state != "running"
+                }
+            };
+            if report.groups[0].members.iter().all(calm) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn descriptors(primary: &Primary) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", primary.process.pid())).unwrap().count()
+}
+
+fn segments(primary: &Primary) -> usize {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", primary.process.pid())).unwrap();
+    maps.lines().filter(|line| line.contains("memfd:xfan-")).count()
+}
+
+#[test]
+fn whatever_happens_to_workers_every_packet_is_accounted_for() {
+    let seconds = setting("XFAN_CHAOS_SECONDS", 60);
+    let seed = setting("XFAN_CHAOS_SEED", u64::from(std::process::id()));
+    let _watchdog = e2e_or_skip!(seconds + 120);
+    println!("seed {seed}");
+    let namespace: Netns = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
+    let launch = Launch::on(&namespace).unwrap().with("-n 4").config(CONFIG).unwrap();
+    launch.within_reach("xfan-hostile").unwrap();
+    let launch = launch.worker("xfan-witness", "FOLDER").unwrap();
+    let primary = launch.spawn().unwrap();
+    let runs = |report: &Report| report.groups[0].members.iter().all(|member| member.state == "running");
+    while !primary.socket().exists() {
+        std::thread::yield_now();
+    }
+    primary.report_when(runs);
+    let (open, mapped) = (descriptors(&primary), segments(&primary));
+
+    // Two lanes, each with a stream of its own, told apart by the length of its frames.
+    let generators: Vec<_> = [(0, 64), (1, 96)]
+        .into_iter()
+        .map(|(cpu, frame_bytes)| {
+            let end = End::After(Duration::MAX);
+            let load = Load { frames_per_second: Some(50_000), frame_bytes, cpu, ..Load::onto("tx0", end) };
+            namespace.run(|| Generator::start(&load)).unwrap()
+        })
+        .collect();
+    let mut chaos = Chaos {
+        primary,
+        // Never zero, and not alike for seeds that are.
+        dice: Dice((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+        done: BTreeMap::new(),
+        guests: Vec::new(),
+        stopped: Vec::new(),
+    };
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < end {
+        chaos.one_thing();
+        let pause = chaos.dice.below(100) as u64;
+        std::thread::sleep(Duration::from_millis(pause));
+    }
+    chaos.calm();
+    let sent: u64 = generators.into_iter().map(|generator| generator.stop().unwrap().sent).sum();
+    let Chaos { primary, done, .. } = chaos;
+    let report = primary.report_after(sent, true);
+    assert_balanced(&report, sent);
+
+    let members = || report.groups[0].members.iter();
+    let sum = |field: fn(&Member) -> u64| members().map(field).sum::<u64>();
+    let kernel: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+    let dropped = report.totals().2;
+    let (lost, requeued) = (sum(|member| member.lost), sum(|member| member.requeued));
+    let seen = testimony(primary.folder());
+    println!("done: {done:?}");
+    println!(
+        "sent {sent}, dropped by the kernel {kernel}, by lanes {dropped}, lost {lost}, requeued {requeued}"
+    );
+    println!(
+        "{} workers saw {} packets, {} again; {} redelivered",
+        seen.witnesses, seen.packets, seen.again, seen.redelivered
+    );
+    assert_eq!(seen.wrong, Vec::<String>::new());
+    // Every packet was seen by a worker or stands in a counter. What is lost may have been seen before.
+    let (missing, unseen) = (sent - seen.packets, kernel + dropped);
+    assert!((unseen..=unseen + lost).contains(&missing), "{missing} packets were not seen");
+    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+    while descriptors(&primary) > open || segments(&primary) > mapped {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(segments(&primary), mapped);
+    let exit = primary.stop().0;
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+}
