@@ -313,14 +313,13 @@ impl Primary {
     /// The worker in this place is no more: its flows go to the others, and what it had not committed.
     fn leave(&mut self, place: usize, change: Option<Change>, why: &str) {
         let pid = self.members[place].pid();
-        let changed = change.filter(|change| self.members[place].life.make(*change, Instant::now()));
-        let (requeued, lost) = self.retire(place).unwrap_or_default();
-        let id = Some(&*self.members[place].id);
-        if let Some(change) = changed {
-            self.journal.write(id, pid, change.name(), why);
+        let id = self.members[place].id.clone();
+        if let Some(change) = change.filter(|change| self.members[place].life.make(*change, Instant::now())) {
+            self.journal.write(Some(&id), pid, change.name(), why);
         }
+        let (requeued, lost) = self.retire(place).unwrap_or_default();
         if requeued + lost > 0 {
-            self.journal.write(id, pid, "uncommitted", format!("requeued {requeued}, lost {lost}"));
+            self.journal.write(Some(&id), pid, "uncommitted", format!("requeued {requeued}, lost {lost}"));
         }
     }
 

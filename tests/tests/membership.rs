@@ -270,7 +270,7 @@ fn who_may_not_is_told_why_and_counted() {
 
 #[test]
 fn ten_thousand_joins_leave_nothing_behind() {
-    let _watchdog = e2e_or_skip!();
+    let _watchdog = e2e_or_skip!(900);
     let namespace = network();
     let config = "ring_slots = 64\n[log]\nlevel = 'error'";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();

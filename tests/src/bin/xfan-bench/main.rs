@@ -7,6 +7,7 @@ mod net;
 mod priority;
 mod raw;
 mod receivers;
+mod recovery;
 mod ring;
 mod table;
 mod tally;
@@ -34,6 +35,8 @@ enum What {
     Dispatch(dispatch::Options),
     /// The ring alone: two processes on two CPUs, beside one bare cache line
     Ring(ring::Options),
+    /// From a worker's death until others have its packets; and what joining and leaving cost
+    Recovery(recovery::Options),
     /// The other process of `ring`
     #[command(hide = true)]
     RingPeer,
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         What::Net(options) => net::run(&options),
         What::Dispatch(options) => dispatch::run(&options),
         What::Ring(options) => ring::run(&options),
+        What::Recovery(options) => recovery::run(&options),
         What::RingPeer => ring::serve(),
         What::Raw(options) => raw::run(&options),
         What::Fanout(options) => fanout::run(&options),

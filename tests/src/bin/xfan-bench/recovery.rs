@@ -1,0 +1,179 @@
+//! How long it takes until what a killed worker had is with the others, and what a join and a leave cost.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan::control;
+use xfan::journal::{Entry, Page};
+use xfan::report::Report;
+use xfan_shm::protocol::{Reply, Request};
+use xfan_tests::generator::{End, Generator, Load};
+use xfan_tests::leftovers;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::veth::{Veth, VethConfig};
+use xfan_worker::{Received, Worker};
+
+use crate::Failure;
+
+/// Slots of each ring: what a killed worker has when it is killed.
+const SLOTS: u64 = 2048;
+
+/// Frames per second: the two workers get half of them each.
+const PACE: u64 = 200_000;
+
+/// Options of `xfan-bench recovery`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Workers killed, and workers that join and leave
+    #[arg(long, default_value_t = 200)]
+    rounds: usize,
+}
+
+/// Runs the measurement and prints it.
+///
+/// # Errors
+/// Something cannot be set up, or a sum does not hold.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).map_err(|error| error.to_string())?;
+    let config = format!(
+        "ring_slots = {SLOTS}\nmax_workers = 3\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
+         start_limit_interval = '1ms'\n[log]\nlevel = 'error'"
+    );
+    let launch = Launch::on(&namespace)?.with("-n 2").config(&config)?.worker("xfan-count", "")?;
+    let primary = launch.spawn()?;
+    while control::ask_for_report(&primary.socket()).is_err() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    primary.report_when(|report| report.groups[0].members.iter().all(|member| member.state == "running"));
+    let load = Load { frames_per_second: Some(PACE), ..Load::onto("tx0", End::After(Duration::MAX)) };
+    let generator = namespace.run(|| Generator::start(&load))?;
+    primary.report_when(|report| report.totals().0 > 10_000);
+
+    let (mut noticed, mut redelivered) = (Vec::new(), Vec::new());
+    let mut lost = 0;
+    for _ in 0..options.rounds {
+        let round = kill_one(&primary)?;
+        noticed.push(round.noticed);
+        redelivered.push(round.redelivered);
+        lost += round.lost;
+    }
+    let before = drops(&primary.report());
+    let (mut joins, mut leaves) = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        let (join, leave) = join_and_leave(&primary)?;
+        joins.push(join);
+        leaves.push(leave);
+    }
+    let dropped = drops(&primary.report()) - before;
+    let sent = generator.stop()?.sent;
+    let report = primary.report_after(sent, true);
+
+    println!(
+        "a worker with {SLOTS} packets is killed under {PACE} packets a second; {} rounds; µs",
+        options.rounds
+    );
+    println!("{:<34} {:>7} {:>7} {:>7} {:>7}", "from SIGKILL until", "least", "p50", "p99", "most");
+    print_row("its death is noticed", &mut noticed);
+    print_row("the last packet is redelivered", &mut redelivered);
+    println!("lost for want of room in the other's ring: {lost}");
+    println!("\nothers join and leave; {} times; µs", options.rounds);
+    print_row("join, until it gets packets", &mut joins);
+    print_row("leave, until all is committed", &mut leaves);
+    println!("packets dropped meanwhile, by lanes and kernel: {dropped}");
+    let (exit, _) = primary.stop();
+    if exit.code != Some(0) || !report.imbalances().is_empty() {
+        return Err(format!("{:?}\n{}", report.imbalances(), exit.stderr.join("\n")).into());
+    }
+    Ok(())
+}
+
+struct Round {
+    noticed: Duration,
+    redelivered: Duration,
+    lost: u64,
+}
+
+/// Lets a worker's ring fill up, kills it, and waits until it has been started again.
+fn kill_one(primary: &Primary) -> Result<Round, Failure> {
+    const ID: &str = "default/0";
+    let victim = primary.report().member(ID).cloned().ok_or("no member")?;
+    let pid = Pid::from_raw(victim.pid.cast_signed());
+    let last = journal(primary, 0)?.last().map_or(0, |entry| entry.number);
+    kill(pid, Signal::SIGSTOP)?;
+    while leftovers::state(victim.pid) != Some('T') {
+        std::thread::yield_now();
+    }
+    primary.report_when(|report| report.member(ID).is_some_and(|member| member.backlog == SLOTS));
+    let killed = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    kill(pid, Signal::SIGKILL)?;
+    let report = primary.report_when(|report| {
+        report.member(ID).is_some_and(|now| now.state == "running" && now.pid != victim.pid)
+    });
+    let now = report.member(ID).ok_or("no member")?;
+    let (requeued, lost) = (now.requeued - victim.requeued, now.lost - victim.lost);
+    if requeued + lost != SLOTS {
+        return Err(format!("it had {SLOTS} packets, but {requeued} were requeued and {lost} lost").into());
+    }
+    let entries = journal(primary, last)?;
+    let since = |event: &str| -> Result<Duration, Failure> {
+        let entry = entries.iter().find(|entry| entry.member.as_deref() == Some(ID) && entry.event == event);
+        let entry = entry.ok_or_else(|| format!("no {event} in {entries:#?}"))?;
+        Ok(Duration::from_nanos(entry.time_ns).saturating_sub(killed))
+    };
+    Ok(Round { noticed: since("died")?, redelivered: since("uncommitted")?, lost })
+}
+
+/// Joins, takes packets, and leaves.
+fn join_and_leave(primary: &Primary) -> Result<(Duration, Duration), Failure> {
+    let start = Instant::now();
+    let mut worker = Worker::attach_to(primary.socket())?;
+    let mut taken = 0;
+    let mut joined = Duration::ZERO;
+    while taken < 1000 {
+        if let Received::Packets(batch) = worker.recv(Duration::from_millis(100))? {
+            if taken == 0 {
+                joined = start.elapsed();
+            }
+            taken += batch.len();
+            batch.commit();
+        }
+    }
+    let start = Instant::now();
+    worker.request_detach()?;
+    loop {
+        match worker.recv(Duration::from_millis(100))? {
+            Received::Packets(batch) => batch.commit(),
+            Received::Idle => {}
+            Received::Closed => break,
+        }
+    }
+    let left = start.elapsed();
+    drop(worker);
+    primary.report_when(|report| {
+        report.groups[0].members.iter().all(|member| member.id != "default/2" || member.pid == 0)
+    });
+    Ok((joined, left))
+}
+
+fn journal(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
+    match control::ask(&primary.socket(), &Request::Events(after))? {
+        Reply::Events(page) => Ok(serde_json::from_value::<Page>(page)?.entries),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn drops(report: &Report) -> u64 {
+    let kernel: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+    kernel + report.totals().2
+}
+
+fn print_row(what: &str, times: &mut [Duration]) {
+    times.sort_unstable();
+    let at = |part: f64| {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a rank within the list
+        let rank = ((times.len() as f64 * part).ceil() as usize).clamp(1, times.len());
+        times[rank - 1].as_micros()
+    };
+    println!("{what:<34} {:>7} {:>7} {:>7} {:>7}", at(0.0), at(0.5), at(0.99), at(1.0));
+}
