@@ -181,6 +181,11 @@ impl Member {
         self.life.state()
     }
 
+    /// Whether it takes its share of the flows.
+    pub fn takes_packets(&self) -> bool {
+        self.state().takes_packets()
+    }
+
     /// Process id of its worker, as the kernel says; else of the process started for it; 0: none.
     pub fn pid(&self) -> u32 {
         let process = self.process.as_ref().map(Process::pid);

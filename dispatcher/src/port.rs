@@ -30,6 +30,9 @@ pub enum PortError {
     /// A socket cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// No descriptors are left.
+    #[error("cannot make another descriptor of a socket: {0}")]
+    Descriptor(#[from] std::io::Error),
 }
 
 /// An interface that this process dispatches.
@@ -38,6 +41,8 @@ pub struct Port {
     /// The interface.
     pub interface: Interface,
     queues: Vec<u32>,
+    /// Of the queues, in order.
+    sockets: Vec<OwnedFd>,
     program: SteerProgram,
     xdp_mode: XdpMode,
     copy_mode: CopyMode,
@@ -107,17 +112,29 @@ impl Port {
                 "these queues have no lane: their packets go to the kernel; lower the number of queues (ethtool -L) or take them in"
             );
         }
-        let port = Port { interface, queues, program, xdp_mode, copy_mode };
+        let sockets = sources.iter().map(XskSource::second_descriptor).collect::<Result<_, _>>()?;
+        let port = Port { interface, queues, sockets, program, xdp_mode, copy_mode };
         Ok((port, Arc::new(memory), sources))
     }
 
-    /// Lets packets in: from now on the queues' packets go to these sockets, given in the order of the queues.
+    /// Lets packets in: from now on the queues' packets go to their sockets.
     ///
     /// # Errors
     /// [`PortError::Map`]
-    pub fn open(&self, sockets: &[OwnedFd]) -> Result<(), PortError> {
-        for (queue, socket) in self.queues.iter().zip(sockets) {
+    pub fn open(&self) -> Result<(), PortError> {
+        for (queue, socket) in self.queues.iter().zip(&self.sockets) {
             self.program.insert_socket(*queue, socket)?;
+        }
+        Ok(())
+    }
+
+    /// Lets no packets in: until it is opened again, they pass to the kernel.
+    ///
+    /// # Errors
+    /// [`PortError::Map`]
+    pub fn shut(&self) -> Result<(), PortError> {
+        for queue in &self.queues {
+            self.program.remove_socket(*queue)?;
         }
         Ok(())
     }

@@ -9,7 +9,6 @@ mod operator;
 mod stop;
 mod workers;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,7 @@ use tokio::sync::mpsc;
 use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::{Reply, Request};
 
+use crate::config::OnEmpty;
 use crate::control::{Answer, ConnectionId, ControlCounters, Event, Listener};
 use crate::journal::Journal;
 use crate::lane::Command;
@@ -70,8 +70,10 @@ pub struct Primary {
     spawner: Option<Spawner>,
     control: Arc<ControlCounters>,
     journal: Journal,
-    /// Packets have been let in: all workers had attached.
+    /// The start is over: all workers had attached.
     open: bool,
+    /// They come: there is somebody to take them, or they are to be dropped.
+    flowing: bool,
     table: BucketTable,
     started: Instant,
 }
@@ -112,6 +114,7 @@ impl Primary {
             control: Arc::default(),
             journal: Journal::default(),
             open: false,
+            flowing: false,
             table: BucketTable::empty(),
             started: Instant::now(),
         }
@@ -122,26 +125,20 @@ impl Primary {
     ///
     /// # Errors
     /// If the runtime cannot be made; what goes wrong later is part of the outcome.
-    pub fn run(
-        self,
-        listener: &Listener,
-        workers: Option<&WorkerCommand>,
-        sockets: &[OwnedFd],
-    ) -> std::io::Result<Outcome> {
+    pub fn run(self, listener: &Listener, workers: Option<&WorkerCommand>) -> std::io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.run_async(listener, workers, sockets))
+        runtime.block_on(self.run_async(listener, workers))
     }
 
     async fn run_async(
         mut self,
         listener: &Listener,
         workers: Option<&WorkerCommand>,
-        sockets: &[OwnedFd],
     ) -> std::io::Result<Outcome> {
         let mut events: Events = mpsc::unbounded_channel();
         self.control = listener.counters();
         let result = match listener.serve(events.0.clone()) {
-            Ok(()) => self.serve(listener, workers, sockets, &mut events).await,
+            Ok(()) => self.serve(listener, workers, &mut events).await,
             Err(error) => Err(error.into()),
         };
         Ok(self.stop(result, &mut events).await)
@@ -152,7 +149,6 @@ impl Primary {
         &mut self,
         listener: &Listener,
         workers: Option<&WorkerCommand>,
-        sockets: &[OwnedFd],
         events: &mut Events,
     ) -> Result<(), PrimaryError> {
         let mut interrupted = signal(SignalKind::interrupt())?;
@@ -172,7 +168,7 @@ impl Primary {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if !self.open && self.members.iter().all(|member| member.state() != State::Starting) {
-                self.let_in(sockets)?;
+                self.let_in()?;
                 tracing::info!(
                     interface = self.name,
                     mode = self.mode,
@@ -181,8 +177,6 @@ impl Primary {
                     socket = %listener.path().display(),
                     "running"
                 );
-                self.open = true;
-                self.journal.write(None, std::process::id(), "running", "packets come");
             }
             tokio::select! {
                 Some(event) = events.1.recv() => self.handle(event)?,
@@ -190,6 +184,7 @@ impl Primary {
                 _ = interrupted.recv() => return Ok(()),
                 _ = terminated.recv() => return Ok(()),
             }
+            self.open_or_shut()?;
             if !self.open && Instant::now() >= attached_by {
                 self.report_missing()?;
             }
@@ -198,14 +193,33 @@ impl Primary {
 
     /// Lets packets in. With the same key, the same members get the same flows at every start: shares are dealt out
     /// anew here, as those of the start depend on the order in which workers happened to attach.
-    fn let_in(&mut self, sockets: &[OwnedFd]) -> Result<(), PrimaryError> {
+    fn let_in(&mut self) -> Result<(), PrimaryError> {
         self.table = BucketTable::empty();
         self.steer();
         self.settle();
-        match &self.port {
-            Some(port) => Ok(port.open(sockets)?),
-            None => Ok(()),
+        self.open = true;
+        self.open_or_shut()
+    }
+
+    /// Packets come unless nobody takes any and they are to go to the kernel then.
+    fn open_or_shut(&mut self) -> Result<(), PrimaryError> {
+        let wanted = self.open
+            && (self.care.on_empty == OnEmpty::Drop || self.members.iter().any(Member::takes_packets));
+        if wanted == self.flowing {
+            return Ok(());
         }
+        if let Some(port) = &self.port {
+            if wanted { port.open()? } else { port.shut()? }
+        }
+        self.flowing = wanted;
+        let (event, detail) = if wanted {
+            ("running", "packets come")
+        } else {
+            ("empty", "no worker takes packets: they pass to the kernel")
+        };
+        tracing::info!("{detail}");
+        self.journal.write(None, std::process::id(), event, detail);
+        Ok(())
     }
 
     fn report_missing(&self) -> Result<(), PrimaryError> {
@@ -298,7 +312,7 @@ impl Primary {
 
     /// The places of those that take packets.
     fn running(&self) -> Vec<u8> {
-        let running = self.members.iter().enumerate().filter(|(_, member)| member.state().takes_packets());
+        let running = self.members.iter().enumerate().filter(|(_, member)| member.takes_packets());
         running.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
     }
 

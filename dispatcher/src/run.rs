@@ -116,11 +116,9 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     // Who shares a CPU must not spin on it.
     let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
     let mut lanes = Vec::with_capacity(queues.len());
-    let mut sockets = Vec::with_capacity(queues.len());
     for ((source, slot), (queue, first)) in
         sources.into_iter().zip(&placement.lanes).zip(queues.into_iter().zip(0u32..))
     {
-        sockets.push(source.second_descriptor()?);
         let parts = LaneParts {
             queue,
             core: slot.cpu,
@@ -164,11 +162,11 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         config.workers,
         config.idle.yielding,
         (config.start_timeout, config.stop_timeout),
-        Care { restart: config.restart, hang_timeout: config.hang_timeout },
+        Care { restart: config.restart, hang_timeout: config.hang_timeout, on_empty: config.on_empty },
     );
     let workers =
         (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });
-    let outcome = primary.run(&listener, workers.as_ref(), &sockets)?;
+    let outcome = primary.run(&listener, workers.as_ref())?;
     Ok(outcome)
 }
 

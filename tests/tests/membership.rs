@@ -375,3 +375,45 @@ fn what_happened_is_in_the_journal() {
     assert_eq!(followed.code, Some(0), "{followed:#?}");
     assert!(followed.stdout.starts_with(&shown.stdout), "{followed:#?}");
 }
+
+#[test]
+fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().with("-n 1").config("on_empty = 'pass'").unwrap();
+    launch.within_reach("xfan-count").unwrap();
+    let primary = launch.spawn().unwrap();
+    while xfan::control::ask_for_report(&primary.socket()).is_err() {
+        std::thread::yield_now();
+    }
+    let told = |event: &str, times: usize| loop {
+        let request = xfan_shm::protocol::Request::Events(0);
+        let Ok(xfan_shm::protocol::Reply::Events(page)) = xfan::control::ask(&primary.socket(), &request)
+        else {
+            panic!("it tells what happened")
+        };
+        let page: xfan::journal::Page = serde_json::from_value(page).unwrap();
+        if page.entries.iter().filter(|entry| entry.event == event).count() == times {
+            break;
+        }
+        std::thread::yield_now();
+    };
+    let passed = |report: &Report| report.lanes.iter().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
+
+    replay(&namespace);
+    let report = primary.report_when(|report| passed(report) == PACKETS);
+    assert_balanced(&report, 0);
+    let guest = attach(&primary, (0, 0), &[]);
+    told("running", 1);
+    replay(&namespace);
+    let report = primary.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert_eq!((report.totals(), passed(&report)), ((PACKETS, PACKETS, 0), PACKETS));
+    // However it goes.
+    assert_eq!(guest.end(Signal::SIGKILL).signal, Some(9));
+    told("empty", 1);
+    replay(&namespace);
+    let report = primary.report_when(|report| passed(report) == 2 * PACKETS);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}

@@ -117,6 +117,9 @@ pub struct Config {
     /// evicted, if xfan did not start it), 0s (never) to 3600s. Default `"30s"`.
     pub hang_timeout: Duration,
 
+    /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
+    pub on_empty: OnEmpty,
+
     /// Who may use the control socket: the table `[control]`.
     pub control: ControlAccess,
 
@@ -166,6 +169,15 @@ pub enum Queues {
     All,
     /// These, each once. Never empty.
     List(Vec<u32>),
+}
+
+/// Where packets go while no worker takes any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnEmpty {
+    /// Nowhere; they are counted.
+    Drop,
+    /// To the kernel.
+    Pass,
 }
 
 /// How the AF_XDP sockets are bound.
@@ -262,6 +274,7 @@ impl Config {
                 limit_interval: Duration::from_secs(10),
             },
             hang_timeout: Duration::from_secs(30),
+            on_empty: OnEmpty::Drop,
             control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
             log: LogLevel::Info,

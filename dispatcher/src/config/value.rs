@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::list::parse_list;
-use super::{BindMode, LogLevel, ModeChoice, Owner, PassRule, Queues};
+use super::{BindMode, LogLevel, ModeChoice, OnEmpty, Owner, PassRule, Queues};
 use crate::restart::Policy;
 
 /// The largest queue number that can be asked for.
@@ -302,6 +302,15 @@ pub fn restart(value: &Value) -> Read<Policy> {
     match Policy::ALL.into_iter().find(|policy| text(value) == Some(policy.name())) {
         Some(policy) => Ok(policy),
         None => wanted("\"no\", \"on-failure\" or \"always\""),
+    }
+}
+
+/// Where packets go while no worker takes any.
+pub fn on_empty(value: &Value) -> Read<OnEmpty> {
+    match text(value) {
+        Some("drop") => Ok(OnEmpty::Drop),
+        Some("pass") => Ok(OnEmpty::Pass),
+        _ => wanted("\"drop\" or \"pass\""),
     }
 }
 

@@ -7,6 +7,7 @@ use tokio::io::Interest;
 use tokio::sync::mpsc;
 
 use super::{Primary, PrimaryError, random_token};
+use crate::config::OnEmpty;
 use crate::control::Event;
 use crate::life::{Change, State};
 use crate::members::Member;
@@ -22,13 +23,15 @@ pub(super) struct Spawner {
     pub(super) events: mpsc::UnboundedSender<Event>,
 }
 
-/// When workers are restarted, and after how long they count as hanging.
+/// When workers are restarted, after how long they count as hanging, and what becomes of packets while there are none.
 #[derive(Clone, Copy, Debug)]
 pub struct Care {
     /// When those that ended are started again.
     pub restart: Restart,
     /// How long a worker that has packets may stand still; zero: for ever.
     pub hang_timeout: Duration,
+    /// Where packets go while no worker takes any.
+    pub on_empty: OnEmpty,
 }
 
 impl Spawner {

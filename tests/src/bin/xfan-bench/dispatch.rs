@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xfan::access::Access;
-use xfan::config::{ControlAccess, WorkerUser};
+use xfan::config::{ControlAccess, OnEmpty, WorkerUser};
 use xfan::control::{Listener, ask_for_report};
 use xfan::frames::Frames;
 use xfan::lane::LaneConfig;
@@ -182,7 +182,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         options.workers,
         Duration::from_secs(3600),
         (Duration::from_secs(10), Duration::from_secs(5)),
-        Care { restart, hang_timeout: Duration::ZERO },
+        Care { restart, hang_timeout: Duration::ZERO, on_empty: OnEmpty::Drop },
     );
     // Where the workers' user can execute it, whoever the checkout is closed to.
     let program = folder.join("xfan-count");
@@ -198,7 +198,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         let _ = kill(Pid::this(), Signal::SIGTERM);
         reports
     });
-    let outcome = primary.run(&listener, Some(&command), &[])?;
+    let outcome = primary.run(&listener, Some(&command))?;
     if let Some(error) = outcome.error {
         return Err(error.into());
     }

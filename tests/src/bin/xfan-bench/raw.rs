@@ -53,8 +53,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         fill.push(u64::from(frame * config.frame_size));
     }
     fill.publish();
-    let sockets = [socket];
-    port.open(&sockets)?;
+    port.open()?;
     tally::say(tally::READY)?;
 
     let start_of_frame = !(config.frame_size - 1);
@@ -76,11 +75,11 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         }
         fill.publish();
         if fill.needs_wakeup() {
-            rings::kick(&sockets[0]);
+            rings::kick(&socket);
         }
         #[allow(clippy::cast_possible_truncation)] // at most BATCH
         meter.add(start, ticks(), count as u32);
     }
-    let kernel = rings::statistics(&sockets[0])?;
+    let kernel = rings::statistics(&socket)?;
     tally.finish(&meter, kernel.rx_dropped + kernel.rx_ring_full)
 }
