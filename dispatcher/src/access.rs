@@ -57,19 +57,34 @@ impl Access {
         })
     }
 
+    /// Whether the file's permissions let this user connect.
+    pub fn lets_connect(&self, user: &WorkerUser) -> bool {
+        let write = if user.uid == self.owner {
+            0o200
+        } else if self.group == Some(user.gid) {
+            0o020
+        } else {
+            0o002
+        };
+        user.is_root() || self.mode & write != 0
+    }
+
     /// Whom this peer may connect as; `None`: it may not.
     ///
     /// # Errors
     /// If the kernel does not tell its groups.
     pub fn admits(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<Option<Standing>> {
         let uid = Uid::from_raw(peer.uid());
+        if uid == self.worker && !uid.is_root() {
+            return Ok(Some(Standing::Worker));
+        }
         let named = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
         if self.users.contains(&uid)
             || !self.groups.is_empty() && (named(peer.gid()) || peer_groups(socket)?.into_iter().any(named))
         {
             return Ok(Some(Standing::Named));
         }
-        Ok((uid == self.worker).then_some(Standing::Worker))
+        Ok(None)
     }
 }
 
@@ -154,6 +169,26 @@ mod tests {
     }
 
     #[test]
+    fn the_files_permissions_count_as_the_kernel_counts_them() {
+        let access = |mode, owner, group: Option<u32>| Access {
+            worker: Uid::from_raw(4711),
+            users: vec![],
+            groups: vec![],
+            owner: Uid::from_raw(owner),
+            group: group.map(Gid::from_raw),
+            mode,
+        };
+        assert!(access(0o600, 4711, None).lets_connect(&workers()));
+        assert!(access(0o660, 0, Some(4711)).lets_connect(&workers()));
+        assert!(access(0o666, 0, None).lets_connect(&workers()));
+        assert!(!access(0o660, 0, Some(4)).lets_connect(&workers()));
+        assert!(
+            !access(0o066, 4711, Some(4711)).lets_connect(&workers()),
+            "the first class that fits decides"
+        );
+    }
+
+    #[test]
     fn who_is_not_there_is_named() {
         let config = ControlAccess { allow_groups: vec!["no-such-group".into()], ..Default::default() };
         let error = Access::find(&config, &workers()).unwrap_err().to_string();
@@ -180,8 +215,9 @@ mod tests {
         let admits = |access: Access| access.admits(&a, &peer).unwrap();
         assert_eq!(admits(none.clone()), None);
         let uid = Uid::from_raw(peer.uid());
-        assert_eq!(admits(Access { worker: uid, ..none.clone() }), Some(Standing::Worker));
-        assert_eq!(admits(Access { worker: uid, users: vec![uid], ..none.clone() }), Some(Standing::Named));
+        let worker = admits(Access { worker: uid, users: vec![uid], ..none.clone() });
+        assert_eq!(worker, Some(if uid.is_root() { Standing::Named } else { Standing::Worker }));
+        assert_eq!(admits(Access { users: vec![uid], ..none.clone() }), Some(Standing::Named));
         for gid in nix::unistd::getgroups().unwrap().into_iter().chain([Gid::from_raw(peer.gid())]) {
             assert_eq!(admits(Access { groups: vec![gid], ..none.clone() }), Some(Standing::Named), "{gid}");
         }

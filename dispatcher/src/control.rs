@@ -130,6 +130,7 @@ impl ControlCounters {
             forbidden: get(&self.forbidden),
             too_many: get(&self.too_many),
             malformed: get(&self.malformed),
+            refused: 0,
         }
     }
 }
@@ -268,7 +269,7 @@ async fn accept_all(
         let refuse = |code, message| protocol::send(&socket, &Reply::Refused(Refusal { code, message }), &[]);
         let Some(standing) = access.admits(&socket, &peer).unwrap_or(None) else {
             count(&counters.forbidden);
-            tracing::info!(uid = peer.uid(), pid = peer.pid(), "may not use the control socket");
+            tracing::debug!(uid = peer.uid(), pid = peer.pid(), "may not use the control socket");
             let message = format!(
                 "user id {} may not use this control socket: root and the workers' user may, and whom allow_users and \
                  allow_groups in [control] of its configuration name",
@@ -443,7 +444,7 @@ pub fn ask(path: &Path, request: &Request) -> Result<Reply, ProtocolError> {
         error => error,
     })?;
     match reply {
-        Reply::Refused(refusal) => Err(io::Error::other(refusal.message).into()),
+        Reply::Refused(refusal) => Err(ProtocolError::Refused(refusal)),
         reply => Ok(reply),
     }
 }

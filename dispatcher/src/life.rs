@@ -104,8 +104,8 @@ impl State {
             (Change::Stall, Running) => Unhealthy,
             (Change::Recover, Unhealthy) => Running,
             (Change::Drain, Starting | Running | Unhealthy) => Draining,
-            // A process that ended well after its connection broke has left, whatever it looked like before.
-            (Change::Leave, Draining | Crashed | Stopped) => Stopped,
+            // A process that ended well has left, whatever it looked like before.
+            (Change::Leave, Running | Unhealthy | Draining | Crashed | Stopped) => Stopped,
             (Change::Die, Starting | Running | Unhealthy | Draining | Stopped | Crashed) => Crashed,
             (Change::GiveUp, Starting | Draining | Stopped | Crashed) => Failed,
             (Change::Vacate, Vacant | Starting | Draining | Stopped | Crashed | Failed) => Vacant,
@@ -188,8 +188,8 @@ mod tests {
         let table = "
             vacant    | starting running .         .       .        .       .       .      vacant
             starting  | .        running .         .       draining .       crashed failed vacant
-            running   | .        .       unhealthy .       draining .       crashed .      .
-            unhealthy | .        .       .         running draining .       crashed .      .
+            running   | .        .       unhealthy .       draining stopped crashed .      .
+            unhealthy | .        .       .         running draining stopped crashed .      .
             draining  | .        .       .         .       .        stopped crashed failed vacant
             stopped   | starting running .         .       .        stopped crashed failed vacant
             crashed   | starting running .         .       .        stopped crashed failed vacant

@@ -14,7 +14,7 @@ use xfan::placement::place;
 use xfan::run::{RunError, run};
 use xfan::topology::Machine;
 use xfan::{control, journal, report, topology};
-use xfan_shm::protocol::{ProtocolError, Reply, Request, WorkersOrder};
+use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrder};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -127,7 +127,12 @@ fn wait_for(primary: &PrimaryFlags, id: &str, before: u32, come: bool) -> Ended 
     loop {
         let member = report_of(primary)?.member(id).cloned().unwrap_or_default();
         let state = member.state.as_str();
-        if member.pid != before && (!come || state == "running") {
+        let done = if come {
+            member.pid != before && state == "running"
+        } else {
+            member.pid == 0 || member.pid != before
+        };
+        if done {
             return Ok(());
         }
         if come && member.pid == 0 && matches!(state, "crashed" | "failed" | "stopped" | "vacant") {
@@ -151,7 +156,7 @@ fn show_events(flags: &EventsFlags) -> Ended {
             }
             Ok(_) => return Err((Exit::Failure, format!("{} answered something else", socket.display()))),
             // It has been there: now it has ended.
-            Err(_) if last > 0 => return Ok(()),
+            Err(error) if last > 0 && is_gone(&error) => return Ok(()),
             Err(error) => return Err(no_answer(&socket, &error)),
         };
         if page.missed > 0 {
@@ -175,24 +180,35 @@ fn report_of(primary: &PrimaryFlags) -> Result<report::Report, (Exit, String)> {
 
 /// What it means that a primary did not answer as it should.
 fn no_answer(socket: &Path, error: &ProtocolError) -> (Exit, String) {
-    use std::io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
-    let ProtocolError::Io(io) = error else { return (Exit::Failure, error.to_string()) };
-    match io.kind() {
-        NotFound | ConnectionRefused => (
+    match error {
+        error if is_gone(error) => (
             Exit::Failure,
             format!(
                 "no primary answers on {}: start one with `xfan run`, or name its socket",
                 socket.display()
             ),
         ),
-        PermissionDenied => (
+        ProtocolError::Io(io) if io.kind() == std::io::ErrorKind::PermissionDenied => (
             Exit::Permission,
             format!(
                 "no permission to use {}: root and the workers' user may, and whom [control] in its configuration names",
                 socket.display()
             ),
         ),
+        ProtocolError::Refused(refusal) if refusal.code == RefusalCode::Forbidden => {
+            (Exit::Permission, error.to_string())
+        }
         _ => (Exit::Failure, error.to_string()),
+    }
+}
+
+/// Whether there is no primary, or no longer.
+fn is_gone(error: &ProtocolError) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    match error {
+        ProtocolError::Closed => true,
+        ProtocolError::Io(io) => matches!(io.kind(), NotFound | ConnectionRefused),
+        _ => false,
     }
 }
 

@@ -15,7 +15,7 @@ use crate::control::Connection;
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
 use crate::life::{Life, State};
-use crate::primary::Leaving;
+use crate::primary::{Overdue, Purpose};
 use crate::report;
 use crate::restart::Starts;
 use crate::supervisor::Process;
@@ -45,8 +45,10 @@ pub struct Member {
     pub last_exit: Option<String>,
     /// Times it hung.
     pub hangs: u64,
-    /// An operator has told it to leave.
-    pub leaving: Option<Leaving>,
+    /// What it leaves for, as an operator ordered.
+    pub leaving: Option<Purpose>,
+    /// When something has to be done about a worker that ought to have ended.
+    pub overdue: Option<Overdue>,
     /// How long its worker spins when there is nothing to do.
     pub spin: Duration,
     /// Somebody had it, or has.
@@ -136,6 +138,7 @@ impl Member {
             last_exit: None,
             hangs: 0,
             leaving: None,
+            overdue: None,
             spin,
             taken: false,
             pulse: None,
@@ -230,9 +233,12 @@ impl Member {
         }
     }
 
-    /// Forgets the session; what it published is kept.
-    pub fn end_session(&mut self) -> Option<Session> {
+    /// Forgets the session; what it published is kept. With `packets` the worker may still have some, which are others' from now on.
+    pub fn end_session(&mut self, packets: bool) -> Option<Session> {
         let session = self.session.take()?;
+        // Before any of its packets goes to another: it may be a worker that was stopped, and goes on one day.
+        session.down.set_phase(if packets { Phase::Over } else { Phase::Closing });
+        bell::ring(&session.doorbell);
         let busy_ticks = session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
         // What a worker publishes may be any number.
         self.past.busy_ticks = self.past.busy_ticks.wrapping_add(busy_ticks);

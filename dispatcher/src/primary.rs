@@ -33,7 +33,7 @@ use crate::umem::PacketMemory;
 use workers::Spawner;
 
 pub use error::PrimaryError;
-pub use operator::Leaving;
+pub use operator::{Overdue, Purpose};
 pub use stop::Outcome;
 pub use workers::Care;
 
@@ -70,6 +70,9 @@ pub struct Primary {
     spawner: Option<Spawner>,
     control: Arc<ControlCounters>,
     journal: Journal,
+    /// Workers refused, and when the last one was.
+    refused: u64,
+    last_refusal: Option<Instant>,
     /// The start is over: all workers had attached.
     open: bool,
     /// They come: there is somebody to take them, or they are to be dropped.
@@ -113,6 +116,8 @@ impl Primary {
             spawner: None,
             control: Arc::default(),
             journal: Journal::default(),
+            refused: 0,
+            last_refusal: None,
             open: false,
             flowing: false,
             table: BucketTable::empty(),
@@ -331,9 +336,16 @@ impl Primary {
         if let Some(change) = change.filter(|change| self.members[place].life.make(*change, Instant::now())) {
             self.journal.write(Some(&id), pid, change.name(), why);
         }
+        // Nobody without a worker takes packets.
+        if self.members[place].takes_packets() {
+            self.change(place, Change::Die, why);
+        }
         let (requeued, lost) = self.retire(place).unwrap_or_default();
         if requeued + lost > 0 {
             self.journal.write(Some(&id), pid, "uncommitted", format!("requeued {requeued}, lost {lost}"));
+        }
+        if self.members[place].process.is_none() {
+            self.has_left(place);
         }
     }
 
@@ -343,7 +355,8 @@ impl Primary {
         let member = &mut self.members[place];
         let before = (member.requeued(), member.lost());
         // Its worker, if there still is one, sees the end of the connection.
-        let session = member.end_session()?;
+        let packets = member.state() == State::Crashed || member.backlog() > 0;
+        let session = member.end_session(packets)?;
         session.connection.end();
         self.table = self.table.with_members(&self.running());
         for lane in &mut self.lanes {
@@ -367,7 +380,11 @@ impl Primary {
     /// Waits until the lanes have obeyed all commands: microseconds, or what the scheduler takes to run them.
     fn settle(&self) {
         let given_up = Instant::now() + Duration::from_secs(1);
-        while !self.lanes.iter().all(LaneHandle::obeyed) && Instant::now() < given_up {
+        while !self.lanes.iter().all(LaneHandle::obeyed) {
+            if Instant::now() >= given_up {
+                tracing::warn!("a lane has not obeyed within a second: it gets no CPU time");
+                return;
+            }
             std::thread::sleep(Duration::from_micros(50));
         }
     }
@@ -403,10 +420,12 @@ impl Primary {
             (true, false) => Some(Change::Leave),
         };
         self.leave(place, change, if draining { "" } else { "its connection ended" });
-        if self.members[place].process.is_none() {
-            self.has_left(place);
+        let patience = self.stop_timeout;
+        let member = &mut self.members[place];
+        // Its process is to end now, or to attach anew.
+        if member.process.is_some() && member.overdue.is_none() {
+            member.overdue = Some(Overdue::after(patience));
         }
-        let member = &self.members[place];
         if draining {
             tracing::info!(member = member.id, "detached");
         } else {
@@ -436,7 +455,7 @@ impl Primary {
             pid: std::process::id(),
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unserved,
-            control: self.control.report(),
+            control: report::Control { refused: self.refused, ..self.control.report() },
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],
         }

@@ -130,6 +130,8 @@ pub struct Control {
     pub too_many: u64,
     /// Ended, since what came made no sense.
     pub malformed: u64,
+    /// Workers that were not given a place.
+    pub refused: u64,
 }
 
 /// Workers that share one copy of the traffic.

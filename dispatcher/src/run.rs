@@ -94,6 +94,9 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     check_privileges()?;
     let user = WorkerUser::find(config.user.as_deref())?;
     let access = Access::find(&config.control, &user)?;
+    if !config.command.is_empty() && !access.lets_connect(&user) {
+        return Err(UserError::LockedOut(user.name).into());
+    }
     let machine = Machine::discover(Some(&interface))?;
     let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref())?;
     for note in &placement.notes {

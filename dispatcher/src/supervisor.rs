@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_TOKEN};
@@ -160,6 +161,8 @@ impl Process {
             // Until it is waited for, its number is its own, and its group's.
             let group = i32::try_from(self.child.id()).map(nix::unistd::Pid::from_raw);
             let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
+            // It may have gone to another group.
+            self.signal(Signal::SIGKILL);
         }
     }
 
@@ -173,7 +176,17 @@ impl Drop for Process {
     /// No worker outlives the primary's interest in it, also when starting the others failed.
     fn drop(&mut self) {
         self.kill();
-        let _ = self.child.wait();
+        let given_up = Instant::now() + Duration::from_secs(1);
+        while self.ended().is_none() {
+            if Instant::now() >= given_up {
+                tracing::error!(
+                    pid = self.pid(),
+                    "a worker does not end though it was killed: it hangs in the kernel"
+                );
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

@@ -125,6 +125,8 @@ pub enum Phase {
     Running,
     /// What is in the rings is the last of it: finish, commit, go.
     Closing,
+    /// The worker is no longer a member: what is in the rings is others' now, and its memory will be written to.
+    Over,
 }
 
 /// A mapped segment of known geometry.
@@ -215,7 +217,7 @@ impl Down {
     /// Tells the worker, as the dispatcher. What was pushed before is seen by who sees the phase.
     pub fn set_phase(&self, phase: Phase) {
         // Release: pairs with the Acquire in `phase`.
-        self.0.u32_at(PHASE).store(u32::from(phase == Phase::Closing), Ordering::Release);
+        self.0.u32_at(PHASE).store(phase as u32, Ordering::Release);
     }
 
     /// What the dispatcher tells the worker.
@@ -224,7 +226,11 @@ impl Down {
         let phase = self.0.u32_at(PHASE).load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `set_phase`.
         fence(Ordering::Acquire);
-        if phase == 0 { Phase::Running } else { Phase::Closing }
+        match phase {
+            0 => Phase::Running,
+            1 => Phase::Closing,
+            _ => Phase::Over,
+        }
     }
 }
 

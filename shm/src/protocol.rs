@@ -156,6 +156,9 @@ pub enum ProtocolError {
     /// Not what was expected.
     #[error("a message that makes no sense: {0}")]
     Malformed(#[from] serde_json::Error),
+    /// The other side will not.
+    #[error("{}", .0.message)]
+    Refused(Refusal),
     /// The system call failed.
     #[error("control socket: {0}")]
     Io(#[from] io::Error),

@@ -3,9 +3,6 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Length of a record in bytes.
-const BYTES: usize = 12;
-
 /// A packet as a worker saw it. It may have been killed before it committed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sighting {
@@ -20,9 +17,12 @@ pub struct Sighting {
 }
 
 impl Sighting {
+    /// Length of a record.
+    pub const BYTES: usize = 12;
+
     /// As it is written.
-    pub fn to_bytes(self) -> [u8; BYTES] {
-        let mut bytes = [0; BYTES];
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.number.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.flow.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.stream.to_le_bytes());
@@ -30,7 +30,7 @@ impl Sighting {
         bytes
     }
 
-    fn from_bytes(bytes: &[u8; BYTES]) -> Self {
+    fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         Sighting {
             number: word(0),
@@ -76,7 +76,7 @@ pub fn testimony(folder: &Path) -> Testimony {
         let mut latest: HashMap<(u16, u32), u32> = HashMap::new();
         let bytes = std::fs::read(&path).expect("it can be read");
         // Who was killed while writing may have left a part of a record; it has not committed that packet.
-        for record in bytes.chunks_exact(BYTES) {
+        for record in bytes.chunks_exact(Sighting::BYTES) {
             let sighting = Sighting::from_bytes(record.try_into().expect("as long as a record"));
             let Sighting { number, flow, stream, redelivered } = sighting;
             let stream_seen = seen.entry(stream).or_default();

@@ -166,7 +166,8 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
         assert_ne!(member_now.pid, member(&before, id).pid);
     }
 
-    // Where one was removed, whoever comes may join.
+    // Where one was removed, and be it one that had been drained, whoever comes may join.
+    assert_eq!(ordered(&primary, "drain default/2"), ["default/2"]);
     assert_eq!(ordered(&primary, "remove default/2"), ["default/2"]);
     let gone = member(&primary.report(), "default/2").clone();
     assert_eq!((gone.state.as_str(), gone.supervised), ("vacant", false));
@@ -253,7 +254,7 @@ fn who_may_not_is_told_why_and_counted() {
     let mut command = Command::new(&tool);
     command.args(["workers", "add", "--socket"]).arg(primary.socket()).uid(STRANGER).gid(DAEMON);
     let exit = Process::spawn(command).unwrap().wait();
-    assert_eq!(exit.code, Some(1), "{exit:#?}");
+    assert_eq!(exit.code, Some(3), "{exit:#?}");
     assert!(
         exit.stderr.concat().contains("only root may add, drain, restart or remove workers"),
         "{exit:#?}"

@@ -1,5 +1,7 @@
 //! Workers that crash or hang: others get their packets, and they are started again.
 
+use std::process::Command;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xfan::control;
@@ -11,6 +13,7 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::process::{Process, binary};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
 use xfan_tests::veth::{Veth, VethConfig};
@@ -108,6 +111,68 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     assert!(exit.stderr.join("\n").contains("hangs: it has packets and has taken none for"), "{exit:#?}");
+}
+
+#[test]
+fn a_guest_that_hung_finds_out_when_it_goes_on_and_takes_nothing_that_is_not_its_own() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("hang_timeout = '1s'\nrestart = 'no'");
+    let mut command = Command::new(binary("xfan-count").unwrap());
+    command.arg("--attach").arg(primary.socket());
+    let guest = Process::spawn(command).unwrap();
+    let pid = guest.pid().as_raw().cast_unsigned();
+    let report =
+        primary.report_when(|report| report.groups[0].members.iter().any(|member| member.pid == pid));
+    stop(member(&report, 2));
+    replay(&namespace);
+    let report =
+        primary.balanced_report_when(|report| member(report, 2).hangs == 1 && committed(report) == PACKETS);
+    assert_eq!(member(&report, 2).state, "crashed");
+    assert!(member(&report, 2).requeued > 0 && member(&report, 2).committed == 0);
+    // The frames of what it had hold other packets by now.
+    replay(&namespace);
+    primary.report_after(2 * PACKETS, true);
+    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT).unwrap();
+    let exit = guest.wait();
+    assert_eq!(exit.code, Some(1), "{exit:#?}");
+    assert!(exit.stderr.concat().contains("has ended this worker's membership"), "{exit:#?}");
+    assert!(exit.stdout.concat().contains("\"packets\":0"), "{exit:#?}");
+    assert_eq!(committed(&primary.report()), 2 * PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_worker_that_hides_from_signals_is_killed_all_the_same() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let config = "stop_timeout = '300ms'\nhang_timeout = '1s'\nrestart = 'no'";
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
+    let primary = launch.hostile_worker("deaf --hidden").unwrap().start().unwrap();
+    replay(&namespace);
+    let report = primary
+        .balanced_report_when(|report| member(report, 0).last_exit.is_some() && committed(report) == PACKETS);
+    assert_eq!((member(&report, 0).hangs, member(&report, 0).committed), (1, 0));
+    assert_eq!(member(&report, 0).last_exit.as_deref(), Some("signal: 9 (SIGKILL)"));
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn one_that_ends_well_without_a_word_leaves_its_share_to_the_others() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").config("restart = 'on-failure'").unwrap();
+    // Its child keeps the connection.
+    let primary = launch.hostile_worker("fork").unwrap().start().unwrap();
+    replay(&namespace);
+    signal(member(&primary.report(), 0), Signal::SIGUSR1);
+    let report = primary.report_when(|report| member(report, 0).last_exit.is_some());
+    assert_eq!((member(&report, 0).state.as_str(), member(&report, 0).buckets), ("stopped", 0));
+    assert_eq!(member(&report, 1).buckets, 4096);
+    replay(&namespace);
+    let report = primary.report_after(2 * PACKETS, true);
+    assert_balanced(&report, 2 * PACKETS);
+    assert_eq!((member(&report, 1).committed, member(&report, 0).lost), (2 * PACKETS, 0));
+    assert_eq!(primary.stop().0.code, Some(0));
 }
 
 #[test]

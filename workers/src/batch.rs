@@ -34,6 +34,16 @@ impl<'a> Batch<'a> {
         Batch { worker, umem, start, count, now: Cell::new(None) }
     }
 
+    /// Whether these packets are still this worker's. A worker that stood still for longer than the dispatcher's `hang_timeout`, or did
+    /// not leave when it was to, is evicted, its packets go to others, and their memory gets new ones. What was read before this said
+    /// yes was read of these packets: ask before acting on it, where a mistake would matter.
+    #[inline]
+    pub fn is_current(&self) -> bool {
+        // What was read before this is not read after it.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        !self.worker.is_evicted()
+    }
+
     /// Gives all packets back: the dispatcher may use their memory again.
     #[inline]
     pub fn commit(self) {

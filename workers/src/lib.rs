@@ -43,6 +43,7 @@
 //! - The dispatcher dies: [`RecvError::PrimaryGone`], once all packets are committed.
 //! - The worker wants to go: [`Worker::request_detach`], or SIGTERM with [`Builder::leave_on_signals`]; then it keeps receiving until
 //!   [`Received::Closed`].
+//! - The worker stands still for too long: [`RecvError::Evicted`], see [`Batch::is_current`].
 //! - The worker is dropped, or dies: the dispatcher sees the connection end and gives its packets to others.
 
 mod attach;

@@ -57,6 +57,13 @@ pub enum RecvError {
     /// The dispatcher has died or closed the connection. All its packets are committed.
     #[error("the dispatcher is gone: it died, or it ended this worker's membership")]
     PrimaryGone,
+    /// The dispatcher has ended this worker's membership: it hung, or did not leave as it was told. Its packets are others' now; what was
+    /// read of the last batch may be of other packets.
+    #[error(
+        "the dispatcher has ended this worker's membership, since it hung or did not leave when it was to; its packets have \
+         gone to others"
+    )]
+    Evicted,
     /// A descriptor leads out of the packet memory. Nothing behind it in that lane can be received.
     #[error(
         "lane {lane} sent a corrupt descriptor: {length} bytes at offset {offset}, but the packet memory has {umem_bytes} bytes. \
@@ -197,6 +204,9 @@ impl Worker {
         if self.leave.is_due() {
             self.request_detach()?;
         }
+        if self.is_evicted() {
+            return Err(RecvError::Evicted);
+        }
         let start = ticks();
         let count = self.scan()?;
         if count > 0 {
@@ -271,7 +281,13 @@ impl Worker {
         let limit = idle::ticks(timeout);
         loop {
             // Both are read before the rings: what was pushed before them is seen by this scan.
-            let closing = self.down.phase() == Phase::Closing;
+            let phase = self.down.phase();
+            if phase == Phase::Over {
+                // Whoever asked to leave has left.
+                let asked = self.leave.since().is_some();
+                return if asked { Ok(Turn::Closed) } else { Err(RecvError::Evicted) };
+            }
+            let closing = phase == Phase::Closing;
             let hung_up = self.idle.has_hung_up();
             let now = ticks();
             let count = self.scan()?;
@@ -351,6 +367,12 @@ impl Worker {
     #[inline(always)]
     pub(crate) fn umem(&self) -> NonNull<u8> {
         self.umem.address()
+    }
+
+    /// Whether its packets are others' by now.
+    #[inline(always)]
+    pub(crate) fn is_evicted(&self) -> bool {
+        self.down.phase() == Phase::Over
     }
 
     /// The lane of the current batch.

@@ -34,6 +34,12 @@ pub enum UserError {
         /// Where `getent` lists them.
         database: &'static str,
     },
+    /// The control socket's file keeps the workers out.
+    #[error(
+        "socket_owner and socket_mode in [control] keep the workers' user `{0}` from the control socket: let it write to the \
+         socket, as its owner, by its group, or as everybody (\"0666\": whoever connects is checked all the same)"
+    )]
+    LockedOut(String),
     /// The system cannot be asked.
     #[error("cannot look up `{name}`: {source}")]
     Lookup {

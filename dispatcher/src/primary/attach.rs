@@ -1,5 +1,7 @@
 //! A worker takes a place.
 
+use std::time::{Duration, Instant};
+
 use nix::sys::socket::UnixCredentials;
 use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
@@ -10,6 +12,7 @@ use crate::control::{Answer, Connection};
 use crate::lane::Command;
 use crate::life::{Change, State};
 use crate::members::Member;
+use crate::supervisor::Process;
 
 impl Primary {
     /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
@@ -32,7 +35,12 @@ impl Primary {
                 );
                 let pid = u32::try_from(peer.pid()).unwrap_or(0);
                 let member = attach.member.as_deref().map(printable);
-                self.journal.write(member.as_deref(), pid, "refused", refusal.message.clone());
+                self.refused += 1;
+                // Who tries again and again does not fill the journal.
+                if self.last_refusal.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+                    self.last_refusal = Some(Instant::now());
+                    self.journal.write(member.as_deref(), pid, "refused", refusal.message.clone());
+                }
                 let ours = place.filter(|_| !self.open).map(|place| &self.members[place]).filter(|member| {
                     member.state() == State::Starting && refusal.code == RefusalCode::Version
                 });
@@ -55,7 +63,9 @@ impl Primary {
         peer: UnixCredentials,
         attach: &Attach,
     ) -> Result<Answer, (Option<usize>, Refusal)> {
-        let place = self.choose(&connection, attach).map_err(|refusal| (None, refusal))?;
+        let place = self
+            .choose(&connection, u32::try_from(peer.pid()).unwrap_or(0), attach)
+            .map_err(|refusal| (None, refusal))?;
         let refused = |code, message: String| (Some(place), Refusal { code, message });
         if attach.version != VERSION {
             return Err(refused(
@@ -73,6 +83,7 @@ impl Primary {
         let (links, handover) =
             member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
         member.program.clone_from(&attach.program);
+        member.overdue = None;
         let attached = Attached {
             member: member.id.clone(),
             ports: vec![self.name.clone()],
@@ -95,7 +106,7 @@ impl Primary {
     }
 
     /// The place a worker may take.
-    fn choose(&self, connection: &Connection, attach: &Attach) -> Result<usize, Refusal> {
+    fn choose(&self, connection: &Connection, peer: u32, attach: &Attach) -> Result<usize, Refusal> {
         let refuse = |code, message: String| Err(Refusal { code, message });
         if self.place_of(connection.id).is_some() {
             return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
@@ -141,8 +152,17 @@ impl Primary {
         if member.session.is_some() {
             return refuse(RefusalCode::Occupied, format!("member {} has a worker", member.id));
         }
+        if let Some(process) = member.process.as_ref().map(Process::pid)
+            && !descends(peer, process)
+        {
+            return refuse(
+                RefusalCode::Forbidden,
+                format!("member {} is for process {process} and its children", member.id),
+            );
+        }
         // It is leaving, or down for good.
         if member.state().after(Change::Attach).is_none()
+            || member.leaving.is_some()
             || (member.token.is_some() && member.process.is_none())
         {
             let state = member.state().name();
@@ -150,6 +170,18 @@ impl Primary {
         }
         Ok(place)
     }
+}
+
+/// Whether a process is `ancestor`, or a descendant of it. A token alone proves little: all processes of a user can read each other's
+/// environment.
+fn descends(pid: u32, ancestor: u32) -> bool {
+    /// Most generations looked at.
+    const GENERATIONS: usize = 32;
+    let parent = |pid: &u32| {
+        let process = procfs::process::Process::new(i32::try_from(*pid).ok()?).ok()?;
+        u32::try_from(process.stat().ok()?.ppid).ok().filter(|parent| *parent > 1)
+    };
+    std::iter::successors(Some(pid), parent).take(GENERATIONS).any(|pid| pid == ancestor)
 }
 
 /// The beginning of a stranger's text, without what would steer a terminal or begin a line of its own in the log.
@@ -160,6 +192,16 @@ pub(super) fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn children_descend_from_their_parents_and_not_the_other_way_round() {
+        let own = std::process::id();
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(descends(own, own) && descends(child.id(), own));
+        assert!(!descends(own, child.id()) && !descends(1, own) && !descends(0, own));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_strangers_text_is_one_short_line() {

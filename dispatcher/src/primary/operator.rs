@@ -13,21 +13,31 @@ use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
 use super::{Primary, PrimaryError};
 use crate::life::Change;
 
-/// A member that an operator has told to leave.
+/// What a member leaves for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Until it is ordered to start.
+    StayAway,
+    /// To be started again.
+    StartAgain,
+    /// For good.
+    GiveUpPlace,
+}
+
+/// A worker that ought to have ended: it was told to leave, or its connection is gone.
 #[derive(Clone, Copy, Debug)]
-pub struct Leaving {
-    purpose: Purpose,
-    /// When the next thing is done about one that has not left.
+pub struct Overdue {
+    /// When the next thing is done about it.
     deadline: Instant,
     /// Its process got SIGTERM.
     terminated: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Purpose {
-    StayAway,
-    StartAgain,
-    GiveUpPlace,
+impl Overdue {
+    /// Something is done about it after this time.
+    pub fn after(patience: Duration) -> Self {
+        Overdue { deadline: Instant::now() + patience, terminated: false }
+    }
 }
 
 fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
@@ -95,7 +105,10 @@ impl Primary {
             self.members[place].starts.forgive();
             if let Err(error) = self.start_worker(place) {
                 self.vacate(place);
-                return refuse(RefusalCode::Impossible, error.to_string());
+                return refuse(
+                    RefusalCode::Impossible,
+                    format!("{error} ({} of {count} were started)", started.len()),
+                );
             }
             started.push(self.members[place].id.clone());
         }
@@ -138,8 +151,8 @@ impl Primary {
                 ),
             );
         }
-        member.leaving =
-            Some(Leaving { purpose, deadline: Instant::now() + self.stop_timeout, terminated: false });
+        member.leaving = Some(purpose);
+        member.overdue = Some(Overdue::after(self.stop_timeout));
         if let (None, Some(process)) = (&member.session, &member.process) {
             process.signal(Signal::SIGTERM);
         }
@@ -156,10 +169,11 @@ impl Primary {
     /// The worker in this place has left as it was told, and its process has ended.
     pub(super) fn has_left(&mut self, place: usize) {
         let member = &mut self.members[place];
-        let Some(leaving) = member.leaving.take() else { return };
+        member.overdue = None;
+        let Some(purpose) = member.leaving.take() else { return };
         member.restarting = false;
         tracing::info!(member = member.id, "left, as it was told");
-        match leaving.purpose {
+        match purpose {
             Purpose::GiveUpPlace => self.vacate(place),
             Purpose::StayAway if member.token.is_none() => {
                 self.change(place, Change::Vacate, "as it was told")
@@ -175,18 +189,18 @@ impl Primary {
         }
     }
 
-    /// Looks for members that were told to leave, and have not.
+    /// Looks for workers that ought to have ended, and have not.
     pub(super) fn look_for_overdue(&mut self, now: Instant) {
         for place in 0..self.members.len() {
             let member = &mut self.members[place];
-            let Some(leaving) = member.leaving.as_mut().filter(|leaving| now >= leaving.deadline) else {
+            let Some(overdue) = member.overdue.as_mut().filter(|overdue| now >= overdue.deadline) else {
                 continue;
             };
-            leaving.deadline = now + self.stop_timeout.max(Duration::from_millis(100));
-            let terminated = std::mem::replace(&mut leaving.terminated, true);
+            overdue.deadline = now + self.stop_timeout.max(Duration::from_millis(100));
+            let terminated = std::mem::replace(&mut overdue.terminated, true);
             match &mut member.process {
                 Some(process) if terminated => {
-                    tracing::warn!(member = member.id, "does not leave: killed");
+                    tracing::warn!(member = member.id, "does not end: killed");
                     // Its end is an event.
                     process.kill();
                 }
@@ -194,7 +208,6 @@ impl Primary {
                 None => {
                     tracing::warn!(member = member.id, "does not leave: evicted");
                     self.leave(place, Some(Change::Die), "evicted: it does not leave");
-                    self.has_left(place);
                 }
             }
         }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use xfan_shm::protocol::{Refusal, RefusalCode, Reply, Request};
+
 use super::{Events, Primary, PrimaryError};
 use crate::control::Event;
 use crate::lane::Command;
@@ -60,6 +62,10 @@ impl Primary {
     /// Takes everything down.
     pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, events: &mut Events) -> Outcome {
         let mut again = Again::listen();
+        // Nobody is started again.
+        for member in &mut self.members {
+            (member.leaving, member.overdue) = (None, None);
+        }
         if let Some(port) = &mut self.port {
             port.close();
         }
@@ -169,13 +175,11 @@ impl Primary {
                 }
             }
             Event::Restart(_) | Event::StartTimeout(..) => {}
-            // A worker is refused, and the rest is as always: errors end nothing that is ending already.
-            Event::Request { request: xfan_shm::protocol::Request::Attach(_), answer, .. } => {
-                let refusal = xfan_shm::protocol::Refusal {
-                    code: xfan_shm::protocol::RefusalCode::Closing,
-                    message: "this primary is stopping".into(),
-                };
-                let _ = answer.send(xfan_shm::protocol::Reply::Refused(refusal).into());
+            // Workers and orders are refused, and the rest is as always: errors end nothing that is ending already.
+            Event::Request { request: Request::Attach(_) | Request::Workers(_), answer, .. } => {
+                let refusal =
+                    Refusal { code: RefusalCode::Closing, message: "this primary is stopping".into() };
+                let _ = answer.send(Reply::Refused(refusal).into());
             }
             event => {
                 let _ = self.handle(event);

@@ -96,7 +96,6 @@ impl Primary {
         member.last_exit = Some(how.clone());
         if member.leaving.is_some() {
             self.leave(place, None, &how);
-            self.has_left(place);
             return Ok(());
         }
         tracing::warn!(member = member.id, how, "its process ended");
@@ -193,10 +192,10 @@ impl Primary {
             member.hangs += 1;
             let why = format!("has taken no packet for {still:?} (hang_timeout)");
             self.journal.write(Some(&member.id), member.pid(), "hung", why);
-            match &mut member.process {
-                // Its end is an event.
-                Some(process) => process.kill(),
-                None => self.leave(place, Some(Change::Die), "evicted: it hung"),
+            self.leave(place, Some(Change::Die), "evicted: it hung");
+            // Its end is an event.
+            if let Some(process) = &mut self.members[place].process {
+                process.kill();
             }
         }
     }

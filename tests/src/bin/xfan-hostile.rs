@@ -33,7 +33,13 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 #[derive(Parser)]
 enum Way {
     /// Never takes a packet, and ignores SIGTERM.
-    Deaf,
+    Deaf {
+        /// Goes to its parent's process group, and does not want to hear of its end.
+        #[arg(long)]
+        hidden: bool,
+    },
+    /// At SIGUSR1 ends with status 0, and leaves a child that keeps its connection for a while.
+    Fork,
     /// Speaks another version of the protocol.
     Version { version: u32 },
     /// Tries all that a worker must not be able to do, and prints what came of each.
@@ -71,7 +77,22 @@ fn run(way: &Way) -> Outcome<()> {
             return ask(*version, member(), token())
                 .map(|_| eprintln!("xfan-hostile: attached all the same"));
         }
-        Way::Deaf => {
+        Way::Fork => {
+            let _place = Place::take()?;
+            waited.wait()?;
+            // SAFETY: there is one thread.
+            if let nix::unistd::ForkResult::Child = unsafe { nix::unistd::fork() }? {
+                nix::sys::prctl::set_pdeathsig(None)?;
+                std::thread::sleep(Duration::from_secs(3));
+            }
+            return Ok(());
+        }
+        Way::Deaf { hidden } => {
+            if *hidden {
+                let group = nix::unistd::getpgid(Some(getppid()))?;
+                nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), group)?;
+                nix::sys::prctl::set_pdeathsig(None)?;
+            }
             let _place = Place::take()?;
             loop {
                 std::thread::sleep(Duration::MAX);

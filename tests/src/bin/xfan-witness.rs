@@ -44,7 +44,7 @@ fn witness(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             Received::Packets(batch) => {
                 seen.clear();
                 for packet in &batch {
-                    let number = sequence_of(packet.data()).ok_or("a packet that is not the generator's")?;
+                    let Some(number) = sequence_of(packet.data()) else { continue };
                     seen.extend(
                         Sighting {
                             number: u32::try_from(number)?,
@@ -54,6 +54,13 @@ fn witness(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
                         }
                         .to_bytes(),
                     );
+                }
+                // What it read was of other packets, perhaps.
+                if !batch.is_current() {
+                    return Err("evicted".into());
+                }
+                if seen.len() != batch.len() * Sighting::BYTES {
+                    return Err("a packet that is not the generator's".into());
                 }
                 // What a killed process has written stays; and what it commits, it has written.
                 file.write_all(&seen)?;
