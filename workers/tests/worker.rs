@@ -164,7 +164,9 @@ fn a_batch_that_is_left_open_is_given_back_in_parts_and_never_more_than_it() {
         batch.leave_open(packets);
     };
     assert_eq!(worker.commit_open(1), Err(0));
-    (0..6).for_each(|content| drop(primary.send(0, content)));
+    for content in 0..6 {
+        primary.send(0, content);
+    }
     leave_open(&mut worker, 4);
     assert_eq!(worker.commit_open(5), Err(4));
     assert_eq!(worker.commit_open(usize::MAX), Err(4));
