@@ -2,6 +2,8 @@
  * Write a worker of the xfan packet dispatcher in C: attach, receive packets in place, commit them.
  *
  *     xfan_worker *worker = xfan_attach(NULL);
+ *     if (!worker)
+ *         return fail(xfan_last_error());
  *     xfan_packet packets[64];
  *     int32_t count;
  *     while ((count = xfan_receive(worker, packets, 64, 100)) >= 0) {
@@ -10,12 +12,12 @@
  *         xfan_commit(worker, (size_t)count);
  *     }
  *     if (count != XFAN_CLOSED)
- *         fprintf(stderr, "%s\n", xfan_last_error());
+ *         fail(xfan_last_error());
  *     xfan_free(worker);
  *
- * A pointer must be NULL or lead to what the function asks for. NULL where something is needed is
- * XFAN_INVALID, and so is a NULL worker, so that it is enough to look at the last result. Text ends with
- * a zero byte.
+ * A pointer must be NULL or lead to what the function asks for: a worker to one that was not freed, an
+ * array to room for its capacity, text to a zero byte at its end. NULL where something is needed is
+ * XFAN_INVALID.
  *
  * A worker is for one thread at a time. No function ends the process or throws.
  *

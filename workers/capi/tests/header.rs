@@ -1,4 +1,4 @@
-//! The header that is checked in is the one that cbindgen makes, and C and C++ compilers take it.
+//! The header that is checked in is the one that cbindgen makes, and compilers take it and what the README does with it.
 //! `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header` writes it.
 
 use std::path::Path;
@@ -30,12 +30,26 @@ fn is_what_cbindgen_makes() {
     );
 }
 
+fn compile(language: &str, standard: &str, source: &Path) {
+    let mut command = Command::new("cc");
+    command.args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-x", language]);
+    command.arg(format!("-std={standard}")).arg("-I").arg(header().parent().unwrap()).arg(source);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{standard}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn compilers_take_it() {
     for (language, standard) in [("c", "c99"), ("c", "c17"), ("c++", "c++11")] {
-        let mut command = Command::new("cc");
-        command.args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-x", language]);
-        let output = command.arg(format!("-std={standard}")).arg(header()).output().unwrap();
-        assert!(output.status.success(), "{standard}: {}", String::from_utf8_lossy(&output.stderr));
+        compile(language, standard, header());
     }
+}
+
+#[test]
+fn compilers_take_the_worker_in_the_readme() {
+    let (_, code) = include_str!("../../../README.md").split_once("\n```c\n").expect("it has one in C");
+    let (code, _) = code.split_once("\n```\n").expect("which ends");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{code}\n")).unwrap();
+    compile("c", "c99", file.path());
 }
