@@ -37,7 +37,7 @@ pub struct Exit {
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     /// It is not built.
-    #[error("there is no {name} beside {}; run `cargo build --workspace` first", folder.display())]
+    #[error("there is no {name} beside {}; run `cargo build --workspace --bins --examples` first", folder.display())]
     NotBuilt {
         /// The program.
         name: String,
@@ -64,7 +64,7 @@ pub enum ProcessError {
     },
 }
 
-/// The path of one of the workspace's programs, such as `xfan`, built in the same profile as the test.
+/// The path of one of the workspace's programs, such as `xfan` or `examples/manager`, built in the same profile as the test.
 ///
 /// # Errors
 /// It is not built.

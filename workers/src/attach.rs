@@ -13,7 +13,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use xfan_shm::clock;
 use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
 use xfan_shm::protocol::{
-    self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
+    self, Attach, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
 };
 use xfan_shm::segment::Mapping;
 
@@ -61,7 +61,7 @@ pub enum AttachError {
     )]
     NoAnswer(PathBuf),
     /// The conversation broke.
-    #[error("attaching to {0} failed: {1}")]
+    #[error("the conversation with {0} failed: {1}")]
     Protocol(PathBuf, #[source] ProtocolError),
     /// The answer was none to this question.
     #[error(
@@ -170,10 +170,11 @@ impl Builder {
                     .ok_or(AttachError::NoSocket)?
             }
         };
-        // Both before the dispatcher knows us: from then on it may ask us to stop, and packets may come.
-        let leave = Leave::new(self.leave_on_signals).map_err(AttachError::Signals)?;
+        // The clock and the handlers before the dispatcher knows us: from then on it may ask us to stop, and packets may come.
         clock::ticks_per_ns();
         let control = dial(&path)?;
+        // But not before there is a dispatcher: who tries until there is one must still end by a signal.
+        let leave = Leave::new(self.leave_on_signals).map_err(AttachError::Signals)?;
         let request = Request::Attach(Attach {
             version: VERSION,
             group: self.group,
@@ -181,7 +182,13 @@ impl Builder {
             token: self.token,
             program: self.program.unwrap_or_else(program_name),
         });
-        let (attached, fds) = ask(&control, &request, &path)?;
+        let (attached, fds) = match ask(&control, &request, &path)? {
+            (Reply::Attached(attached), fds) => (attached, fds),
+            (Reply::Refused(refusal), _) => {
+                return Err(AttachError::Refused { code: refusal.code, message: refusal.message });
+            }
+            _ => return Err(AttachError::Unexpected(path)),
+        };
         let Ok([umem, down, up, doorbell]) = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds) else {
             return Err(AttachError::Unexpected(path));
         };
@@ -202,7 +209,7 @@ fn program_name() -> String {
 }
 
 /// Connects to the control socket.
-fn dial(path: &Path) -> Result<OwnedFd, AttachError> {
+pub(crate) fn dial(path: &Path) -> Result<OwnedFd, AttachError> {
     let failed = |errno: Errno| match errno {
         Errno::ENOENT | Errno::ECONNREFUSED => AttachError::NoDispatcher(path.into()),
         Errno::EACCES | Errno::EPERM => AttachError::Permission(path.into()),
@@ -218,23 +225,18 @@ fn dial(path: &Path) -> Result<OwnedFd, AttachError> {
 }
 
 /// Sends the request and waits for what the dispatcher says to it.
-fn ask(control: impl AsFd, request: &Request, path: &Path) -> Result<(Attached, Vec<OwnedFd>), AttachError> {
-    let failed = |error: ProtocolError| {
+pub(crate) fn ask(
+    control: impl AsFd,
+    request: &Request,
+    path: &Path,
+) -> Result<(Reply, Vec<OwnedFd>), AttachError> {
+    protocol::ask(&control, request).map_err(|error| {
         if error.would_block() {
             AttachError::NoAnswer(path.into())
         } else {
             AttachError::Protocol(path.into(), error)
         }
-    };
-    match protocol::ask(&control, request).map_err(failed)? {
-        (Reply::Attached(attached), fds) => Ok((attached, fds)),
-        (Reply::Refused(refusal), _) => {
-            Err(AttachError::Refused { code: refusal.code, message: refusal.message })
-        }
-        (Reply::Stats(_) | Reply::Events(_) | Reply::Ordered(_), _) => {
-            Err(AttachError::Unexpected(path.into()))
-        }
-    }
+    })
 }
 
 /// Pins the calling thread.

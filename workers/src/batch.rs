@@ -13,7 +13,7 @@ use crate::worker::Worker;
 
 /// Packets that one lane received, in order of reception: at least one.
 ///
-/// [`commit`](Self::commit) gives them back. A batch that is dropped instead gives nothing back; the next
+/// [`commit`](Self::commit) gives them back, [`commit_first`](Self::commit_first) some of them. A batch that is dropped instead gives nothing back; the next
 /// [`Worker::recv`] returns the same packets again, and perhaps more.
 #[must_use = "packets that are not committed come again"]
 pub struct Batch<'a> {
@@ -48,6 +48,27 @@ impl<'a> Batch<'a> {
     #[inline]
     pub fn commit(self) {
         self.worker.commit(self.start, self.count);
+    }
+
+    /// Gives the first `packets` back, or all if there are not more; the others come again with the next [`Worker::recv`].
+    #[inline]
+    pub fn commit_first(self, packets: usize) {
+        match u32::try_from(packets) {
+            Ok(0) => {}
+            Ok(packets) if packets < self.count => {
+                self.worker.commit_first(self.start, packets);
+            }
+            _ => self.commit(),
+        }
+    }
+
+    /// Lets the worker go and commits nothing: for callers that cannot keep a batch, as in C. [`Worker::commit_open`] gives the
+    /// first `packets` back, or some of them.
+    #[doc(hidden)]
+    #[inline]
+    pub fn leave_open(self, packets: usize) {
+        let packets = u32::try_from(packets).unwrap_or(u32::MAX).min(self.count);
+        self.worker.leave_open(self.start, packets);
     }
 
     /// Number of packets.

@@ -34,7 +34,7 @@
 //! # What a commit means
 //!
 //! A packet is the worker's until [`Batch::commit`]; then its memory goes back to the network card. A batch that is dropped
-//! instead comes again with the next [`Worker::recv`]. What a process that dies had not committed goes to the other workers, with
+//! instead comes again with the next [`Worker::recv`]; [`Batch::commit_first`] is something of both. What a process that dies had not committed goes to the other workers, with
 //! its flows; those packets say so ([`Packet::is_redelivered`]), since it may have seen them.
 //!
 //! # How a worker ends
@@ -45,17 +45,23 @@
 //!   [`Received::Closed`].
 //! - The worker stands still for too long: [`RecvError::Evicted`], see [`Batch::is_current`].
 //! - The worker is dropped, or dies: the dispatcher sees the connection end and gives its packets to others.
+//!
+//! # Who watches
+//!
+//! [`report`] asks a dispatcher for all its counters, without becoming a worker of it.
 
 mod attach;
 mod batch;
 mod counter;
 mod idle;
 mod leave;
+mod report;
 mod worker;
 
 pub use attach::{AttachError, Builder};
 pub use batch::{Batch, Packet, Packets};
 pub use counter::{Counter, CounterError};
+pub use report::{ReportError, report};
 pub use worker::{RecvError, Worker};
 pub use xfan_shm::flow;
 pub use xfan_shm::protocol::RefusalCode;

@@ -49,6 +49,9 @@ pub struct Worker {
     sleeper: Sleeper,
     wakeups: u64,
     leave: Leave,
+    // What `Batch::leave_open` left: so many packets of `lane`, and the ticks when the look for them began.
+    open: u32,
+    open_since: u64,
 }
 
 /// Why [`Worker::recv`] cannot go on.
@@ -147,6 +150,8 @@ impl Worker {
             sleeper: Sleeper::default(),
             wakeups: 0,
             leave,
+            open: 0,
+            open_since: 0,
         }
     }
 
@@ -235,6 +240,27 @@ impl Worker {
             Ok(()) | Err(ProtocolError::Closed) => Ok(()),
             Err(ProtocolError::Io(error)) => Err(RecvError::System("ask the dispatcher to let go", error)),
             Err(other) => Err(RecvError::System("ask the dispatcher to let go", io::Error::other(other))),
+        }
+    }
+
+    /// Gives back the first `packets` of those that [`Batch::leave_open`] left. If it left fewer, nothing happens, and the error
+    /// says how many there are.
+    #[doc(hidden)]
+    #[inline]
+    pub fn commit_open(&mut self, packets: usize) -> Result<(), usize> {
+        let open = self.open;
+        match u32::try_from(packets) {
+            Ok(0) => Ok(()),
+            Ok(packets) if packets == open => {
+                self.commit(self.open_since, open);
+                Ok(())
+            }
+            Ok(packets) if packets < open => {
+                self.open_since = self.commit_first(self.open_since, packets);
+                self.open = open - packets;
+                Ok(())
+            }
+            _ => Err(open as usize),
         }
     }
 
@@ -355,13 +381,29 @@ impl Worker {
         self.up.heartbeat().store(self.heartbeat, Ordering::Relaxed);
     }
 
-    /// Gives back the first `count` packets of the current lane, found in a look that began at `start`.
+    /// Gives back all `count` packets of the current batch, found in a look that began at `start`; the next lane's turn.
     #[inline(always)]
     pub(crate) fn commit(&mut self, start: u64, count: u32) {
-        self.rings[self.lane].commit(count);
+        self.commit_first(start, count);
         self.lane = if self.lane + 1 < self.rings.len() { self.lane + 1 } else { 0 };
-        self.meter.add(start, ticks(), count);
+    }
+
+    /// Gives back the first `count` packets of the current batch. The lane stays the current one, whose next packets are those
+    /// behind them. Returns the ticks until which the time is accounted for.
+    #[inline(always)]
+    pub(crate) fn commit_first(&mut self, start: u64, count: u32) -> u64 {
+        self.rings[self.lane].commit(count);
+        self.open = 0;
+        let end = ticks();
+        self.meter.add(start, end, count);
         self.up.busy_ticks().store(self.meter.busy_ticks(), Ordering::Relaxed);
+        end
+    }
+
+    /// Remembers the first `count` packets of the current batch for [`commit_open`](Self::commit_open).
+    #[inline(always)]
+    pub(crate) fn leave_open(&mut self, start: u64, count: u32) {
+        (self.open, self.open_since) = (count, start);
     }
 
     #[inline(always)]

@@ -130,6 +130,58 @@ fn a_dropped_batch_gives_nothing_back_and_comes_again() {
 }
 
 #[test]
+fn part_of_a_batch_is_given_back_and_the_rest_comes_first() {
+    let (mut primary, mut worker) = attach(attached());
+    for content in 0..4 {
+        primary.send(0, content);
+    }
+    primary.send(1, 9);
+    let commit_first = |worker: &mut Worker, packets| {
+        let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
+        let first = batch.iter().next().unwrap().data()[0];
+        batch.commit_first(packets);
+        first
+    };
+    assert_eq!(commit_first(&mut worker, 0), 0);
+    assert_eq!(primary.take_back(0), 0);
+    assert_eq!(commit_first(&mut worker, 1), 0);
+    assert_eq!(primary.take_back(0), 1);
+    assert_eq!(commit_first(&mut worker, 2), 1);
+    assert_eq!(primary.take_back(0), 2);
+    // All, or more than there are: then it is the next lane's turn.
+    assert_eq!(commit_first(&mut worker, usize::MAX), 3);
+    assert_eq!(primary.take_back(0), 1);
+    primary.send(0, 4);
+    assert_eq!(contents(&mut worker), [9]);
+    assert_eq!(contents(&mut worker), [4]);
+}
+
+#[test]
+fn a_batch_that_is_left_open_is_given_back_in_parts_and_never_more_than_it() {
+    let (mut primary, mut worker) = attach(attached());
+    let leave_open = |worker: &mut Worker, packets| {
+        let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
+        batch.leave_open(packets);
+    };
+    assert_eq!(worker.commit_open(1), Err(0));
+    for content in 0..6 {
+        primary.send(0, content);
+    }
+    leave_open(&mut worker, 4);
+    assert_eq!(worker.commit_open(5), Err(4));
+    assert_eq!(worker.commit_open(usize::MAX), Err(4));
+    assert_eq!((worker.commit_open(0), worker.commit_open(3), primary.take_back(0)), (Ok(()), Ok(()), 3));
+    assert_eq!((worker.commit_open(2), worker.commit_open(1), primary.take_back(0)), (Err(1), Ok(()), 1));
+    assert_eq!(worker.commit_open(1), Err(0));
+    // No more than was received, and nothing that was given back otherwise.
+    leave_open(&mut worker, usize::MAX);
+    assert_eq!(worker.commit_open(3), Err(2));
+    assert_eq!(contents(&mut worker), [4, 5]);
+    assert_eq!(worker.commit_open(1), Err(0));
+    assert_eq!(primary.take_back(0), 2);
+}
+
+#[test]
 fn idles_for_the_timeout_however_it_waits() {
     for (spin_ns, yield_ns) in [(0, 0), (u64::MAX, 0), (0, u64::MAX), (1_000_000, 1_000_000)] {
         let (primary, mut worker) = attach(protocol::Attached { spin_ns, yield_ns, ..attached() });
@@ -324,6 +376,30 @@ fn a_refusal_is_shown_with_its_reason() {
         error.to_string(),
         "the dispatcher refused this worker: this dispatcher speaks version 2, the worker version 1"
     );
+}
+
+#[test]
+fn a_report_is_asked_for_without_becoming_a_worker() {
+    let answered = |reply: Reply| {
+        let socket = Socket::new();
+        let path = socket.path.clone();
+        let dispatcher = thread::spawn(move || {
+            let (connection, request) = socket.accept();
+            assert_eq!(request, Request::Stats);
+            protocol::send(&connection, &reply, &[]).unwrap();
+        });
+        let report = xfan_worker::report(path);
+        dispatcher.join().unwrap();
+        report
+    };
+    assert_eq!(answered(Reply::Stats("fine".into())).unwrap(), "fine");
+    let refusal = Refusal { code: RefusalCode::Forbidden, message: "not you".into() };
+    let error = answered(Reply::Refused(refusal)).unwrap_err();
+    assert_eq!(error.to_string(), "the dispatcher refused to report: not you");
+    let error = answered(Reply::Attached(attached())).unwrap_err();
+    assert!(error.to_string().contains("answered something else than was asked"), "{error}");
+    let error = xfan_worker::report("/nowhere/x.sock").unwrap_err();
+    assert!(error.to_string().starts_with("no dispatcher listens on /nowhere/x.sock"), "{error}");
 }
 
 #[test]

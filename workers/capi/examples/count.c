@@ -1,0 +1,49 @@
+/*
+ * Counts packets and bytes, and prints one JSON object when it ends: a worker in C.
+ *
+ *     cc count.c $(pkg-config --cflags --libs xfan-worker) -o count
+ *     xfan run -i eth1 -n 2 -- ./count
+ *
+ * Or `./count SOCKET`, to join a dispatcher that runs.
+ */
+#include <inttypes.h>
+#include <stdio.h>
+
+#include <xfan_worker.h>
+
+enum { BURST = 64, TIMEOUT_MS = 100 };
+
+static int fail(const char *what) {
+    fprintf(stderr, "count: %s: %s\n", what, xfan_last_error());
+    return 1;
+}
+
+int main(int argc, char **argv) {
+    xfan_options options = {.socket = argc > 1 ? argv[1] : NULL, .flags = XFAN_LEAVE_ON_SIGNALS};
+    xfan_worker *worker = xfan_attach(&options);
+    if (!worker)
+        return fail("cannot attach");
+
+    int32_t packet_counter = xfan_counter(worker, "packets");
+    int32_t byte_counter = xfan_counter(worker, "bytes");
+    if (packet_counter < 0 || byte_counter < 0)
+        return fail("cannot publish a counter");
+
+    uint64_t packets = 0, bytes = 0;
+    xfan_packet burst[BURST];
+    int32_t count;
+    while ((count = xfan_receive(worker, burst, BURST, TIMEOUT_MS)) >= 0) {
+        for (int32_t i = 0; i < count; i++)
+            bytes += burst[i].length;
+        packets += (uint64_t)count;
+        xfan_counter_set(worker, packet_counter, packets);
+        xfan_counter_set(worker, byte_counter, bytes);
+        if (xfan_commit(worker, (size_t)count) != XFAN_OK)
+            return fail("cannot commit");
+    }
+
+    int status = count == XFAN_CLOSED ? 0 : fail("cannot receive");
+    printf("{\"member\":\"%s\",\"packets\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n", xfan_member(worker), packets, bytes);
+    xfan_free(worker);
+    return status;
+}

@@ -1,0 +1,184 @@
+//! What went wrong: a code that a function returns, and a sentence that is kept for [`xfan_last_error`].
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::ffi::{CString, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+use xfan_worker::{AttachError, CounterError, RecvError};
+
+/// Done.
+pub const XFAN_OK: i32 = 0;
+/// No error: there will be no more packets, and all there were are committed. Free the worker.
+pub const XFAN_CLOSED: i32 = -1;
+/// An argument is not possible: NULL, no text, out of range.
+pub const XFAN_INVALID: i32 = -2;
+/// Neither the environment nor the options name a control socket.
+pub const XFAN_NO_SOCKET: i32 = -3;
+/// No dispatcher listens on the socket.
+pub const XFAN_NO_DISPATCHER: i32 = -4;
+/// The socket's permissions forbid to connect.
+pub const XFAN_PERMISSION: i32 = -5;
+/// The dispatcher said no; the sentence says why.
+pub const XFAN_REFUSED: i32 = -6;
+/// The dispatcher has died. All its packets are committed.
+pub const XFAN_DISPATCHER_GONE: i32 = -7;
+/// What the dispatcher said or sent makes no sense. Both must be of the same release.
+pub const XFAN_PROTOCOL: i32 = -8;
+/// A counter's name is not possible or taken, or there are too many.
+pub const XFAN_COUNTER: i32 = -9;
+/// A system call failed.
+pub const XFAN_SYSTEM: i32 = -10;
+/// A fault of this library. Do nothing more with the worker than to free it.
+pub const XFAN_INTERNAL: i32 = -11;
+
+/// The dispatcher has ended this worker's membership: it hung, or did not leave when it was to. Its packets have gone to others.
+pub const XFAN_EVICTED: i32 = -12;
+
+/// An error on its way to C.
+pub(crate) struct Failure {
+    code: i32,
+    message: Cow<'static, str>,
+}
+
+impl Failure {
+    pub(crate) fn invalid(message: impl Into<Cow<'static, str>>) -> Self {
+        Failure { code: XFAN_INVALID, message: message.into() }
+    }
+
+    fn panicked(payload: &(dyn Any + Send)) -> Self {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text =
+            text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no reason");
+        Failure { code: XFAN_INTERNAL, message: format!("a fault of xfan, please report it: {text}").into() }
+    }
+
+    /// Keeps it for `xfan_last_error`; returns its code.
+    fn keep(self) -> i32 {
+        // Only a thread that is ending has no place for it any more.
+        let _ = LAST.try_with(|last| {
+            let message = self.message.replace('\0', " ");
+            *last.borrow_mut() = (self.code, CString::new(message).unwrap_or_default());
+        });
+        self.code
+    }
+}
+
+impl From<AttachError> for Failure {
+    fn from(error: AttachError) -> Self {
+        let code = match &error {
+            AttachError::NoSocket => XFAN_NO_SOCKET,
+            AttachError::NoDispatcher(_) => XFAN_NO_DISPATCHER,
+            AttachError::Permission(_) => XFAN_PERMISSION,
+            AttachError::Refused { .. } => XFAN_REFUSED,
+            AttachError::Batch(_) => XFAN_INVALID,
+            AttachError::NoAnswer(_)
+            | AttachError::Protocol(..)
+            | AttachError::Unexpected(_)
+            | AttachError::Layout(_) => XFAN_PROTOCOL,
+            AttachError::Connect(..)
+            | AttachError::Umem(_)
+            | AttachError::Core(_)
+            | AttachError::Signals(_) => XFAN_SYSTEM,
+        };
+        Failure { code, message: error.to_string().into() }
+    }
+}
+
+impl From<RecvError> for Failure {
+    fn from(error: RecvError) -> Self {
+        let code = match &error {
+            RecvError::PrimaryGone => XFAN_DISPATCHER_GONE,
+            RecvError::Evicted => XFAN_EVICTED,
+            RecvError::Corrupt { .. } => XFAN_PROTOCOL,
+            RecvError::System(..) => XFAN_SYSTEM,
+        };
+        Failure { code, message: error.to_string().into() }
+    }
+}
+
+impl From<CounterError> for Failure {
+    fn from(error: CounterError) -> Self {
+        Failure { code: XFAN_COUNTER, message: error.to_string().into() }
+    }
+}
+
+thread_local! {
+    static LAST: RefCell<(i32, CString)> = RefCell::default();
+}
+
+/// Runs what a function does; a failure is its code. No panic gets out.
+#[inline]
+pub(crate) fn code(body: impl FnOnce() -> Result<i32, Failure>) -> i32 {
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(result)) => result,
+        Ok(Err(failure)) => failure.keep(),
+        Err(payload) => Failure::panicked(&*payload).keep(),
+    }
+}
+
+/// The same for functions that return a pointer: a failure is null.
+pub(crate) fn pointer<P: Pointer>(body: impl FnOnce() -> Result<P, Failure>) -> P {
+    let mut result = P::null();
+    code(|| {
+        result = body()?;
+        Ok(XFAN_OK)
+    });
+    result
+}
+
+/// Pointers that C gets.
+pub(crate) trait Pointer {
+    fn null() -> Self;
+}
+
+impl<T> Pointer for *mut T {
+    fn null() -> Self {
+        ptr::null_mut()
+    }
+}
+
+impl<T> Pointer for *const T {
+    fn null() -> Self {
+        ptr::null()
+    }
+}
+
+/// The last error in the calling thread, as a sentence; empty if there was none. A success does not change
+/// it. It stays until the thread's next error.
+#[unsafe(no_mangle)]
+pub extern "C" fn xfan_last_error() -> *const c_char {
+    pointer(|| Ok(LAST.try_with(|last| last.borrow().1.as_ptr()).unwrap_or(c"".as_ptr())))
+}
+
+/// The last error in the calling thread, as a code; XFAN_OK if there was none.
+#[unsafe(no_mangle)]
+pub extern "C" fn xfan_last_error_code() -> i32 {
+    code(|| Ok(LAST.try_with(|last| last.borrow().0).unwrap_or(XFAN_OK)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    #[test]
+    fn a_panic_becomes_an_error_of_the_thread_it_came_from() {
+        assert_eq!((xfan_last_error_code(), text()), (XFAN_OK, String::new()));
+        assert_eq!(code(|| panic!("number {}", 7)), XFAN_INTERNAL);
+        assert_eq!(text(), "a fault of xfan, please report it: number 7");
+        assert!(pointer(|| -> Result<*const u8, Failure> { panic!("plain") }).is_null());
+        assert_eq!(text(), "a fault of xfan, please report it: plain");
+        assert_eq!(code(|| Err(Failure::invalid("a\0b"))), XFAN_INVALID);
+        assert_eq!(code(|| Ok(5)), 5);
+        assert_eq!((xfan_last_error_code(), text()), (XFAN_INVALID, "a b".into()));
+        std::thread::spawn(|| assert_eq!(xfan_last_error_code(), XFAN_OK)).join().unwrap();
+    }
+
+    fn text() -> String {
+        // SAFETY: it is text until the thread's next error.
+        unsafe { CStr::from_ptr(xfan_last_error()) }.to_str().unwrap().to_owned()
+    }
+}

@@ -1,0 +1,99 @@
+//! The smallest secondary: finds a running primary by its interface, joins it, and prints what arrives.
+//!
+//! ```sh
+//! xfan run -i eth1 &
+//! cargo run -p xfan-worker --example secondary -- eth1 --wait
+//! ```
+//!
+//! SIGINT or SIGTERM ends it in good order: what is on its way to it still comes, and nothing is lost.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, flow};
+
+/// Between two tries with --wait.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Joins a running dispatcher and prints one line for each packet.
+#[derive(Parser)]
+struct Arguments {
+    /// The interface whose dispatcher to join.
+    #[arg(value_name = "IFACE", required_unless_present = "socket")]
+    interface: Option<String>,
+    /// Its control socket, where that is not /run/xfan/IFACE.sock.
+    #[arg(long)]
+    socket: Option<PathBuf>,
+    /// Wait for the dispatcher if it is not there yet.
+    #[arg(long)]
+    wait: bool,
+    /// End after so many packets.
+    #[arg(long)]
+    count: Option<usize>,
+}
+
+impl Arguments {
+    fn socket(&self) -> PathBuf {
+        let by_name = || format!("/run/xfan/{}.sock", self.interface.as_deref().unwrap_or_default()).into();
+        self.socket.clone().unwrap_or_else(by_name)
+    }
+}
+
+/// Joins; with `--wait`, once there is a dispatcher.
+fn attach(arguments: &Arguments) -> Result<Worker, AttachError> {
+    let socket = arguments.socket();
+    loop {
+        let not_there = match Worker::builder().socket(&socket).leave_on_signals().attach() {
+            Ok(worker) => return Ok(worker),
+            Err(error @ AttachError::NoDispatcher(_)) => error,
+            // One that ends: another may follow.
+            Err(error @ AttachError::Refused { code: RefusalCode::Closing, .. }) => error,
+            Err(error) => return Err(error),
+        };
+        if !arguments.wait {
+            return Err(not_there);
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn print(out: &mut impl Write, packet: Packet<'_>) -> io::Result<()> {
+    let length = packet.data().len();
+    write!(out, "{length} bytes, hash {:08x}, lane {}", packet.hash(), packet.lane())?;
+    if let Some(flow::Packet { key, .. }) = flow::Packet::parse(packet.data()) {
+        let flow::FlowKey { source, source_port, destination, destination_port, protocol } = key;
+        write!(out, ", {source} {source_port} > {destination} {destination_port}, protocol {protocol}")?;
+    }
+    writeln!(out)
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let mut worker = attach(arguments)?;
+    eprintln!("secondary: is member {} of {}", worker.member(), arguments.socket().display());
+    let mut left = arguments.count.unwrap_or(usize::MAX);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    // What it has not printed when it has enough goes to the dispatcher's other workers.
+    while left > 0 {
+        match worker.recv(Duration::from_millis(100))? {
+            Received::Packets(batch) => {
+                let wanted = left.min(batch.len());
+                batch.iter().take(wanted).try_for_each(|packet| print(&mut out, packet))?;
+                out.flush()?;
+                batch.commit_first(wanted);
+                left -= wanted;
+            }
+            Received::Idle => {}
+            Received::Closed => break,
+        }
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let Err(error) = run(&Arguments::parse()) else { return ExitCode::SUCCESS };
+    eprintln!("secondary: {error}");
+    ExitCode::FAILURE
+}
