@@ -270,6 +270,38 @@ fn who_may_not_is_told_why_and_counted() {
 }
 
 #[test]
+fn a_worker_from_outside_goes_on_with_the_next_primary() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2");
+    launch.within_reach("xfan-count").unwrap();
+    let first = launch.start().unwrap();
+    let mut command = Command::new(first.folder().join("xfan-count"));
+    command.arg("--attach").arg(first.socket()).args(["--member", "default/1", "--reconnect"]);
+    let worker = Process::spawn(command).unwrap();
+    first.report_when(|report| is(report, "default/1", "running"));
+    replay(&namespace);
+    first.report_after(PACKETS, true);
+    let pid = member(&first.report(), "default/1").pid;
+
+    let (exit, folder) = first.end(Signal::SIGKILL);
+    assert_eq!(exit.signal, Some(9));
+    let second = Launch::within(&namespace, folder).with("-n 2").start().unwrap();
+    let report = second.report_when(|report| is(report, "default/1", "running"));
+    assert_eq!(member(&report, "default/1").pid, pid, "the same process, as the same member");
+    replay(&namespace);
+    let report = second.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(member(&report, "default/1").committed, PACKETS);
+    // Nor does it wait for ever when it is told to go while there is none.
+    let (exit, _folder) = second.end(Signal::SIGKILL);
+    assert_eq!(exit.signal, Some(9));
+    let exit = worker.end(Signal::SIGTERM);
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    assert_eq!(counted(&exit), 2 * PACKETS);
+}
+
+#[test]
 fn ten_thousand_joins_leave_nothing_behind() {
     let _watchdog = e2e_or_skip!(900);
     let namespace = network();

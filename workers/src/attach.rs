@@ -4,7 +4,7 @@ use std::env;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
 use nix::errno::Errno;
@@ -23,6 +23,10 @@ use crate::{DEFAULT_BATCH, MAX_BATCH};
 
 /// How long the dispatcher may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two tries to find the next dispatcher; each pause is twice as long as the one before.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a worker could not attach.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +87,9 @@ pub enum AttachError {
     /// A batch size outside the limits.
     #[error("a batch of {0} packets is not possible: 1 to {MAX_BATCH}")]
     Batch(usize),
+    /// A signal asked the worker to leave while it looked for the next dispatcher.
+    #[error("told to leave while there was no dispatcher")]
+    Leaving,
     /// The signal handlers cannot be installed.
     #[error("cannot install handlers for SIGTERM and SIGINT: {0}")]
     Signals(#[source] io::Error),
@@ -96,7 +103,7 @@ pub struct Builder {
     member: Option<String>,
     token: Option<String>,
     program: Option<String>,
-    batch: usize,
+    pub(crate) batch: usize,
     leave_on_signals: bool,
 }
 
@@ -158,29 +165,61 @@ impl Builder {
         if !(1..=MAX_BATCH).contains(&self.batch) {
             return Err(AttachError::Batch(self.batch));
         }
-        let path = match self.socket.take() {
-            Some(path) => path,
-            None => {
-                let set = |name| env::var(name).ok().filter(|value| !value.is_empty());
-                self.member = self.member.or_else(|| set(ENV_MEMBER));
-                self.token = set(ENV_TOKEN);
-                env::var_os(ENV_SOCKET)
-                    .filter(|path| !path.is_empty())
-                    .map(PathBuf::from)
-                    .ok_or(AttachError::NoSocket)?
+        if self.socket.is_none() {
+            let set = |name| env::var(name).ok().filter(|value| !value.is_empty());
+            self.member = self.member.or_else(|| set(ENV_MEMBER));
+            self.token = set(ENV_TOKEN);
+            self.socket = env::var_os(ENV_SOCKET).filter(|path| !path.is_empty()).map(PathBuf::from);
+        }
+        let leave_on_signals = self.leave_on_signals;
+        self.join(|| Leave::new(leave_on_signals).map_err(AttachError::Signals))
+    }
+
+    /// Attaches to the dispatcher that has taken the place of one that is gone: as the member that the worker was, if it can be
+    /// had, else as any. Tries until there is one, for `patience` at most.
+    pub(crate) fn join_next(
+        mut self,
+        member: String,
+        leave: &Leave,
+        patience: Duration,
+    ) -> Result<Worker, AttachError> {
+        let start = Instant::now();
+        let mut pause = SHORTEST_PAUSE;
+        self.member = Some(member);
+        // That of the one that is gone proves nothing to the next.
+        self.token = None;
+        loop {
+            if leave.is_due() {
+                return Err(AttachError::Leaving);
             }
-        };
+            let error = match self.clone().join(|| Ok(leave.afresh())) {
+                Err(error) => error,
+                joined => return joined,
+            };
+            if error.is_about_the_member() && self.member.take().is_some() {
+                continue;
+            }
+            if !error.may_pass() || start.elapsed() >= patience {
+                return Err(error);
+            }
+            std::thread::sleep(pause.min(patience.saturating_sub(start.elapsed())));
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn join(self, leave: impl FnOnce() -> Result<Leave, AttachError>) -> Result<Worker, AttachError> {
+        let path = self.socket.clone().ok_or(AttachError::NoSocket)?;
         // The clock and the handlers before the dispatcher knows us: from then on it may ask us to stop, and packets may come.
         clock::ticks_per_ns();
         let control = dial(&path)?;
         // But not before there is a dispatcher: who tries until there is one must still end by a signal.
-        let leave = Leave::new(self.leave_on_signals).map_err(AttachError::Signals)?;
+        let leave = leave()?;
         let request = Request::Attach(Attach {
             version: VERSION,
-            group: self.group,
-            member: self.member,
-            token: self.token,
-            program: self.program.unwrap_or_else(program_name),
+            group: self.group.clone(),
+            member: self.member.clone(),
+            token: self.token.clone(),
+            program: self.program.clone().unwrap_or_else(program_name),
         });
         let (attached, fds) = match ask(&control, &request, &path)? {
             (Reply::Attached(attached), fds) => (attached, fds),
@@ -199,7 +238,26 @@ impl Builder {
         if let Some(core) = attached.core {
             pin(core)?;
         }
-        Ok(Worker::new(attached, umem, down, up, control, doorbell, leave, self.batch))
+        Ok(Worker::new(self, attached, umem, down, up, control, doorbell, leave))
+    }
+}
+
+impl AttachError {
+    /// Whether another member may be had.
+    fn is_about_the_member(&self) -> bool {
+        use RefusalCode::{Forbidden, Occupied, UnknownMember};
+        matches!(self, AttachError::Refused { code: Forbidden | Occupied | UnknownMember, .. })
+    }
+
+    /// Whether it may be otherwise soon: there is no dispatcher yet, it is just going, or all places are taken.
+    fn may_pass(&self) -> bool {
+        use RefusalCode::{Closing, Occupied};
+        match self {
+            AttachError::NoDispatcher(_) | AttachError::NoAnswer(_) => true,
+            AttachError::Protocol(_, error) => matches!(error, ProtocolError::Closed),
+            AttachError::Refused { code, .. } => matches!(code, Closing | Occupied),
+            _ => false,
+        }
     }
 }
 

@@ -40,6 +40,11 @@ impl Leave {
         }
     }
 
+    /// As it was before anybody was asked: for the next dispatcher.
+    pub(crate) fn afresh(&self) -> Self {
+        Leave { signalled: self.signalled.clone(), since: None }
+    }
+
     /// Notes that the dispatcher is being asked now; `false` if it has been before.
     pub(crate) fn begin(&mut self, now: u64) -> bool {
         let first = self.since.is_none();

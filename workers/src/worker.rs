@@ -29,6 +29,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// A member of a dispatcher's group, and the packets that come to it.
 pub struct Worker {
     // Known since the attach.
+    builder: Builder,
     member: String,
     ports: Vec<String>,
     core: Option<usize>,
@@ -120,6 +121,7 @@ impl Worker {
 
     #[allow(clippy::too_many_arguments)] // one caller
     pub(crate) fn new(
+        builder: Builder,
         attached: Attached,
         umem: Mapping,
         down: Down,
@@ -127,16 +129,16 @@ impl Worker {
         control: OwnedFd,
         doorbell: OwnedFd,
         leave: Leave,
-        batch: usize,
     ) -> Self {
         let rings = (0..attached.geometry.lanes)
             .map(|lane| Consumer::new(SharedRing::new(&down, &up, lane)))
             .collect();
         Worker {
+            batch: builder.batch,
+            builder,
             member: attached.member,
             ports: attached.ports,
             core: attached.core,
-            batch,
             umem,
             down,
             up,
@@ -153,6 +155,19 @@ impl Worker {
             open: 0,
             open_since: 0,
         }
+    }
+
+    /// After [`RecvError::PrimaryGone`] or [`RecvError::Evicted`]: attaches to the dispatcher that listens on the same socket now, or will
+    /// within `patience`, as the member that it was if that can be had, else as any. Meanwhile the kernel has the traffic. Only for
+    /// workers that came by themselves: those that a dispatcher started end with it.
+    ///
+    /// Counters are to be made anew.
+    ///
+    /// # Errors
+    /// [`AttachError`]; [`AttachError::Leaving`] if a signal asked the worker to leave. It may be tried again.
+    pub fn reattach(&mut self, patience: Duration) -> Result<(), AttachError> {
+        *self = self.builder.clone().join_next(self.member.clone(), &self.leave, patience)?;
+        Ok(())
     }
 
     /// The member it is, such as `default/0`.

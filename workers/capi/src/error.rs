@@ -81,6 +81,7 @@ impl From<AttachError> for Failure {
             AttachError::Connect(..)
             | AttachError::Umem(_)
             | AttachError::Core(_)
+            | AttachError::Leaving
             | AttachError::Signals(_) => XFAN_SYSTEM,
         };
         Failure { code, message: error.to_string().into() }

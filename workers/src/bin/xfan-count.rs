@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan_worker::{Packet, Received, Worker};
+use xfan_worker::{AttachError, Packet, Received, RecvError, Worker};
 
 /// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it ends.
 #[derive(Parser)]
@@ -20,6 +20,9 @@ struct Arguments {
     /// The member to become, such as default/0; any vacant one otherwise.
     #[arg(long)]
     member: Option<String>,
+    /// When the dispatcher is gone, wait for the next one on the same socket.
+    #[arg(long)]
+    reconnect: bool,
     /// Sleep before each commit, to be a slow worker, such as 10ms.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     sleep_per_batch: Option<Duration>,
@@ -74,7 +77,19 @@ fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::
     totals.member = worker.member().into();
     let (mut packets, mut bytes) = (worker.counter("packets")?, worker.counter("bytes")?);
     loop {
-        match worker.recv(Duration::from_millis(100))? {
+        let received = match worker.recv(Duration::from_millis(100)) {
+            Err(RecvError::PrimaryGone) if arguments.reconnect => {
+                match worker.reattach(Duration::MAX) {
+                    Err(AttachError::Leaving) => return Ok(()),
+                    result => result?,
+                }
+                totals.member = worker.member().into();
+                (packets, bytes) = (worker.counter("packets")?, worker.counter("bytes")?);
+                continue;
+            }
+            received => received?,
+        };
+        match received {
             Received::Packets(batch) => {
                 for packet in &batch {
                     totals.count(packet);
