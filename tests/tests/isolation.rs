@@ -192,6 +192,55 @@ fn open_descriptors(primary: &Primary) -> usize {
 }
 
 #[test]
+fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap();
+    let primary = launch.start().unwrap();
+    let before = open_descriptors(&primary);
+
+    // Connections by the thousand that say nothing: of root, which these are, there can be 64 at a time.
+    let silent: Vec<_> = (0..2000).map(|_| dial(&primary)).collect();
+    let refused = |control: &OwnedFd| {
+        matches!(
+            protocol::ask(control, &protocol::Request::Stats),
+            Ok((Reply::Refused(refusal), _)) if refusal.message.contains("there are 64 connections of root")
+        )
+    };
+    assert!(refused(silent.last().unwrap()));
+    replay(&namespace);
+    drop(silent);
+    while open_descriptors(&primary) > before {
+        std::thread::yield_now();
+    }
+    // Messages by the thousand that make no sense, and then workers that are not wanted.
+    for _ in 0..2000 {
+        let control = dial(&primary);
+        send(control.as_raw_fd(), b"{\"attach\":", MsgFlags::MSG_NOSIGNAL).unwrap();
+        assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Refused(_)));
+    }
+    for _ in 0..500 {
+        let control = dial(&primary);
+        send(control.as_raw_fd(), b"{\"attach\":{\"version\":99,\"program\":\"x\"}}", MsgFlags::MSG_NOSIGNAL)
+            .unwrap();
+        assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Refused(_)));
+    }
+    let report = primary.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(report.totals(), (PACKETS, PACKETS, 0));
+    let control = report.control;
+    assert!((1900..=1999).contains(&control.too_many), "{control:?}");
+    assert_eq!((control.malformed, control.refused, control.forbidden), (2000, 500, 0));
+    // They do not push what matters out of the journal.
+    let Ok(Reply::Events(page)) = xfan::control::ask(&primary.socket(), &protocol::Request::Events(0)) else {
+        panic!("it tells what happened")
+    };
+    let page: xfan::journal::Page = serde_json::from_value(page).unwrap();
+    assert_eq!((page.missed, page.entries.iter().filter(|entry| entry.event == "attached").count()), (0, 2));
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
 fn messages_that_make_no_sense_are_answered_and_forgotten() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
