@@ -10,9 +10,10 @@ use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::generator::{End, Generator, Load};
 use xfan_tests::leftovers;
+use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::veth::{Veth, VethConfig};
-use xfan_worker::{Received, Worker};
+use xfan_worker::{Received, RecvError, Worker};
 
 use crate::Failure;
 
@@ -36,12 +37,7 @@ pub struct Options {
 /// Something cannot be set up, or a sum does not hold.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).map_err(|error| error.to_string())?;
-    let config = format!(
-        "ring_slots = {SLOTS}\nmax_workers = 3\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
-         start_limit_interval = '1ms'\n[log]\nlevel = 'error'"
-    );
-    let launch = Launch::on(&namespace)?.with("-n 2").config(&config)?.worker("xfan-count", "")?;
-    let primary = launch.spawn()?;
+    let primary = configured(Launch::on(&namespace)?)?.spawn()?;
     while control::ask_for_report(&primary.socket()).is_err() {
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -81,11 +77,79 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     print_row("join, until it gets packets", &mut joins);
     print_row("leave, until all is committed", &mut leaves);
     println!("packets dropped meanwhile, by lanes and kernel: {dropped}");
+    if !report.imbalances().is_empty() {
+        return Err(report.imbalances().join("\n").into());
+    }
+
+    let generator = namespace.run(|| Generator::start(&load))?;
+    let mut primary = primary;
+    let mut gaps = Vec::new();
+    for _ in 0..options.rounds.div_ceil(10) {
+        let (gap, next) = replace(&namespace, primary)?;
+        gaps.push(gap);
+        primary = next;
+    }
+    generator.stop()?;
+    println!("\nthe primary is killed, and another started; {} times; µs", gaps.len());
+    println!("{:<34} {:>7} {:>7} {:>7} {:>7}", "from SIGKILL until", "least", "p50", "p99", "most");
+    print_row("a worker commits under the next", &mut gaps);
     let (exit, _) = primary.stop();
-    if exit.code != Some(0) || !report.imbalances().is_empty() {
-        return Err(format!("{:?}\n{}", report.imbalances(), exit.stderr.join("\n")).into());
+    if exit.code != Some(0) {
+        return Err(exit.stderr.join("\n").into());
     }
     Ok(())
+}
+
+fn configured(launch: Launch<'_>) -> Result<Launch<'_>, Failure> {
+    let config = format!(
+        "ring_slots = {SLOTS}\nmax_workers = 3\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
+         start_limit_interval = '1ms'\n[log]\nlevel = 'error'"
+    );
+    Ok(launch.with("-n 2").config(&config)?.worker("xfan-count", "")?)
+}
+
+/// Kills the primary and starts the next; the time until a worker that came by itself commits a packet under that.
+fn replace(namespace: &Netns, primary: Primary) -> Result<(Duration, Primary), Failure> {
+    let mut worker = Worker::attach_to(primary.socket())?;
+    while !commit_one(&mut worker)? {}
+    let start = Instant::now();
+    let (_, folder) = primary.end(Signal::SIGKILL);
+    let next = configured(Launch::within(namespace, folder))?.spawn()?;
+    loop {
+        match commit_one(&mut worker) {
+            Ok(_) => {}
+            Err(RecvError::PrimaryGone) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    worker.reattach(Duration::from_secs(30))?;
+    while !commit_one(&mut worker)? {}
+    let gap = start.elapsed();
+    worker.request_detach()?;
+    finish(&mut worker)?;
+    Ok((gap, next))
+}
+
+/// Commits what there is until there will be no more.
+fn finish(worker: &mut Worker) -> Result<(), RecvError> {
+    loop {
+        match worker.recv(Duration::from_millis(100))? {
+            Received::Packets(batch) => batch.commit(),
+            Received::Idle => {}
+            Received::Closed => return Ok(()),
+        }
+    }
+}
+
+/// Commits what there is; whether there was something.
+fn commit_one(worker: &mut Worker) -> Result<bool, RecvError> {
+    match worker.recv(Duration::from_millis(10))? {
+        Received::Packets(batch) => {
+            batch.commit();
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
 }
 
 struct Round {
@@ -141,13 +205,7 @@ fn join_and_leave(primary: &Primary) -> Result<(Duration, Duration), Failure> {
     }
     let start = Instant::now();
     worker.request_detach()?;
-    loop {
-        match worker.recv(Duration::from_millis(100))? {
-            Received::Packets(batch) => batch.commit(),
-            Received::Idle => {}
-            Received::Closed => break,
-        }
-    }
+    finish(&mut worker)?;
     let left = start.elapsed();
     drop(worker);
     primary.report_when(|report| {
