@@ -6,7 +6,7 @@
 //!                (FILL, NIC, RX)
 //! ```
 //!
-//! A packet's frame is the lane's between [`accept`](Frames::accept) and the end of its batch, when it is either lent or
+//! A packet's frame is the lane's between [`accepting`](Frames::accepting) and the end of its batch, when it is either lent or
 //! given back; the ledger has it as lent meanwhile. Free frames are a stack: the one used last is the one
 //! most likely in the cache. A mark per frame says whether the kernel has it; one that it has not is free if it is on the
 //! stack, else lent. The ledger is private to the lane; what it counts is published in the lane's counters.
