@@ -172,6 +172,19 @@ impl<'a> Launch<'a> {
         Ok(Process::spawn(self.command()?)?.wait())
     }
 
+    /// Starts it and waits until it answers, whether or not packets are let in: for one that logs too little for
+    /// [`start`](Self::start).
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn start_until_it_answers(self) -> Result<Primary, ProcessError> {
+        let primary = self.spawn()?;
+        while ask_for_report(&primary.socket()).is_err() {
+            std::thread::sleep(PAUSE);
+        }
+        Ok(primary)
+    }
+
     /// Starts it and waits until packets are let in.
     ///
     /// # Errors

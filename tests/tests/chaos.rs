@@ -202,11 +202,8 @@ fn whatever_happens_to_workers_every_packet_is_accounted_for() {
     let launch = Launch::on(&namespace).unwrap().with("-n 4").config(CONFIG).unwrap();
     launch.within_reach("xfan-hostile").unwrap();
     let launch = launch.worker("xfan-witness", "FOLDER").unwrap();
-    let primary = launch.spawn().unwrap();
+    let primary = launch.start_until_it_answers().unwrap();
     let runs = |report: &Report| report.groups[0].members.iter().all(|member| member.state == "running");
-    while !primary.socket().exists() {
-        std::thread::yield_now();
-    }
     primary.report_when(runs);
     let (open, mapped) = (descriptors(&primary), segments(&primary));
 

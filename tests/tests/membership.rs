@@ -307,10 +307,7 @@ fn ten_thousand_joins_leave_nothing_behind() {
     let namespace = network();
     let config = "ring_slots = 64\n[log]\nlevel = 'error'";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
-    let primary = launch.spawn().unwrap();
-    while !primary.socket().exists() || xfan::control::ask_for_report(&primary.socket()).is_err() {
-        std::thread::yield_now();
-    }
+    let primary = launch.start_until_it_answers().unwrap();
     let pid = primary.process.pid();
     let read = |file: &str| {
         let mut text = String::new();
@@ -415,10 +412,7 @@ fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
     let namespace = network();
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config("on_empty = 'pass'").unwrap();
     launch.within_reach("xfan-count").unwrap();
-    let primary = launch.spawn().unwrap();
-    while xfan::control::ask_for_report(&primary.socket()).is_err() {
-        std::thread::yield_now();
-    }
+    let primary = launch.start_until_it_answers().unwrap();
     let told = |event: &str, times: usize| loop {
         let request = xfan_shm::protocol::Request::Events(0);
         let Ok(xfan_shm::protocol::Reply::Events(page)) = xfan::control::ask(&primary.socket(), &request)

@@ -37,10 +37,7 @@ pub struct Options {
 /// Something cannot be set up, or a sum does not hold.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).map_err(|error| error.to_string())?;
-    let primary = configured(Launch::on(&namespace)?)?.spawn()?;
-    while control::ask_for_report(&primary.socket()).is_err() {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let primary = configured(Launch::on(&namespace)?)?.start_until_it_answers()?;
     primary.report_when(|report| report.groups[0].members.iter().all(|member| member.state == "running"));
     let load = Load { frames_per_second: Some(PACE), ..Load::onto("tx0", End::After(Duration::MAX)) };
     let generator = namespace.run(|| Generator::start(&load))?;
