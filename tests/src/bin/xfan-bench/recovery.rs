@@ -1,5 +1,7 @@
 //! How long it takes until what a killed worker had is with the others, and what a join and a leave cost.
 
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
@@ -12,6 +14,8 @@ use xfan_tests::generator::{End, Generator, Load};
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::traffic;
+use xfan_tests::tx::{TxError, TxSocket};
 use xfan_tests::veth::{Veth, VethConfig};
 use xfan_worker::{Received, RecvError, Worker};
 
@@ -22,6 +26,9 @@ const SLOTS: u64 = 2048;
 
 /// Frames per second: the two workers get half of them each.
 const PACE: u64 = 200_000;
+
+/// The CPU that the lane and the workers share: the generator takes all of the first.
+const CPU: usize = 1;
 
 /// Options of `xfan-bench recovery`.
 #[derive(Debug, clap::Args)]
@@ -78,15 +85,15 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         return Err(report.imbalances().join("\n").into());
     }
 
-    let generator = namespace.run(|| Generator::start(&load))?;
-    let mut primary = primary;
-    let mut gaps = Vec::new();
-    for _ in 0..options.rounds.div_ceil(10) {
-        let (gap, next) = replace(&namespace, primary)?;
-        gaps.push(gap);
-        primary = next;
-    }
-    generator.stop()?;
+    let (primary, mut gaps) = under_a_trickle(&namespace, || {
+        let (mut primary, mut gaps) = (primary, Vec::new());
+        for _ in 0..options.rounds.div_ceil(10) {
+            let (gap, next) = replace(&namespace, primary)?;
+            gaps.push(gap);
+            primary = next;
+        }
+        Ok((primary, gaps))
+    })?;
     println!("\nthe primary is killed, and another started; {} times; µs", gaps.len());
     println!("{:<34} {:>7} {:>7} {:>7} {:>7}", "from SIGKILL until", "least", "p50", "p99", "most");
     print_row("a worker commits under the next", &mut gaps);
@@ -102,7 +109,29 @@ fn configured(launch: Launch<'_>) -> Result<Launch<'_>, Failure> {
         "ring_slots = {SLOTS}\nmax_workers = 3\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
          start_limit_interval = '1ms'\n[log]\nlevel = 'error'"
     );
-    Ok(launch.with("-n 2").config(&config)?.worker("xfan-count", "")?)
+    Ok(launch.with(&format!("-n 2 --cores {CPU}")).config(&config)?.worker("xfan-count", "")?)
+}
+
+/// Does `work` while every 100 µs a packet comes in. The generator would not do: it never lets go of its CPU, on which the
+/// kernel then cannot end the RCU grace periods that it waits for when XDP programs come and go.
+fn under_a_trickle<T>(namespace: &Netns, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let mut socket = namespace.run(|| TxSocket::open("tx0", 0))?;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let server = SocketAddr::from(([10, 0, 0, 2], 53));
+            let clients = (1024..u16::MAX).map(|port| SocketAddr::from(([10, 0, 0, 1], port)));
+            for client in clients.cycle().take_while(|_| !over.load(Ordering::Relaxed)) {
+                socket.send(&traffic::udp(client, server, b"one of a trickle"))?;
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            Ok::<_, TxError>(())
+        });
+        let done = work();
+        over.store(true, Ordering::Relaxed);
+        sender.join().expect("it does not panic")?;
+        done
+    })
 }
 
 /// Kills the primary and starts the next; the time until a worker that came by itself commits a packet under that.
@@ -122,20 +151,27 @@ fn replace(namespace: &Netns, primary: Primary) -> Result<(Duration, Primary), F
     worker.reattach(Duration::from_secs(30))?;
     while !commit_one(&mut worker)? {}
     let gap = start.elapsed();
-    worker.request_detach()?;
-    finish(&mut worker)?;
+    leave(worker, &next)?;
     Ok((gap, next))
 }
 
-/// Commits what there is until there will be no more.
-fn finish(worker: &mut Worker) -> Result<(), RecvError> {
+/// Commits what there is until there will be no more, and waits until the place is vacant; the time of the former.
+fn leave(mut worker: Worker, primary: &Primary) -> Result<Duration, RecvError> {
+    let start = Instant::now();
+    worker.request_detach()?;
     loop {
         match worker.recv(Duration::from_millis(100))? {
             Received::Packets(batch) => batch.commit(),
             Received::Idle => {}
-            Received::Closed => return Ok(()),
+            Received::Closed => break,
         }
     }
+    let left = start.elapsed();
+    drop(worker);
+    primary.report_when(|report| {
+        report.groups[0].members.iter().all(|member| member.id != "default/2" || member.pid == 0)
+    });
+    Ok(left)
 }
 
 /// Commits what there is; whether there was something.
@@ -176,6 +212,8 @@ fn kill_one(primary: &Primary) -> Result<Round, Failure> {
     if requeued + lost != SLOTS {
         return Err(format!("it had {SLOTS} packets, but {requeued} were requeued and {lost} lost").into());
     }
+    // It is on its CPU when it commits.
+    primary.report_when(|report| report.member(ID).is_some_and(|later| later.committed > now.committed));
     let entries = journal(primary, last)?;
     let since = |event: &str| -> Result<Duration, Failure> {
         let entry = entries.iter().find(|entry| entry.member.as_deref() == Some(ID) && entry.event == event);
@@ -200,15 +238,7 @@ fn join_and_leave(primary: &Primary) -> Result<(Duration, Duration), Failure> {
             batch.commit();
         }
     }
-    let start = Instant::now();
-    worker.request_detach()?;
-    finish(&mut worker)?;
-    let left = start.elapsed();
-    drop(worker);
-    primary.report_when(|report| {
-        report.groups[0].members.iter().all(|member| member.id != "default/2" || member.pid == 0)
-    });
-    Ok((joined, left))
+    Ok((joined, leave(worker, primary)?))
 }
 
 fn journal(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
