@@ -69,10 +69,13 @@ pub struct MemberLink {
 /// What the control thread asks of a lane.
 #[derive(Debug)]
 pub enum Command {
-    /// Serve a member: its place, which is vacant, and its link. It gets packets once the table says so.
+    /// Serve a member: its place, which is vacant, and its link. It gets packets once the table says so, and at once those
+    /// that were held for it.
     Join(usize, Box<MemberLink>),
     /// Use this table from now on.
     Steer(Box<BucketTable>),
+    /// A member's worker is gone: keep what it has not committed, and what comes for it, until another joins in its place.
+    Hold(usize),
     /// Forget a member, and use this table from now on: what it has not committed goes to those that take its flows, before
     /// any newer packet of them.
     Retire(usize, Box<BucketTable>),
@@ -133,8 +136,10 @@ struct Link {
     counted: u32,
     /// Dropped, not yet counted.
     dropped: u32,
-    /// Its index made no sense: nothing is taken back any more, until the control thread has it retired.
+    /// Its index made no sense, or its worker is gone: nothing is taken back any more.
     distrusted: bool,
+    /// Its worker is gone, and had a chance to see so many of the packets that are in the ring.
+    held: Option<u32>,
 }
 
 impl Link {
@@ -152,6 +157,28 @@ impl Link {
                 self.link.counters.corrupt.store(true, Ordering::Release);
             }
         }
+    }
+
+    /// Keeps what is in the ring, and what comes, for another worker.
+    fn hold(&mut self, frames: &mut Frames) {
+        if self.held.is_none() {
+            self.take_back(frames);
+            self.distrusted = true;
+            self.held = Some(self.link.ring.lent());
+        }
+    }
+
+    /// Hands over what was not committed, in order, marked where the worker that is gone may have seen it. Returns how many
+    /// packets these were.
+    fn bequeath(&mut self, mut heir: impl FnMut(Descriptor)) -> u32 {
+        let (mut number, seen) = (0, self.held.unwrap_or(u32::MAX));
+        self.link.ring.take_all(|mut descriptor| {
+            if number < seen {
+                descriptor.flags |= Descriptor::REDELIVERED;
+            }
+            number += 1;
+            heir(descriptor);
+        })
     }
 
     /// Takes a packet of a member that is no more, if there is room.
@@ -300,7 +327,7 @@ impl<S: PacketSource> Lane<S> {
             link.count();
             if link.link.ring.lent() >= TAKE_BACK || link.link.ring.is_filling_up() {
                 link.take_back(&mut self.frames);
-                self.crowded |= link.link.ring.is_filling_up();
+                self.crowded |= link.link.ring.is_filling_up() && link.held.is_none();
             }
         }
     }
@@ -362,8 +389,7 @@ impl<S: PacketSource> Lane<S> {
         gone.take_back(&mut self.frames);
         let (mut touched, mut requeued) = (0, 0);
         let (frames, members, table) = (&mut self.frames, &mut self.members, &self.table);
-        let left = gone.link.ring.take_all(|mut descriptor| {
-            descriptor.flags |= Descriptor::REDELIVERED;
+        let left = gone.bequeath(|descriptor| {
             let place = table.member(descriptor.hash);
             let heir = members[usize::from(place)].as_mut();
             if heir.is_some_and(|heir| heir.inherit(descriptor, frames)) {
@@ -378,20 +404,47 @@ impl<S: PacketSource> Lane<S> {
         self.wake(touched);
     }
 
+    /// A worker joins. What was held for it comes first.
+    #[cold]
+    fn join(&mut self, place: usize, link: MemberLink) {
+        let predecessor = self.members[place].take_if(|link| link.held.is_some());
+        self.retire(place);
+        self.joined |= 1 << place;
+        let counted = link.ring.head();
+        let mut link =
+            Link { link, ringer: Ringer::default(), counted, dropped: 0, distrusted: false, held: None };
+        if let Some(mut gone) = predecessor {
+            gone.count();
+            let mut kept = 0;
+            let left = gone.bequeath(|descriptor| {
+                if link.link.ring.push(descriptor) {
+                    kept += 1;
+                } else {
+                    self.frames.give_back(descriptor.offset);
+                }
+            });
+            // All rings are alike, so there is room for each.
+            gone.link.counters.lost.add(u64::from(left - kept));
+            // They were delivered to this member before.
+            link.counted = link.link.ring.head();
+        }
+        self.members[place] = Some(link);
+        self.wake(1 << place);
+    }
+
     /// Carries out all commands; `true`: end.
     #[cold]
     fn obey(&mut self) -> bool {
         while let Some(command) = self.commands.pop() {
             let stop = matches!(command, Command::Stop);
             match command {
-                Command::Join(place, link) => {
-                    self.retire(place);
-                    self.joined |= 1 << place;
-                    let (ringer, counted) = (Ringer::default(), link.ring.head());
-                    let link = Link { link: *link, ringer, counted, dropped: 0, distrusted: false };
-                    self.members[place] = Some(link);
-                }
+                Command::Join(place, link) => self.join(place, *link),
                 Command::Steer(table) => self.table = *table,
+                Command::Hold(place) => {
+                    if let Some(link) = &mut self.members[place] {
+                        link.hold(&mut self.frames);
+                    }
+                }
                 Command::Retire(place, table) => {
                     self.table = *table;
                     self.retire(place);

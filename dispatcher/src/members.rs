@@ -49,6 +49,8 @@ pub struct Member {
     pub leaving: Option<Purpose>,
     /// When something has to be done about a worker that ought to have ended.
     pub overdue: Option<Overdue>,
+    /// Its worker is gone; until then its flows and its packets are kept for the next.
+    pub held_until: Option<Instant>,
     /// How long its worker spins when there is nothing to do.
     pub spin: Duration,
     /// Somebody had it, or has.
@@ -139,6 +141,7 @@ impl Member {
             hangs: 0,
             leaving: None,
             overdue: None,
+            held_until: None,
             spin,
             taken: false,
             pulse: None,
@@ -184,9 +187,9 @@ impl Member {
         self.life.state()
     }
 
-    /// Whether it takes its share of the flows.
-    pub fn takes_packets(&self) -> bool {
-        self.state().takes_packets()
+    /// Whether it has its share of the flows: its worker takes them, or they are held.
+    pub fn has_flows(&self) -> bool {
+        self.state().takes_packets() || self.held_until.is_some()
     }
 
     /// Process id of its worker, as the kernel says; else of the process started for it; 0: none.
@@ -297,6 +300,7 @@ impl Member {
             resident_bytes: usage.resident_bytes,
             restarts: self.starts.restarts,
             hangs: self.hangs,
+            held: self.held_until.is_some(),
             supervised: self.token.is_some(),
             last_exit: self.last_exit.clone(),
             buckets,

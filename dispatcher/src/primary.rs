@@ -208,8 +208,8 @@ impl Primary {
 
     /// Packets come unless nobody takes any and they are to go to the kernel then.
     fn open_or_shut(&mut self) -> Result<(), PrimaryError> {
-        let wanted = self.open
-            && (self.care.on_empty == OnEmpty::Drop || self.members.iter().any(Member::takes_packets));
+        let wanted =
+            self.open && (self.care.on_empty == OnEmpty::Drop || self.members.iter().any(Member::has_flows));
         if wanted == self.flowing {
             return Ok(());
         }
@@ -310,14 +310,20 @@ impl Primary {
             }
         }
         let now = Instant::now();
+        for place in 0..self.members.len() {
+            if self.members[place].held_until.is_some_and(|until| until <= now) {
+                tracing::warn!(member = self.members[place].id, "no worker came within hold_timeout");
+                self.release(place);
+            }
+        }
         self.look_for_hanging(now);
         self.look_for_overdue(now);
         Ok(())
     }
 
-    /// The places of those that take packets.
+    /// The places of those that have flows.
     fn running(&self) -> Vec<u8> {
-        let running = self.members.iter().enumerate().filter(|(_, member)| member.takes_packets());
+        let running = self.members.iter().enumerate().filter(|(_, member)| member.has_flows());
         running.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
     }
 
@@ -329,35 +335,65 @@ impl Primary {
         }
     }
 
-    /// The worker in this place is no more: its flows go to the others, and what it had not committed.
+    /// The worker in this place is no more: its flows go to the others, and what it had not committed; or all that waits for
+    /// the next worker here.
     fn leave(&mut self, place: usize, change: Option<Change>, why: &str) {
         let pid = self.members[place].pid();
         let id = self.members[place].id.clone();
+        let had_flows = self.members[place].state().takes_packets();
         if let Some(change) = change.filter(|change| self.members[place].life.make(*change, Instant::now())) {
             self.journal.write(Some(&id), pid, change.name(), why);
         }
         // Nobody without a worker takes packets.
-        if self.members[place].takes_packets() {
+        if self.members[place].state().takes_packets() {
             self.change(place, Change::Die, why);
         }
-        let (requeued, lost) = self.retire(place).unwrap_or_default();
-        if requeued + lost > 0 {
-            self.journal.write(Some(&id), pid, "uncommitted", format!("requeued {requeued}, lost {lost}"));
+        match self.care.hold {
+            Some(timeout) if had_flows && self.members[place].leaving.is_none() => {
+                self.hold(place, pid, timeout);
+            }
+            _ if self.members[place].held_until.is_some() => {}
+            _ => self.retire(place, pid),
         }
         if self.members[place].process.is_none() {
             self.has_left(place);
         }
     }
 
-    /// Ends the session in this place, if there is one: its flows go to the others, and what it had not committed. Returns how
-    /// many packets were requeued, and how many lost.
-    fn retire(&mut self, place: usize) -> Option<(u64, u64)> {
+    /// Ends the session in this place; its flows, and what its worker had not committed, wait for another.
+    fn hold(&mut self, place: usize, pid: u32, timeout: Duration) {
+        let member = &mut self.members[place];
+        let Some(session) = member.end_session(true) else { return };
+        session.connection.end();
+        member.held_until = Some(Instant::now() + timeout);
+        for lane in &mut self.lanes {
+            lane.command(Command::Hold(place));
+        }
+        self.settle();
+        let member = &self.members[place];
+        member.take_corrupt();
+        let detail = format!("{} packets, for the next worker here, for {timeout:?}", member.backlog());
+        self.journal.write(Some(&member.id), pid, "held", detail);
+    }
+
+    /// What was held for a worker is held no longer: its flows go to the others, and the packets. Whether there was something.
+    fn release(&mut self, place: usize) -> bool {
+        let held = self.members[place].held_until.take().is_some();
+        if held {
+            self.retire(place, self.members[place].pid());
+        }
+        held
+    }
+
+    /// Ends what there is of a session in this place: its flows go to the others, and what was not committed.
+    fn retire(&mut self, place: usize, pid: u32) {
         let member = &mut self.members[place];
         let before = (member.requeued(), member.lost());
         // Its worker, if there still is one, sees the end of the connection.
         let packets = member.state() == State::Crashed || member.backlog() > 0;
-        let session = member.end_session(packets)?;
-        session.connection.end();
+        if let Some(session) = member.end_session(packets) {
+            session.connection.end();
+        }
         self.table = self.table.with_members(&self.running());
         for lane in &mut self.lanes {
             lane.command(Command::Retire(place, Box::new(self.table.clone())));
@@ -366,7 +402,11 @@ impl Primary {
         // Who takes the place next has not lied yet.
         let member = &self.members[place];
         member.take_corrupt();
-        Some((member.requeued() - before.0, member.lost() - before.1))
+        let (requeued, lost) = (member.requeued() - before.0, member.lost() - before.1);
+        if requeued + lost > 0 {
+            let detail = format!("requeued {requeued}, lost {lost}");
+            self.journal.write(Some(&member.id), pid, "uncommitted", detail);
+        }
     }
 
     /// Has something happen to the member in this place, and writes it down.

@@ -168,6 +168,8 @@ pub struct Member {
     pub hangs: u64,
     /// How its last process ended, such as `exit status: 1`; none: it has not.
     pub last_exit: Option<String>,
+    /// Whether its flows and packets wait for the next worker in its place.
+    pub held: bool,
     /// Whether xfan starts its process; else it is open to workers that attach by themselves.
     pub supervised: bool,
     /// Buckets of the 4,096 that it takes.

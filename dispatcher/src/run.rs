@@ -7,7 +7,7 @@ use xfan_shm::layout::{Geometry, MAX_LANES};
 use xfan_xdp::AttachError;
 
 use crate::access::Access;
-use crate::config::{BudgetError, Config, ConfigError, FrameBudget, UserError, WorkerUser};
+use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, UserError, WorkerUser};
 use crate::control::{ControlError, Listener};
 use crate::exit::Exit;
 use crate::interface::{Interface, InterfaceError};
@@ -165,7 +165,12 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         config.workers,
         config.idle.yielding,
         (config.start_timeout, config.stop_timeout),
-        Care { restart: config.restart, hang_timeout: config.hang_timeout, on_empty: config.on_empty },
+        Care {
+            restart: config.restart,
+            hang_timeout: config.hang_timeout,
+            hold: (config.on_loss == OnLoss::Hold).then_some(config.hold_timeout),
+            on_empty: config.on_empty,
+        },
     );
     let workers =
         (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use xfan::control;
 use xfan::journal::Page;
 use xfan::report::{Member, Report};
-use xfan_shm::protocol::{Reply, Request};
+use xfan_shm::protocol::{Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
@@ -45,6 +45,16 @@ fn stop(member: &Member) {
     while leftovers::state(member.pid) != Some('T') {
         std::thread::yield_now();
     }
+}
+
+/// What happened to the first member.
+fn life_of_the_first(primary: &Primary) -> Vec<String> {
+    let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
+        panic!("it tells what happened")
+    };
+    let page: Page = serde_json::from_value(page).unwrap();
+    let its = page.entries.into_iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
+    its.map(|entry| entry.event).collect()
 }
 
 fn committed(report: &Report) -> u64 {
@@ -99,14 +109,9 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(committed(&report), 2 * PACKETS);
     assert!(member(&report, 0).committed > 0);
-    let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
-        panic!("it tells what happened")
-    };
-    let page: Page = serde_json::from_value(page).unwrap();
-    let life: Vec<_> =
-        page.entries.iter().filter(|entry| entry.member.as_deref() == Some("default/0")).collect();
-    let place = |event: &str| life.iter().position(|entry| entry.event == event).expect(event);
-    assert!(place("stalled") < place("hung") && place("hung") < place("died"), "{life:#?}");
+    let life = life_of_the_first(&primary);
+    let place = |event: &str| life.iter().position(|entry| entry == event).expect(event);
+    assert!(place("stalled") < place("hung") && place("hung") < place("died"), "{life:?}");
 
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
@@ -229,4 +234,144 @@ fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(member(&report, 0).committed, PACKETS);
     assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn what_is_held_waits_for_the_next_process_and_nothing_goes_to_the_other() {
+    let _watchdog = e2e_or_skip!();
+    let key = "hash_key = '000102030405060708090a0b0c0d0e0f'";
+    let (namespace, primary) =
+        start(&format!("{key}\non_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '1s'"));
+    let before = primary.report();
+    stop(member(&before, 0));
+    replay(&namespace);
+    let seen = primary.report_after(PACKETS, false);
+    let had = member(&seen, 0).backlog;
+    assert!(had > 0 && had < PACKETS);
+
+    signal(member(&before, 0), Signal::SIGKILL);
+    primary.report_when(|report| member(report, 0).held);
+    // Its flows go on waiting.
+    replay(&namespace);
+    let report = primary.balanced_report_when(|report| {
+        member(report, 0).restarts == 1 && committed(report) == 2 * PACKETS && !member(report, 0).held
+    });
+    assert_balanced(&report, 2 * PACKETS);
+    let (first, second) = (member(&report, 0), member(&report, 1));
+    assert_eq!((first.committed, first.requeued, first.lost, first.dropped), (2 * had, 0, 0, 0));
+    assert_eq!((second.committed, second.delivered), (2 * (PACKETS - had), 2 * (PACKETS - had)));
+    assert_eq!((first.buckets, second.buckets), (2048, 2048));
+    let life = life_of_the_first(&primary);
+    let place = |event: &str| life.iter().position(|entry| entry == event).expect(event);
+    assert!(place("died") < place("held") && place("held") < place("took over"), "{life:?}");
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
+    let _watchdog = e2e_or_skip!();
+    // Nobody comes: in time, ever, or as an operator drains it.
+    for (config, drain) in [
+        ("hold_timeout = '200ms'\nrestart_delay = '60s'", false),
+        ("hold_timeout = '600s'\nrestart = 'no'", false),
+        ("hold_timeout = '600s'\nrestart_delay = '60s'", true),
+    ] {
+        let (namespace, primary) = start(&format!("on_loss = 'hold'\n{config}"));
+        let before = primary.report();
+        stop(member(&before, 0));
+        replay(&namespace);
+        let seen = primary.report_after(PACKETS, false);
+        let had = member(&seen, 0).backlog;
+        assert!(had > 0);
+        signal(member(&before, 0), Signal::SIGKILL);
+        if drain {
+            let report = primary.report_when(|report| member(report, 0).held);
+            assert_eq!((member(&report, 0).backlog, member(&report, 0).requeued), (had, 0));
+            let order = Request::Workers(WorkersOrder::Drain("default/0".into()));
+            assert_eq!(
+                control::ask(&primary.socket(), &order).unwrap(),
+                Reply::Ordered(vec!["default/0".into()])
+            );
+        }
+        let report = primary.balanced_report_when(|report| committed(report) == PACKETS);
+        assert_balanced(&report, PACKETS);
+        assert_eq!((member(&report, 0).requeued, member(&report, 0).lost), (had, 0));
+        assert_eq!((member(&report, 1).committed, member(&report, 1).buckets), (PACKETS, 4096));
+        assert!(!member(&report, 0).held);
+        assert_eq!(primary.stop().0.code, Some(0));
+    }
+}
+
+#[test]
+fn what_is_held_comes_to_whoever_joins_next() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let config = "on_loss = 'hold'\nhold_timeout = '600s'\non_empty = 'pass'";
+    let primary = Launch::on(&namespace)
+        .unwrap()
+        .with("-n 3")
+        .config(config)
+        .unwrap()
+        .start_until_it_answers()
+        .unwrap();
+    let guest = |name: Option<&str>| {
+        let mut command = Command::new(binary("xfan-count").unwrap());
+        command.arg("--attach").arg(primary.socket()).args(name.iter().flat_map(|name| ["--member", name]));
+        Process::spawn(command).unwrap()
+    };
+    let running =
+        |report: &Report| report.groups[0].members.iter().filter(|member| member.state == "running").count();
+    let mut guests = vec![guest(Some("default/1")), guest(Some("default/2"))];
+    let before = primary.report_when(|report| running(report) == 2);
+    let victims: Vec<u32> = [1, 2].map(|place| member(&before, place).pid).into();
+    for place in [1, 2] {
+        stop(member(&before, place));
+    }
+    replay(&namespace);
+    let seen = primary.report_after(PACKETS, false);
+    let had = [1, 2].map(|place| member(&seen, place).backlog);
+    assert_eq!(had[0] + had[1], PACKETS);
+    for pid in victims {
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
+    }
+    primary.report_when(|report| member(report, 1).held && member(report, 2).held);
+    // By name; and one that names none gets what waits, not the place that nobody ever had.
+    guests.push(guest(Some("default/2")));
+    let report = primary.balanced_report_when(|report| member(report, 2).committed == had[1]);
+    assert!(member(&report, 1).held && member(&report, 1).backlog == had[0]);
+    guests.push(guest(None));
+    let report = primary.balanced_report_when(|report| committed(report) == PACKETS);
+    assert_eq!([1, 2].map(|place| member(&report, place).committed), had);
+    assert!(
+        report.groups[0]
+            .members
+            .iter()
+            .all(|member| (member.requeued, member.lost, member.held) == (0, 0, false))
+    );
+    assert_eq!(member(&report, 0).delivered, 0);
+    assert_balanced(&report, PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+    for guest in guests.drain(2..) {
+        assert_eq!(guest.wait().code, Some(0));
+    }
+}
+
+#[test]
+fn what_is_held_when_the_primary_stops_goes_to_the_others() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, primary) = start("on_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '60s'");
+    let before = primary.report();
+    stop(member(&before, 0));
+    replay(&namespace);
+    let seen = primary.report_after(PACKETS, false);
+    signal(member(&before, 0), Signal::SIGKILL);
+    primary.report_when(|report| member(report, 0).held);
+    let (exit, _) = primary.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    let sum: u64 = exit
+        .stdout
+        .iter()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()?["packets"].as_u64())
+        .sum();
+    assert_eq!(sum, PACKETS, "{} of them had waited: {exit:#?}", member(&seen, 0).backlog);
 }

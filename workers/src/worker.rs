@@ -224,11 +224,12 @@ impl Worker {
         if self.leave.is_due() {
             self.request_detach()?;
         }
+        let start = ticks();
+        let count = self.scan()?;
+        // After the look: what it found may have come for the next worker in this place.
         if self.is_evicted() {
             return Err(RecvError::Evicted);
         }
-        let start = ticks();
-        let count = self.scan()?;
         if count > 0 {
             self.idle.end();
             return Ok(Received::Packets(Batch::new(self, start, count)));
@@ -322,16 +323,15 @@ impl Worker {
         let limit = idle::ticks(timeout);
         loop {
             // Both are read before the rings: what was pushed before them is seen by this scan.
-            let phase = self.down.phase();
-            if phase == Phase::Over {
+            let closing = self.down.phase() == Phase::Closing;
+            let hung_up = self.idle.has_hung_up();
+            let now = ticks();
+            let count = self.scan()?;
+            if self.is_evicted() {
                 // Whoever asked to leave has left.
                 let asked = self.leave.since().is_some();
                 return if asked { Ok(Turn::Closed) } else { Err(RecvError::Evicted) };
             }
-            let closing = phase == Phase::Closing;
-            let hung_up = self.idle.has_hung_up();
-            let now = ticks();
-            let count = self.scan()?;
             if count > 0 {
                 self.idle.end();
                 return Ok(Turn::Packets(now, count));

@@ -8,7 +8,7 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 32] = [
+pub(super) const KEYS: [&str; 34] = [
     "interface",
     "queues",
     "workers",
@@ -33,6 +33,8 @@ pub(super) const KEYS: [&str; 32] = [
     "start_limit_burst",
     "start_limit_interval",
     "hang_timeout",
+    "on_loss",
+    "hold_timeout",
     "on_empty",
     "control.allow_users",
     "control.allow_groups",
@@ -84,6 +86,8 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
         value::duration(v, ms(1)..=ms(86_400_000))
     })?;
     keys.set("hang_timeout", &mut config.hang_timeout, |v| value::duration(v, ms(0)..=ms(3_600_000)))?;
+    keys.set("on_loss", &mut config.on_loss, value::on_loss)?;
+    keys.set("hold_timeout", &mut config.hold_timeout, |v| value::duration(v, ms(1)..=ms(3_600_000)))?;
     keys.set("on_empty", &mut config.on_empty, value::on_empty)?;
     let control = &mut config.control;
     keys.set("control.allow_users", &mut control.allow_users, value::users)?;

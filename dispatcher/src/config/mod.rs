@@ -117,6 +117,13 @@ pub struct Config {
     /// evicted, if xfan did not start it), 0s (never) to 3600s. Default `"30s"`.
     pub hang_timeout: Duration,
 
+    /// What becomes of the packets that a worker had not committed when it was gone: `"requeue"`: they go to the others, as its
+    /// flows do; or `"hold"`: they wait, and its flows with them, for the next worker in its place. Default `"requeue"`.
+    pub on_loss: OnLoss,
+
+    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. Default `"5s"`.
+    pub hold_timeout: Duration,
+
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
     pub on_empty: OnEmpty,
 
@@ -178,6 +185,15 @@ pub enum OnEmpty {
     Drop,
     /// To the kernel.
     Pass,
+}
+
+/// What becomes of the packets that a worker had not committed when it was gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLoss {
+    /// They go to the others, as its flows do.
+    Requeue,
+    /// They wait for the next worker in its place, as its flows do.
+    Hold,
 }
 
 /// How the AF_XDP sockets are bound.
@@ -274,6 +290,8 @@ impl Config {
                 limit_interval: Duration::from_secs(10),
             },
             hang_timeout: Duration::from_secs(30),
+            on_loss: OnLoss::Requeue,
+            hold_timeout: Duration::from_secs(5),
             on_empty: OnEmpty::Drop,
             control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::list::parse_list;
-use super::{BindMode, LogLevel, ModeChoice, OnEmpty, Owner, PassRule, Queues};
+use super::{BindMode, LogLevel, ModeChoice, OnEmpty, OnLoss, Owner, PassRule, Queues};
 use crate::restart::Policy;
 
 /// The largest queue number that can be asked for.
@@ -311,6 +311,15 @@ pub fn on_empty(value: &Value) -> Read<OnEmpty> {
         Some("drop") => Ok(OnEmpty::Drop),
         Some("pass") => Ok(OnEmpty::Pass),
         _ => wanted("\"drop\" or \"pass\""),
+    }
+}
+
+/// What becomes of what a lost worker had.
+pub fn on_loss(value: &Value) -> Read<OnLoss> {
+    match text(value) {
+        Some("requeue") => Ok(OnLoss::Requeue),
+        Some("hold") => Ok(OnLoss::Hold),
+        _ => wanted("\"requeue\" or \"hold\""),
     }
 }
 

@@ -97,12 +97,16 @@ impl Bench {
     }
 
     fn join(&mut self, place: usize) -> Peer {
+        self.join_as(place, Arc::default())
+    }
+
+    /// Another worker joins in the place that these counters are of.
+    fn join_as(&mut self, place: usize, counters: Arc<MemberCounters>) -> Peer {
         let geometry = Geometry { lanes: 1, slots: SLOTS };
         let down_fd = segment::create("down", geometry.down_bytes()).unwrap();
         let up_fd = segment::create("up", geometry.up_bytes()).unwrap();
         let (down, up) = (Down::create(&down_fd, geometry).unwrap(), Up::create(&up_fd, geometry).unwrap());
         let (ringer, doorbell) = bell::create().unwrap();
-        let counters = Arc::<MemberCounters>::default();
         let link = MemberLink {
             ring: Producer::new(SharedRing::new(&down, &up, 0)),
             up,
@@ -303,11 +307,6 @@ fn what_a_retired_member_had_goes_to_the_others_in_order_before_newer_packets() 
     let mut bench = bench();
     let (mut gone, mut heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
-    let numbered = |n: u8| {
-        let mut packet = packet(flow(u16::from(n % 4)));
-        packet.push(n);
-        packet
-    };
     bench.feed((0..12).map(numbered));
     let had = gone.counters.delivered.get();
     let own = heir.take().len() as u64;
@@ -332,6 +331,100 @@ fn what_a_retired_member_had_goes_to_the_others_in_order_before_newer_packets() 
     bench.balanced();
     assert_eq!(bench.lane.frames.tally().lent, 0);
     assert_eq!(bench.dropped(), [0, 0, 0]);
+}
+
+/// A packet of one of four flows, with its number at the end.
+fn numbered(n: u8) -> Vec<u8> {
+    let mut packet = packet(flow(u16::from(n % 4)));
+    packet.push(n);
+    packet
+}
+
+#[test]
+fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_may_have_seen() {
+    let mut bench = bench();
+    let (mut gone, mut other) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    bench.feed((0..12).map(numbered));
+    let (had, own) = (gone.counters.delivered.get(), other.take().len() as u64);
+    assert!(had > 1 && own > 0);
+    assert!(gone.ring.peek(1).is_some());
+    gone.ring.commit(1);
+    bench.command(Command::Hold(0));
+    bench.feed((12..16).map(numbered));
+    // It is not dead after all, and goes on as if nothing had happened: nobody listens.
+    gone.ring.commit(1);
+    bench.lane.settle();
+    bench.balanced();
+    let counters = gone.counters.clone();
+    assert_eq!((counters.committed.get(), counters.requeued.get(), counters.lost.get()), (1, 0, 0));
+    let delivered = counters.delivered.get();
+    assert!(delivered > had && !counters.corrupt.load(Ordering::Acquire));
+    assert_eq!(u64::from(bench.lane.frames.tally().lent), delivered - 1 + (16 - delivered - own));
+
+    let mut next = bench.join_as(0, counters.clone());
+    bench.feed((16..20).map(numbered));
+    let taken = next.take();
+    let numbers: Vec<u8> = taken.iter().map(|descriptor| bench.last_byte(*descriptor)).collect();
+    let its = |n: &u8| place_of(&flow(u16::from(n % 4)), &[0, 1]) == 0;
+    let expected: Vec<u8> = (0..20).filter(its).skip(1).collect();
+    assert_eq!(numbers, expected);
+    for (descriptor, number) in taken.iter().zip(numbers) {
+        let flags = if number < 12 { Descriptor::REDELIVERED } else { 0 };
+        assert_eq!(descriptor.flags, flags, "packet {number}");
+    }
+    other.take();
+    bench.lane.settle();
+    bench.balanced();
+    let expected = expected.len() as u64 + 1;
+    assert_eq!((counters.delivered.get(), counters.committed.get()), (expected, expected));
+    assert_eq!((counters.requeued.get(), counters.lost.get(), counters.dropped.get()), (0, 0, 0));
+    assert_eq!(bench.lane.frames.tally().lent, 0);
+}
+
+#[test]
+fn a_ring_that_is_held_fills_up_and_all_it_has_fits_into_the_next_ones() {
+    let mut bench = bench();
+    let gone = bench.join(0);
+    bench.steer(&[0]);
+    bench.feed((0..4).map(numbered));
+    bench.command(Command::Hold(0));
+    // Once more: nothing has changed.
+    bench.feed((4..6).map(numbered));
+    bench.command(Command::Hold(0));
+    bench.feed((6..20).map(numbered));
+    assert_eq!(bench.dropped(), [20 - u64::from(SLOTS), 0, 0]);
+    let mut next = bench.join_as(0, gone.counters.clone());
+    let taken = next.take();
+    assert_eq!(taken.len(), SLOTS as usize);
+    assert_eq!(taken.iter().filter(|descriptor| descriptor.flags == Descriptor::REDELIVERED).count(), 4);
+    bench.lane.settle();
+    bench.balanced();
+    let counters = &gone.counters;
+    assert_eq!((counters.delivered.get(), counters.committed.get()), (u64::from(SLOTS), u64::from(SLOTS)));
+    assert_eq!((counters.dropped.get(), bench.lane.frames.tally().lent), (20 - u64::from(SLOTS), 0));
+}
+
+#[test]
+fn what_is_held_for_nobody_goes_to_the_others() {
+    let mut bench = bench();
+    let (gone, mut heir) = (bench.join(0), bench.join(1));
+    bench.steer(&[0, 1]);
+    bench.feed((0..8).map(numbered));
+    heir.take();
+    let seen = gone.counters.delivered.get();
+    bench.command(Command::Hold(0));
+    bench.feed((8..12).map(numbered));
+    heir.take();
+    let held = gone.counters.delivered.get();
+    bench.retire(0, &[1]);
+    let taken = heir.take();
+    assert_eq!((taken.len() as u64, gone.counters.requeued.get(), gone.counters.lost.get()), (held, held, 0));
+    let flagged = taken.iter().filter(|descriptor| descriptor.flags == Descriptor::REDELIVERED).count();
+    assert_eq!(flagged as u64, seen);
+    bench.lane.settle();
+    bench.balanced();
+    assert_eq!((bench.lane.frames.tally().lent, bench.dropped()), (0, [0, 0, 0]));
 }
 
 #[test]

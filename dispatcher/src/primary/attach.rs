@@ -11,7 +11,6 @@ use crate::access::Standing;
 use crate::control::{Answer, Connection};
 use crate::lane::Command;
 use crate::life::{Change, State};
-use crate::members::Member;
 use crate::supervisor::Process;
 
 impl Primary {
@@ -97,12 +96,24 @@ impl Primary {
             lane.command(Command::Join(place, Box::new(link)));
         }
         self.change(place, Change::Attach, attach.program.clone());
+        let member = &mut self.members[place];
+        if member.held_until.take().is_some() {
+            let detail = format!("{} packets that were held", member.backlog());
+            self.journal.write(Some(&member.id), pid, "took over", detail);
+        }
         self.steer();
         tracing::info!(member = attached.member, pid, program = attach.program, "attached");
         Ok(Answer {
             reply: Some(Reply::Attached(attached)),
             fds: vec![memory, handover.down, handover.up, handover.doorbell],
         })
+    }
+
+    /// A place that nobody has; one whose packets wait for a worker before others.
+    fn vacant_place(&self) -> Option<usize> {
+        let vacant = || self.members.iter().enumerate().filter(|(_, member)| member.is_vacant());
+        let held = vacant().find(|(_, member)| member.held_until.is_some());
+        held.or_else(|| vacant().next()).map(|(place, _)| place)
     }
 
     /// The place a worker may take.
@@ -119,7 +130,7 @@ impl Primary {
         }
         let place = match &attach.member {
             Some(id) => self.find(id)?,
-            None => match self.members.iter().position(Member::is_vacant) {
+            None => match self.vacant_place() {
                 Some(place) => place,
                 None => {
                     return refuse(

@@ -116,15 +116,19 @@ impl Primary {
     }
 
     fn have_leave(&mut self, place: usize, purpose: Purpose) -> Result<(), Refusal> {
-        let member = &mut self.members[place];
-        let id = &member.id;
-        if member.leaving.is_some() {
+        let id = &self.members[place].id;
+        if self.members[place].leaving.is_some() {
             return refuse(RefusalCode::Impossible, format!("member {id} is leaving already"));
         }
+        // No worker will come for what waits here.
+        let released = purpose != Purpose::StartAgain && self.release(place);
+        let member = &mut self.members[place];
+        let id = &member.id;
         if member.session.is_none() && member.process.is_none() {
             let failed =
                 |error: PrimaryError| Refusal { code: RefusalCode::Impossible, message: error.to_string() };
             return match purpose {
+                _ if released && member.is_vacant() => Ok(()),
                 _ if member.token.is_none() => {
                     refuse(RefusalCode::Impossible, format!("member {id} has no worker"))
                 }

@@ -69,6 +69,11 @@ impl Primary {
         if let Some(port) = &mut self.port {
             port.close();
         }
+        // What waits for workers that will not come goes to those that are there.
+        self.care.hold = None;
+        for place in 0..self.members.len() {
+            self.release(place);
+        }
         // What is on the RX rings still goes to the workers …
         for lane in &mut self.lanes {
             lane.command(Command::Drain);

@@ -23,13 +23,16 @@ pub(super) struct Spawner {
     pub(super) events: mpsc::UnboundedSender<Event>,
 }
 
-/// When workers are restarted, after how long they count as hanging, and what becomes of packets while there are none.
+/// When workers are restarted, after how long they count as hanging, and what becomes of their packets.
 #[derive(Clone, Copy, Debug)]
 pub struct Care {
     /// When those that ended are started again.
     pub restart: Restart,
     /// How long a worker that has packets may stand still; zero: for ever.
     pub hang_timeout: Duration,
+    /// How long the flows and packets of a worker that is gone wait for the next in its place; none: they go to the others at
+    /// once.
+    pub hold: Option<Duration>,
     /// Where packets go while no worker takes any.
     pub on_empty: OnEmpty,
 }
@@ -109,7 +112,9 @@ impl Primary {
         let member = &mut self.members[place];
         let limit = self.care.restart;
         match member.starts.judge(&limit, Instant::now(), success) {
-            Verdict::Stay => {}
+            Verdict::Stay => {
+                self.release(place);
+            }
             Verdict::After(delay) => {
                 member.restarting = true;
                 if let Some(spawner) = &self.spawner {
@@ -123,6 +128,7 @@ impl Primary {
                 );
                 tracing::error!(member = member.id, "stays down: {why}");
                 self.change(place, Change::GiveUp, why);
+                self.release(place);
             }
         }
     }

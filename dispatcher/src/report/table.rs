@@ -17,6 +17,11 @@ pub fn render(report: &Report, earlier: Option<&Report>) -> String {
     out
 }
 
+/// The state an operator is to see: that packets wait tells more than why.
+fn state(member: &Member) -> &str {
+    if member.held { "held" } else { &member.state }
+}
+
 /// Renders members alone, each with what an operator wants to know of its life.
 pub fn render_members(members: &[&Member]) -> String {
     let mut out = format!(
@@ -32,7 +37,7 @@ pub fn render_members(members: &[&Member]) -> String {
             member.id,
             member.pid,
             member.core.map_or_else(|| "-".into(), |core| core.to_string()),
-            member.state,
+            state(member),
             age(member.in_state_ns / 1_000_000_000),
             percent(share, BUCKETS as u64),
             short(member.backlog),
@@ -105,7 +110,7 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
                 member.id,
                 member.pid,
                 member.core.map_or_else(|| "-".into(), |core| core.to_string()),
-                member.state,
+                state(member),
                 member.delivered,
                 short(member.dropped),
                 short(member.backlog),

@@ -182,7 +182,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         options.workers,
         Duration::from_secs(3600),
         (Duration::from_secs(10), Duration::from_secs(5)),
-        Care { restart, hang_timeout: Duration::ZERO, on_empty: OnEmpty::Drop },
+        Care { restart, hang_timeout: Duration::ZERO, hold: None, on_empty: OnEmpty::Drop },
     );
     // Where the workers' user can execute it, whoever the checkout is closed to.
     let program = folder.join("xfan-count");
