@@ -35,7 +35,8 @@
 //!
 //! A packet is the worker's until [`Batch::commit`]; then its memory goes back to the network card. A batch that is dropped
 //! instead comes again with the next [`Worker::recv`]; [`Batch::commit_first`] is something of both. What a process that dies had not committed goes to the other workers, with
-//! its flows; those packets say so ([`Packet::is_redelivered`]), since it may have seen them.
+//! its flows, or to the next in its place, as the dispatcher's configuration says; those packets say so
+//! ([`Packet::is_redelivered`]), since it may have seen them.
 //!
 //! # How a worker ends
 //!
