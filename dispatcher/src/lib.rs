@@ -2,7 +2,7 @@
 //!
 //! As packets go: [`port`] takes the interface, [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
 //! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
-//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`restart`]), the [`control`] socket and its [`access`], and the
+//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its [`access`], and the
 //! [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
 
 pub mod access;
@@ -28,6 +28,7 @@ pub mod run;
 pub mod source;
 pub mod steer;
 pub mod supervisor;
+pub mod survivors;
 pub mod sys;
 pub mod topology;
 pub mod umem;

@@ -172,8 +172,11 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             on_empty: config.on_empty,
         },
     );
-    let workers =
-        (!config.command.is_empty()).then(|| WorkerCommand { command: config.command.clone(), user });
+    let workers = (!config.command.is_empty()).then(|| WorkerCommand {
+        command: config.command.clone(),
+        user,
+        survive: config.survive,
+    });
     let outcome = primary.run(&listener, workers.as_ref())?;
     Ok(outcome)
 }

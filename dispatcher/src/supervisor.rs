@@ -1,5 +1,6 @@
 //! Starting worker processes: unprivileged, and with nothing of the primary's but their place.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -8,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_TOKEN};
+use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
 
 use crate::config::WorkerUser;
 use crate::sys;
@@ -17,6 +18,9 @@ use crate::sys;
 /// root's alone.
 const ENVIRONMENT: [&str; 5] = ["PATH", "LANG", "LC_ALL", "TZ", "TERM"];
 
+/// How long a worker that survives its primary looks for the next one.
+const SURVIVAL: Duration = Duration::from_secs(60);
+
 /// What all workers of a primary have in common.
 #[derive(Clone, Debug)]
 pub struct WorkerCommand {
@@ -24,6 +28,8 @@ pub struct WorkerCommand {
     pub command: Vec<String>,
     /// Whom they run as.
     pub user: WorkerUser,
+    /// Whether they go on when the primary dies, and look for the next.
+    pub survive: bool,
 }
 
 /// A worker could not be started.
@@ -64,14 +70,41 @@ pub enum SpawnError {
 /// A running worker process.
 #[derive(Debug)]
 pub struct Process {
-    child: Child,
+    pid: u32,
     pidfd: OwnedFd,
+    /// None: an earlier primary started it.
+    child: Option<Child>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// As it told the primary, its parent.
+    Status(ExitStatus),
+    /// It told its parent, which the primary was not.
+    Unknown,
+}
+
+impl Ending {
+    /// Whether it ended with status 0, as far as is known.
+    pub fn success(&self) -> bool {
+        matches!(self, Ending::Status(status) if status.success())
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ending::Status(status) => status.fmt(f),
+            Ending::Unknown => f.write_str("status unknown"),
+        }
+    }
 }
 
 impl Process {
     /// Starts a worker for the member `member`: as the given user, without capabilities and without a way to get any, in
     /// its own process group, without a controlling terminal (so that it cannot type into the primary's), with descriptors 0 (empty), 1 and 2 and an
-    /// environment of its own, and told to end when the primary does.
+    /// environment of its own, and told to end when the primary does, unless it is to survive that.
     ///
     /// # Errors
     /// [`SpawnError`]
@@ -97,6 +130,10 @@ impl Process {
             // not yield to a worker of another one.
             .process_group(0);
         let unprivileged = !user.is_root();
+        let survive = command.survive;
+        if survive {
+            process.env(ENV_SURVIVE, SURVIVAL.as_secs().to_string());
+        }
         if unprivileged {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
             // Also empties the supplementary groups.
@@ -110,7 +147,9 @@ impl Process {
                 }
                 sys::leave_terminal()?;
                 nix::sys::prctl::set_no_new_privs()?;
-                nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+                if !survive {
+                    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+                }
                 sys::close_on_exec_from(3)
             });
         }
@@ -126,7 +165,7 @@ impl Process {
         })?;
         let mut child = child;
         match sys::pidfd_open(child.id()) {
-            Ok(pidfd) => Ok(Process { child, pidfd }),
+            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child) }),
             Err(source) => {
                 // Our own child and not yet waited for: its number is still its own.
                 let _ = child.kill();
@@ -136,9 +175,19 @@ impl Process {
         }
     }
 
+    /// A process that an earlier primary started, by its number and descriptor.
+    pub fn adopt(pid: u32, pidfd: OwnedFd) -> Self {
+        Process { pid, pidfd, child: None }
+    }
+
+    /// Whether an earlier primary started it.
+    pub fn is_adopted(&self) -> bool {
+        self.child.is_none()
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     /// A descriptor that is readable once the process has ended.
@@ -158,17 +207,28 @@ impl Process {
     /// Kills the process and what it has left in its process group, unless it has ended.
     pub fn kill(&mut self) {
         if self.ended().is_none() {
-            // Until it is waited for, its number is its own, and its group's.
-            let group = i32::try_from(self.child.id()).map(nix::unistd::Pid::from_raw);
-            let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
+            match &self.child {
+                // Until it is waited for, its number is its own, and its group's.
+                Some(child) => {
+                    let group = i32::try_from(child.id()).map(nix::unistd::Pid::from_raw);
+                    let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
+                }
+                // Others wait for it. Before Linux 6.9 there is no way then.
+                None => {
+                    let _ = sys::pidfd_signal_group(self.pidfd.as_fd(), Signal::SIGKILL);
+                }
+            }
             // It may have gone to another group.
             self.signal(Signal::SIGKILL);
         }
     }
 
     /// How it ended, if it has.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().ok().flatten()
+    pub fn ended(&mut self) -> Option<Ending> {
+        match &mut self.child {
+            Some(child) => child.try_wait().ok().flatten().map(Ending::Status),
+            None => sys::is_readable(self.pidfd.as_fd()).then_some(Ending::Unknown),
+        }
     }
 }
 

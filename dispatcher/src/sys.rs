@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -27,9 +28,30 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 /// # Errors
 /// Whatever the kernel says; ESRCH if it has ended.
 pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
+    send_signal(pidfd, signal, 0)
+}
+
+/// Signals the process group that the process behind a pidfd leads.
+///
+/// # Errors
+/// Whatever the kernel says; ESRCH if there is none; EINVAL before Linux 6.9.
+pub fn pidfd_signal_group(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
+    /// As in linux/pidfd.h.
+    const PIDFD_SIGNAL_PROCESS_GROUP: u32 = 1 << 2;
+    send_signal(pidfd, signal, PIDFD_SIGNAL_PROCESS_GROUP)
+}
+
+/// Whether a descriptor is readable now; of a pidfd: whether the process has ended.
+pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = [PollFd::new(fd, PollFlags::POLLIN)];
+    nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal, flags: u32) -> io::Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed and means "as kill(2) would fill it".
-    match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, none, 0) } {
+    match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, none, flags) }
+    {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -21,6 +21,8 @@ pub const ENV_SOCKET: &str = "XFAN_SOCKET";
 pub const ENV_MEMBER: &str = "XFAN_MEMBER";
 /// Environment: what proves that a process was started for that member.
 pub const ENV_TOKEN: &str = "XFAN_TOKEN";
+/// Environment: for how many seconds a worker whose primary has died is to look for the next one; not set: it is to end.
+pub const ENV_SURVIVE: &str = "XFAN_SURVIVE";
 
 /// Longest request, in bytes. Replies may be longer.
 pub const MAX_REQUEST: usize = 16 << 10;

@@ -261,6 +261,12 @@ impl Primary {
         self.end(Signal::SIGTERM)
     }
 
+    /// Kills it and leaves its workers alone.
+    pub fn kill(self) -> Folder {
+        self.process.kill();
+        self.folder
+    }
+
     /// Ends it by a signal, and waits for it.
     pub fn end(self, signal: Signal) -> (Exit, Folder) {
         (self.process.end(signal), self.folder)

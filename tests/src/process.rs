@@ -167,6 +167,12 @@ impl Process {
         Exit { code: status.code(), signal: status.signal(), stdout, stderr }
     }
 
+    /// Kills it alone, and waits for its end but not for that of its output, which processes it started may hold.
+    pub fn kill(mut self) {
+        self.signal(Signal::SIGKILL);
+        self.status = self.child.wait().ok();
+    }
+
     /// Sends it a signal and waits for its end.
     pub fn end(mut self, signal: Signal) -> Exit {
         self.signal(signal);

@@ -13,7 +13,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use xfan_shm::clock;
 use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
 use xfan_shm::protocol::{
-    self, Attach, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
+    self, Attach, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
 };
 use xfan_shm::segment::Mapping;
 
@@ -105,6 +105,7 @@ pub struct Builder {
     program: Option<String>,
     pub(crate) batch: usize,
     leave_on_signals: bool,
+    pub(crate) survival: Option<Duration>,
 }
 
 impl Builder {
@@ -117,6 +118,7 @@ impl Builder {
             program: None,
             batch: DEFAULT_BATCH,
             leave_on_signals: false,
+            survival: None,
         }
     }
 
@@ -169,6 +171,8 @@ impl Builder {
             let set = |name| env::var(name).ok().filter(|value| !value.is_empty());
             self.member = self.member.or_else(|| set(ENV_MEMBER));
             self.token = set(ENV_TOKEN);
+            self.survival =
+                set(ENV_SURVIVE).and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
             self.socket = env::var_os(ENV_SOCKET).filter(|path| !path.is_empty()).map(PathBuf::from);
         }
         let leave_on_signals = self.leave_on_signals;
@@ -186,8 +190,8 @@ impl Builder {
         let start = Instant::now();
         let mut pause = SHORTEST_PAUSE;
         self.member = Some(member);
-        // That of the one that is gone proves nothing to the next.
-        self.token = None;
+        // Only one whose workers survive it has written this down for the next.
+        self.token.take_if(|_| self.survival.is_none());
         loop {
             if leave.is_due() {
                 return Err(AttachError::Leaving);
@@ -197,6 +201,7 @@ impl Builder {
                 joined => return joined,
             };
             if error.is_about_the_member() && self.member.take().is_some() {
+                self.token = None;
                 continue;
             }
             if !error.may_pass() || start.elapsed() >= patience {

@@ -42,7 +42,7 @@
 //!
 //! - The dispatcher stops: [`Received::Closed`], once all packets are committed.
 //! - The dispatcher dies: [`RecvError::PrimaryGone`], once all packets are committed. A worker that came by itself may go on with the
-//!   next one: [`Worker::reattach`].
+//!   next one: [`Worker::reattach`]; so may one that the dispatcher started, if it says so: [`Worker::survival`].
 //! - The worker wants to go: [`Worker::request_detach`], or SIGTERM with [`Builder::leave_on_signals`]; then it keeps receiving until
 //!   [`Received::Closed`].
 //! - The worker stands still for too long: [`RecvError::Evicted`], see [`Batch::is_current`].

@@ -158,8 +158,8 @@ impl Worker {
     }
 
     /// After [`RecvError::PrimaryGone`] or [`RecvError::Evicted`]: attaches to the dispatcher that listens on the same socket now, or will
-    /// within `patience`, as the member that it was if that can be had, else as any. Meanwhile the kernel has the traffic. Only for
-    /// workers that came by themselves: those that a dispatcher started end with it.
+    /// within `patience`, as the member that it was if that can be had, else as any. Meanwhile the kernel has the traffic. For workers
+    /// that came by themselves, and for those that a dispatcher started and that [survive](Self::survival) it.
     ///
     /// Counters are to be made anew.
     ///
@@ -168,6 +168,12 @@ impl Worker {
     pub fn reattach(&mut self, patience: Duration) -> Result<(), AttachError> {
         *self = self.builder.clone().join_next(self.member.clone(), &self.leave, patience)?;
         Ok(())
+    }
+
+    /// How long a worker that a dispatcher started is to look for the next one when that is gone (`survive = true` in its
+    /// configuration): the patience for [`reattach`](Self::reattach). None: it is to end then.
+    pub fn survival(&self) -> Option<Duration> {
+        self.builder.survival
     }
 
     /// The member it is, such as `default/0`.

@@ -8,7 +8,7 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 34] = [
+pub(super) const KEYS: [&str; 35] = [
     "interface",
     "queues",
     "workers",
@@ -33,6 +33,7 @@ pub(super) const KEYS: [&str; 34] = [
     "start_limit_burst",
     "start_limit_interval",
     "hang_timeout",
+    "survive",
     "on_loss",
     "hold_timeout",
     "on_empty",
@@ -86,6 +87,7 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
         value::duration(v, ms(1)..=ms(86_400_000))
     })?;
     keys.set("hang_timeout", &mut config.hang_timeout, |v| value::duration(v, ms(0)..=ms(3_600_000)))?;
+    keys.set("survive", &mut config.survive, value::truth)?;
     keys.set("on_loss", &mut config.on_loss, value::on_loss)?;
     keys.set("hold_timeout", &mut config.hold_timeout, |v| value::duration(v, ms(1)..=ms(3_600_000)))?;
     keys.set("on_empty", &mut config.on_empty, value::on_empty)?;
@@ -187,7 +189,7 @@ fn convert(value: &DeValue<'_>) -> Value {
             .map_or_else(|_| Value::Other(integer.to_string()), Value::Integer),
         DeValue::Array(items) => Value::List(items.iter().map(|item| convert(item.get_ref())).collect()),
         DeValue::Float(float) => Value::Other(float.as_str().to_owned()),
-        DeValue::Boolean(truth) => Value::Other(truth.to_string()),
+        DeValue::Boolean(truth) => Value::Truth(*truth),
         DeValue::Datetime(datetime) => Value::Other(datetime.to_string()),
         DeValue::Table(_) => Value::Other("a table".to_owned()),
     }

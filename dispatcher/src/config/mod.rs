@@ -117,6 +117,10 @@ pub struct Config {
     /// evicted, if xfan did not start it), 0s (never) to 3600s. Default `"30s"`.
     pub hang_timeout: Duration,
 
+    /// Whether the workers that xfan started go on when it is killed, and look for the next primary of the same interface for a minute.
+    /// Default `false`: they end with it.
+    pub survive: bool,
+
     /// What becomes of the packets that a worker had not committed when it was gone: `"requeue"`: they go to the others, as its
     /// flows do; or `"hold"`: they wait, and its flows with them, for the next worker in its place. Default `"requeue"`.
     pub on_loss: OnLoss,
@@ -290,6 +294,7 @@ impl Config {
                 limit_interval: Duration::from_secs(10),
             },
             hang_timeout: Duration::from_secs(30),
+            survive: false,
             on_loss: OnLoss::Requeue,
             hold_timeout: Duration::from_secs(5),
             on_empty: OnEmpty::Drop,

@@ -65,6 +65,7 @@ impl Config {
             format!("start_limit_burst = {}", self.restart.limit_burst),
             format!("start_limit_interval = {}", text(&format_duration(self.restart.limit_interval))),
             format!("hang_timeout = {}", text(&format_duration(self.hang_timeout))),
+            format!("survive = {}", self.survive),
             format!(
                 "on_loss = {}",
                 text(match self.on_loss {
@@ -119,7 +120,7 @@ mod tests {
                     ring_slots = 1024\nframes = 9000\nbatch = 32\nhash_key = '000102030405060708090a0b0c0d0e0f'\n\
                     start_timeout = '1500ms'\nstop_timeout = '0s'\nrestart = 'always'\n\
                     restart_delay = '7ms'\nstart_limit_burst = 9\nstart_limit_interval = '3s'\n\
-                    hang_timeout = '0s'\nmax_workers = 9\non_loss = 'hold'\nhold_timeout = '9s'\non_empty = 'pass'\n[control]\nallow_users = ['a']\n\
+                    hang_timeout = '0s'\nmax_workers = 9\nsurvive = true\non_loss = 'hold'\nhold_timeout = '9s'\non_empty = 'pass'\n[control]\nallow_users = ['a']\n\
                     allow_groups = ['b', 'c']\nsocket_owner = ':adm'\nsocket_mode = '0660'\n[idle]\nspin = '7us'\nyield = '0s'\n\
                     [log]\nlevel = 'trace'";
         for text in ["interface = 'eth1'", full] {

@@ -28,6 +28,8 @@ pub enum Value {
     Text(String),
     /// An array.
     List(Vec<Self>),
+    /// True or false.
+    Truth(bool),
     /// Anything else: no key takes it. Holds it as it should be shown.
     Other(String),
 }
@@ -37,6 +39,7 @@ impl fmt::Display for Value {
         match self {
             Self::Integer(number) => number.fmt(f),
             Self::Text(text) => write!(f, "{text:?}"),
+            Self::Truth(truth) => truth.fmt(f),
             Self::List(items) => {
                 f.write_str("[")?;
                 for (position, item) in items.iter().enumerate() {
@@ -312,6 +315,11 @@ pub fn on_empty(value: &Value) -> Read<OnEmpty> {
         Some("pass") => Ok(OnEmpty::Pass),
         _ => wanted("\"drop\" or \"pass\""),
     }
+}
+
+/// Yes or no.
+pub fn truth(value: &Value) -> Read<bool> {
+    if let Value::Truth(truth) = *value { Ok(truth) } else { wanted("true or false") }
 }
 
 /// What becomes of what a lost worker had.

@@ -218,7 +218,7 @@ impl Primary {
     }
 
     /// Starts the process of a member that has none, whatever came of the ones before.
-    fn start_afresh(&mut self, place: usize) -> Result<(), PrimaryError> {
+    pub(super) fn start_afresh(&mut self, place: usize) -> Result<(), PrimaryError> {
         let member = &mut self.members[place];
         member.restarting = false;
         member.starts.forgive();

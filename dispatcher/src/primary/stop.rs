@@ -137,6 +137,9 @@ impl Primary {
                 }
             }
         }
+        if let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) {
+            spawner.note().remove();
+        }
         let report = self.report();
         imbalances.extend(report.imbalances());
         Outcome { error: result.err(), report, imbalances }

@@ -1,8 +1,10 @@
 //! Worker processes: started, restarted, watched for hanging.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::sync::mpsc;
 
@@ -13,6 +15,7 @@ use crate::life::{Change, State};
 use crate::members::Member;
 use crate::restart::{Restart, Verdict};
 use crate::supervisor::{Process, WorkerCommand};
+use crate::survivors::{Note, Survivor};
 use crate::sys;
 
 /// What it takes to start a worker.
@@ -22,6 +25,9 @@ pub(super) struct Spawner {
     pub(super) socket: PathBuf,
     pub(super) events: mpsc::UnboundedSender<Event>,
 }
+
+/// How long workers that survived the primary before have to find the next one. They look for it ten times a second at least.
+const ADOPTION: Duration = Duration::from_secs(2);
 
 /// When workers are restarted, after how long they count as hanging, and what becomes of their packets.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +44,11 @@ pub struct Care {
 }
 
 impl Spawner {
+    /// Where the workers are written down.
+    pub(super) fn note(&self) -> Note {
+        Note::beside(&self.socket)
+    }
+
     /// Sends an event to the primary, later.
     fn later(&self, delay: Duration, event: Event) {
         let events = self.events.clone();
@@ -49,14 +60,58 @@ impl Spawner {
 }
 
 impl Primary {
-    /// Starts a process for each place but those that are for workers who join later.
+    /// Starts a process for each place but those that are for workers who join later, unless one has survived the primary before.
     pub(super) fn start_workers(&mut self) -> Result<(), PrimaryError> {
         if self.spawner.as_ref().is_some_and(|spawner| spawner.command.user.is_root()) {
             tracing::warn!(
                 "workers run as root, as asked: nothing keeps them from writing to packets and segments that are not theirs"
             );
         }
-        (0..self.places).try_for_each(|place| self.start_worker(place))
+        self.adopt_survivors()?;
+        for place in 0..self.places {
+            if self.members[place].process.is_none() {
+                self.start_worker(place)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes workers in that an earlier primary started, as far as they are what this one would start; others have to end.
+    fn adopt_survivors(&mut self) -> Result<(), PrimaryError> {
+        let Some(spawner) = &self.spawner else { return Ok(()) };
+        let (command, note) = (spawner.command.clone(), spawner.note());
+        let survivors = note.read().unwrap_or_else(|error| {
+            tracing::warn!(path = %note.path().display(), "workers of an earlier primary cannot be found: {error}");
+            Vec::new()
+        });
+        note.remove();
+        for survivor in survivors {
+            let Some(pidfd) = survivor.find(&command) else { continue };
+            let place = self.members.iter().position(|member| member.id == survivor.member);
+            match place.filter(|place| self.members[*place].process.is_none()) {
+                Some(place) if command.survive && command.command == survivor.command => {
+                    tracing::info!(
+                        member = survivor.member,
+                        pid = survivor.pid,
+                        "survived the primary before"
+                    );
+                    let process = Process::adopt(survivor.pid, pidfd);
+                    self.members[place].starts.count(Instant::now());
+                    let patience = ADOPTION.min(self.start_timeout / 2);
+                    self.take_in(place, process, survivor.token, patience, "it survived the primary before")?;
+                }
+                _ => {
+                    tracing::info!(
+                        member = survivor.member,
+                        pid = survivor.pid,
+                        "is to end: it is of an earlier primary"
+                    );
+                    // It may have ended meanwhile.
+                    let _ = sys::pidfd_signal(pidfd.as_fd(), Signal::SIGTERM);
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn start_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
@@ -64,6 +119,19 @@ impl Primary {
         let token = random_token()?;
         member.starts.count(Instant::now());
         let process = Process::spawn(&spawner.command, &spawner.socket, &member.id, &token)?;
+        self.take_in(place, process, token, self.start_timeout, "")
+    }
+
+    /// Expects a process to attach in this place, and watches for its end.
+    fn take_in(
+        &mut self,
+        place: usize,
+        process: Process,
+        token: String,
+        patience: Duration,
+        detail: &str,
+    ) -> Result<(), PrimaryError> {
+        let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         member.program = spawner.command.command.first().cloned().unwrap_or_default();
         member.token = Some(token);
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
@@ -74,19 +142,38 @@ impl Primary {
             let _ = ended.readable().await;
             let _ = events.send(Event::Exited(place));
         });
-        spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
-        let program = member.program.clone();
-        self.change(place, Change::Start, program);
+        spawner.later(patience, Event::StartTimeout(place, pid));
+        let detail = if detail.is_empty() { member.program.clone() } else { detail.to_owned() };
+        self.change(place, Change::Start, detail);
+        self.write_note();
         Ok(())
+    }
+
+    /// Writes down who is to be found by the next primary.
+    fn write_note(&self) {
+        let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) else { return };
+        let survivor = |member: &Member| {
+            Survivor::of(member.process.as_ref()?, &member.id, member.token.as_ref()?, &spawner.command)
+        };
+        let survivors: Vec<_> = self.members.iter().filter_map(survivor).collect();
+        if let Err(error) = spawner.note().write(&survivors) {
+            let path = spawner.note().path().display().to_string();
+            tracing::warn!(path, "cannot be written: the next primary will not find the workers: {error}");
+        }
     }
 
     /// The process in this place has ended. Without any left, so does the primary.
     pub(super) fn process_ended(&mut self, place: usize) -> Result<(), PrimaryError> {
         let member = &mut self.members[place];
         let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
-        member.process = None;
+        let adopted = member.process.take().is_some_and(|process| process.is_adopted());
         let how = status.to_string();
         let attached = member.state() != State::Starting;
+        if adopted && !attached && member.leaving.is_none() {
+            tracing::warn!(member = member.id, "it survived the primary before, and has not found this one");
+            self.change(place, Change::Die, "it has not found this primary");
+            return self.start_afresh(place);
+        }
         if !attached && !self.open {
             return Err(PrimaryError::EndedEarly {
                 member: member.id.clone(),
@@ -164,8 +251,9 @@ impl Primary {
     pub(super) fn start_timed_out(&mut self, place: usize, pid: u32) {
         let member = &mut self.members[place];
         let Some(process) = &mut member.process else { return };
-        if self.open && member.life.state() == State::Starting && process.pid() == pid {
-            let why = format!("has not attached within {:?}", self.start_timeout);
+        let due = self.open || process.is_adopted();
+        if due && member.life.state() == State::Starting && process.pid() == pid {
+            let why = "has not attached in time".to_owned();
             tracing::warn!(member = member.id, "{why}: killed");
             process.kill();
             self.journal.write(Some(&member.id), pid, "killed", why);

@@ -76,10 +76,11 @@ fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::
     let mut worker = builder.attach()?;
     totals.member = worker.member().into();
     let (mut packets, mut bytes) = (worker.counter("packets")?, worker.counter("bytes")?);
+    let patience = arguments.reconnect.then_some(Duration::MAX).or(worker.survival());
     loop {
-        let received = match worker.recv(Duration::from_millis(100)) {
-            Err(RecvError::PrimaryGone) if arguments.reconnect => {
-                match worker.reattach(Duration::MAX) {
+        let received = match (worker.recv(Duration::from_millis(100)), patience) {
+            (Err(RecvError::PrimaryGone), Some(patience)) => {
+                match worker.reattach(patience) {
                     Err(AttachError::Leaving) => return Ok(()),
                     result => result?,
                 }
@@ -87,7 +88,7 @@ fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::
                 (packets, bytes) = (worker.counter("packets")?, worker.counter("bytes")?);
                 continue;
             }
-            received => received?,
+            (received, _) => received?,
         };
         match received {
             Received::Packets(batch) => {

@@ -187,7 +187,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     // Where the workers' user can execute it, whoever the checkout is closed to.
     let program = folder.join("xfan-count");
     std::fs::copy(binary("xfan-count")?, &program)?;
-    let command = WorkerCommand { command: vec![program.display().to_string()], user };
+    let command = WorkerCommand { command: vec![program.display().to_string()], user, survive: false };
 
     let socket = listener.path().to_owned();
     let seconds = Duration::try_from_secs_f64(options.seconds)?;

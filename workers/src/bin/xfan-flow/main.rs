@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan_worker::{Received, RecvError, Worker};
+use xfan_worker::{AttachError, CounterError, Received, RecvError, Worker};
 
 use crate::meter::Meter;
 use crate::output::{Output, OutputError};
@@ -38,6 +38,9 @@ struct Arguments {
     /// The member to become, such as default/0; any vacant one otherwise.
     #[arg(long)]
     member: Option<String>,
+    /// When the dispatcher is gone, wait for the next one on the same socket; the flows go on.
+    #[arg(long)]
+    reconnect: bool,
     /// File to append records to; {member} stands for the member, such as default-0; - is standard output.
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: String,
@@ -76,7 +79,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let table = FlowTable::new(arguments.max_flows as usize, idle_timeout);
     let mut meter = Meter::new(&mut worker, table, output)?;
 
-    let end = receive(&mut worker, &mut meter);
+    let patience = arguments.reconnect.then_some(Duration::MAX).or(worker.survival());
+    let end = receive(&mut worker, &mut meter, patience);
     if let Err(End::Output(error)) = end {
         return Err(error.into()); // nowhere to write the rest to
     }
@@ -99,12 +103,28 @@ enum End {
     #[error(transparent)]
     Receive(#[from] RecvError),
     #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error(transparent)]
+    Counter(#[from] CounterError),
+    #[error(transparent)]
     Output(#[from] OutputError),
 }
 
-fn receive(worker: &mut Worker, meter: &mut Meter) -> Result<(), End> {
+/// Until the end; with `patience` also beyond the dispatcher's.
+fn receive(worker: &mut Worker, meter: &mut Meter, patience: Option<Duration>) -> Result<(), End> {
     loop {
-        match worker.recv(Duration::from_millis(500))? {
+        let received = match (worker.recv(Duration::from_millis(500)), patience) {
+            (Err(RecvError::PrimaryGone), Some(patience)) => {
+                match worker.reattach(patience) {
+                    Err(AttachError::Leaving) => return Ok(()),
+                    result => result?,
+                }
+                meter.go_on(worker)?;
+                continue;
+            }
+            (received, _) => received?,
+        };
+        match received {
             Received::Packets(batch) => {
                 meter.add(&batch)?;
                 batch.commit();

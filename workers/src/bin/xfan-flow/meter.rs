@@ -47,21 +47,37 @@ struct Published {
     unparsed: Counter,
 }
 
+impl Published {
+    fn by(worker: &mut Worker) -> Result<Self, CounterError> {
+        Ok(Published {
+            active: worker.counter("flows_active")?,
+            expired: worker.counter("flows_expired")?,
+            evicted: worker.counter("flows_evicted")?,
+            unparsed: worker.counter("packets_unparsed")?,
+        })
+    }
+}
+
 impl Meter {
     /// Begins, and publishes the counters.
     ///
     /// # Errors
     /// [`CounterError`]
     pub fn new(worker: &mut Worker, table: FlowTable, output: Output) -> Result<Self, CounterError> {
-        let published = Published {
-            active: worker.counter("flows_active")?,
-            expired: worker.counter("flows_expired")?,
-            evicted: worker.counter("flows_evicted")?,
-            unparsed: worker.counter("packets_unparsed")?,
-        };
+        let published = Published::by(worker)?;
         let member = worker.member().to_owned();
         let (totals, next_round) = (Totals::default(), Duration::ZERO);
         Ok(Meter { member, table, output, totals, published, epoch: epoch(), next_round })
+    }
+
+    /// Goes on with the next dispatcher, to which the worker has attached.
+    ///
+    /// # Errors
+    /// [`CounterError`]
+    pub fn go_on(&mut self, worker: &mut Worker) -> Result<(), CounterError> {
+        self.published = Published::by(worker)?;
+        worker.member().clone_into(&mut self.member);
+        Ok(())
     }
 
     /// Counts the packets of a batch.

@@ -1,0 +1,199 @@
+//! Workers that outlive their primary (`survive = true`), and the note by which the next one knows them.
+//!
+//! A primary that is killed can hand nothing over. So while it runs it keeps a note of its workers beside its control socket, which an
+//! ordered end takes away. The note holds their tokens, and who stands in it may be killed: it is root's alone, and what is in it is
+//! believed only where the kernel says the same of the process.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::supervisor::{Process, WorkerCommand};
+use crate::sys;
+
+/// A worker that a primary started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Survivor {
+    /// The member it was started for, such as `default/0`.
+    pub member: String,
+    /// Process id …
+    pub pid: u32,
+    /// … and when that process began, in clock ticks since boot: together they are no other process'.
+    pub began: u64,
+    /// What it must know to take its place.
+    pub token: String,
+    /// Its program and arguments.
+    pub command: Vec<String>,
+}
+
+impl Survivor {
+    /// The note's line about a running process; none if the kernel knows no such process.
+    pub fn of(process: &Process, member: &str, token: &str, command: &WorkerCommand) -> Option<Self> {
+        Some(Survivor {
+            member: member.to_owned(),
+            pid: process.pid(),
+            began: facts(process.pid())?.began,
+            token: token.to_owned(),
+            command: command.command.clone(),
+        })
+    }
+
+    /// A descriptor of the process, if it still runs, as the user that workers run as.
+    pub fn find(&self, command: &WorkerCommand) -> Option<OwnedFd> {
+        // First the descriptor: it stays with the process it was opened for, whatever becomes of the number.
+        let pidfd = sys::pidfd_open(self.pid).ok()?;
+        let facts = facts(self.pid)?;
+        let is_ours = facts.began == self.began && facts.uid == command.user.uid.as_raw();
+        is_ours.then_some(pidfd)
+    }
+}
+
+/// What the kernel says of a process.
+struct Facts {
+    began: u64,
+    uid: u32,
+}
+
+fn facts(pid: u32) -> Option<Facts> {
+    let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
+    Some(Facts { began: process.stat().ok()?.starttime, uid: process.status().ok()?.euid })
+}
+
+/// The note beside a control socket.
+#[derive(Clone, Debug)]
+pub struct Note(PathBuf);
+
+impl Note {
+    /// Of the primary that listens on this socket: `/run/xfan/eth1.workers` beside `/run/xfan/eth1.sock`.
+    pub fn beside(socket: &Path) -> Self {
+        Note(socket.with_extension("workers"))
+    }
+
+    /// Writes who runs now. Whoever reads sees the note as it was or as it is.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn write(&self, survivors: &[Survivor]) -> io::Result<()> {
+        let new = self.0.with_extension("workers.new");
+        self.forget(&new);
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+        file.write_all(&serde_json::to_vec(survivors)?)?;
+        fs::rename(&new, &self.0)
+    }
+
+    /// Who stands in it; nobody if there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, is not this user's alone, or is no such note.
+    pub fn read(&self) -> io::Result<Vec<Survivor>> {
+        /// More than the note of 64 workers.
+        const LIMIT: u64 = 4 << 20;
+        let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            file => file?,
+        };
+        let metadata = file.metadata()?;
+        if !metadata.is_file()
+            || metadata.uid() != nix::unistd::geteuid().as_raw()
+            || metadata.mode() & 0o077 != 0
+        {
+            return Err(io::Error::other("it is not this user's alone"));
+        }
+        let mut bytes = Vec::new();
+        file.take(LIMIT).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    /// Takes it away.
+    pub fn remove(&self) {
+        self.forget(&self.0);
+    }
+
+    fn forget(&self, path: &Path) {
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), "cannot be removed: {error}");
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn note(name: &str) -> (PathBuf, Note) {
+        let folder = std::env::temp_dir().join(format!("xfan-note-{}-{name}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let note = Note::beside(&folder.join("eth1.sock"));
+        (folder, note)
+    }
+
+    fn survivor(pid: u32, began: u64) -> Survivor {
+        let (member, token) = ("default/0".into(), "secret".into());
+        Survivor { member, pid, began, token, command: vec!["worker".into()] }
+    }
+
+    #[test]
+    fn what_is_written_is_read_until_it_is_taken_away() {
+        let (folder, note) = note("write");
+        assert_eq!(note.read().unwrap(), []);
+        for began in [1, 2] {
+            note.write(&[survivor(7, began)]).unwrap();
+            assert_eq!(note.read().unwrap(), [survivor(7, began)]);
+        }
+        assert_eq!(note.path(), folder.join("eth1.workers"));
+        assert_eq!(fs::metadata(note.path()).unwrap().mode() & 0o777, 0o600);
+        note.remove();
+        note.remove();
+        assert_eq!(note.read().unwrap(), []);
+        fs::remove_dir(folder).unwrap();
+    }
+
+    #[test]
+    fn what_others_may_have_written_is_not_believed() {
+        let (folder, note) = note("doubt");
+        fs::write(note.path(), "no JSON").unwrap();
+        fs::set_permissions(note.path(), fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(note.read().is_err());
+        note.write(&[survivor(7, 1)]).unwrap();
+        fs::set_permissions(note.path(), fs::Permissions::from_mode(0o620)).unwrap();
+        assert_eq!(note.read().unwrap_err().to_string(), "it is not this user's alone");
+        fs::rename(note.path(), folder.join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(folder.join("elsewhere"), note.path()).unwrap();
+        assert!(note.read().is_err());
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn only_the_very_process_is_found() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        let began = facts(child.id()).unwrap().began;
+        let command = |uid| {
+            let mut user = crate::config::WorkerUser::find(Some("root")).unwrap();
+            user.uid = uid;
+            WorkerCommand { command: vec!["worker".into()], user, survive: true }
+        };
+        let own = command(nix::unistd::geteuid());
+        assert!(survivor(child.id(), began + 1).find(&own).is_none(), "another that got its number");
+        let other = command(nix::unistd::Uid::from_raw(4242));
+        assert!(survivor(child.id(), began).find(&other).is_none(), "of another user");
+        let mut process = Process::adopt(child.id(), survivor(child.id(), began).find(&own).unwrap());
+        assert_eq!((process.pid(), process.ended()), (child.id(), None));
+        process.kill();
+        child.wait().unwrap();
+        assert_eq!(process.ended(), Some(crate::supervisor::Ending::Unknown));
+        assert!(survivor(child.id(), began).find(&own).is_none());
+    }
+}

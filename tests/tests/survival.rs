@@ -1,0 +1,155 @@
+//! Workers that outlive the primary that started them, and go on under the next.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xfan::report::{Member, Report};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::leftovers;
+use xfan_tests::netns::Netns;
+use xfan_tests::primary::{Folder, Launch, Primary};
+use xfan_tests::replay::Replay;
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const PACKETS: u64 = 600;
+
+fn replay(namespace: &Netns) {
+    let frames = traffic::synthetic(60, 600, 5).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+}
+
+fn network() -> Netns {
+    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
+}
+
+fn start(namespace: &Netns, folder: Option<Folder>, config: &str) -> Primary {
+    let launch = match folder {
+        Some(folder) => Launch::within(namespace, folder),
+        None => Launch::on(namespace).unwrap(),
+    };
+    let config = format!("hash_key = '000102030405060708090a0b0c0d0e0f'\n{config}");
+    let launch = launch.with("-n 2").config(&config).unwrap();
+    launch.worker("xfan-count", "").unwrap().start().unwrap()
+}
+
+fn members(report: &Report) -> &[Member] {
+    &report.groups[0].members
+}
+
+fn pids(report: &Report) -> Vec<u32> {
+    members(report).iter().map(|member| member.pid).collect()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+}
+
+/// Waits until a process has ended.
+fn wait_for_end(pid: u32) {
+    while leftovers::state(pid).is_some_and(|state| state != 'Z') {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_its_own() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let first = start(&namespace, None, "survive = true");
+    replay(&namespace);
+    let before = first.report_after(PACKETS, true);
+    let counted: Vec<u64> = members(&before).iter().map(|member| member.committed).collect();
+    assert!(counted.iter().all(|count| *count > 0));
+
+    let folder = first.kill();
+    let second = start(&namespace, Some(folder), "survive = true");
+    let report = second.report();
+    assert_eq!(pids(&report), pids(&before));
+    assert!(members(&report).iter().all(|member| member.supervised && member.restarts == 0), "{report:#?}");
+    replay(&namespace);
+    let report = second.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    for (member, counted) in members(&report).iter().zip(&counted) {
+        assert_eq!(member.committed, *counted, "{}", member.id);
+        assert_eq!(member.counters["packets"], 2 * counted, "{}: the process counts on", member.id);
+    }
+
+    // One that fails is started again, as this primary's own child; the other goes on through one more primary.
+    signal(members(&report)[0].pid, Signal::SIGKILL);
+    let report = second
+        .report_when(|report| members(report)[0].restarts == 1 && members(report)[0].state == "running");
+    assert_eq!(members(&report)[0].last_exit.as_deref(), Some("status unknown"));
+    let before = report;
+    let third = start(&namespace, Some(second.kill()), "survive = true");
+    let report = third.report();
+    assert_eq!(pids(&report), pids(&before));
+    replay(&namespace);
+    let report = third.report_after(PACKETS, true);
+    assert_eq!(members(&report)[0].counters["packets"], counted[0]);
+    assert_eq!(members(&report)[1].counters["packets"], 3 * counted[1]);
+
+    // An ordered end is the workers' end, and nothing is left of the note.
+    let (exit, folder) = third.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+    pids(&report).into_iter().for_each(wait_for_end);
+    assert_eq!(leftovers::processes_in(&namespace), Vec::<String>::new());
+    let notes = std::fs::read_dir(folder.path()).unwrap().flatten();
+    let notes: Vec<_> = notes.filter(|file| file.path().to_string_lossy().contains(".workers")).collect();
+    assert!(notes.is_empty(), "{notes:?}");
+}
+
+#[test]
+fn survivors_that_are_dead_or_stuck_are_replaced() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let first = start(&namespace, None, "survive = true");
+    let before = pids(&first.report());
+    let folder = first.kill();
+    signal(before[0], Signal::SIGKILL);
+    wait_for_end(before[0]);
+    signal(before[1], Signal::SIGSTOP);
+    let second = start(&namespace, Some(folder), "survive = true");
+    let report = second.report();
+    assert!(pids(&report).iter().all(|pid| !before.contains(pid)), "{before:?} {:?}", pids(&report));
+    wait_for_end(before[1]);
+    replay(&namespace);
+    let report = second.report_after(PACKETS, true);
+    assert_balanced(&report, PACKETS);
+    assert!(members(&report).iter().all(|member| member.committed > 0));
+    assert_eq!(second.stop().0.code, Some(0));
+}
+
+#[test]
+fn survivors_that_the_next_primary_does_not_want_end() {
+    let _watchdog = e2e_or_skip!();
+    for (config, arguments) in [("survive = false", ""), ("survive = true", "--sleep-per-batch 1ms")] {
+        let namespace = network();
+        let first = start(&namespace, None, "survive = true");
+        let before = pids(&first.report());
+        let folder = first.kill();
+        let launch = Launch::within(&namespace, folder).with("-n 2").config(config).unwrap();
+        let second = launch.worker("xfan-count", arguments).unwrap().start().unwrap();
+        let now = pids(&second.report());
+        assert!(now.iter().all(|pid| !before.contains(pid)), "{before:?} {now:?}");
+        before.into_iter().for_each(wait_for_end);
+        replay(&namespace);
+        let report = second.report_after(PACKETS, true);
+        assert_balanced(&report, PACKETS);
+        assert_eq!(pids(&report), now);
+        assert_eq!(second.stop().0.code, Some(0));
+    }
+}
+
+#[test]
+fn without_survive_workers_end_with_their_primary() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let primary = start(&namespace, None, "");
+    let workers = pids(&primary.report());
+    let folder = primary.kill();
+    workers.into_iter().for_each(wait_for_end);
+    let left: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().flatten().map(|file| file.file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().contains("workers")), "{left:?}");
+}
