@@ -173,6 +173,28 @@ fn a_worker_in_c_with_the_library_inside_joins_and_outlives_its_dispatcher() {
 }
 
 #[test]
+fn a_worker_in_c_survives_the_dispatcher_that_started_it() {
+    let _watchdog = e2e_or_skip!(240);
+    let namespace = network();
+    let frames = traffic::synthetic(60, 600, 7).frames;
+    let launch = Launch::on(&namespace).unwrap();
+    let program = build(launch.folder(), Library::Static);
+    let start = |launch: Launch<'_>| {
+        let launch = launch.with("-n 1").config("survive = true").unwrap();
+        launch.worker(program.to_str().unwrap(), "").unwrap().start().unwrap()
+    };
+    let first = start(launch);
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    let before = first.report_after(PACKETS, true);
+    let second = start(Launch::within(&namespace, first.kill()));
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    let report = second.report_after(PACKETS, true);
+    let (before, member) = (&before.groups[0].members[0], &report.groups[0].members[0]);
+    assert_eq!((member.pid, member.counters["packets"]), (before.pid, 2 * PACKETS));
+    assert_eq!(second.stop().0.code, Some(0));
+}
+
+#[test]
 fn a_worker_in_c_says_why_it_cannot_attach() {
     // Needs no privileges, but a compiler.
     let folder = tempfile::tempdir().unwrap();

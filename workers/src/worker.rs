@@ -432,9 +432,9 @@ impl Worker {
         self.umem.address()
     }
 
-    /// Whether its packets are others' by now.
+    /// Whether the dispatcher has ended its membership, so that its packets are others' by now.
     #[inline(always)]
-    pub(crate) fn is_evicted(&self) -> bool {
+    pub fn is_evicted(&self) -> bool {
         self.down.phase() == Phase::Over
     }
 

@@ -7,6 +7,7 @@
  * Or `./count SOCKET`, to join a dispatcher that runs.
  */
 #include <inttypes.h>
+#include <stdbool.h>
 #include <stdio.h>
 
 #include <xfan_worker.h>
@@ -18,26 +19,42 @@ static int fail(const char *what) {
     return 1;
 }
 
+/* Publishes both counters. */
+static bool publish(xfan_worker *worker, int32_t counters[2]) {
+    counters[0] = xfan_counter(worker, "packets");
+    counters[1] = xfan_counter(worker, "bytes");
+    return counters[0] >= 0 && counters[1] >= 0;
+}
+
 int main(int argc, char **argv) {
     xfan_options options = {.socket = argc > 1 ? argv[1] : NULL, .flags = XFAN_LEAVE_ON_SIGNALS};
     xfan_worker *worker = xfan_attach(&options);
     if (!worker)
         return fail("cannot attach");
 
-    int32_t packet_counter = xfan_counter(worker, "packets");
-    int32_t byte_counter = xfan_counter(worker, "bytes");
-    if (packet_counter < 0 || byte_counter < 0)
+    int32_t counters[2];
+    if (!publish(worker, counters))
         return fail("cannot publish a counter");
 
     uint64_t packets = 0, bytes = 0;
     xfan_packet burst[BURST];
     int32_t count;
-    while ((count = xfan_receive(worker, burst, BURST, TIMEOUT_MS)) >= 0) {
+    for (;;) {
+        count = xfan_receive(worker, burst, BURST, TIMEOUT_MS);
+        /* Started with `survive = true`: it goes on with the next dispatcher. */
+        uint32_t survival = xfan_survival_ms(worker);
+        if (count == XFAN_DISPATCHER_GONE && survival > 0) {
+            count = xfan_reattach(worker, survival);
+            if (count == XFAN_OK && !publish(worker, counters))
+                return fail("cannot publish a counter");
+        }
+        if (count < 0)
+            break;
         for (int32_t i = 0; i < count; i++)
             bytes += burst[i].length;
         packets += (uint64_t)count;
-        xfan_counter_set(worker, packet_counter, packets);
-        xfan_counter_set(worker, byte_counter, bytes);
+        xfan_counter_set(worker, counters[0], packets);
+        xfan_counter_set(worker, counters[1], bytes);
         if (xfan_commit(worker, (size_t)count) != XFAN_OK)
             return fail("cannot commit");
     }

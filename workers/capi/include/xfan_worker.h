@@ -200,6 +200,24 @@ const char *xfan_version(void);
 struct xfan_worker *xfan_attach(const struct xfan_options *options);
 
 /**
+ * After XFAN_DISPATCHER_GONE or XFAN_EVICTED: attaches to the dispatcher that listens on the same socket now, or
+ * will within `patience_ms`, as the member that the worker was if that can be had, else as any; UINT32_MAX:
+ * however long it takes. For workers that came by themselves, and for those that survive (xfan_survival_ms).
+ *
+ * Returns XFAN_OK; XFAN_CLOSED if a signal asked the worker to leave; or another negative code, and may be
+ * tried again. Packets, counters and names from before are no more: publish the counters anew.
+ */
+int32_t xfan_reattach(struct xfan_worker *worker,
+                      uint32_t patience_ms);
+
+/**
+ * For how many milliseconds a worker that a dispatcher started is to look for the next one when that is gone
+ * (`survive = true` in its configuration): the patience for xfan_reattach. 0: it is to end then; also for a
+ * NULL worker.
+ */
+uint32_t xfan_survival_ms(struct xfan_worker *worker);
+
+/**
  * Receives packets of one lane, at most `capacity` of them and at most a batch, and describes them in
  * `packets`. If there are none, waits for `timeout_ms`: spinning, yielding and sleeping for as long as the
  * dispatcher's configuration says; 0 does none of these.
@@ -214,6 +232,13 @@ int32_t xfan_receive(struct xfan_worker *worker,
                      struct xfan_packet *packets,
                      size_t capacity,
                      uint32_t timeout_ms);
+
+/**
+ * Whether the packets of the last xfan_receive are still this worker's: 1, or 0 if the dispatcher has ended its
+ * membership since, because it hung or did not leave when it was to. What was read of them may then have been of
+ * other packets: ask after reading and before acting on it, where that matters. Or a negative code.
+ */
+int32_t xfan_is_current(struct xfan_worker *worker);
 
 /**
  * Gives back the first `packets` of those that the last xfan_receive returned and that were not committed since:

@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-use xfan_worker::{Counter, Received, Worker};
+use xfan_worker::{AttachError, Counter, Received, Worker};
 
 use error::{Failure, code, pointer};
 pub use error::{
@@ -146,11 +146,44 @@ pub unsafe extern "C" fn xfan_attach(options: *const Options) -> *mut Handle {
             }
         }
         let worker = builder.attach()?;
-        // Names come from JSON, where they could hold a zero byte.
-        let name = |name: &str| CString::new(name).unwrap_or_default();
-        let (member, ports) = (name(worker.member()), worker.ports().iter().map(|port| name(port)).collect());
+        let (member, ports) = names(&worker);
         Ok(Box::into_raw(Box::new(Handle { worker, counters: Vec::new(), member, ports })))
     })
+}
+
+/// After XFAN_DISPATCHER_GONE or XFAN_EVICTED: attaches to the dispatcher that listens on the same socket now, or
+/// will within `patience_ms`, as the member that the worker was if that can be had, else as any; UINT32_MAX:
+/// however long it takes. For workers that came by themselves, and for those that survive (xfan_survival_ms).
+///
+/// Returns XFAN_OK; XFAN_CLOSED if a signal asked the worker to leave; or another negative code, and may be
+/// tried again. Packets, counters and names from before are no more: publish the counters anew.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xfan_reattach(worker: *mut Handle, patience_ms: u32) -> i32 {
+    code(|| {
+        // SAFETY: the header asks for it.
+        let handle = unsafe { handle(worker)? };
+        let patience = match patience_ms {
+            u32::MAX => Duration::MAX,
+            limited => Duration::from_millis(limited.into()),
+        };
+        match handle.worker.reattach(patience) {
+            Err(AttachError::Leaving) => return Ok(XFAN_CLOSED),
+            result => result?,
+        }
+        handle.counters.clear();
+        (handle.member, handle.ports) = names(&handle.worker);
+        Ok(XFAN_OK)
+    })
+}
+
+/// For how many milliseconds a worker that a dispatcher started is to look for the next one when that is gone
+/// (`survive = true` in its configuration): the patience for xfan_reattach. 0: it is to end then; also for a
+/// NULL worker.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xfan_survival_ms(worker: *mut Handle) -> u32 {
+    // SAFETY: the header asks for it.
+    let survival = unsafe { worker.as_ref() }.and_then(|handle| handle.worker.survival());
+    survival.map_or(0, |survival| u32::try_from(survival.as_millis()).unwrap_or(u32::MAX))
 }
 
 /// Receives packets of one lane, at most `capacity` of them and at most a batch, and describes them in
@@ -210,6 +243,15 @@ pub unsafe extern "C" fn xfan_receive(
         batch.leave_open(count);
         Ok(i32::try_from(count).unwrap_or(i32::MAX)) // at most a batch
     })
+}
+
+/// Whether the packets of the last xfan_receive are still this worker's: 1, or 0 if the dispatcher has ended its
+/// membership since, because it hung or did not leave when it was to. What was read of them may then have been of
+/// other packets: ask after reading and before acting on it, where that matters. Or a negative code.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xfan_is_current(worker: *mut Handle) -> i32 {
+    // SAFETY: the header asks for it.
+    code(|| Ok(i32::from(!unsafe { handle(worker)? }.worker.is_evicted())))
 }
 
 /// Gives back the first `packets` of those that the last xfan_receive returned and that were not committed since:
@@ -311,6 +353,13 @@ pub unsafe extern "C" fn xfan_port_name(worker: *mut Handle, port: u8) -> *const
         let name = unsafe { handle(worker)? }.ports.get(usize::from(port));
         Ok(name.ok_or_else(|| Failure::invalid(format!("there is no port {port}")))?.as_ptr())
     })
+}
+
+/// Names of a worker's member and ports, for C.
+fn names(worker: &Worker) -> (CString, Vec<CString>) {
+    // They come from JSON, where they could hold a zero byte.
+    let name = |name: &str| CString::new(name).unwrap_or_default();
+    (name(worker.member()), worker.ports().iter().map(|port| name(port)).collect())
 }
 
 impl Handle {
