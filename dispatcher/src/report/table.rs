@@ -242,4 +242,11 @@ mod tests {
         let text = render_members(&[&report.groups[0].members[0]]);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }
+
+    #[test]
+    fn that_packets_wait_is_seen_whatever_their_worker_is_doing() {
+        let member = Member { state: "starting".into(), held: true, ..Member::default() };
+        let text = render_members(&[&member]);
+        assert!(text.contains(" held ") && !text.contains("starting"), "{text}");
+    }
 }
