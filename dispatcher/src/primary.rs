@@ -27,7 +27,7 @@ use crate::members::Member;
 use crate::port::Port;
 use crate::report::{self, Report};
 use crate::steer::BucketTable;
-use crate::supervisor::WorkerCommand;
+use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
 use workers::Spawner;
@@ -68,6 +68,10 @@ pub struct Primary {
     /// When workers are restarted.
     pub care: Care,
     spawner: Option<Spawner>,
+    /// When the last worker that was started has to have attached.
+    attached_by: Instant,
+    /// Workers of the primary before that are to end, and until when.
+    unwanted: (Vec<Process>, Instant),
     control: Arc<ControlCounters>,
     journal: Journal,
     /// Workers refused, and when the last one was.
@@ -114,6 +118,8 @@ impl Primary {
             stop_timeout: timeouts.1,
             care,
             spawner: None,
+            attached_by: Instant::now(),
+            unwanted: (Vec::new(), Instant::now()),
             control: Arc::default(),
             journal: Journal::default(),
             refused: 0,
@@ -168,7 +174,6 @@ impl Primary {
             });
             self.start_workers()?;
         }
-        let attached_by = Instant::now() + self.start_timeout;
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -190,7 +195,7 @@ impl Primary {
                 _ = terminated.recv() => return Ok(()),
             }
             self.open_or_shut()?;
-            if !self.open && Instant::now() >= attached_by {
+            if !self.open && Instant::now() >= self.attached_by {
                 self.report_missing()?;
             }
         }
@@ -293,10 +298,7 @@ impl Primary {
         }
         for place in 0..self.members.len() {
             if self.members[place].take_corrupt() {
-                tracing::error!(
-                    member = self.members[place].id,
-                    "its consumer index made no sense: evicted; what it had not committed goes to others"
-                );
+                tracing::error!(member = self.members[place].id, "its consumer index made no sense: evicted");
                 self.leave(place, Some(Change::Die), "evicted: its consumer index made no sense");
                 // It is not let in again.
                 let member = &mut self.members[place];
@@ -310,11 +312,10 @@ impl Primary {
             }
         }
         let now = Instant::now();
-        for place in 0..self.members.len() {
-            if self.members[place].held_until.is_some_and(|until| until <= now) {
-                tracing::warn!(member = self.members[place].id, "no worker came within hold_timeout");
-                self.release(place);
-            }
+        self.release_until(now);
+        if self.unwanted.1 <= now {
+            // They are killed, if they still are.
+            self.unwanted.0.clear();
         }
         self.look_for_hanging(now);
         self.look_for_overdue(now);
@@ -383,6 +384,20 @@ impl Primary {
             self.retire(place, self.members[place].pid());
         }
         held
+    }
+
+    /// What was to be held until now, or until before, is held no longer.
+    fn release_until(&mut self, now: Instant) {
+        let due = |member: &Member| member.held_until.is_some_and(|until| until <= now);
+        let due: Vec<_> = (0..self.members.len()).filter(|place| due(&self.members[*place])).collect();
+        // First none of them has flows any more, then their packets go to those that have.
+        for place in &due {
+            self.members[*place].held_until = None;
+        }
+        for place in due {
+            tracing::warn!(member = self.members[place].id, "no worker came for what was held");
+            self.retire(place, self.members[place].pid());
+        }
     }
 
     /// Ends what there is of a session in this place: its flows go to the others, and what was not committed.
@@ -462,9 +477,18 @@ impl Primary {
         self.leave(place, change, if draining { "" } else { "its connection ended" });
         let patience = self.stop_timeout;
         let member = &mut self.members[place];
-        // Its process is to end now, or to attach anew.
-        if member.process.is_some() && member.overdue.is_none() {
-            member.overdue = Some(Overdue::after(patience));
+        let too_often = member.starts.too_many(&self.care.restart, Instant::now());
+        match &mut member.process {
+            Some(process) if too_often => {
+                tracing::error!(member = member.id, "attaches again and again: killed");
+                self.journal.write(Some(&member.id), process.pid(), "killed", "attaches again and again");
+                // Its end is an event. It is not let in again.
+                process.kill();
+                member.token = random_token().ok().or(member.token.take());
+            }
+            // It is to end now, or to attach anew.
+            Some(_) if member.overdue.is_none() => member.overdue = Some(Overdue::after(patience)),
+            _ => {}
         }
         if draining {
             tracing::info!(member = member.id, "detached");

@@ -56,7 +56,7 @@ pub enum Verdict {
     GiveUp,
 }
 
-/// The starts of one member's processes.
+/// The starts of one member's processes, and how often these attached anew.
 #[derive(Debug, Default)]
 pub struct Starts {
     /// Those within the last interval.
@@ -67,7 +67,7 @@ pub struct Starts {
 }
 
 impl Starts {
-    /// A process was started.
+    /// A process was started, or attached anew.
     pub fn count(&mut self, now: Instant) {
         self.restarts += u64::from(self.started);
         self.started = true;
@@ -86,15 +86,20 @@ impl Starts {
             Policy::OnFailure if !success => {}
             Policy::OnFailure | Policy::No => return Verdict::Stay,
         }
+        if self.too_many(restart, now) {
+            return Verdict::GiveUp;
+        }
+        let recent = u32::try_from(self.recent.len()).unwrap_or(u32::MAX);
+        let times = 1u32.checked_shl(recent.saturating_sub(1)).unwrap_or(u32::MAX);
+        Verdict::After(restart.delay.saturating_mul(times).min(LONGEST))
+    }
+
+    /// Whether there have been as many as may be lately.
+    pub fn too_many(&mut self, restart: &Restart, now: Instant) -> bool {
         while self.recent.front().is_some_and(|start| now.duration_since(*start) >= restart.limit_interval) {
             self.recent.pop_front();
         }
-        let recent = u32::try_from(self.recent.len()).unwrap_or(u32::MAX);
-        if recent >= restart.limit_burst {
-            return Verdict::GiveUp;
-        }
-        let times = 1u32.checked_shl(recent.saturating_sub(1)).unwrap_or(u32::MAX);
-        Verdict::After(restart.delay.saturating_mul(times).min(LONGEST))
+        self.recent.len() as u64 >= u64::from(restart.limit_burst)
     }
 }
 

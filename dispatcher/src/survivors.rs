@@ -60,7 +60,20 @@ struct Facts {
 
 fn facts(pid: u32) -> Option<Facts> {
     let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
-    Some(Facts { began: process.stat().ok()?.starttime, uid: process.status().ok()?.euid })
+    // Its name, which stands there too, may be of any bytes.
+    let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+    let status = String::from_utf8_lossy(&status);
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    // Real, effective, …
+    let uid = uids.split_whitespace().nth(1)?.parse().ok()?;
+    Some(Facts { began: process.stat().ok()?.starttime, uid })
+}
+
+/// A path whose last part goes on with `more`.
+fn with_more(path: &Path, more: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(more);
+    path.into()
 }
 
 /// The note beside a control socket.
@@ -68,9 +81,9 @@ fn facts(pid: u32) -> Option<Facts> {
 pub struct Note(PathBuf);
 
 impl Note {
-    /// Of the primary that listens on this socket: `/run/xfan/eth1.workers` beside `/run/xfan/eth1.sock`.
+    /// Of the primary that listens on this socket: `/run/xfan/eth1.sock.workers` beside `/run/xfan/eth1.sock`.
     pub fn beside(socket: &Path) -> Self {
-        Note(socket.with_extension("workers"))
+        Note(with_more(socket, ".workers"))
     }
 
     /// Writes who runs now. Whoever reads sees the note as it was or as it is.
@@ -78,7 +91,7 @@ impl Note {
     /// # Errors
     /// Whatever the file system says.
     pub fn write(&self, survivors: &[Survivor]) -> io::Result<()> {
-        let new = self.0.with_extension("workers.new");
+        let new = with_more(&self.0, ".new");
         self.forget(&new);
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
         file.write_all(&serde_json::to_vec(survivors)?)?;
@@ -92,7 +105,11 @@ impl Note {
     pub fn read(&self) -> io::Result<Vec<Survivor>> {
         /// More than the note of 64 workers.
         const LIMIT: u64 = 4 << 20;
-        let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&self.0) {
+        let file = match OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&self.0)
+        {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             file => file?,
         };
@@ -153,7 +170,7 @@ mod tests {
             note.write(&[survivor(7, began)]).unwrap();
             assert_eq!(note.read().unwrap(), [survivor(7, began)]);
         }
-        assert_eq!(note.path(), folder.join("eth1.workers"));
+        assert_eq!(note.path(), folder.join("eth1.sock.workers"));
         assert_eq!(fs::metadata(note.path()).unwrap().mode() & 0o777, 0o600);
         note.remove();
         note.remove();
@@ -172,6 +189,9 @@ mod tests {
         assert_eq!(note.read().unwrap_err().to_string(), "it is not this user's alone");
         fs::rename(note.path(), folder.join("elsewhere")).unwrap();
         std::os::unix::fs::symlink(folder.join("elsewhere"), note.path()).unwrap();
+        assert!(note.read().is_err());
+        fs::remove_file(note.path()).unwrap();
+        nix::unistd::mkfifo(note.path(), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(note.read().is_err());
         fs::remove_dir_all(folder).unwrap();
     }

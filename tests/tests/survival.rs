@@ -45,6 +45,15 @@ fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
 }
 
+/// Two workers of which the first is hostile.
+fn start_hostile(namespace: &Netns, folder: Option<Folder>, way: &str, config: &str) -> Primary {
+    let launch = match folder {
+        Some(folder) => Launch::within(namespace, folder),
+        None => Launch::on(namespace).unwrap(),
+    };
+    launch.with("-n 2").config(config).unwrap().hostile_worker(way).unwrap().start().unwrap()
+}
+
 /// Waits until a process has ended.
 fn wait_for_end(pid: u32) {
     while leftovers::state(pid).is_some_and(|state| state != 'Z') {
@@ -109,7 +118,7 @@ fn survivors_that_are_dead_or_stuck_are_replaced() {
     signal(before[0], Signal::SIGKILL);
     wait_for_end(before[0]);
     signal(before[1], Signal::SIGSTOP);
-    let second = start(&namespace, Some(folder), "survive = true");
+    let second = start(&namespace, Some(folder), "survive = true\nstart_timeout = '3s'");
     let report = second.report();
     assert!(pids(&report).iter().all(|pid| !before.contains(pid)), "{before:?} {:?}", pids(&report));
     wait_for_end(before[1]);
@@ -139,6 +148,31 @@ fn survivors_that_the_next_primary_does_not_want_end() {
         assert_eq!(pids(&report), now);
         assert_eq!(second.stop().0.code, Some(0));
     }
+}
+
+#[test]
+fn a_survivor_of_another_release_is_replaced() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let first = start_hostile(&namespace, None, "relic", "survive = true");
+    let before = pids(&first.report());
+    let second = start_hostile(&namespace, Some(first.kill()), "relic", "survive = true");
+    let now = pids(&second.report());
+    assert!(now[0] != before[0] && now[1] == before[1], "{before:?} {now:?}");
+    wait_for_end(before[0]);
+    assert_eq!(second.stop().0.code, Some(0));
+}
+
+#[test]
+fn one_that_does_not_want_to_end_is_made_to() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let first = start_hostile(&namespace, None, "deaf", "survive = true");
+    let before = pids(&first.report());
+    let second = start(&namespace, Some(first.kill()), "stop_timeout = '300ms'");
+    // While it runs, and not only when it ends.
+    before.into_iter().for_each(wait_for_end);
+    assert_eq!(second.stop().0.code, Some(0));
 }
 
 #[test]

@@ -28,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
+/// A dispatcher that begins sets its socket's permissions within this time.
+const MOMENT: Duration = Duration::from_secs(1);
+
 /// Why a worker could not attach.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -192,19 +195,28 @@ impl Builder {
         self.member = Some(member);
         // Only one whose workers survive it has written this down for the next.
         self.token.take_if(|_| self.survival.is_none());
+        let mut denied = None;
         loop {
             if leave.is_due() {
                 return Err(AttachError::Leaving);
             }
-            let error = match self.clone().join(|| Ok(leave.afresh())) {
+            let mut joined = self.clone().join(|| Ok(leave.afresh()));
+            if joined.as_ref().is_err_and(AttachError::is_about_the_member) {
+                let any = Builder { member: None, token: None, ..self.clone() };
+                joined = any.join(|| Ok(leave.afresh()));
+            }
+            let error = match joined {
                 Err(error) => error,
                 joined => return joined,
             };
-            if error.is_about_the_member() && self.member.take().is_some() {
-                self.token = None;
-                continue;
+            // The socket is not the workers' before the dispatcher has made it so.
+            if matches!(error, AttachError::Permission(_)) {
+                denied.get_or_insert_with(Instant::now);
+            } else {
+                denied = None;
             }
-            if !error.may_pass() || start.elapsed() >= patience {
+            let stays_denied = denied.is_some_and(|since| since.elapsed() >= MOMENT);
+            if !error.may_pass() || stays_denied || start.elapsed() >= patience {
                 return Err(error);
             }
             std::thread::sleep(pause.min(patience.saturating_sub(start.elapsed())));
@@ -258,7 +270,7 @@ impl AttachError {
     fn may_pass(&self) -> bool {
         use RefusalCode::{Closing, Occupied};
         match self {
-            AttachError::NoDispatcher(_) | AttachError::NoAnswer(_) => true,
+            AttachError::NoDispatcher(_) | AttachError::NoAnswer(_) | AttachError::Permission(_) => true,
             AttachError::Protocol(_, error) => matches!(error, ProtocolError::Closed),
             AttachError::Refused { code, .. } => matches!(code, Closing | Occupied),
             _ => false,

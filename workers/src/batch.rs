@@ -39,8 +39,6 @@ impl<'a> Batch<'a> {
     /// yes was read of these packets: ask before acting on it, where a mistake would matter.
     #[inline]
     pub fn is_current(&self) -> bool {
-        // What was read before this is not read after it.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
         !self.worker.is_evicted()
     }
 

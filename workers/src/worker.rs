@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use xfan_shm::Descriptor;
@@ -432,9 +432,12 @@ impl Worker {
         self.umem.address()
     }
 
-    /// Whether the dispatcher has ended its membership, so that its packets are others' by now.
+    /// Whether the dispatcher has ended its membership, so that its packets are others' by now. What was read of packets before this
+    /// said no, was read of them.
     #[inline(always)]
     pub fn is_evicted(&self) -> bool {
+        // What was read of packets before this is not read after it.
+        fence(Ordering::Acquire);
         self.down.phase() == Phase::Over
     }
 

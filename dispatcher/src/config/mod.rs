@@ -125,7 +125,8 @@ pub struct Config {
     /// flows do; or `"hold"`: they wait, and its flows with them, for the next worker in its place. Default `"requeue"`.
     pub on_loss: OnLoss,
 
-    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. Default `"5s"`.
+    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. The receive time of one that waited
+    /// for more than 4.29s shows too late, by a multiple of that. Default `"4s"`.
     pub hold_timeout: Duration,
 
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
@@ -296,7 +297,7 @@ impl Config {
             hang_timeout: Duration::from_secs(30),
             survive: false,
             on_loss: OnLoss::Requeue,
-            hold_timeout: Duration::from_secs(5),
+            hold_timeout: Duration::from_secs(4),
             on_empty: OnEmpty::Drop,
             control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },

@@ -11,6 +11,7 @@ use crate::access::Standing;
 use crate::control::{Answer, Connection};
 use crate::lane::Command;
 use crate::life::{Change, State};
+use crate::members::Member;
 use crate::supervisor::Process;
 
 impl Primary {
@@ -40,8 +41,12 @@ impl Primary {
                     self.last_refusal = Some(Instant::now());
                     self.journal.write(member.as_deref(), pid, "refused", refusal.message.clone());
                 }
+                // One that this primary did not start is replaced by one that it starts.
+                let adopted = |member: &Member| member.process.as_ref().is_some_and(Process::is_adopted);
                 let ours = place.filter(|_| !self.open).map(|place| &self.members[place]).filter(|member| {
-                    member.state() == State::Starting && refusal.code == RefusalCode::Version
+                    member.state() == State::Starting
+                        && refusal.code == RefusalCode::Version
+                        && !adopted(member)
                 });
                 let result = match ours {
                     Some(member) => Err(PrimaryError::Refused {
@@ -79,6 +84,10 @@ impl Primary {
         let memory = self.memory.read_only_fd().try_clone_to_owned().map_err(|error| fail(&error))?;
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
         let member = &mut self.members[place];
+        // Of one process only so many are taken as of processes.
+        if member.token.is_some() && member.state() != State::Starting {
+            member.starts.count(Instant::now());
+        }
         let (links, handover) =
             member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
         member.program.clone_from(&attach.program);
@@ -99,7 +108,7 @@ impl Primary {
         let member = &mut self.members[place];
         if member.held_until.take().is_some() {
             let detail = format!("{} packets that were held", member.backlog());
-            self.journal.write(Some(&member.id), pid, "took over", detail);
+            self.journal.write(Some(&member.id), pid, "resumed", detail);
         }
         self.steer();
         tracing::info!(member = attached.member, pid, program = attach.program, "attached");

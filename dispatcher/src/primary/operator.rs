@@ -129,6 +129,7 @@ impl Primary {
                 |error: PrimaryError| Refusal { code: RefusalCode::Impossible, message: error.to_string() };
             return match purpose {
                 _ if released && member.is_vacant() => Ok(()),
+                Purpose::StayAway if released && !member.restarting => Ok(()),
                 _ if member.token.is_none() => {
                     refuse(RefusalCode::Impossible, format!("member {id} has no worker"))
                 }
@@ -188,6 +189,7 @@ impl Primary {
                 if let Err(error) = self.start_afresh(place) {
                     tracing::error!(member = self.members[place].id, "{error}");
                     self.change(place, Change::GiveUp, error.to_string());
+                    self.release(place);
                 }
             }
         }
@@ -219,10 +221,10 @@ impl Primary {
 
     /// Starts the process of a member that has none, whatever came of the ones before.
     pub(super) fn start_afresh(&mut self, place: usize) -> Result<(), PrimaryError> {
-        let member = &mut self.members[place];
-        member.restarting = false;
-        member.starts.forgive();
-        self.start_worker(place)
+        self.members[place].starts.forgive();
+        self.start_worker(place)?;
+        self.members[place].restarting = false;
+        Ok(())
     }
 
     /// Gives a place to whoever comes.

@@ -13,7 +13,7 @@ use crate::lane::Command;
 use crate::lanes::LaneHandle;
 use crate::life::{Change, State};
 use crate::report::Report;
-use crate::supervisor::Process;
+use crate::supervisor::{Ending, Process};
 
 /// How often conditions are looked at while stopping.
 const POLL: Duration = Duration::from_millis(5);
@@ -71,9 +71,8 @@ impl Primary {
         }
         // What waits for workers that will not come goes to those that are there.
         self.care.hold = None;
-        for place in 0..self.members.len() {
-            self.release(place);
-        }
+        let far = self.members.iter().filter_map(|member| member.held_until).max();
+        self.release_until(far.unwrap_or_else(Instant::now));
         // What is on the RX rings still goes to the workers …
         for lane in &mut self.lanes {
             lane.command(Command::Drain);
@@ -175,8 +174,11 @@ impl Primary {
                 let member = &mut self.members[place];
                 if let Some(status) = member.process.as_mut().and_then(Process::ended) {
                     member.process = None;
-                    let change = if status.success() { Change::Leave } else { Change::Die };
-                    if !status.success() {
+                    // How one ended that an earlier primary started, nobody knows: as it was told, it seems.
+                    let left =
+                        status.success() || status == Ending::Unknown && member.state() == State::Draining;
+                    let change = if left { Change::Leave } else { Change::Die };
+                    if !left {
                         tracing::warn!(member = member.id, how = %status, "its process ended");
                     }
                     self.leave(place, Some(change), &status.to_string());

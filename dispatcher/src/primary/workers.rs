@@ -1,6 +1,5 @@
 //! Worker processes: started, restarted, watched for hanging.
 
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -25,9 +24,6 @@ pub(super) struct Spawner {
     pub(super) socket: PathBuf,
     pub(super) events: mpsc::UnboundedSender<Event>,
 }
-
-/// How long workers that survived the primary before have to find the next one. They look for it ten times a second at least.
-const ADOPTION: Duration = Duration::from_secs(2);
 
 /// When workers are restarted, after how long they count as hanging, and what becomes of their packets.
 #[derive(Clone, Copy, Debug)]
@@ -87,30 +83,23 @@ impl Primary {
         note.remove();
         for survivor in survivors {
             let Some(pidfd) = survivor.find(&command) else { continue };
-            let place = self.members.iter().position(|member| member.id == survivor.member);
-            match place.filter(|place| self.members[*place].process.is_none()) {
+            let process = Process::adopt(survivor.pid, pidfd);
+            let (id, pid) = (&survivor.member, survivor.pid);
+            let mut places = self.members[..self.places].iter();
+            match places.position(|member| member.id == *id && member.process.is_none()) {
                 Some(place) if command.survive && command.command == survivor.command => {
-                    tracing::info!(
-                        member = survivor.member,
-                        pid = survivor.pid,
-                        "survived the primary before"
-                    );
-                    let process = Process::adopt(survivor.pid, pidfd);
+                    tracing::info!(member = id, pid, "survived the primary before");
                     self.members[place].starts.count(Instant::now());
-                    let patience = ADOPTION.min(self.start_timeout / 2);
-                    self.take_in(place, process, survivor.token, patience, "it survived the primary before")?;
+                    self.take_in(place, process, survivor.token, "it survived the primary before")?;
                 }
                 _ => {
-                    tracing::info!(
-                        member = survivor.member,
-                        pid = survivor.pid,
-                        "is to end: it is of an earlier primary"
-                    );
-                    // It may have ended meanwhile.
-                    let _ = sys::pidfd_signal(pidfd.as_fd(), Signal::SIGTERM);
+                    tracing::info!(member = id, pid, "is to end: it is of the primary before");
+                    process.signal(Signal::SIGTERM);
+                    self.unwanted.0.push(process);
                 }
             }
         }
+        self.unwanted.1 = Instant::now() + self.stop_timeout;
         Ok(())
     }
 
@@ -119,7 +108,7 @@ impl Primary {
         let token = random_token()?;
         member.starts.count(Instant::now());
         let process = Process::spawn(&spawner.command, &spawner.socket, &member.id, &token)?;
-        self.take_in(place, process, token, self.start_timeout, "")
+        self.take_in(place, process, token, "")
     }
 
     /// Expects a process to attach in this place, and watches for its end.
@@ -128,21 +117,23 @@ impl Primary {
         place: usize,
         process: Process,
         token: String,
-        patience: Duration,
         detail: &str,
     ) -> Result<(), PrimaryError> {
         let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         member.program = spawner.command.command.first().cloned().unwrap_or_default();
         member.token = Some(token);
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
-        let pid = process.pid();
+        let (pid, adopted) = (process.pid(), process.is_adopted());
         member.process = Some(process);
         let events = spawner.events.clone();
         tokio::spawn(async move {
             let _ = ended.readable().await;
             let _ = events.send(Event::Exited(place));
         });
-        spawner.later(patience, Event::StartTimeout(place, pid));
+        spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
+        // One that another primary started is replaced if it does not attach, and that takes its time as well.
+        let grace = if adopted { 2 * self.start_timeout } else { self.start_timeout };
+        self.attached_by = self.attached_by.max(Instant::now() + grace);
         let detail = if detail.is_empty() { member.program.clone() } else { detail.to_owned() };
         self.change(place, Change::Start, detail);
         self.write_note();
@@ -153,7 +144,15 @@ impl Primary {
     fn write_note(&self) {
         let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) else { return };
         let survivor = |member: &Member| {
-            Survivor::of(member.process.as_ref()?, &member.id, member.token.as_ref()?, &spawner.command)
+            let (process, token) = (member.process.as_ref()?, member.token.as_ref()?);
+            let survivor = Survivor::of(process, &member.id, token, &spawner.command);
+            if survivor.is_none() {
+                tracing::warn!(
+                    member = member.id,
+                    "the kernel does not tell when it began: the next primary will not find it"
+                );
+            }
+            survivor
         };
         let survivors: Vec<_> = self.members.iter().filter_map(survivor).collect();
         if let Err(error) = spawner.note().write(&survivors) {
@@ -169,7 +168,7 @@ impl Primary {
         let adopted = member.process.take().is_some_and(|process| process.is_adopted());
         let how = status.to_string();
         let attached = member.state() != State::Starting;
-        if adopted && !attached && member.leaving.is_none() {
+        if adopted && !attached {
             tracing::warn!(member = member.id, "it survived the primary before, and has not found this one");
             self.change(place, Change::Die, "it has not found this primary");
             return self.start_afresh(place);

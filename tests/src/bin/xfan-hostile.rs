@@ -40,6 +40,10 @@ enum Way {
     },
     /// At SIGUSR1 ends with status 0, and leaves a child that keeps its connection for a while.
     Fork,
+    /// At SIGUSR1 attaches and hangs up, again and again.
+    Again,
+    /// Survives its primary, and then speaks another version of the protocol.
+    Relic,
     /// Speaks another version of the protocol.
     Version { version: u32 },
     /// Tries all that a worker must not be able to do, and prints what came of each.
@@ -76,6 +80,26 @@ fn run(way: &Way) -> Outcome<()> {
         Way::Version { version } => {
             return ask(*version, member(), token())
                 .map(|_| eprintln!("xfan-hostile: attached all the same"));
+        }
+        Way::Again => {
+            let place = Place::take()?;
+            waited.wait()?;
+            drop(place);
+            // It is not known to have gone when it comes again.
+            loop {
+                drop(Place::take());
+            }
+        }
+        Way::Relic => {
+            let place = Place::take()?;
+            // The end of the connection.
+            let _ = protocol::receive::<Reply>(&place.control, MAX_REPLY);
+            loop {
+                match ask(VERSION + 1, member(), token()) {
+                    Err(error) if error.downcast_ref::<Errno>().is_some() => std::thread::sleep(PAUSE),
+                    answer => return answer.map(drop),
+                }
+            }
         }
         Way::Fork => {
             let _place = Place::take()?;
@@ -162,7 +186,7 @@ fn ask(
 
 /// A place that was taken.
 struct Place {
-    _control: OwnedFd,
+    control: OwnedFd,
     geometry: Geometry,
     umem_bytes: usize,
     umem: OwnedFd,
@@ -177,7 +201,7 @@ impl Place {
         let [umem, down, up, doorbell] = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds)
             .map_err(|_| "other descriptors than expected")?;
         let umem_bytes = usize::try_from(attached.umem_bytes)?;
-        Ok(Place { _control: control, geometry: attached.geometry, umem_bytes, umem, down, up, doorbell })
+        Ok(Place { control, geometry: attached.geometry, umem_bytes, umem, down, up, doorbell })
     }
 
     /// Writes noise over its own segment, headers and all, until SIGTERM.

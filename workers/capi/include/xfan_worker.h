@@ -279,7 +279,7 @@ int32_t xfan_counter_set(struct xfan_worker *worker, int32_t counter, uint64_t v
 
 /**
  * The member that the worker is, such as "default/0"; NULL for a NULL worker. Valid until the worker is
- * freed.
+ * freed or attached again.
  */
 const char *xfan_member(struct xfan_worker *worker);
 
@@ -290,7 +290,7 @@ int32_t xfan_lanes(struct xfan_worker *worker);
 
 /**
  * The name of an interface, such as "eth1", from a packet's port; NULL if there is no such port. Valid until
- * the worker is freed.
+ * the worker is freed or attached again.
  */
 const char *xfan_port_name(struct xfan_worker *worker,
                            uint8_t port);

@@ -330,7 +330,7 @@ pub unsafe extern "C" fn xfan_counter_set(worker: *mut Handle, counter: i32, val
 }
 
 /// The member that the worker is, such as "default/0"; NULL for a NULL worker. Valid until the worker is
-/// freed.
+/// freed or attached again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_member(worker: *mut Handle) -> *const c_char {
     // SAFETY: the header asks for it.
@@ -345,7 +345,7 @@ pub unsafe extern "C" fn xfan_lanes(worker: *mut Handle) -> i32 {
 }
 
 /// The name of an interface, such as "eth1", from a packet's port; NULL if there is no such port. Valid until
-/// the worker is freed.
+/// the worker is freed or attached again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_port_name(worker: *mut Handle, port: u8) -> *const c_char {
     pointer(|| {
