@@ -184,7 +184,7 @@ impl Primary {
                     interface = self.name,
                     mode = self.mode,
                     lanes = self.lanes.len(),
-                    workers = self.running().len(),
+                    workers = self.places_of(Member::has_flows).len(),
                     socket = %listener.path().display(),
                     "running"
                 );
@@ -323,15 +323,21 @@ impl Primary {
         Ok(())
     }
 
-    /// The places of those that have flows.
-    fn running(&self) -> Vec<u8> {
-        let running = self.members.iter().enumerate().filter(|(_, member)| member.has_flows());
-        running.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
+    /// The places of those whom this is true of.
+    fn places_of(&self, wanted: impl Fn(&Member) -> bool) -> Vec<u8> {
+        let places = self.members.iter().enumerate().filter(|(_, member)| wanted(member));
+        places.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
+    }
+
+    /// Deals the flows out anew to those that are to have some.
+    fn deal(&mut self) {
+        let held = self.places_of(|member| member.held_until.is_some());
+        self.table = self.table.with_members_and_fixed(&self.places_of(Member::has_flows), &held);
     }
 
     /// Has all lanes use a table of those that run.
     fn steer(&mut self) {
-        self.table = self.table.with_members(&self.running());
+        self.deal();
         for lane in &mut self.lanes {
             lane.command(Command::Steer(Box::new(self.table.clone())));
         }

@@ -83,7 +83,7 @@ impl Primary {
         if let Some(session) = member.end_session(packets) {
             session.connection.end();
         }
-        self.table = self.table.with_members(&self.running());
+        self.deal();
         for lane in &mut self.lanes {
             lane.command(Command::Retire(place, Box::new(self.table.clone())));
         }

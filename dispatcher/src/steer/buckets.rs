@@ -1,7 +1,8 @@
 //! The bucket table: which member takes which part of the flows. The same in all lanes.
 //!
 //! A change moves the fewest buckets possible: who joins takes an equal share from the others and nothing else
-//! moves; who leaves has its own buckets dealt out to those with the fewest.
+//! moves; who leaves has its own buckets dealt out to those with the fewest. Of a member whose packets wait nothing moves: they would
+//! come after newer ones of their flows.
 
 /// Buckets of the table. With 64 members each has 64 of them: no share is more than 1/64 off.
 pub const BUCKETS: usize = 4096;
@@ -34,19 +35,35 @@ impl BucketTable {
     /// If a member is [`NOBODY`] or there are more members than buckets.
     #[must_use]
     pub fn with_members(&self, members: &[u8]) -> Self {
+        self.with_members_and_fixed(members, &[])
+    }
+
+    /// The table with exactly these members, as near to this one as possible. Those that are also in `fixed` keep what they have;
+    /// they get more only if there is nobody else.
+    ///
+    /// # Panics
+    /// If a member is [`NOBODY`] or there are more members than buckets.
+    #[must_use]
+    pub fn with_members_and_fixed(&self, members: &[u8], fixed: &[u8]) -> Self {
         assert!(!members.contains(&NOBODY) && members.len() <= BUCKETS, "{} members", members.len());
         let mut table = self.clone();
         if members.is_empty() {
             return BucketTable::empty();
         }
-        // What each may keep: an equal share; the remainder goes to those that have most, so that they keep it.
-        let mut by_load: Vec<(u8, usize)> =
-            members.iter().map(|&member| (member, self.share(member))).collect();
-        by_load.sort_by_key(|&(member, share)| (std::cmp::Reverse(share), member));
-        let (each, remainder) = (BUCKETS / members.len(), BUCKETS % members.len());
+        let (fixed, others): (Vec<u8>, Vec<u8>) = members.iter().partition(|member| fixed.contains(member));
         let mut wanted = [0usize; 256];
+        for member in &fixed {
+            wanted[usize::from(*member)] = self.share(*member);
+        }
+        let buckets = BUCKETS - wanted.iter().sum::<usize>();
+        let takers = if others.is_empty() { &fixed } else { &others };
+        // What each of the others may keep: an equal share; the remainder goes to those that have most, so that they keep it.
+        let mut by_load: Vec<(u8, usize)> =
+            takers.iter().map(|&member| (member, self.share(member))).collect();
+        by_load.sort_by_key(|&(member, share)| (std::cmp::Reverse(share), member));
+        let (each, remainder) = (buckets / takers.len(), buckets % takers.len());
         for (place, &(member, _)) in by_load.iter().enumerate() {
-            wanted[usize::from(member)] = each + usize::from(place < remainder);
+            wanted[usize::from(member)] += each + usize::from(place < remainder);
         }
         // Keep what is within a member's share, free the rest …
         for owner in &mut table.owners {
@@ -115,6 +132,31 @@ mod tests {
         let after = before.with_members(&survivors);
         assert_fair(&after, &survivors);
         assert_eq!(moved(&before, &after), before.share(3));
+    }
+
+    #[test]
+    fn what_is_fixed_stays_and_the_others_share_the_rest() {
+        let before = BucketTable::empty().with_members(&[0, 1, 2]);
+        let joined = before.with_members_and_fixed(&[0, 1, 2, 3], &[1]);
+        let (fixed, rest) = (before.share(1), BUCKETS - before.share(1));
+        assert_eq!(joined.share(1), fixed);
+        assert!((0..BUCKETS).all(|at| (before.owners[at] == 1) == (joined.owners[at] == 1)));
+        for member in [0, 2, 3] {
+            assert!((rest / 3..=rest / 3 + 1).contains(&joined.share(member)), "{joined:?}");
+        }
+        assert_eq!(moved(&before, &joined), joined.share(3));
+        // Who leaves gives to those that can take; if nobody can, to those that are there.
+        let left = joined.with_members_and_fixed(&[1, 2], &[1]);
+        assert_eq!((left.share(1), left.share(2)), (fixed, rest));
+        assert_fair(&left.with_members_and_fixed(&[1], &[1]), &[1]);
+        let both = joined.with_members_and_fixed(&[1, 2], &[1, 2]);
+        assert!(
+            (0..BUCKETS)
+                .all(|at| ![1, 2].contains(&joined.owners[at]) || both.owners[at] == joined.owners[at])
+        );
+        assert_eq!(both.share(NOBODY), 0);
+        // When it is no longer fixed, it gives its part.
+        assert_fair(&joined.with_members(&[0, 1, 2, 3]), &[0, 1, 2, 3]);
     }
 
     #[test]
