@@ -39,6 +39,8 @@ pub struct Member {
     pub program: String,
     /// Starts of its processes.
     pub starts: Starts,
+    /// Times that the process which was started for it has attached.
+    pub attached: u32,
     /// Its process is to be started again.
     pub restarting: bool,
     /// How its last process ended.
@@ -136,6 +138,7 @@ impl Member {
             session: None,
             program: String::new(),
             starts: Starts::default(),
+            attached: 0,
             restarting: false,
             last_exit: None,
             hangs: 0,

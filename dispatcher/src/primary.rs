@@ -396,7 +396,7 @@ impl Primary {
         self.leave(place, change, if draining { "" } else { "its connection ended" });
         let patience = self.stop_timeout;
         let member = &mut self.members[place];
-        let too_often = member.starts.too_many(&self.care.restart, Instant::now());
+        let too_often = member.attached > 1 && member.starts.too_many(&self.care.restart, Instant::now());
         match &mut member.process {
             Some(process) if too_often => {
                 tracing::error!(member = member.id, "attaches again and again: killed");

@@ -85,8 +85,11 @@ impl Primary {
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
         let member = &mut self.members[place];
         // Of one process only so many are taken as of processes.
-        if member.token.is_some() && member.state() != State::Starting {
-            member.starts.count(Instant::now());
+        if member.token.is_some() {
+            if member.attached > 0 {
+                member.starts.count(Instant::now());
+            }
+            member.attached = member.attached.saturating_add(1);
         }
         let (links, handover) =
             member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;

@@ -122,6 +122,7 @@ impl Primary {
         let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         member.program = spawner.command.command.first().cloned().unwrap_or_default();
         member.token = Some(token);
+        member.attached = 0;
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
         let (pid, adopted) = (process.pid(), process.is_adopted());
         member.process = Some(process);
