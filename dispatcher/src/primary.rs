@@ -313,7 +313,7 @@ impl Primary {
             }
         }
         let now = Instant::now();
-        self.release_until(now);
+        self.release_due(now);
         if self.unwanted.1 <= now {
             // They are killed, if they still are.
             self.unwanted.0.clear();

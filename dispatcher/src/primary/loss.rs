@@ -61,16 +61,12 @@ impl Primary {
     }
 
     /// What was to be held until now, or until before, is held no longer.
-    pub(super) fn release_until(&mut self, now: Instant) {
-        let due = |member: &Member| member.held_until.is_some_and(|until| until <= now);
-        let due: Vec<_> = (0..self.members.len()).filter(|place| due(&self.members[*place])).collect();
-        // First none of them has flows any more, then their packets go to those that have.
-        for place in &due {
-            self.members[*place].held_until = None;
-        }
-        for place in due {
-            tracing::warn!(member = self.members[place].id, "no worker came for what was held");
-            self.retire(place, self.members[place].pid());
+    pub(super) fn release_due(&mut self, now: Instant) {
+        for place in 0..self.members.len() {
+            if self.members[place].held_until.is_some_and(|until| until <= now) {
+                tracing::warn!(member = self.members[place].id, "no worker came within hold_timeout");
+                self.release(place);
+            }
         }
     }
 

@@ -71,8 +71,9 @@ impl Primary {
         }
         // What waits for workers that will not come goes to those that are there.
         self.care.hold = None;
-        let far = self.members.iter().filter_map(|member| member.held_until).max();
-        self.release_until(far.unwrap_or_else(Instant::now));
+        for place in 0..self.members.len() {
+            self.release(place);
+        }
         // What is on the RX rings still goes to the workers …
         for lane in &mut self.lanes {
             lane.command(Command::Drain);
