@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use super::Primary;
 use crate::lane::Command;
 use crate::life::{Change, State};
-use crate::members::Member;
 
 impl Primary {
     /// The worker in this place is no more: its flows go to the others, and what it had not committed; or all that waits for
