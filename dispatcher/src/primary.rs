@@ -69,8 +69,6 @@ pub struct Primary {
     /// When workers are restarted.
     pub care: Care,
     spawner: Option<Spawner>,
-    /// When the last worker that was started has to have attached.
-    attached_by: Instant,
     /// Workers of the primary before that are to end, and until when.
     unwanted: (Vec<Process>, Instant),
     control: Arc<ControlCounters>,
@@ -119,7 +117,6 @@ impl Primary {
             stop_timeout: timeouts.1,
             care,
             spawner: None,
-            attached_by: Instant::now(),
             unwanted: (Vec::new(), Instant::now()),
             control: Arc::default(),
             journal: Journal::default(),
@@ -196,9 +193,6 @@ impl Primary {
                 _ = terminated.recv() => return Ok(()),
             }
             self.open_or_shut()?;
-            if !self.open && Instant::now() >= self.attached_by {
-                self.report_missing()?;
-            }
         }
     }
 
@@ -233,17 +227,6 @@ impl Primary {
         Ok(())
     }
 
-    fn report_missing(&self) -> Result<(), PrimaryError> {
-        match self.members.iter().find(|member| member.state() == State::Starting) {
-            Some(member) => Err(PrimaryError::NotAttached {
-                member: member.id.clone(),
-                program: member.program.clone(),
-                timeout: self.start_timeout,
-            }),
-            None => Ok(()),
-        }
-    }
-
     /// Deals with one event.
     fn handle(&mut self, event: Event) -> Result<(), PrimaryError> {
         match event {
@@ -268,10 +251,7 @@ impl Primary {
             }
             Event::Exited(place) => self.process_ended(place),
             Event::Restart(place) => self.restart(place),
-            Event::StartTimeout(place, pid) => {
-                self.start_timed_out(place, pid);
-                Ok(())
-            }
+            Event::StartTimeout(place, pid) => self.start_timed_out(place, pid),
         }
     }
 

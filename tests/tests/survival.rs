@@ -101,6 +101,8 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     // An ordered end is the workers' end, and nothing is left of the note.
     let (exit, folder) = third.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
+    assert!(exit.stdout.iter().any(|line| line.starts_with("default/1 ")), "{exit:#?}");
+    assert!(!exit.stdout.iter().any(|line| line.contains("crashed")), "{exit:#?}");
     pids(&report).into_iter().for_each(wait_for_end);
     assert_eq!(leftovers::processes_in(&namespace), Vec::<String>::new());
     let notes = std::fs::read_dir(folder.path()).unwrap().flatten();
@@ -160,6 +162,7 @@ fn a_survivor_of_another_release_is_replaced() {
     let now = pids(&second.report());
     assert!(now[0] != before[0] && now[1] == before[1], "{before:?} {now:?}");
     wait_for_end(before[0]);
+    assert_eq!(second.report().control.refused, 1);
     assert_eq!(second.stop().0.code, Some(0));
 }
 

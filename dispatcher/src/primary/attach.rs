@@ -84,6 +84,8 @@ impl Primary {
         let memory = self.memory.read_only_fd().try_clone_to_owned().map_err(|error| fail(&error))?;
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
         let member = &mut self.members[place];
+        let (links, handover) =
+            member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
         // Of one process only so many are taken as of processes.
         if member.token.is_some() {
             if member.attached > 0 {
@@ -91,8 +93,6 @@ impl Primary {
             }
             member.attached = member.attached.saturating_add(1);
         }
-        let (links, handover) =
-            member.begin_session(connection, pid, self.geometry).map_err(|error| fail(&error))?;
         member.program.clone_from(&attach.program);
         member.overdue = None;
         let attached = Attached {

@@ -176,8 +176,8 @@ impl Primary {
                 if let Some(status) = member.process.as_mut().and_then(Process::ended) {
                     member.process = None;
                     // How one ended that an earlier primary started, nobody knows: as it was told, it seems.
-                    let left =
-                        status.success() || status == Ending::Unknown && member.state() == State::Draining;
+                    let told = matches!(member.state(), State::Draining | State::Stopped);
+                    let left = status.success() || status == Ending::Unknown && told;
                     let change = if left { Change::Leave } else { Change::Die };
                     if !left {
                         tracing::warn!(member = member.id, how = %status, "its process ended");

@@ -124,7 +124,7 @@ impl Primary {
         member.token = Some(token);
         member.attached = 0;
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
-        let (pid, adopted) = (process.pid(), process.is_adopted());
+        let pid = process.pid();
         member.process = Some(process);
         let events = spawner.events.clone();
         tokio::spawn(async move {
@@ -132,9 +132,6 @@ impl Primary {
             let _ = events.send(Event::Exited(place));
         });
         spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
-        // One that another primary started is replaced if it does not attach, and that takes its time as well.
-        let grace = if adopted { 2 * self.start_timeout } else { self.start_timeout };
-        self.attached_by = self.attached_by.max(Instant::now() + grace);
         let detail = if detail.is_empty() { member.program.clone() } else { detail.to_owned() };
         self.change(place, Change::Start, detail);
         self.write_note();
@@ -247,17 +244,25 @@ impl Primary {
         }
     }
 
-    /// A process was to attach by now. At the beginning, that all have is looked after elsewhere.
-    pub(super) fn start_timed_out(&mut self, place: usize, pid: u32) {
+    /// A process was to attach by now. At the beginning, one that has not ends it all, unless an earlier primary started it.
+    pub(super) fn start_timed_out(&mut self, place: usize, pid: u32) -> Result<(), PrimaryError> {
         let member = &mut self.members[place];
-        let Some(process) = &mut member.process else { return };
-        let due = self.open || process.is_adopted();
-        if due && member.life.state() == State::Starting && process.pid() == pid {
-            let why = "has not attached in time".to_owned();
-            tracing::warn!(member = member.id, "{why}: killed");
-            process.kill();
-            self.journal.write(Some(&member.id), pid, "killed", why);
+        let waiting = member.state() == State::Starting;
+        let Some(process) = member.process.as_mut().filter(|process| waiting && process.pid() == pid) else {
+            return Ok(());
+        };
+        if !self.open && !process.is_adopted() {
+            return Err(PrimaryError::NotAttached {
+                member: member.id.clone(),
+                program: member.program.clone(),
+                timeout: self.start_timeout,
+            });
         }
+        let why = format!("has not attached within {:?}", self.start_timeout);
+        tracing::warn!(member = member.id, "{why}: killed");
+        process.kill();
+        self.journal.write(Some(&member.id), pid, "killed", why);
+        Ok(())
     }
 
     /// Looks for workers that have packets, and take none.

@@ -95,8 +95,11 @@ fn run(way: &Way) -> Outcome<()> {
             // The end of the connection.
             let _ = protocol::receive::<Reply>(&place.control, MAX_REPLY);
             loop {
+                // Until the next one has answered.
                 match ask(VERSION + 1, member(), token()) {
-                    Err(error) if error.downcast_ref::<Errno>().is_some() => std::thread::sleep(PAUSE),
+                    Err(error) if !error.to_string().contains("protocol version") => {
+                        std::thread::sleep(PAUSE);
+                    }
                     answer => return answer.map(drop),
                 }
             }
