@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use xfan_shm::protocol::default_socket;
 
-use crate::config::{Config, Flags, PlacementFlags, socket_flag};
+use crate::config::{Flags, PlacementFlags, socket_flag};
 use crate::exit::Exit;
 
 const ABOUT: &str = "Fans packets out from a network interface to worker processes";
@@ -87,7 +88,7 @@ impl PrimaryFlags {
     /// The control socket to ask.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        let default = || Config::default_socket(self.interface.as_deref().unwrap_or_default());
+        let default = || default_socket(self.interface.as_deref().unwrap_or_default());
         self.socket.clone().unwrap_or_else(default)
     }
 }
@@ -197,7 +198,7 @@ fn after_help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Queues;
+    use crate::config::{Config, Queues};
     use clap::CommandFactory as _;
 
     fn parse(line: &str) -> Result<Command, clap::Error> {

@@ -7,6 +7,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -14,6 +15,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::layout::Geometry;
+
+/// Where the primary of an interface listens, unless its configuration says otherwise.
+#[must_use]
+pub fn default_socket(interface: &str) -> PathBuf {
+    Path::new("/run/xfan").join(format!("{interface}.sock"))
+}
 
 /// Environment: where the control socket is.
 pub const ENV_SOCKET: &str = "XFAN_SOCKET";

@@ -37,7 +37,7 @@ struct Arguments {
 
 impl Arguments {
     fn socket(&self) -> PathBuf {
-        let by_name = || format!("/run/xfan/{}.sock", self.interface.as_deref().unwrap_or_default()).into();
+        let by_name = || xfan_worker::default_socket(self.interface.as_deref().unwrap_or_default());
         self.socket.clone().unwrap_or_else(by_name)
     }
 }

@@ -66,7 +66,7 @@ pub use counter::{Counter, CounterError};
 pub use report::{ReportError, report};
 pub use worker::{RecvError, Worker};
 pub use xfan_shm::flow;
-pub use xfan_shm::protocol::RefusalCode;
+pub use xfan_shm::protocol::{RefusalCode, default_socket};
 
 /// Most packets in one batch.
 pub const MAX_BATCH: usize = 256;

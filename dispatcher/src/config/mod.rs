@@ -18,8 +18,10 @@ mod show;
 mod user;
 mod value;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
+
+use xfan_shm::protocol::default_socket;
 
 pub use budget::{BudgetError, FrameBudget};
 pub use error::ConfigError;
@@ -245,12 +247,6 @@ impl Config {
         Self::assemble(Some((text, file_name)), &Flags::default())
     }
 
-    /// Where the primary of `interface` listens, unless told otherwise.
-    #[must_use]
-    pub fn default_socket(interface: &str) -> PathBuf {
-        Path::new("/run/xfan").join(format!("{interface}.sock"))
-    }
-
     fn assemble(file: Option<(&str, &str)>, flags: &Flags) -> Result<Self, ConfigError> {
         let mut config = Self::defaults();
         if let Some((text, name)) = file {
@@ -261,7 +257,7 @@ impl Config {
             return Err(ConfigError::NoInterface);
         }
         if config.socket.as_os_str().is_empty() {
-            config.socket = Self::default_socket(&config.interface);
+            config.socket = default_socket(&config.interface);
         }
         Ok(config)
     }
@@ -336,6 +332,8 @@ impl From<LogLevel> for tracing::Level {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
