@@ -66,9 +66,10 @@ impl Primary {
         self.adopt_survivors()?;
         for place in 0..self.places {
             if self.members[place].process.is_none() {
-                self.start_worker(place)?;
+                self.spawn_worker(place)?;
             }
         }
+        self.write_note();
         Ok(())
     }
 
@@ -103,7 +104,14 @@ impl Primary {
         Ok(())
     }
 
+    /// Starts a process for this place.
     pub(super) fn start_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
+        self.spawn_worker(place)?;
+        self.write_note();
+        Ok(())
+    }
+
+    fn spawn_worker(&mut self, place: usize) -> Result<(), PrimaryError> {
         let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         let token = random_token()?;
         member.starts.count(Instant::now());
@@ -134,7 +142,6 @@ impl Primary {
         spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
         let detail = if detail.is_empty() { member.program.clone() } else { detail.to_owned() };
         self.change(place, Change::Start, detail);
-        self.write_note();
         Ok(())
     }
 
