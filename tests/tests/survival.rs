@@ -23,13 +23,18 @@ fn network() -> Netns {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
 }
 
-fn start(namespace: &Netns, folder: Option<Folder>, config: &str) -> Primary {
+/// With two workers; in the folder of the primary before, if there was one.
+fn launch<'a>(namespace: &'a Netns, folder: Option<Folder>, config: &str) -> Launch<'a> {
     let launch = match folder {
         Some(folder) => Launch::within(namespace, folder),
         None => Launch::on(namespace).unwrap(),
     };
+    launch.with("-n 2").config(config).unwrap()
+}
+
+fn start(namespace: &Netns, folder: Option<Folder>, config: &str) -> Primary {
     let config = format!("hash_key = '000102030405060708090a0b0c0d0e0f'\n{config}");
-    let launch = launch.with("-n 2").config(&config).unwrap();
+    let launch = launch(namespace, folder, &config);
     launch.worker("xfan-count", "").unwrap().start().unwrap()
 }
 
@@ -47,11 +52,7 @@ fn signal(pid: u32, signal: Signal) {
 
 /// Two workers of which the first is hostile.
 fn start_hostile(namespace: &Netns, folder: Option<Folder>, way: &str, config: &str) -> Primary {
-    let launch = match folder {
-        Some(folder) => Launch::within(namespace, folder),
-        None => Launch::on(namespace).unwrap(),
-    };
-    launch.with("-n 2").config(config).unwrap().hostile_worker(way).unwrap().start().unwrap()
+    launch(namespace, folder, config).hostile_worker(way).unwrap().start().unwrap()
 }
 
 /// Waits until a process has ended.
@@ -139,7 +140,7 @@ fn survivors_that_the_next_primary_does_not_want_end() {
         let first = start(&namespace, None, "survive = true");
         let before = pids(&first.report());
         let folder = first.kill();
-        let launch = Launch::within(&namespace, folder).with("-n 2").config(config).unwrap();
+        let launch = launch(&namespace, Some(folder), config);
         let second = launch.worker("xfan-count", arguments).unwrap().start().unwrap();
         let now = pids(&second.report());
         assert!(now.iter().all(|pid| !before.contains(pid)), "{before:?} {now:?}");
