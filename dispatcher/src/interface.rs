@@ -14,11 +14,6 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::config::Queues;
 use crate::exit::Exit;
 
-/// Bytes of a frame that the kernel keeps free in front of every packet (`XDP_PACKET_HEADROOM`).
-const HEADROOM: u32 = 256;
-/// An Ethernet header and two VLAN tags, which an MTU does not count.
-const LINK_HEADER: u32 = 14 + 2 * 4;
-
 /// What we need to know of an interface. Read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
@@ -30,6 +25,8 @@ pub struct Interface {
     pub mtu: u32,
     /// The RX queues in use, numbered from 0. At least 1.
     pub rx_queues: u32,
+    /// Entries of the RX ring of a queue in the NIC; 0 when the driver does not say.
+    pub rx_ring: u32,
     /// The driver's name, such as `ixgbe` or `veth`. Empty when it does not say.
     pub driver: String,
     /// Where the device sits, such as the PCI address `0000:01:00.0`. Empty for virtual interfaces.
@@ -59,22 +56,6 @@ pub enum InterfaceError {
         queue: u32,
         /// RX queues the interface has.
         count: u32,
-    },
-    /// Packets that do not fit a frame.
-    #[error(
-        "the MTU of `{name}` is {mtu} bytes, but a frame of {frame_size} bytes holds packets of an MTU of at \
-         most {max}: {}run `ip link set dev {name} mtu {max}`",
-        if *mtu <= largest_mtu(4096) { "set `frame_size = 4096`, or " } else { "" }
-    )]
-    MtuTooLarge {
-        /// The interface.
-        name: String,
-        /// Its MTU in bytes.
-        mtu: u32,
-        /// The size of a frame in bytes.
-        frame_size: u32,
-        /// The largest MTU in bytes that fits.
-        max: u32,
     },
     /// The kernel refuses to tell.
     #[error("cannot read {what} of `{name}`: {source}")]
@@ -121,7 +102,16 @@ impl Interface {
             // A driver without channels: the kernel still knows its queues, if this /sys is ours.
             _ => sysfs(name, index).and_then(|folder| sysfs_queues(&folder)).unwrap_or(1),
         };
-        Ok(Self { name: name.to_owned(), index, mtu, rx_queues, driver: driver.driver(), bus: driver.bus() })
+        let rx_ring = optional(rx_ring(&socket, name)).map_err(asked("the RX ring"))?.unwrap_or(0);
+        Ok(Self {
+            name: name.to_owned(),
+            index,
+            mtu,
+            rx_queues,
+            rx_ring,
+            driver: driver.driver(),
+            bus: driver.bus(),
+        })
     }
 
     /// The queues that get a lane.
@@ -150,23 +140,18 @@ impl Interface {
         sysfs(&self.name, self.index)
     }
 
-    /// Whether every packet of the interface fits a frame.
-    ///
-    /// # Errors
-    ///
-    /// The MTU is too large.
-    pub fn check_mtu(&self, frame_size: u32) -> Result<(), InterfaceError> {
-        let max = largest_mtu(frame_size);
-        if self.mtu <= max {
-            return Ok(());
-        }
-        Err(InterfaceError::MtuTooLarge { name: self.name.clone(), mtu: self.mtu, frame_size, max })
+    /// Whether it is a bond: its packets come in by its ports, which are interfaces of their own.
+    #[must_use]
+    pub fn is_bond(&self) -> bool {
+        self.driver == "bonding"
     }
-}
 
-/// The largest MTU, in bytes, whose packets fit a frame.
-const fn largest_mtu(frame_size: u32) -> u32 {
-    frame_size.saturating_sub(HEADROOM + LINK_HEADER)
+    /// The ports of a bond; none where `/sys` does not show them.
+    #[must_use]
+    pub fn bond_ports(&self) -> Vec<String> {
+        let ports = self.sysfs().and_then(|folder| fs::read_to_string(folder.join("bonding/slaves")).ok());
+        ports.iter().flat_map(|ports| ports.split_whitespace()).map(str::to_owned).collect()
+    }
 }
 
 fn list(names: &[impl Display]) -> String {
@@ -219,6 +204,17 @@ struct Channels {
     combined: u32,
 }
 const _: () = assert!(size_of::<Channels>() == 36);
+
+/// `struct ethtool_ringparam` of `linux/ethtool.h`.
+#[repr(C)]
+#[derive(Default)]
+struct RingParameters {
+    cmd: u32,
+    max: [u32; 4],
+    rx: u32,
+    others: [u32; 3],
+}
+const _: () = assert!(size_of::<RingParameters>() == 36);
 
 /// `struct ethtool_drvinfo` of `linux/ethtool.h`.
 #[repr(C)]
@@ -274,6 +270,14 @@ fn channels(socket: &OwnedFd, name: &str) -> io::Result<u32> {
     Ok(channels.rx.saturating_add(channels.combined))
 }
 
+fn rx_ring(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+    const ETHTOOL_GRINGPARAM: u32 = 0x10;
+    let mut rings = RingParameters { cmd: ETHTOOL_GRINGPARAM, ..RingParameters::default() };
+    // SAFETY: ETHTOOL_GRINGPARAM fills a `struct ethtool_ringparam`, which `RingParameters` is.
+    unsafe { ethtool(socket, name, &mut rings)? };
+    Ok(rings.rx)
+}
+
 fn driver(socket: &OwnedFd, name: &str) -> io::Result<DriverInfo> {
     const ETHTOOL_GDRVINFO: u32 = 0x03;
     let mut info = DriverInfo { cmd: ETHTOOL_GDRVINFO, ..DriverInfo::default() };
@@ -327,9 +331,17 @@ fn request(name: &str) -> io::Result<libc::ifreq> {
 mod tests {
     use super::*;
 
-    fn interface(rx_queues: u32, mtu: u32) -> Interface {
+    fn interface(rx_queues: u32) -> Interface {
         let name = "eth1".to_owned();
-        Interface { name, index: 2, mtu, rx_queues, driver: String::new(), bus: String::new() }
+        Interface {
+            name,
+            index: 2,
+            mtu: 1500,
+            rx_queues,
+            rx_ring: 0,
+            driver: String::new(),
+            bus: String::new(),
+        }
     }
 
     #[test]
@@ -349,25 +361,12 @@ mod tests {
 
     #[test]
     fn queues_must_be_there() {
-        let four = interface(4, 1500);
+        let four = interface(4);
         assert_eq!(four.select(&Queues::All).unwrap(), [0, 1, 2, 3]);
         assert_eq!(four.select(&Queues::List(vec![3, 1])).unwrap(), [3, 1]);
         assert_eq!(four.without_lane(&[3, 1]), [0, 2]);
         let message = four.select(&Queues::List(vec![0, 4])).unwrap_err().to_string();
         assert_eq!(message, "`eth1` has no RX queue 4: it has 4 (0 to 3); see `ethtool -l eth1`");
-    }
-
-    #[test]
-    fn a_packet_must_fit_a_frame() {
-        assert!(interface(1, 1770).check_mtu(2048).is_ok());
-        let message = interface(1, 1771).check_mtu(2048).unwrap_err().to_string();
-        assert!(message.contains("is 1771 bytes") && message.contains("at most 1770"), "{message}");
-        assert!(
-            message.contains("set `frame_size = 4096`, or run `ip link set dev eth1 mtu 1770`"),
-            "{message}"
-        );
-        let message = interface(1, 9000).check_mtu(4096).unwrap_err().to_string();
-        assert!(message.contains("at most 3818: run `ip link"), "{message}");
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct LaneHandle {
     /// For the kernel's statistics; none where packets come from memory.
     socket: Option<OwnedFd>,
     kernel: report::Kernel,
+    /// Times the kernel had found the FILL ring empty before packets could come: when the socket was bound.
+    fill_ring_empty_before: u64,
 }
 
 /// What a lane is made of, beside its source.
@@ -101,6 +103,7 @@ impl LaneHandle {
             thread: Some(thread),
             socket,
             kernel: report::Kernel::default(),
+            fill_ring_empty_before: 0,
         })
     }
 
@@ -157,9 +160,15 @@ impl LaneHandle {
         self.kernel = report::Kernel {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,
-            fill_ring_empty: statistics.rx_fill_ring_empty_descs,
+            fill_ring_empty: statistics.rx_fill_ring_empty_descs - self.fill_ring_empty_before,
             rx_invalid_descs: statistics.rx_invalid_descs,
         };
+    }
+
+    /// Packets come from now on: what the kernel missed before does not count.
+    pub fn packets_come(&mut self) {
+        self.refresh_kernel();
+        self.fill_ring_empty_before += self.kernel.fill_ring_empty;
     }
 
     /// What it counted.

@@ -1,6 +1,6 @@
 //! The primary of xfan: it owns an interface's AF_XDP sockets, and dispatches packets to worker processes.
 //!
-//! As packets go: [`port`] takes the interface, [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
+//! As packets go: [`port`] takes the interface in a [`mode`], [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
 //! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
 //! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its [`access`], and the
 //! [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
@@ -18,6 +18,7 @@ pub mod lane;
 pub mod lanes;
 pub mod life;
 pub mod members;
+pub mod mode;
 pub mod placement;
 pub mod port;
 pub mod primary;

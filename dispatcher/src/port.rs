@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use xfan_xdp::{AttachError, LoadError, MapError, QueueCounters, SteerProgram, XdpMode};
 
-use crate::config::{BindMode, Config, FrameBudget};
+use crate::config::{Config, FrameBudget, ModeChoice};
+use crate::exit::Exit;
 use crate::interface::Interface;
+use crate::mode::{Mode, max_length};
 use crate::report;
 use crate::umem::{PacketMemory, UmemError};
-use crate::xsk::{BindError, CopyMode, XskSource};
+use crate::xsk::{BindError, XskSource};
 
 /// A port could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,24 @@ pub enum PortError {
     Descriptor(#[from] std::io::Error),
 }
 
+impl PortError {
+    /// The exit code this error leads to.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Attach(AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. })
+            | Self::Bind(BindError::Busy { .. }) => Exit::Busy,
+            Self::Attach(AttachError::Privilege { .. }) | Self::Load(LoadError::Privilege { .. }) => {
+                Exit::Permission
+            }
+            Self::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. }) => {
+                Exit::Interface
+            }
+            _ => Exit::Failure,
+        }
+    }
+}
+
 /// An interface that this process dispatches.
 #[derive(Debug)]
 pub struct Port {
@@ -44,77 +64,69 @@ pub struct Port {
     /// Of the queues, in order.
     sockets: Vec<OwnedFd>,
     program: SteerProgram,
-    xdp_mode: XdpMode,
-    copy_mode: CopyMode,
+    mode: Mode,
+    /// How the program is, or was, attached.
+    attached: Option<XdpMode>,
 }
 
 impl Port {
-    /// Takes the interface: loads and attaches the XDP program, which leaves every packet to the kernel for now, makes the
-    /// packet memory, and binds a socket to each queue. That the program can be attached to an
-    /// interface only once makes this process its only primary.
+    /// Makes all of a port in one mode that does not touch the NIC: loads the XDP program, makes the packet memory, and
+    /// binds a socket to each queue. Drivers that do zero-copy take frames only once the program is
+    /// [attached](Self::attach); the FILL rings should be full by then.
     ///
     /// # Errors
     /// [`PortError`]
-    pub fn take(
+    pub fn bind(
         interface: Interface,
         queues: Vec<u32>,
         config: &Config,
+        mode: Mode,
         budget: &FrameBudget,
         node: Option<usize>,
     ) -> Result<(Self, Arc<PacketMemory>, Vec<XskSource>), PortError> {
         let name = &interface.name;
-        let mut program = SteerProgram::load(interface.rx_queues, &config.pass)?;
-        let xdp_mode = program.attach(interface.index, name, config.xdp_mode)?;
-        if xdp_mode == XdpMode::Generic {
-            tracing::warn!(
-                interface = name,
-                "the driver cannot run XDP: attached in generic mode, in which the kernel allocates a buffer for every packet first"
-            );
-        }
+        let program = SteerProgram::load(interface.rx_queues, &config.pass, max_length(mode.frame_size))?;
+        program.check_unoccupied(interface.index, name)?;
         let lanes = u32::try_from(queues.len()).unwrap_or(u32::MAX);
         let count = NonZeroU32::new(lanes.saturating_mul(budget.frames_per_lane)).unwrap_or(NonZeroU32::MIN);
-        let make_memory = || PacketMemory::of_sockets(config.frame_size, count, budget.fill_ring);
+        let make_memory = || PacketMemory::of_sockets(mode.frame_size, count, budget.fill_ring);
         let memory = match node {
             Some(node) => crate::topology::with_memory_bound_to(node, make_memory)?,
             None => make_memory()?,
         };
-        let mut copy_mode = match config.bind_mode {
-            BindMode::Auto | BindMode::ZeroCopy => CopyMode::ZeroCopy,
-            BindMode::Copy => CopyMode::Copy,
-        };
-        // A driver does zero-copy in native mode only.
-        if xdp_mode == XdpMode::Generic && config.bind_mode == BindMode::Auto {
-            copy_mode = CopyMode::Copy;
-        }
-        let mut sources = Vec::with_capacity(queues.len());
-        for &queue in &queues {
-            let bind = |mode| XskSource::bind(name, queue, &memory, budget.rx_ring, budget.fill_ring, mode);
-            let source = match bind(copy_mode) {
-                Err(BindError::NoZeroCopy { .. })
-                    if config.bind_mode == BindMode::Auto && sources.is_empty() =>
-                {
-                    copy_mode = CopyMode::Copy;
-                    tracing::warn!(
-                        interface = name,
-                        "the driver cannot do zero-copy: the kernel copies each packet"
-                    );
-                    bind(copy_mode)?
-                }
-                bound => bound?,
-            };
-            sources.push(source);
-        }
-        let without = interface.without_lane(&queues);
-        if !without.is_empty() {
-            tracing::warn!(
-                interface = name,
-                queues = ?without,
-                "these queues have no lane: their packets go to the kernel; lower the number of queues (ethtool -L) or take them in"
-            );
-        }
+        let bind =
+            |&queue| XskSource::bind(name, queue, &memory, budget.rx_ring, budget.fill_ring, mode.bind);
+        let sources = queues.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
         let sockets = sources.iter().map(XskSource::second_descriptor).collect::<Result<_, _>>()?;
-        let port = Port { interface, queues, sockets, program, xdp_mode, copy_mode };
+        let port = Port { interface, queues, sockets, program, mode, attached: None };
         Ok((port, Arc::new(memory), sources))
+    }
+
+    /// Attaches the XDP program, which leaves every packet to the kernel until the port is [opened](Self::open). Most drivers reset the
+    /// link for it. That the program can be attached to an interface only once makes this process its only primary.
+    ///
+    /// # Errors
+    /// [`PortError::Attach`]
+    pub fn attach(&mut self) -> Result<(), PortError> {
+        let (index, name) = (self.interface.index, self.interface.name.as_str());
+        let wanted = match self.mode.xdp {
+            ModeChoice::Generic => XdpMode::Generic,
+            ModeChoice::Auto | ModeChoice::Native => XdpMode::Native,
+        };
+        let attached = match self.program.attach(index, name, wanted) {
+            Ok(()) => wanted,
+            Err(error @ AttachError::NoNativeMode { .. }) if self.mode.xdp == ModeChoice::Auto => {
+                tracing::warn!(
+                    interface = name,
+                    "{error}. Attached in generic mode, in which the kernel allocates a buffer for every packet first"
+                );
+                self.program.attach(index, name, XdpMode::Generic)?;
+                XdpMode::Generic
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.attached = Some(attached);
+        Ok(())
     }
 
     /// Lets packets in: from now on the queues' packets go to their sockets.
@@ -146,7 +158,8 @@ impl Port {
 
     /// How packets come in, for people.
     pub fn mode(&self) -> String {
-        format!("{}, {}", self.xdp_mode, self.copy_mode)
+        let xdp = self.attached.map_or_else(|| "not attached".to_owned(), |xdp| xdp.to_string());
+        format!("{xdp}, {}", self.mode.bind)
     }
 
     /// Whether the interface is still there.
@@ -175,5 +188,6 @@ fn xdp(counters: &QueueCounters) -> report::Xdp {
         pass_nd: counters.pass_nd,
         pass_rule: counters.pass_rule,
         pass_no_socket: counters.pass_no_socket,
+        drop_too_long: counters.drop_too_long,
     }
 }

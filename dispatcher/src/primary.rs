@@ -46,8 +46,6 @@ const TICK: Duration = Duration::from_millis(50);
 pub struct Primary {
     /// Interface name, for the report.
     pub name: String,
-    /// How packets come in, for the report.
-    pub mode: String,
     /// The interface; none where packets come from memory.
     pub port: Option<Port>,
     /// Where packets lie.
@@ -102,10 +100,8 @@ impl Primary {
         timeouts: (Duration, Duration),
         care: Care,
     ) -> Self {
-        let mode = port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode);
         Primary {
             name,
-            mode,
             port,
             memory,
             geometry,
@@ -179,7 +175,7 @@ impl Primary {
                 self.let_in()?;
                 tracing::info!(
                     interface = self.name,
-                    mode = self.mode,
+                    mode = self.mode(),
                     lanes = self.lanes.len(),
                     workers = self.places_of(Member::has_flows).len(),
                     socket = %listener.path().display(),
@@ -199,6 +195,10 @@ impl Primary {
     /// Lets packets in. With the same key, the same members get the same flows at every start: shares are dealt out
     /// anew here, as those of the start depend on the order in which workers happened to attach.
     fn let_in(&mut self) -> Result<(), PrimaryError> {
+        if let Some(port) = &mut self.port {
+            port.attach()?;
+        }
+        self.lanes.iter_mut().for_each(LaneHandle::packets_come);
         self.table = BucketTable::empty();
         self.steer();
         self.settle();
@@ -253,6 +253,11 @@ impl Primary {
             Event::Restart(place) => self.restart(place),
             Event::StartTimeout(place, pid) => self.start_timed_out(place, pid),
         }
+    }
+
+    /// How packets come in, for people.
+    fn mode(&self) -> String {
+        self.port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode)
     }
 
     fn stats(&mut self) -> Answer {
@@ -414,7 +419,7 @@ impl Primary {
             .collect();
         Report {
             port: self.name.clone(),
-            mode: self.mode.clone(),
+            mode: self.mode(),
             pid: std::process::id(),
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unserved,

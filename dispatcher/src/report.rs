@@ -88,6 +88,9 @@ pub struct Xdp {
     pub pass_rule: u64,
     /// … the queue has no socket.
     pub pass_no_socket: u64,
+    /// Dropped: longer than a frame holds.
+    #[serde(default)]
+    pub drop_too_long: u64,
 }
 
 impl Xdp {
@@ -99,6 +102,7 @@ impl Xdp {
         self.pass_nd += other.pass_nd;
         self.pass_rule += other.pass_rule;
         self.pass_no_socket += other.pass_no_socket;
+        self.drop_too_long += other.drop_too_long;
     }
 }
 

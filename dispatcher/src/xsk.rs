@@ -1,8 +1,8 @@
 //! An AF_XDP socket as a lane sees it: an RX ring, a FILL ring, and a way to sleep.
 //!
-//! xsk-rs makes the socket and binds it. Its accessors are calls into C for every descriptor, though, so the lane maps
-//! the two rings it uses a second time and works on them itself ([`rings`]); xsk-rs' own handles on them are kept for
-//! their clean-up and never used.
+//! xsk-rs makes the socket, maps its rings and binds it. Its accessors are calls into C for every descriptor, though, so the
+//! lane works on the two rings it uses by itself ([`rings`]); xsk-rs' own handles on them keep them mapped and are never
+//! used.
 
 pub mod rings;
 
@@ -15,27 +15,10 @@ use xsk_rs::config::{BindFlags, Interface, LibxdpFlags, QueueSize, SocketConfig}
 use xsk_rs::{CompQueue, FillQueue, RxQueue, Socket, TxQueue};
 
 use crate::frames::Frames;
+use crate::mode::CopyMode;
 use crate::source::{PacketSource, Received};
 use crate::umem::PacketMemory;
 use rings::{FillRing, RxRing};
-
-/// How packets get from the NIC into the UMEM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CopyMode {
-    /// The NIC writes into the UMEM.
-    ZeroCopy,
-    /// The kernel copies.
-    Copy,
-}
-
-impl std::fmt::Display for CopyMode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            CopyMode::ZeroCopy => "zero-copy",
-            CopyMode::Copy => "copy",
-        })
-    }
-}
 
 /// A socket could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -51,10 +34,10 @@ pub enum BindError {
         /// RX queue.
         queue: u32,
     },
-    /// The driver cannot do zero-copy.
+    /// There is no zero-copy for this queue.
     #[error(
-        "queue {queue} of {interface} cannot be bound in zero-copy mode ({source}): use a driver that can, \
-         or bind_mode = \"copy\""
+        "queue {queue} of {interface} cannot be bound in zero-copy mode ({source}): {}",
+        why_no_zero_copy(source)
     )]
     NoZeroCopy {
         /// Interface name.
@@ -74,6 +57,47 @@ pub enum BindError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The socket is bound, but its rings cannot be found.
+    #[error("cannot find the rings of the AF_XDP socket of queue {queue} of {interface}: {source}")]
+    Rings {
+        /// Interface name.
+        interface: String,
+        /// RX queue.
+        queue: u32,
+        /// What is wrong.
+        source: io::Error,
+    },
+}
+
+/// What an errno of bind(2) in zero-copy mode stands for, as far as that can be told: the kernel gives no reason in words.
+fn why_no_zero_copy(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => "neither the driver nor the device can do it",
+        Some(libc::EINVAL) => {
+            "the driver can do it, but not as the interface is set up: not with this MTU and frame size, \
+             or not for this queue (ethtool -l)"
+        }
+        Some(libc::ENOMEM | libc::ENOSPC | libc::ENOBUFS) => {
+            "the driver has no memory or no queue left for it"
+        }
+        _ => "the driver refuses it",
+    }
+}
+
+impl BindError {
+    /// `errno` is what bind(2) said of this queue in this mode.
+    fn new(interface: &str, queue: u32, mode: CopyMode, source: io::Error) -> Self {
+        let interface = interface.to_owned();
+        match (mode, source.raw_os_error()) {
+            (_, Some(libc::EBUSY)) => BindError::Busy { interface, queue },
+            // These are not the mode's fault: the next one would fail alike.
+            (CopyMode::Copy, _)
+            | (_, None | Some(libc::ENODEV | libc::EPERM | libc::EACCES | libc::EMFILE)) => {
+                BindError::Other { interface, queue, source }
+            }
+            (CopyMode::ZeroCopy, _) => BindError::NoZeroCopy { interface, queue, source },
+        }
+    }
 }
 
 /// An AF_XDP socket bound to one RX queue.
@@ -81,7 +105,7 @@ pub enum BindError {
 pub struct XskSource {
     rx: RxRing,
     fill: FillRing,
-    /// Own the socket: the rings above are mappings of its memory.
+    /// Own the socket and keep the rings above mapped.
     handles: Handles,
 }
 
@@ -110,16 +134,7 @@ impl XskSource {
         fill_ring: u32,
         mode: CopyMode,
     ) -> Result<Self, BindError> {
-        let fail = |source: io::Error| {
-            let interface = interface.to_owned();
-            match source.raw_os_error() {
-                Some(libc::EBUSY) => BindError::Busy { interface, queue },
-                Some(libc::EOPNOTSUPP | libc::EINVAL) if mode == CopyMode::ZeroCopy => {
-                    BindError::NoZeroCopy { interface, queue, source }
-                }
-                _ => BindError::Other { interface, queue, source },
-            }
-        };
+        let fail = |source| BindError::new(interface, queue, mode, source);
         let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
         let umem = memory.umem().ok_or_else(|| fail(invalid("the packet memory is no UMEM".into())))?;
         let name: Interface = interface.parse().map_err(|error| fail(invalid(format!("{error}"))))?;
@@ -160,14 +175,20 @@ impl XskSource {
         };
         let (fill, completion) = fill_and_completion
             .ok_or_else(|| fail(io::Error::other("the queue has rings already: it is listed twice")))?;
-        // SAFETY: the handles that own the socket are kept beside the rings, which are used through these mappings
-        // only; the sizes are those that the socket and the UMEM were made with.
-        let rings = unsafe { (RxRing::map(rx.fd(), rx_ring), FillRing::map(rx.fd(), fill_ring)) };
+        // SAFETY: the handles, which keep the rings mapped, are kept beside them and never used; the sizes are those that the
+        // socket and the UMEM were made with.
+        let rings = unsafe { (RxRing::find(rx.fd(), rx_ring), FillRing::find(rx.fd(), fill_ring)) };
+        let lost = |source| BindError::Rings { interface: interface.to_owned(), queue, source };
         Ok(XskSource {
-            rx: rings.0.map_err(fail)?,
-            fill: rings.1.map_err(fail)?,
+            rx: rings.0.map_err(lost)?,
+            fill: rings.1.map_err(lost)?,
             handles: Handles { rx, _tx: tx, _fill: fill, _completion: completion },
         })
+    }
+
+    /// The two rings, for whoever works on them without a lane.
+    pub fn rings(&mut self) -> (&mut RxRing, &mut FillRing) {
+        (&mut self.rx, &mut self.fill)
     }
 
     /// A second descriptor of the socket: to register it in the XSKMAP, and to ask for statistics. The queue stays bound
@@ -217,5 +238,25 @@ impl PacketSource for XskSource {
         if fds[1].any().unwrap_or(false) {
             let _ = nix::unistd::read(doorbell, &mut [0; 8]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_errno_is_called_by_its_own_name() {
+        let error = |mode, errno| BindError::new("eth1", 3, mode, io::Error::from_raw_os_error(errno));
+        for mode in [CopyMode::ZeroCopy, CopyMode::Copy] {
+            assert!(matches!(error(mode, libc::EBUSY), BindError::Busy { .. }));
+            let gone = error(mode, libc::ENODEV);
+            assert!(matches!(gone, BindError::Other { .. }) && gone.to_string().contains("No such device"));
+        }
+        let no_zero_copy = |errno| error(CopyMode::ZeroCopy, errno).to_string();
+        assert!(no_zero_copy(libc::EOPNOTSUPP).contains("neither the driver nor the device can do it"));
+        assert!(no_zero_copy(libc::EINVAL).contains("not as the interface is set up"));
+        assert!(no_zero_copy(libc::ENOMEM).contains("Cannot allocate memory"));
+        assert!(matches!(error(CopyMode::Copy, libc::EINVAL), BindError::Other { .. }));
     }
 }

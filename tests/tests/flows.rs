@@ -127,6 +127,7 @@ impl<'a> Metering<'a> {
 fn outcomes(expected: &Expectation) -> Xdp {
     let Expectation { redirected, non_ip, neighbour_discovery, rule, .. } = *expected;
     Xdp {
+        drop_too_long: 0,
         redirect: redirected,
         pass: non_ip + neighbour_discovery + rule,
         pass_non_ip: non_ip,

@@ -286,3 +286,32 @@ fn workers_of_their_own_see_the_primary_go() {
         wait_until_nothing_is_left(&namespace);
     }
 }
+
+#[test]
+fn packets_longer_than_a_frame_are_counted_as_such() {
+    let _watchdog = e2e_or_skip!();
+    for (mode, mtu) in [("native", 3000), ("generic", 3000)] {
+        let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+        let config = format!("frame_size = 2048\nxdp_mode = '{mode}'");
+        let launch = Launch::on(&namespace).unwrap().config(&config).unwrap();
+        let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+        for interface in ["tx0", "rx0"] {
+            namespace.ip(&format!("link set dev {interface} mtu {mtu}")).unwrap();
+        }
+        // 1,792 bytes are what a frame of 2,048 holds beside its headroom.
+        let of = |length: usize| {
+            traffic::udp("10.0.0.1:7".parse().unwrap(), "10.0.0.2:9".parse().unwrap(), &vec![0; length - 42])
+        };
+        let lengths = [60, 1792, 1793, 1800, 2048, 3014];
+        let frames: Vec<_> = lengths.iter().cycle().take(60).map(|&length| of(length)).collect();
+        replay(&namespace, &frames);
+        let report = primary.report_after(20, true);
+        let count = |field: fn(&xfan::report::Lane) -> u64| report.lanes.iter().map(field).sum::<u64>();
+        assert_eq!(count(|lane| lane.xdp.drop_too_long), 40, "{mode}: {report:#?}");
+        assert_eq!(count(|lane| lane.kernel.rx_dropped), 0, "{mode}");
+        assert_eq!(count(|lane| lane.received), 20, "{mode}");
+        let (exit, _folder) = primary.stop();
+        assert_ended_well(&exit);
+        assert!(exit.stdout.concat().contains("longer than a frame 40"), "{exit:#?}");
+    }
+}

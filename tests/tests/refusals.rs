@@ -15,6 +15,7 @@ use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
 use xfan_tests::veth::{Veth, VethConfig};
 
+const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
 const PERMISSION: i32 = 3;
 const INTERFACE: i32 = 4;
@@ -214,13 +215,15 @@ fn packets_that_do_not_fit_a_frame() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     Veth::create(&VethConfig { mtu: 3000, ..VethConfig::queues(2) }, &namespace, &namespace).unwrap();
-    let exit = launch(&namespace).run().unwrap();
+    let exit = launch(&namespace).config("frame_size = 2048").unwrap().run().unwrap();
     let message = "xfan: the MTU of `rx0` is 3000 bytes, but a frame of 2048 bytes holds packets of an MTU of at most \
                    1770: set `frame_size = 4096`, or run `ip link set dev rx0 mtu 1770`";
     assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
-    // As it says.
-    let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
-    assert_eq!(primary.stop().0.code, Some(0));
+    // As it says, and as it is by default.
+    for config in ["frame_size = 4096", ""] {
+        let primary = launch(&namespace).config(config).unwrap().start().unwrap();
+        assert_eq!(primary.stop().0.code, Some(0));
+    }
 }
 
 #[test]
@@ -231,8 +234,55 @@ fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
     let exit = launch(&namespace).config("frame_size = 4096\nxdp_mode = 'native'").unwrap().run().unwrap();
     assert_eq!(exit.code, Some(INTERFACE), "{exit:#?}");
     let message = exit.stderr.last().unwrap();
+    // The reason in veth's own words.
     assert!(message.starts_with("xfan: the driver of rx0 refuses native XDP ("), "{message}");
+    assert!(message.contains("Peer MTU is too large to set XDP\")"), "{message}");
     assert!(message.contains("lower the MTU (many drivers stop at some 3000 bytes)"), "{message}");
+    // Without being asked for native mode it says the same, and goes on.
+    let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
+    assert_eq!(primary.report().mode, "generic, copy");
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(0));
+    let warning =
+        exit.stderr.iter().find(|line| line.contains("Attached in generic mode")).expect("a warning");
+    assert!(warning.contains("Peer MTU is too large to set XDP"), "{warning}");
+}
+
+#[test]
+fn modes_that_exclude_each_other() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let config = "xdp_mode = 'generic'\nbind_mode = 'zero-copy'";
+    let exit = launch(&namespace).config(config).unwrap().run().unwrap();
+    let message = "xfan: `bind_mode = \"zero-copy\"` needs the driver, and `xdp_mode = \"generic\"` leaves it out: set \
+                   xdp_mode to \"native\" or \"auto\", or bind_mode to \"copy\" or \"auto\"";
+    assert_refused_without_trace(&namespace, &exit, USAGE, message);
+}
+
+#[test]
+fn zero_copy_that_the_driver_cannot_do() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let exit = launch(&namespace).config("bind_mode = 'zero-copy'").unwrap().run().unwrap();
+    let message = "xfan: queue 0 of rx0 cannot be bound in zero-copy mode (Operation not supported (os error 95)): neither \
+                   the driver nor the device can do it";
+    assert_refused_without_trace(&namespace, &exit, FAILURE, message);
+}
+
+#[test]
+fn the_interface_is_left_alone_until_the_workers_are_there() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().config("start_timeout = '60s'\nrx_ring = 512").unwrap();
+    let primary = launch.worker("/bin/sleep", "1000").unwrap().start_until_it_answers().unwrap();
+    // Attaching the program would have reset the link of most NICs, for nothing.
+    assert_eq!(leftovers::xdp_program(&namespace, "rx0").unwrap(), None);
+    // The frames are posted by then: some drivers take what there is when the program is attached, and nothing later.
+    let report = primary.report();
+    assert_eq!(report.mode, "not attached, copy");
+    assert_eq!(report.lanes.iter().map(|lane| lane.frames.kernel).collect::<Vec<_>>(), [512, 512]);
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
 }
 
 #[test]

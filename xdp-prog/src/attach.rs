@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use thiserror::Error;
 
+use crate::libbpf_log;
 use crate::privilege::Lacking;
 
 /// The program's name in the kernel, by which a primary knows another one.
@@ -40,18 +41,6 @@ impl fmt::Display for XdpMode {
             Self::Generic => "generic",
         })
     }
-}
-
-/// The mode that is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ModeChoice {
-    /// Native, or generic where the driver cannot.
-    #[default]
-    Auto,
-    /// Native or fail.
-    Native,
-    /// Generic, even where the driver could do native.
-    Generic,
 }
 
 /// Why the program could not be attached.
@@ -99,15 +88,14 @@ pub enum AttachError {
         advice: String,
     },
     /// The driver cannot run a program in native mode, or not as the interface is set up now.
-    #[error(
-        "the driver of {interface} refuses native XDP ({source}); if it supports XDP at all, lower the MTU \
-         (many drivers stop at some 3000 bytes), turn off LRO or use fewer channels; else choose generic mode"
-    )]
+    #[error("the driver of {interface} refuses native XDP ({source}{}); {}", said(reason.as_deref()), way_out(source))]
     NoNativeMode {
         /// The interface.
         interface: String,
         /// The kernel's answer.
         source: io::Error,
+        /// The driver's reason in its own words, where it gives one.
+        reason: Option<String>,
     },
     /// There is no interface with this index, or no longer.
     #[error("interface {interface} (index {ifindex}) does not exist in this network namespace")]
@@ -129,6 +117,21 @@ pub enum AttachError {
     },
 }
 
+/// The driver's own words, for a message.
+fn said(reason: Option<&str>) -> String {
+    reason.map_or_else(String::new, |reason| format!(": \"{reason}\""))
+}
+
+/// What an operator can do about a driver that refuses native mode.
+fn way_out(source: &io::Error) -> &'static str {
+    if lacks_xdp(source) {
+        "it has no XDP, or none for this device: choose generic mode"
+    } else {
+        "as it is set up now: lower the MTU (many drivers stop at some 3000 bytes), turn off LRO or use fewer \
+         channels (ethtool -L); else choose generic mode"
+    }
+}
+
 fn quoted(name: Option<&str>) -> String {
     match name {
         Some(name) => format!("\"{name}\""),
@@ -148,23 +151,15 @@ impl Attachment {
         program: BorrowedFd<'_>,
         ifindex: u32,
         interface: &str,
-        choice: ModeChoice,
+        mode: XdpMode,
     ) -> Result<Self, AttachError> {
         let Ok(device) = i32::try_from(ifindex) else {
             return Err(AttachError::NoSuchInterface { interface: interface.into(), ifindex });
         };
-        let attach = |mode: XdpMode| match create_link(program, device, mode) {
+        match create_link(program, device, mode) {
             Ok(link) => Ok(Self { link, mode }),
-            Err(error) => Err((mode, error)),
-        };
-        let attached = match choice {
-            ModeChoice::Native => attach(XdpMode::Native),
-            ModeChoice::Generic => attach(XdpMode::Generic),
-            ModeChoice::Auto => attach(XdpMode::Native).or_else(|(mode, error)| {
-                if driver_cannot(&error) { attach(XdpMode::Generic) } else { Err((mode, error)) }
-            }),
-        };
-        attached.map_err(|(mode, error)| explain(program, device, interface, mode, error))
+            Err(error) => Err(explain(program, device, interface, mode, error)),
+        }
     }
 
     pub(crate) fn mode(&self) -> XdpMode {
@@ -186,21 +181,35 @@ impl Drop for Attachment {
 /// cannot combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or buffers left (ENOSPC,
 /// ENOMEM).
 fn driver_cannot(error: &io::Error) -> bool {
+    lacks_xdp(error)
+        || error.raw_os_error().map(Errno::from_raw).is_some_and(|errno| {
+            matches!(
+                errno,
+                Errno::EINVAL | Errno::ERANGE | Errno::E2BIG | Errno::EFBIG | Errno::ENOSPC | Errno::ENOMEM
+            )
+        })
+}
+
+/// Whether the driver says that it does not support XDP at all.
+fn lacks_xdp(error: &io::Error) -> bool {
     /// Internal to the kernel, but some drivers let it out.
     const ENOTSUPP: i32 = 524;
-    error.raw_os_error().is_some_and(|raw| {
-        raw == ENOTSUPP
-            || matches!(
-                Errno::from_raw(raw),
-                Errno::EOPNOTSUPP
-                    | Errno::EINVAL
-                    | Errno::ERANGE
-                    | Errno::E2BIG
-                    | Errno::EFBIG
-                    | Errno::ENOSPC
-                    | Errno::ENOMEM
-            )
-    })
+    error.raw_os_error().is_some_and(|raw| raw == ENOTSUPP || raw == Errno::EOPNOTSUPP as i32)
+}
+
+/// Why the driver refuses native mode, in its own words. bpf(2) keeps them to itself; the older way to attach, by
+/// netlink, hands them on, so the same is tried that way.
+fn reason_of_driver(program: BorrowedFd<'_>, ifindex: i32) -> Option<String> {
+    let xdp = Xdp::new(program);
+    let flags = XdpFlags::DRV_MODE | XdpFlags::UPDATE_IF_NOEXIST;
+    let (attached, log) = libbpf_log::collect(|| xdp.attach(ifindex, flags));
+    if attached.is_ok() {
+        // What it refused a moment ago it does now: then there is no reason any more.
+        let _ = xdp.detach(ifindex, XdpFlags::DRV_MODE);
+        return None;
+    }
+    let (_, reason) = log.split_once("Kernel error message: ")?;
+    Some(reason.lines().next()?.trim().to_owned()).filter(|reason| !reason.is_empty())
 }
 
 /// As `bpf_program__attach_xdp` of libbpf does, which cannot be told the mode.
@@ -234,11 +243,9 @@ fn explain(
     let ifindex = device.unsigned_abs();
     match source.raw_os_error().map(Errno::from_raw) {
         // EEXIST: it is attached in the other mode.
-        Some(Errno::EBUSY | Errno::EEXIST) => match attached_program(program, device) {
-            Some((id, Some(name))) if name == PROGRAM_NAME => AttachError::AnotherPrimary { interface, id },
-            Some((id, name)) => AttachError::AnotherProgram { interface, name, id },
-            None => AttachError::Refused { interface, mode, source },
-        },
+        Some(Errno::EBUSY | Errno::EEXIST) => {
+            occupant(program, ifindex, &interface).unwrap_or(AttachError::Refused { interface, mode, source })
+        }
         Some(Errno::EPERM | Errno::EACCES) => {
             AttachError::Privilege { interface, source, advice: Lacking::of_this_thread().to_string() }
         }
@@ -246,9 +253,19 @@ fn explain(
             AttachError::NoSuchInterface { interface, ifindex }
         }
         _ if mode == XdpMode::Native && driver_cannot(&source) => {
-            AttachError::NoNativeMode { interface, source }
+            let reason = reason_of_driver(program, device);
+            AttachError::NoNativeMode { interface, source, reason }
         }
         _ => AttachError::Refused { interface, mode, source },
+    }
+}
+
+/// Whose program an interface runs, if any. `any` is any program.
+pub(crate) fn occupant(any: BorrowedFd<'_>, ifindex: u32, interface: &str) -> Option<AttachError> {
+    let interface = interface.to_owned();
+    match attached_program(any, i32::try_from(ifindex).ok()?)? {
+        (id, Some(name)) if name == PROGRAM_NAME => Some(AttachError::AnotherPrimary { interface, id }),
+        (id, name) => Some(AttachError::AnotherProgram { interface, name, id }),
     }
 }
 

@@ -19,6 +19,8 @@ pub struct QueueCounters {
     pub pass_rule: u64,
     /// Passed to the kernel: the queue has no socket.
     pub pass_no_socket: u64,
+    /// Dropped: longer than a frame of the socket holds.
+    pub drop_too_long: u64,
 }
 
 const WORDS: usize = size_of::<types::queue_counters>() / size_of::<u64>();
@@ -28,12 +30,14 @@ const _: () = assert!(offset_of!(types::queue_counters, pass_non_ip) == 8);
 const _: () = assert!(offset_of!(types::queue_counters, pass_nd) == 16);
 const _: () = assert!(offset_of!(types::queue_counters, pass_rule) == 24);
 const _: () = assert!(offset_of!(types::queue_counters, pass_no_socket) == 32);
+const _: () = assert!(offset_of!(types::queue_counters, drop_too_long) == 40);
 
 impl QueueCounters {
     /// One CPU's value of an entry of the program's `counters` map, as the words it consists of: for a loader
     /// other than [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to `queue`.
-    pub fn from_words([redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket]: [u64; WORDS]) -> Self {
-        Self { redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket }
+    pub fn from_words(words: [u64; WORDS]) -> Self {
+        let [redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long] = words;
+        Self { redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long }
     }
 
     /// The same from the map's bytes; zero where there are too few of them.
@@ -59,6 +63,7 @@ impl AddAssign for QueueCounters {
         self.pass_nd += other.pass_nd;
         self.pass_rule += other.pass_rule;
         self.pass_no_socket += other.pass_no_socket;
+        self.drop_too_long += other.drop_too_long;
     }
 }
 
@@ -68,11 +73,18 @@ mod tests {
 
     #[test]
     fn bytes_become_fields_in_order() {
-        let bytes: Vec<u8> = (1..=5_u64).flat_map(u64::to_ne_bytes).collect();
+        let bytes: Vec<u8> = (1..=6_u64).flat_map(u64::to_ne_bytes).collect();
         let mut counters = QueueCounters::from_bytes(&bytes);
         assert_eq!(
             counters,
-            QueueCounters { redirect: 1, pass_non_ip: 2, pass_nd: 3, pass_rule: 4, pass_no_socket: 5 }
+            QueueCounters {
+                redirect: 1,
+                pass_non_ip: 2,
+                pass_nd: 3,
+                pass_rule: 4,
+                pass_no_socket: 5,
+                drop_too_long: 6
+            }
         );
         assert_eq!(counters.passed(), 14);
         counters += counters;

@@ -4,18 +4,17 @@
 //!
 //! ```no_run
 //! use std::os::fd::RawFd;
-//! use xfan_xdp::{ModeChoice, PassRule, SteerProgram};
+//! use xfan_xdp::{PassRule, SteerProgram, XdpMode};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let (ifindex, queues) = (2, 4);
 //! # let socket_of = |_queue: u32| -> RawFd { 3 };
 //! let rules: Vec<PassRule> = vec!["icmp".parse()?, "tcp/22".parse()?];
-//! let mut program = SteerProgram::load(queues, &rules)?;
+//! let mut program = SteerProgram::load(queues, &rules, 1792)?;
 //! for queue in 0..queues {
 //!     program.insert_socket(queue, &socket_of(queue))?;
 //! }
-//! let mode = program.attach(ifindex, "eth1", ModeChoice::Auto)?;
-//! println!("eth1: {mode} XDP");
+//! program.attach(ifindex, "eth1", XdpMode::Native)?;
 //! // ... and when the sockets are done with:
 //! program.detach();
 //! for (queue, packets) in program.counters()?.iter().enumerate() {
@@ -37,7 +36,7 @@ mod program;
 mod rule;
 mod rule_table;
 
-pub use attach::{AttachError, ModeChoice, XdpMode};
+pub use attach::{AttachError, XdpMode};
 pub use counters::QueueCounters;
 pub use object::OBJECT;
 pub use program::{LoadError, MAX_QUEUES, MapError, SteerProgram};

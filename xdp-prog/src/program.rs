@@ -8,7 +8,7 @@ use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle};
 use thiserror::Error;
 
-use crate::attach::{AttachError, Attachment, ModeChoice, XdpMode};
+use crate::attach::{self, AttachError, Attachment, XdpMode};
 use crate::counters::QueueCounters;
 use crate::libbpf_log;
 use crate::object::skeleton::XfanSkelBuilder;
@@ -109,17 +109,17 @@ pub struct SteerProgram {
 }
 
 impl SteerProgram {
-    /// Loads the program for an interface with `queues` RX queues. No queue has a socket yet, and nothing is
-    /// steered before [`attach`](Self::attach).
+    /// Loads the program for an interface with `queues` RX queues and sockets whose frames hold packets of
+    /// `max_length` bytes. No queue has a socket yet, and nothing is steered before [`attach`](Self::attach).
     ///
     /// # Errors
     ///
     /// See [`LoadError`]. The process needs CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and CAP_NET_ADMIN.
-    pub fn load(queues: u32, rules: &[PassRule]) -> Result<Self, LoadError> {
+    pub fn load(queues: u32, rules: &[PassRule], max_length: u32) -> Result<Self, LoadError> {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(LoadError::Queues(queues));
         }
-        let (loaded, log) = libbpf_log::collect(|| load(queues, rules));
+        let (loaded, log) = libbpf_log::collect(|| load(queues, rules, max_length));
         loaded.map_err(|source| {
             let lacking = Lacking::of_this_thread();
             // The verifier has reasons of its own to deny permission: only then is there a log of it.
@@ -134,8 +134,7 @@ impl SteerProgram {
         })
     }
 
-    /// Attaches the program to an interface: from now on its packets are steered. Returns the mode it got,
-    /// which with [`ModeChoice::Auto`] may be the slow one and is worth telling the operator.
+    /// Attaches the program to an interface: from now on its packets are steered.
     ///
     /// The interface is looked up by `ifindex`, in the calling thread's network namespace; `interface` is its
     /// name for error messages.
@@ -143,17 +142,21 @@ impl SteerProgram {
     /// # Errors
     ///
     /// See [`AttachError`]. The program remains loaded and can be attached again.
-    pub fn attach(
-        &mut self,
-        ifindex: u32,
-        interface: &str,
-        choice: ModeChoice,
-    ) -> Result<XdpMode, AttachError> {
+    pub fn attach(&mut self, ifindex: u32, interface: &str, mode: XdpMode) -> Result<(), AttachError> {
         if self.attachment.is_some() {
             return Err(AttachError::Twice { interface: interface.into() });
         }
-        let attachment = Attachment::new(self.program.as_fd(), ifindex, interface, choice)?;
-        Ok(self.attachment.insert(attachment).mode())
+        self.attachment = Some(Attachment::new(self.program.as_fd(), ifindex, interface, mode)?);
+        Ok(())
+    }
+
+    /// Whether another program is in the place of this one, which is not attached yet.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError::AnotherPrimary`] or [`AttachError::AnotherProgram`].
+    pub fn check_unoccupied(&self, ifindex: u32, interface: &str) -> Result<(), AttachError> {
+        attach::occupant(self.program.as_fd(), ifindex, interface).map_or(Ok(()), Err)
     }
 
     /// Detaches the program: the interface's packets go to the kernel again. The counters can still be read,
@@ -243,11 +246,14 @@ impl SteerProgram {
 }
 
 /// Loads through the skeleton, and keeps file descriptors alone: the skeleton would borrow its storage.
-fn load(queues: u32, rules: &[PassRule]) -> Result<SteerProgram, libbpf_rs::Error> {
+fn load(queues: u32, rules: &[PassRule], max_length: u32) -> Result<SteerProgram, libbpf_rs::Error> {
     let mut storage = MaybeUninit::uninit();
     let mut open = XfanSkelBuilder::default().open(&mut storage)?;
     open.maps.xsks.set_max_entries(queues)?;
     open.maps.counters.set_max_entries(queues + 1)?;
+    if let Some(constants) = open.maps.rodata_data.as_deref_mut() {
+        constants.max_length = max_length;
+    }
     let loaded = open.load()?;
 
     let program = SteerProgram {
@@ -280,7 +286,7 @@ mod tests {
     #[test]
     fn refuses_impossible_numbers_of_queues() {
         for queues in [0, MAX_QUEUES + 1, u32::MAX] {
-            let error = SteerProgram::load(queues, &[]).unwrap_err();
+            let error = SteerProgram::load(queues, &[], 1792).unwrap_err();
             assert!(matches!(error, LoadError::Queues(n) if n == queues));
         }
     }

@@ -12,16 +12,17 @@ use std::time::{Duration, Instant};
 use common::frame::{ETHERTYPE_IPV6, ICMP, ICMPV6, TCP, ethernet, icmp, ipv6, padded, ports, v4};
 use common::{FrameSender, NIC, PEER, in_own_namespace, index_of, make_veth, run, xdp_socket};
 use libbpf_rs::{Link, Object, ObjectBuilder};
-use xfan_xdp::{
-    AttachError, LoadError, MapError, ModeChoice, OBJECT, PassRule, QueueCounters, SteerProgram, XdpMode,
-};
+use xfan_xdp::{AttachError, LoadError, MapError, OBJECT, PassRule, QueueCounters, SteerProgram, XdpMode};
 
 /// How long to wait for what the kernel does a little later.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What a frame of 2,048 bytes holds.
+const MAX_LENGTH: u32 = 1792;
+
 fn load(rules: &[&str]) -> SteerProgram {
     let rules: Vec<PassRule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    SteerProgram::load(1, &rules).unwrap()
+    SteerProgram::load(1, &rules, MAX_LENGTH).unwrap()
 }
 
 /// What `ip link` says of the XDP program on an interface: "xdp", "xdpgeneric", or nothing.
@@ -66,10 +67,10 @@ fn attaches_natively_and_detaches() {
         let nic = make_veth(1);
         let mut program = load(&[]);
         assert_eq!((program.mode(), shown_by_ip(NIC)), (None, None));
-        assert_eq!(program.attach(nic, NIC, ModeChoice::Auto).unwrap(), XdpMode::Native);
+        program.attach(nic, NIC, XdpMode::Native).unwrap();
         assert_eq!((program.mode(), shown_by_ip(NIC).as_deref()), (Some(XdpMode::Native), Some("xdp")));
 
-        let twice = program.attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        let twice = program.attach(nic, NIC, XdpMode::Native).unwrap_err();
         assert!(matches!(twice, AttachError::Twice { .. }), "{twice}");
 
         program.detach();
@@ -77,7 +78,7 @@ fn attaches_natively_and_detaches() {
         program.counters().unwrap();
         program.detach();
 
-        assert_eq!(program.attach(nic, NIC, ModeChoice::Generic).unwrap(), XdpMode::Generic);
+        program.attach(nic, NIC, XdpMode::Generic).unwrap();
         assert_eq!(shown_by_ip(NIC).as_deref(), Some("xdpgeneric"));
         drop(program);
         assert_eq!(shown_by_ip(NIC), None);
@@ -85,30 +86,37 @@ fn attaches_natively_and_detaches() {
 }
 
 #[test]
-fn falls_back_to_generic_where_the_driver_cannot() {
+fn generic_mode_works_where_the_driver_has_no_xdp() {
     in_own_namespace(|| {
         // The loopback driver has no XDP.
         let loopback = index_of("lo");
         let mut program = load(&[]);
-        let refused = program.attach(loopback, "lo", ModeChoice::Native).unwrap_err();
+        let refused = program.attach(loopback, "lo", XdpMode::Native).unwrap_err();
         assert!(matches!(refused, AttachError::NoNativeMode { .. }), "{refused}");
-        assert!(refused.to_string().starts_with("the driver of lo refuses native XDP"), "{refused}");
-        assert_eq!(program.attach(loopback, "lo", ModeChoice::Auto).unwrap(), XdpMode::Generic);
+        let said = refused.to_string();
+        assert!(said.starts_with("the driver of lo refuses native XDP"), "{said}");
+        assert!(said.contains("it has no XDP") && !said.contains("MTU"), "{said}");
+        program.attach(loopback, "lo", XdpMode::Generic).unwrap();
         assert_eq!(shown_by_ip("lo").as_deref(), Some("xdpgeneric"));
     });
 }
 
 #[test]
-fn falls_back_to_generic_where_the_mtu_is_too_large() {
+fn a_driver_that_refuses_an_mtu_gives_its_reason() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         for end in [NIC, PEER] {
             run("ip", &["link", "set", end, "mtu", "9000"]);
         }
         let mut program = load(&[]);
-        let refused = program.attach(nic, NIC, ModeChoice::Native).unwrap_err();
-        assert!(refused.to_string().contains("lower the MTU"), "{refused}");
-        assert_eq!(program.attach(nic, NIC, ModeChoice::Auto).unwrap(), XdpMode::Generic);
+        let refused = program.attach(nic, NIC, XdpMode::Native).unwrap_err();
+        let AttachError::NoNativeMode { reason, .. } = &refused else { panic!("{refused}") };
+        assert!(reason.as_ref().is_some_and(|reason| reason.contains("MTU")), "{reason:?}");
+        let said = refused.to_string();
+        assert!(said.contains("lower the MTU") && !said.contains("no XDP"), "{said}");
+        // Asking for the reason has left nothing behind.
+        assert_eq!(shown_by_ip(NIC), None);
+        program.attach(nic, NIC, XdpMode::Generic).unwrap();
     });
 }
 
@@ -117,10 +125,10 @@ fn refuses_an_interface_that_another_primary_owns() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         for (first_choice, second_choice) in [
-            (ModeChoice::Native, ModeChoice::Auto),
-            (ModeChoice::Native, ModeChoice::Generic),
-            (ModeChoice::Generic, ModeChoice::Auto),
-            (ModeChoice::Generic, ModeChoice::Generic),
+            (XdpMode::Native, XdpMode::Native),
+            (XdpMode::Native, XdpMode::Generic),
+            (XdpMode::Generic, XdpMode::Native),
+            (XdpMode::Generic, XdpMode::Generic),
         ] {
             let mut first = load(&[]);
             first.attach(nic, NIC, first_choice).unwrap();
@@ -128,6 +136,8 @@ fn refuses_an_interface_that_another_primary_owns() {
             let AttachError::AnotherPrimary { interface, id } = &error else { panic!("{error}") };
             assert_eq!((interface.as_str(), *id != 0), (NIC, true));
             assert!(error.to_string().starts_with("another xfan primary owns nic "), "{error}");
+            let asked = load(&[]).check_unoccupied(nic, NIC).unwrap_err();
+            assert_eq!(asked.to_string(), error.to_string());
             assert!(shown_by_ip(NIC).is_some(), "the first program is still there");
         }
     });
@@ -138,7 +148,7 @@ fn refuses_an_interface_that_runs_another_program() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let foreign = attach_foreign(nic);
-        for choice in [ModeChoice::Auto, ModeChoice::Native, ModeChoice::Generic] {
+        for choice in [XdpMode::Native, XdpMode::Generic] {
             let error = load(&[]).attach(nic, NIC, choice).unwrap_err();
             let AttachError::AnotherProgram { name, id, .. } = &error else { panic!("{error}") };
             assert_eq!((name.as_deref(), *id != 0), (Some("other_tool"), true));
@@ -146,7 +156,7 @@ fn refuses_an_interface_that_runs_another_program() {
             assert!(said.starts_with("nic already runs another XDP program, \"other_tool\" (id "), "{said}");
         }
         drop(foreign);
-        load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap();
+        load(&[]).attach(nic, NIC, XdpMode::Native).unwrap();
     });
 }
 
@@ -154,10 +164,10 @@ fn refuses_an_interface_that_runs_another_program() {
 fn refuses_an_interface_that_does_not_exist() {
     in_own_namespace(|| {
         for (ifindex, choice) in [
-            (9999, ModeChoice::Auto),
-            (9999, ModeChoice::Native),
-            (0, ModeChoice::Auto),
-            (u32::MAX, ModeChoice::Auto),
+            (9999, XdpMode::Generic),
+            (9999, XdpMode::Native),
+            (0, XdpMode::Native),
+            (u32::MAX, XdpMode::Native),
         ] {
             let error = load(&[]).attach(ifindex, "eth9", choice).unwrap_err();
             assert!(matches!(error, AttachError::NoSuchInterface { .. }), "{ifindex}: {error}");
@@ -170,7 +180,7 @@ fn counts_real_traffic_and_leaves_it_to_the_kernel() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let neighbour = ethernet(&[], ETHERTYPE_IPV6, &ipv6(ICMPV6, 255, &icmp(135)));
-        for choice in [ModeChoice::Native, ModeChoice::Generic] {
+        for choice in [XdpMode::Native, XdpMode::Generic] {
             let mut program = load(&["icmp"]);
             program.attach(nic, NIC, choice).unwrap();
             let sender = FrameSender::new(PEER);
@@ -186,6 +196,7 @@ fn counts_real_traffic_and_leaves_it_to_the_kernel() {
                 pass_nd: 20,
                 pass_rule: 30,
                 pass_no_socket: 40,
+                drop_too_long: 0,
             };
             wait_for("100 packets", || program.counters().unwrap()[0].passed() >= 100);
             assert_eq!(program.counters().unwrap(), [expected], "{choice:?}");
@@ -210,7 +221,7 @@ fn redirects_once_a_queue_has_a_socket() {
         let nic = make_veth(1);
         let mut program = load(&[]);
         let socket = xdp_socket().unwrap();
-        program.attach(nic, NIC, ModeChoice::Native).unwrap();
+        program.attach(nic, NIC, XdpMode::Native).unwrap();
         let sender = FrameSender::new(PEER);
         let send = |n| {
             sender.send(&v4(TCP, &ports(1, 22)));
@@ -249,7 +260,7 @@ const HOLDER: &str = "XFAN_TEST_HOLD_IFINDEX";
 fn is_detached_when_its_process_is_killed() {
     if let Ok(ifindex) = env::var(HOLDER) {
         let mut program = load(&[]);
-        program.attach(ifindex.parse().unwrap(), NIC, ModeChoice::Auto).unwrap();
+        program.attach(ifindex.parse().unwrap(), NIC, XdpMode::Native).unwrap();
         println!("attached");
         sleep(PATIENCE);
         return;
@@ -268,13 +279,13 @@ fn is_detached_when_its_process_is_killed() {
             "the other process has attached its program"
         );
         assert_eq!(shown_by_ip(NIC).as_deref(), Some("xdp"));
-        let busy = load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        let busy = load(&[]).attach(nic, NIC, XdpMode::Native).unwrap_err();
         assert!(matches!(busy, AttachError::AnotherPrimary { .. }), "{busy}");
 
         holder.kill().unwrap();
         holder.wait().unwrap();
         wait_for("the kernel to detach the program", || shown_by_ip(NIC).is_none());
-        load(&[]).attach(nic, NIC, ModeChoice::Auto).unwrap();
+        load(&[]).attach(nic, NIC, XdpMode::Native).unwrap();
     });
 }
 
@@ -313,10 +324,10 @@ fn loads_and_attaches_without_being_root() {
         let foreign = attach_foreign(nic);
         keep_capabilities(CAP_NET_ADMIN | CAP_PERFMON | CAP_BPF);
         let mut program = load(&["tcp/22", "icmpv6"]);
-        let error = program.attach(nic, NIC, ModeChoice::Auto).unwrap_err();
+        let error = program.attach(nic, NIC, XdpMode::Native).unwrap_err();
         assert!(matches!(error, AttachError::AnotherProgram { name: None, .. }), "{error}");
         drop(foreign);
-        program.attach(nic, NIC, ModeChoice::Auto).unwrap();
+        program.attach(nic, NIC, XdpMode::Native).unwrap();
         program.counters().unwrap();
     });
 }
@@ -331,7 +342,7 @@ fn names_the_capabilities_that_are_missing() {
     ] {
         in_own_namespace(move || {
             keep_capabilities(kept);
-            let error = SteerProgram::load(1, &[]).unwrap_err();
+            let error = SteerProgram::load(1, &[], MAX_LENGTH).unwrap_err();
             assert!(matches!(error, LoadError::Privilege { .. }), "{error}");
             assert!(error.to_string().contains(lacking), "{error}");
         });

@@ -15,6 +15,8 @@ use xfan_xdp::{OBJECT, PassRule, QueueCounters, rule_table};
 /// Queues of the interface. The last one has no socket.
 const QUEUES: u32 = 4;
 const NO_SOCKET: u32 = QUEUES - 1;
+/// The longest packet that a frame of the sockets holds, in bytes.
+const MAX_LENGTH: usize = 3500;
 
 /// Size of `struct pass_rules`.
 const RULE_TABLE_BYTES: usize = 1 + 256 + 3 * 8192;
@@ -30,20 +32,26 @@ enum Outcome {
     PassNd,
     PassRule,
     PassNoSocket,
+    DropTooLong,
 }
 use Outcome::*;
 
 impl Outcome {
     fn verdict(self) -> u32 {
+        const XDP_DROP: u32 = 1;
         const XDP_PASS: u32 = 2;
         const XDP_REDIRECT: u32 = 4;
-        if self == Redirect { XDP_REDIRECT } else { XDP_PASS }
+        match self {
+            Redirect => XDP_REDIRECT,
+            DropTooLong => XDP_DROP,
+            _ => XDP_PASS,
+        }
     }
 
     /// What one packet with this outcome adds to its queue's counters.
     fn counted(self) -> QueueCounters {
         QueueCounters::from_words(
-            [Redirect, PassNonIp, PassNd, PassRule, PassNoSocket].map(|o| u64::from(o == self)),
+            [Redirect, PassNonIp, PassNd, PassRule, PassNoSocket, DropTooLong].map(|o| u64::from(o == self)),
         )
     }
 }
@@ -68,6 +76,24 @@ impl Row {
     fn rules(self, rules: &'static [&'static str]) -> Self {
         Self { rules, ..self }
     }
+}
+
+/// Frames of any length: a frame of the socket is the limit of what is redirected, and of nothing else.
+fn length_rows() -> Vec<Row> {
+    let of = |ethertype: u16, mut frame: Vec<u8>, length: usize| {
+        frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
+        frame.resize(length, 0);
+        frame
+    };
+    let udp = |length| of(ETHERTYPE_IPV4, v4(UDP, &ports(1, 53)), length);
+    vec![
+        row("IPv4, as long as a frame holds", udp(MAX_LENGTH), Redirect),
+        row("IPv4, longer by a byte", udp(MAX_LENGTH + 1), DropTooLong),
+        row("IPv4, much longer", udp(3700), DropTooLong),
+        row("longer, without a socket", udp(MAX_LENGTH + 1), PassNoSocket).queue(NO_SOCKET),
+        row("longer, passed by a rule", udp(MAX_LENGTH + 1), PassRule).rules(&["udp/53"]),
+        row("longer, not IP", of(0x88cc, padded(0x88cc), MAX_LENGTH + 1), PassNonIp),
+    ]
 }
 
 /// Frames that no rule is needed for.
@@ -269,6 +295,7 @@ impl Loaded {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("xsks", QUEUES)
             .map_max_entries("counters", QUEUES + 1)
+            .override_global("max_length", &u32::try_from(MAX_LENGTH).unwrap(), true)
             .load(OBJECT)
             .unwrap();
         let program: &mut Xdp = ebpf.program_mut("xfan_steer").unwrap().try_into().unwrap();
@@ -290,7 +317,7 @@ impl Loaded {
     }
 
     fn counters(&self) -> Vec<QueueCounters> {
-        let map: PerCpuArray<&MapData, [u64; 5]> = self.ebpf.map("counters").unwrap().try_into().unwrap();
+        let map: PerCpuArray<&MapData, [u64; 6]> = self.ebpf.map("counters").unwrap().try_into().unwrap();
         let entry = |entry| {
             let mut sum = QueueCounters::default();
             map.get(&entry, 0).unwrap().iter().for_each(|&words| sum += QueueCounters::from_words(words));
@@ -318,7 +345,8 @@ fn every_frame_gets_its_verdict_and_is_counted_once() {
         for (queue, socket) in (0..).zip(&sockets) {
             loaded.insert_socket(queue, socket);
         }
-        let tables = [link_rows, ip_rows, neighbour_discovery_rows, ipv4_rule_rows, ipv6_rule_rows];
+        let tables =
+            [link_rows, length_rows, ip_rows, neighbour_discovery_rows, ipv4_rule_rows, ipv6_rule_rows];
         let rows: Vec<Row> = tables.iter().flat_map(|table| table()).collect();
         let mut expected = loaded.counters();
         let mut wrong = Vec::new();

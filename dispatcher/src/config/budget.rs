@@ -24,6 +24,8 @@ const AUTO_SLOTS_MIN: u32 = 512;
 
 /// `max_workers = "auto"`: this many more than `workers`, if the UMEM stays within [`AUTO_UMEM`].
 const AUTO_MORE: usize = 2;
+/// Most entries of an RX ring.
+const RX_RING_LIMIT: u32 = 32_768;
 /// Most places there can be.
 const MAX_PLACES: usize = crate::lane::MAX_MEMBERS;
 
@@ -42,6 +44,15 @@ pub struct FrameBudget {
     pub fill_ring: u32,
     /// Bytes of the whole UMEM: all frames of all lanes. At most 4 GiB.
     pub umem_bytes: u64,
+}
+
+/// What the NIC and the mode have to say about the sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Bytes of a frame.
+    pub frame_size: u32,
+    /// Frames that the NIC takes for its own ring; 0 where it takes none, as in copy mode.
+    pub nic_ring: u32,
 }
 
 /// Why the frames do not suffice, or are too many.
@@ -100,7 +111,7 @@ impl BudgetError {
 
 impl FrameBudget {
     /// Sizes everything for `lanes` lanes and `workers` workers. `shared_cores`: some CPU runs more
-    /// than one of their threads.
+    /// than one of their threads. `sizes`: bytes of a frame, and frames that the NIC's own ring takes.
     ///
     /// # Errors
     ///
@@ -110,6 +121,7 @@ impl FrameBudget {
         workers: usize,
         config: &Config,
         shared_cores: bool,
+        sizes: Sizes,
     ) -> Result<Self, BudgetError> {
         let auto_slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
         let mut slots = config.ring_slots.unwrap_or(auto_slots);
@@ -119,7 +131,7 @@ impl FrameBudget {
             let least = config.max_workers.map_or(workers, |_| most);
             let mut places = most;
             let last = loop {
-                let budget = Self::with_slots(lanes, places, config, slots);
+                let budget = Self::with_slots(lanes, places, config, slots, sizes);
                 // Given frames do not shrink: then only being too few is a reason to go on.
                 let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.frames.is_some();
                 if budget.as_ref().is_ok_and(good) {
@@ -142,8 +154,11 @@ impl FrameBudget {
         places: usize,
         config: &Config,
         ring_slots: u32,
+        Sizes { frame_size, nic_ring }: Sizes,
     ) -> Result<Self, BudgetError> {
-        let &Config { rx_ring, batch, frame_size, .. } = config;
+        let &Config { rx_ring, batch, .. } = config;
+        // Drivers fill their ring at once, and some never recover from finding too few frames for it.
+        let rx_ring = rx_ring.max(nic_ring.next_power_of_two().min(RX_RING_LIMIT));
         let lent = (places as u64).saturating_mul(u64::from(ring_slots));
         let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);
         let frames = config.frames.map_or(needed, u64::from);
@@ -170,13 +185,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const SMALL: Sizes = Sizes { frame_size: 2048, nic_ring: 0 };
+
     fn config(toml: &str) -> Config {
         Config::from_toml_str(&format!("interface = 'eth1'\n{toml}"), "f").unwrap()
     }
 
     #[test]
     fn auto_is_the_fewest_frames_that_suffice() {
-        let budget = FrameBudget::plan(2, 2, &config(""), false).unwrap();
+        let budget = FrameBudget::plan(2, 2, &config(""), false, SMALL).unwrap();
         assert_eq!(
             budget,
             FrameBudget {
@@ -188,29 +205,30 @@ mod tests {
                 umem_bytes: 2 * 20544 * 2048,
             }
         );
-        assert_eq!(FrameBudget::plan(2, 2, &config(""), true).unwrap().ring_slots, 8192);
+        assert_eq!(FrameBudget::plan(2, 2, &config(""), true, SMALL).unwrap().ring_slots, 8192);
     }
 
     #[test]
     fn auto_slots_halve_until_a_gibibyte_suffices_but_not_below_512() {
-        let budget = FrameBudget::plan(16, 16, &config(""), false).unwrap();
+        let budget = FrameBudget::plan(16, 16, &config(""), false, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 1024);
-        let budget = FrameBudget::plan(32, 48, &config(""), true).unwrap();
+        let budget = FrameBudget::plan(32, 48, &config(""), true, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 512);
         assert!(budget.umem_bytes > AUTO_UMEM);
     }
 
     #[test]
     fn auto_slots_fit_the_frames_that_were_given() {
-        let budget = FrameBudget::plan(1, 2, &config("frames = 8000"), true).unwrap();
+        let budget = FrameBudget::plan(1, 2, &config("frames = 8000"), true, SMALL).unwrap();
         assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.places), (8000, 1024, 3));
-        let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false).unwrap();
+        let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 4096);
     }
 
     #[test]
     fn too_few_frames_are_told_with_every_number_and_knob() {
-        let error = FrameBudget::plan(1, 2, &config("frames = 4096\nring_slots = 4096"), false).unwrap_err();
+        let error =
+            FrameBudget::plan(1, 2, &config("frames = 4096\nring_slots = 4096"), false, SMALL).unwrap_err();
         assert_eq!(
             error.to_string(),
             "`frames` is 4096 per lane, but a lane needs rx_ring (4096) + batch (64) + max_workers (2) × \
@@ -219,9 +237,23 @@ mod tests {
     }
 
     #[test]
+    fn the_nics_own_ring_is_filled_too() {
+        let of = |nic_ring| {
+            let sizes = Sizes { frame_size: 4096, nic_ring };
+            let budget = FrameBudget::plan(1, 1, &config("rx_ring = 512"), false, sizes).unwrap();
+            (budget.rx_ring, budget.fill_ring, budget.umem_bytes / 4096)
+        };
+        assert_eq!(of(256), (512, 1024, 512 + 64 + 3 * 4096));
+        assert_eq!(of(4096), (4096, 8192, 4096 + 64 + 3 * 4096));
+        assert_eq!(of(8160), (8192, 16_384, 8192 + 64 + 3 * 4096));
+        assert_eq!(of(1 << 20).0, 32_768);
+    }
+
+    #[test]
     fn room_for_more_workers_comes_before_nothing() {
-        let places =
-            |lanes, workers, toml| FrameBudget::plan(lanes, workers, &config(toml), false).unwrap().places;
+        let places = |lanes, workers, toml| {
+            FrameBudget::plan(lanes, workers, &config(toml), false, SMALL).unwrap().places
+        };
         assert_eq!(places(1, 1, ""), 3);
         assert_eq!(places(1, 63, "ring_slots = 64"), 64, "the limit");
         // A gibibyte is 2^19 frames.
@@ -234,8 +266,8 @@ mod tests {
     #[test]
     fn the_memory_ends_where_offsets_end() {
         let exact = config("frames = 2097152");
-        assert_eq!(FrameBudget::plan(1, 1, &exact, false).unwrap().umem_bytes, UMEM_LIMIT);
-        let error = FrameBudget::plan(2, 1, &exact, false).unwrap_err().to_string();
+        assert_eq!(FrameBudget::plan(1, 1, &exact, false, SMALL).unwrap().umem_bytes, UMEM_LIMIT);
+        let error = FrameBudget::plan(2, 1, &exact, false, SMALL).unwrap_err().to_string();
         assert!(error.contains("2 lanes × 2097152 frames × 2048 bytes = 8589934592 bytes"), "{error}");
         assert!(error.contains("4294967296 bytes (4 GiB)"), "{error}");
     }
@@ -250,7 +282,7 @@ mod tests {
             config.rx_ring = 1 << rx;
             config.ring_slots = slots.map(|bits| 1 << bits);
             config.frames = frames;
-            if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared) {
+            if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared, SMALL) {
                 let lent = budget.places as u64 * u64::from(budget.ring_slots);
                 prop_assert!((workers..=workers + 2).contains(&budget.places) && budget.places <= 64);
                 prop_assert!(u64::from(budget.frames_per_lane) >= lent + u64::from(budget.rx_ring) + 64);

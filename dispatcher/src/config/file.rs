@@ -67,7 +67,7 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
     keys.set("socket", &mut config.socket, value::socket)?;
     keys.set("xdp_mode", &mut config.xdp_mode, value::xdp_mode)?;
     keys.set("bind_mode", &mut config.bind_mode, value::bind_mode)?;
-    keys.set("frame_size", &mut config.frame_size, value::frame_size)?;
+    keys.set("frame_size", &mut config.frame_size, |v| value::auto(v, value::frame_size))?;
     keys.set("rx_ring", &mut config.rx_ring, |v| value::power_of_two(v, 64..=32768, "frames"))?;
     keys.set("ring_slots", &mut config.ring_slots, |v| {
         value::auto(v, |v| value::power_of_two(v, 64..=1_048_576, "slots per lane and worker"))
@@ -254,7 +254,7 @@ mod tests {
         assert!(error("workers = \"two\"").contains("is \"two\", but it must be a whole number"));
         assert!(error("workers = 1e3").contains("is 1e3, but"));
         assert!(error("workers = 99999999999999999999").contains("is 99999999999999999999, but"));
-        assert!(error("frame_size = 1024").contains("2048 or 4096 (bytes)"));
+        assert!(error("frame_size = 1024").contains("\"auto\" or 2048 or 4096 (bytes)"));
         assert!(error("ring_slots = 3").contains("\"auto\" or a power of two from 64 to 1048576"));
         assert!(error("idle = 3").contains("`idle` in xfan.toml (line 1) is 3, but it must be a table"));
         assert!(error("interface = true").contains("is true, but it must be the name of an interface"));

@@ -23,12 +23,12 @@ use std::time::Duration;
 
 use xfan_shm::protocol::default_socket;
 
-pub use budget::{BudgetError, FrameBudget};
+pub use budget::{BudgetError, FrameBudget, Sizes};
 pub use error::ConfigError;
 pub use flags::{Flags, PlacementFlags, RunFlags};
 pub(crate) use list::format_list;
 pub use user::{UserError, WorkerUser};
-pub use xfan_xdp::{ModeChoice, PassRule};
+pub use xfan_xdp::PassRule;
 
 use crate::restart::{Policy, Restart};
 
@@ -79,9 +79,10 @@ pub struct Config {
     /// which is said aloud. Default `"auto"`.
     pub bind_mode: BindMode,
 
-    /// The size of a frame in bytes, 2048 or 4096. A packet must fit one, less 256 bytes of headroom.
-    /// Default 2048.
-    pub frame_size: u32,
+    /// The size of a frame in bytes, 2048, 4096 or `"auto"` (`None`). A packet must fit one, less 256 bytes of headroom.
+    /// `"auto"` is 4096 where the MTU needs it, and in zero-copy mode unless the driver is known to fill small
+    /// frames without cutting packets. Default `"auto"`.
+    pub frame_size: Option<u32>,
 
     /// Frames kept posted to the kernel per lane: a power of two from 64 to 32768. The FILL ring has
     /// twice as many entries. Default 4096.
@@ -203,6 +204,18 @@ pub enum OnLoss {
     Hold,
 }
 
+/// How the XDP program is attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ModeChoice {
+    /// Native, or generic where the driver cannot.
+    #[default]
+    Auto,
+    /// Native or fail.
+    Native,
+    /// Generic, even where the driver could do native.
+    Generic,
+}
+
 /// How the AF_XDP sockets are bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BindMode {
@@ -276,7 +289,7 @@ impl Config {
             socket: PathBuf::new(),
             xdp_mode: ModeChoice::Auto,
             bind_mode: BindMode::Auto,
-            frame_size: 2048,
+            frame_size: None,
             rx_ring: 4096,
             ring_slots: None,
             frames: None,

@@ -49,7 +49,7 @@ impl Config {
             format!("socket = {}", text(&self.socket.to_string_lossy())),
             format!("xdp_mode = {}", text(xdp_mode)),
             format!("bind_mode = {}", text(bind_mode)),
-            format!("frame_size = {}", self.frame_size),
+            format!("frame_size = {}", auto(self.frame_size)),
             format!("rx_ring = {}", self.rx_ring),
             format!("ring_slots = {}", auto(self.ring_slots)),
             format!("frames = {}", auto(self.frames)),

@@ -79,7 +79,8 @@ impl PrimaryError {
             | PrimaryError::Refused { .. }
             | PrimaryError::NoneLeft { .. } => Exit::Workers,
             PrimaryError::Vanished(_) => Exit::Interface,
-            PrimaryError::LaneEnded(_) | PrimaryError::Io(_) | PrimaryError::Port(_) => Exit::Failure,
+            PrimaryError::Port(error) => error.exit(),
+            PrimaryError::LaneEnded(_) | PrimaryError::Io(_) => Exit::Failure,
         }
     }
 }

@@ -30,26 +30,35 @@ pub struct Outcome {
     pub report: Report,
     /// What did not add up; nothing, unless there is a bug.
     pub imbalances: Vec<String>,
+    /// A signal came while it stopped: whoever sent it does not want another start.
+    pub interrupted: bool,
 }
 
 /// Signals that come while the primary is stopping: whoever sends one does not want to wait for the workers.
 struct Again {
     signals: Vec<Signal>,
+    /// One has come, and the wait at hand was given up for it.
     told: bool,
+    /// One has come.
+    ever: bool,
 }
 
 impl Again {
     fn listen() -> Self {
         let kinds = [SignalKind::interrupt(), SignalKind::terminate()];
         // Where there is no way to listen, everything takes its time.
-        Again { signals: kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect(), told: false }
+        Again {
+            signals: kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect(),
+            told: false,
+            ever: false,
+        }
     }
 
     async fn wait(&mut self) {
-        let told = &mut self.told;
+        let (told, ever) = (&mut self.told, &mut self.ever);
         std::future::poll_fn(|context| {
             if self.signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
-                *told = true;
+                (*told, *ever) = (true, true);
                 return Poll::Ready(());
             }
             Poll::Pending
@@ -142,7 +151,7 @@ impl Primary {
         }
         let report = self.report();
         imbalances.extend(report.imbalances());
-        Outcome { error: result.err(), report, imbalances }
+        Outcome { error: result.err(), report, imbalances, interrupted: again.ever }
     }
 
     /// Deals with events until the condition holds (`true`), the time is up, or patience is.

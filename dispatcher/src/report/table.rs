@@ -131,8 +131,12 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     for lane in &report.lanes {
         xdp.add(lane.xdp);
     }
-    let Xdp { redirect, pass, pass_non_ip, pass_nd, pass_rule, pass_no_socket } = xdp;
-    writeln!(out, "\nxdp      redirected {redirect}, passed {pass}")?;
+    let Xdp { redirect, pass, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long } = xdp;
+    write!(out, "\nxdp      redirected {redirect}, passed {pass}")?;
+    if drop_too_long > 0 {
+        write!(out, ", dropped for being longer than a frame {drop_too_long}")?;
+    }
+    writeln!(out)?;
     if pass > 0 {
         writeln!(
             out,

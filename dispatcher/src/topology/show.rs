@@ -122,6 +122,7 @@ mod tests {
             index: 2,
             mtu: 1500,
             rx_queues: 4,
+            rx_ring: 4096,
             driver: "ixgbe".to_owned(),
             bus: "0000:01:00.0".to_owned(),
         }

@@ -1,4 +1,7 @@
-//! The RX and FILL rings of an AF_XDP socket, mapped and worked on by hand.
+//! The RX and FILL rings of an AF_XDP socket, worked on by hand.
+//!
+//! libxdp has mapped them, before it bound the socket: kernels before 6.4 map no ring of a bound socket (`xsk_mmap` in
+//! net/xdp/xsk.c: EBUSY). Where they lie is in /proc/self/maps, as mappings of the socket's inode.
 //!
 //! They are what `linux/if_xdp.h` and Documentation/networking/af_xdp.rst describe: free-running u32 producer and
 //! consumer indexes, masked at access. Each end keeps copies of both indexes and loads the other's only
@@ -8,20 +11,18 @@
 use std::ffi::c_void;
 use std::io;
 use std::mem::MaybeUninit;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::fstat;
+use procfs::process::{MMapPath, Process};
 
 use crate::source::Received;
 
 /// A ring's memory.
 #[derive(Debug)]
 struct RingMap {
-    address: NonNull<c_void>,
-    length: usize,
     producer: NonNull<AtomicU32>,
     consumer: NonNull<AtomicU32>,
     flags: NonNull<AtomicU32>,
@@ -29,37 +30,27 @@ struct RingMap {
     mask: u32,
 }
 
-// SAFETY: the pointers lead into a mapping that this value owns.
+// SAFETY: the pointers lead into a mapping that whoever made this value keeps.
 unsafe impl Send for RingMap {}
 
 impl RingMap {
-    /// Maps the ring at page offset `at` of the socket, whose parts lie as `offsets` says.
-    fn map(
+    /// The ring at page offset `at` of the socket, whose parts lie as `offsets` says.
+    fn find(
         socket: &impl AsRawFd,
         offsets: &libc::xdp_ring_offset,
         entries: u32,
         entry_bytes: usize,
-        at: i64,
+        at: u64,
     ) -> io::Result<Self> {
         let place = |offset: u64| usize::try_from(offset).map_err(io::Error::other);
-        let length = place(offsets.desc)? + entries as usize * entry_bytes;
-        let bytes = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidData)?;
-        // SAFETY: no address is asked for, so no existing mapping is replaced.
-        let address = unsafe {
-            mmap(
-                None,
-                bytes,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
-                borrow(socket),
-                at,
-            )
-        }?;
-        // SAFETY: the kernel says that these offsets lie within the ring's memory.
+        let needed = place(offsets.desc)? + entries as usize * entry_bytes;
+        let (address, length) = mapping(socket, at)?;
+        if length < needed {
+            return Err(io::Error::other(format!("a ring of {needed} bytes is mapped with {length}")));
+        }
+        // SAFETY: the kernel says that these offsets lie within the ring's memory, which is mapped as checked.
         let part = |offset: usize| unsafe { address.cast::<u8>().add(offset) };
         Ok(RingMap {
-            address,
-            length,
             producer: part(place(offsets.producer)?).cast(),
             consumer: part(place(offsets.consumer)?).cast(),
             flags: part(place(offsets.flags)?).cast(),
@@ -94,13 +85,6 @@ impl RingMap {
     }
 }
 
-impl Drop for RingMap {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, and all pointers into it are private to this value.
-        let _ = unsafe { munmap(self.address, self.length) };
-    }
-}
-
 /// Received packets, from the kernel.
 #[derive(Debug)]
 pub struct RxRing {
@@ -110,17 +94,18 @@ pub struct RxRing {
 }
 
 impl RxRing {
-    /// Maps the RX ring of a bound socket.
+    /// The RX ring of a socket.
     ///
     /// # Safety
-    /// Nobody else takes packets from it, and it has `entries` entries.
+    /// It has `entries` entries, it stays mapped as long as the value lives, and nobody else takes packets from it.
     ///
     /// # Errors
-    /// Whatever the system calls say.
-    pub unsafe fn map(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
+    /// It is not mapped, or whatever the system calls say.
+    pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
         let offsets = mmap_offsets(socket)?;
-        let map =
-            RingMap::map(socket, &offsets.rx, entries, size_of::<libc::xdp_desc>(), libc::XDP_PGOFF_RX_RING)?;
+        #[allow(clippy::cast_sign_loss)] // 0
+        let at = libc::XDP_PGOFF_RX_RING as u64;
+        let map = RingMap::find(socket, &offsets.rx, entries, size_of::<libc::xdp_desc>(), at)?;
         let consumed = map.consumer().load(Ordering::Relaxed);
         Ok(RxRing { map, produced: consumed, consumed })
     }
@@ -163,18 +148,17 @@ pub struct FillRing {
 }
 
 impl FillRing {
-    /// Maps the FILL ring of a bound socket.
+    /// The FILL ring of a socket.
     ///
     /// # Safety
-    /// Nobody else posts frames to it, and it has `entries` entries.
+    /// It has `entries` entries, it stays mapped as long as the value lives, and nobody else posts frames to it.
     ///
     /// # Errors
-    /// Whatever the system calls say.
-    pub unsafe fn map(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
+    /// It is not mapped, or whatever the system calls say.
+    pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
         let offsets = mmap_offsets(socket)?;
-        #[allow(clippy::cast_possible_wrap)] // 4 GiB
-        let at = libc::XDP_UMEM_PGOFF_FILL_RING as i64;
-        let map = RingMap::map(socket, &offsets.fr, entries, size_of::<u64>(), at)?;
+        let at = libc::XDP_UMEM_PGOFF_FILL_RING;
+        let map = RingMap::find(socket, &offsets.fr, entries, size_of::<u64>(), at)?;
         let produced = map.producer().load(Ordering::Relaxed);
         Ok(FillRing { map, produced, consumed: produced })
     }
@@ -211,6 +195,26 @@ impl FillRing {
     pub fn needs_wakeup(&self) -> bool {
         self.map.flags().load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
     }
+}
+
+/// Where a socket is mapped at page offset `at`, and how many bytes.
+fn mapping(socket: &impl AsRawFd, at: u64) -> io::Result<(NonNull<c_void>, usize)> {
+    let inode = fstat(borrow(socket))?.st_ino;
+    let maps = Process::myself().and_then(|process| process.maps()).map_err(io::Error::other)?;
+    let path = MMapPath::Path(format!("socket:[{inode}]").into());
+    let found = maps.iter().find(|map| map.pathname == path && map.offset == at);
+    let (from, to) = found.map(|map| map.address).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("/proc/self/maps shows no ring of socket {inode} at {at:#x}"),
+        )
+    })?;
+    let (from, length) = usize::try_from(from)
+        .and_then(|from| Ok((from, usize::try_from(to - from as u64)?)))
+        .map_err(io::Error::other)?;
+    let address =
+        NonNull::new(std::ptr::with_exposed_provenance_mut(from)).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((address, length))
 }
 
 /// Where the parts of a socket's rings lie.

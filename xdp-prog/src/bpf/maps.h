@@ -23,5 +23,8 @@ struct {
 	__type(value, struct queue_counters);
 } counters SEC(".maps");
 
+/* The longest packet, in bytes, that a frame of the sockets holds. Set by the loader before it loads. */
+const volatile __u32 max_length = 0xffffffff;
+
 /* The whole of .bss, so that the loader replaces the rules by writing one map entry. */
 struct pass_rules rules;

@@ -13,6 +13,7 @@ struct queue_counters {
 	__u64 pass_nd;        /* to the kernel: IPv6 neighbour or router discovery */
 	__u64 pass_rule;      /* to the kernel: a rule of the operator */
 	__u64 pass_no_socket; /* to the kernel: its queue has no socket */
+	__u64 drop_too_long;  /* dropped: longer than a frame of the socket holds */
 };
 
 /* An entry of `pass_rules.protocols`. From RULE_PORTS on it is RULE_PORTS + index into `ports`. */

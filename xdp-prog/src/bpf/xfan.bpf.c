@@ -5,10 +5,12 @@
  *   frame ── Ethernet, up to 2 VLAN tags ──┬─ not IP ──────────────────────────► kernel  pass_non_ip
  *                                          ├─ IPv6 neighbour/router discovery ─► kernel  pass_nd
  *                                          ├─ a rule of the operator ──────────► kernel  pass_rule
- *                                          └─ IPv4, IPv6 ─┬─ queue has socket ─► socket  redirect
- *                                                         └─ it has none ──────► kernel  pass_no_socket
+ *                                          └─ IPv4, IPv6 ─┬─ no socket ────────► kernel  pass_no_socket
+ *                                                         ├─ longer than frame ► dropped drop_too_long
+ *                                                         └─ else ─────────────► socket  redirect
  *
- * An IP header that is cut short or makes no sense is redirected: a sensor wants to see it.
+ * An IP header that is cut short or makes no sense is redirected: a sensor wants to see it. The kernel would drop a packet
+ * that is longer than a frame, too, but it counts it as if the socket had no frame left.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -75,11 +77,16 @@ int xfan_steer(struct xdp_md *ctx)
 		break;
 	}
 	verdict = bpf_redirect_map(&xsks, queue, XDP_PASS);
-	if (verdict == XDP_REDIRECT)
-		counts->redirect++;
-	else
+	if (verdict != XDP_REDIRECT) {
 		counts->pass_no_socket++;
-	return verdict;
+		return verdict;
+	}
+	if (c.end - c.at > max_length) {
+		counts->drop_too_long++;
+		return XDP_DROP;
+	}
+	counts->redirect++;
+	return XDP_REDIRECT;
 }
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -34,7 +34,7 @@ fn enter_new_namespace() -> Result<(), String> {
     unshare(CloneFlags::CLONE_NEWNET)
         .map_err(|errno| format!("a network namespace cannot be made here ({errno}); run as root"))?;
     xdp_socket().map_err(|error| format!("this kernel has no AF_XDP sockets ({error})"))?;
-    match xfan_xdp::SteerProgram::load(1, &[]) {
+    match xfan_xdp::SteerProgram::load(1, &[], 1792) {
         Err(error @ xfan_xdp::LoadError::Privilege { .. }) => Err(error.to_string()),
         _ => Ok(()),
     }

@@ -4,11 +4,12 @@
 //! Interface, socket, packet memory and XDP program are set up by the dispatcher's own code, and the rings are the
 //! dispatcher's: so the difference is what dispatching costs.
 
-use xfan::config::{Config, FrameBudget};
+use xfan::config::{Config, FrameBudget, Sizes};
 use xfan::interface::Interface;
+use xfan::mode::modes;
 use xfan::port::Port;
 use xfan::source::Received;
-use xfan::xsk::rings::{self, FillRing, RxRing};
+use xfan::xsk::rings;
 use xfan_shm::clock::ticks;
 
 use crate::Failure;
@@ -41,22 +42,24 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let mut meter = tally::begin(options.cpu)?;
     let settings = format!("interface = {:?}\nrx_ring = {RX_RING}", options.interface);
     let config = Config::from_toml_str(&settings, "the command line")?;
-    let budget = FrameBudget::plan(1, 1, &config, true)?;
     let interface = Interface::find(&options.interface)?;
-    interface.check_mtu(config.frame_size)?;
-    let (port, memory, sources) = Port::take(interface, vec![options.queue], &config, &budget, None)?;
-    let socket = sources.first().ok_or("there is no socket")?.second_descriptor()?;
-    // SAFETY: the rings were made with these sizes; the source has not used its own mappings of them and never will.
-    let rings = unsafe { (RxRing::map(&socket, budget.rx_ring)?, FillRing::map(&socket, budget.fill_ring)?) };
-    let (mut rx, mut fill) = rings;
+    let mode = *modes(&config, &interface)?.last().ok_or("there is no mode")?;
+    let sizes = Sizes { frame_size: mode.frame_size, nic_ring: 0 };
+    let budget = FrameBudget::plan(1, 1, &config, true, sizes)?;
+    let (mut port, memory, mut sources) =
+        Port::bind(interface, vec![options.queue], &config, mode, &budget, None)?;
+    let source = sources.first_mut().ok_or("there is no socket")?;
+    let socket = source.second_descriptor()?;
+    let (rx, fill) = source.rings();
     for frame in 0..budget.rx_ring {
-        fill.push(u64::from(frame * config.frame_size));
+        fill.push(u64::from(frame * mode.frame_size));
     }
     fill.publish();
+    port.attach()?;
     port.open()?;
     tally::say(tally::READY)?;
 
-    let start_of_frame = !(config.frame_size - 1);
+    let start_of_frame = !(mode.frame_size - 1);
     let (mut tally, mut batch) = (Tally::default(), [Received::default(); BATCH]);
     while tally::goes_on() {
         let start = ticks();
