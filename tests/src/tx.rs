@@ -56,13 +56,13 @@ pub enum TxError {
     #[error(transparent)]
     Bind(#[from] XskError),
     /// The interface has no such queue.
-    #[error("{interface} has {queues} TX queues, so there is no queue {queue}")]
+    #[error("{interface} has {queues} TX queues in use, so there is no queue {queue}; see `ethtool -l {interface}`")]
     NoQueue {
         /// The interface.
         interface: String,
         /// Queue asked for.
         queue: u32,
-        /// Queues there are.
+        /// Queues in use.
         queues: u32,
     },
     /// The frame is too long or too short.

@@ -78,6 +78,28 @@ fn a_replay_spreads_and_repeats() {
 }
 
 #[test]
+fn only_queues_in_use_are_sent_through() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let frames = traffic::synthetic(50, 600, 5).frames;
+    namespace.ethtool("-L tx0 tx 2").unwrap();
+
+    let report = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    assert_eq!(report.queues, BTreeMap::from([(0, 300), (1, 300)]));
+    assert_eq!(by_queue(receiver.drain()).values().map(Vec::len).sum::<usize>(), 600);
+    let replay = Replay { queues: vec![2], ..Replay::onto("tx0") };
+    let error = namespace.run(|| replay.run(&frames)).unwrap_err().to_string();
+    assert!(error.contains("tx0 has 2 TX queues in use, so there is no queue 2"), "{error}");
+
+    // The generator's frames are counted by the sender's queue, however many the receiver has.
+    namespace.ethtool("-L tx0 tx 1").unwrap();
+    let load = Load { cpu: 1, ..Load::onto("tx0", End::Frames(100)) };
+    let report = namespace.run(|| generator::run(&load)).unwrap();
+    assert_eq!((report.sent, report.queue), (100, 0), "{report:?}");
+    assert_eq!(receiver.collect(100).len(), 100);
+}
+
+#[test]
 fn a_capture_file_through_the_program() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
@@ -107,7 +129,7 @@ fn a_capture_file_through_the_program() {
 
     let error = run("xfan-replay", &["-i", "tx0", "--queues", "4", file_name]);
     assert_eq!(error.code, Some(1));
-    assert!(error.stderr.concat().contains("tx0 has 4 TX queues, so there is no queue 4"), "{error:?}");
+    assert!(error.stderr.concat().contains("tx0 has 4 TX queues in use, so there is no queue 4"), "{error:?}");
     let error = run("xfan-replay", &["-i", "tx9", file_name]);
     assert!(error.stderr.concat().contains("interface tx9 is not to be found"), "{error:?}");
 }
