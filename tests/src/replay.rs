@@ -1,11 +1,13 @@
 //! Replays frames into the queues of an interface, each exactly once, and says how many went where.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::capture::{CaptureError, CaptureReader};
 use crate::link::{Link, LinkError};
 use crate::oracle::{self, Flow};
 use crate::tx::{TxError, TxSocket};
@@ -98,11 +100,22 @@ pub enum ReplayError {
     #[error("packet {number}: {source}; {sent} packets were sent")]
     Packet {
         /// Its number in the capture, from 1.
-        number: usize,
+        number: u64,
         /// Why.
         source: TxError,
         /// Packets sent before.
         sent: u64,
+    },
+    /// The capture cannot be read.
+    #[error("{0}; {1} packets were sent")]
+    Capture(CaptureError, u64),
+    /// A pipe cannot be read again.
+    #[error("{} is no regular file: it can be read, and sent, only once, not {loops} times", path.display())]
+    ReadOnce {
+        /// The pipe.
+        path: PathBuf,
+        /// How often it should have been sent.
+        loops: u64,
     },
 }
 
@@ -114,6 +127,18 @@ impl Replay {
     /// A queue is not there or busy, a frame too long, or the receiver refuses frames for long.
     pub fn run<F: AsRef<[u8]>>(&self, frames: &[F]) -> Result<Report, ReplayError> {
         self.open()?.run(frames)
+    }
+
+    /// As [`run`](Self::run), with the frames of a capture file, which may be larger than memory.
+    /// It is read once to check all frames and once for every loop. What is no regular file, such
+    /// as a pipe, is read only once: each frame is checked when its turn comes.
+    ///
+    /// With [`Spread::Flow`] memory grows with the number of flows.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run); or the file cannot be read, or not as often as `loops` says.
+    pub fn run_file(&self, path: &Path) -> Result<Report, ReplayError> {
+        self.open()?.run_file(path)
     }
 
     /// Opens the queues, for more than one run: a closed queue is free again only later.
@@ -129,26 +154,6 @@ impl Replay {
         let opened: Result<Vec<_>, _> = queues.iter().map(open).collect();
         let sockets = opened.map_err(|error| ReplayError::Queue(error, 0))?;
         Ok(OpenReplay { replay: self.clone(), sockets })
-    }
-
-    /// For each frame the index of its queue.
-    fn route<F: AsRef<[u8]>>(&self, frames: &[F], queues: usize) -> Vec<usize> {
-        match self.spread {
-            Spread::Runs(run) => (0..queues)
-                .cycle()
-                .flat_map(|queue| (0..run).map(move |_| queue))
-                .take(frames.len())
-                .collect(),
-            Spread::Flow => {
-                let mut seen: HashMap<Flow, usize> = HashMap::new();
-                let mut queue_of = |frame: &F| {
-                    let flow = oracle::read(frame.as_ref(), &[]).flow?;
-                    let next = seen.len();
-                    Some(*seen.entry(flow).or_insert(next) % queues)
-                };
-                frames.iter().map(|frame| queue_of(frame).unwrap_or(0)).collect()
-            }
-        }
     }
 
     fn keep_pace(&self, begin: Instant, sent: u64) {
@@ -167,24 +172,55 @@ impl OpenReplay {
     /// # Errors
     /// A frame is too long, or the receiver refuses frames for long.
     pub fn run<F: AsRef<[u8]>>(&mut self, frames: &[F]) -> Result<Report, ReplayError> {
-        let Self { replay, sockets } = self;
-        for (index, frame) in frames.iter().enumerate() {
-            sockets[0].check_length(frame.as_ref().len()).map_err(|source| ReplayError::Packet {
-                number: index + 1,
-                source,
-                sent: 0,
-            })?;
+        self.check(frames.iter().map(Ok))?;
+        self.send(|| Ok(frames.iter().map(Ok)))
+    }
+
+    /// As [`Replay::run_file`], beginning with the first queue each time.
+    ///
+    /// # Errors
+    /// As [`Replay::run_file`].
+    pub fn run_file(&mut self, path: &Path) -> Result<Report, ReplayError> {
+        let capture = |error| ReplayError::Capture(error, 0);
+        let metadata = std::fs::metadata(path)
+            .map_err(|source| capture(CaptureError::Io { path: path.into(), source }))?;
+        let loops = self.replay.loops;
+        if metadata.is_file() {
+            self.check(CaptureReader::open(path).map_err(capture)?)?;
+        } else if loops > 1 {
+            return Err(ReplayError::ReadOnce { path: path.into(), loops });
         }
+        self.send(|| CaptureReader::open(path))
+    }
+
+    /// Checks that all frames can be read and sent.
+    fn check<F: AsRef<[u8]>>(&self, frames: impl Frames<F>) -> Result<(), ReplayError> {
+        for (number, frame) in (1..).zip(frames) {
+            let frame = frame.map_err(|error| ReplayError::Capture(error, 0))?;
+            let fits = self.sockets[0].check_length(frame.as_ref().len());
+            fits.map_err(|source| ReplayError::Packet { number, source, sent: 0 })?;
+        }
+        Ok(())
+    }
+
+    /// Sends the frames that `open` brings, and brings again for every loop.
+    fn send<F: AsRef<[u8]>, I: Frames<F>>(
+        &mut self,
+        open: impl Fn() -> Result<I, CaptureError>,
+    ) -> Result<Report, ReplayError> {
+        let Self { replay, sockets } = self;
         let mut report = Report::default();
         let before: Vec<_> = sockets.iter().map(|socket| (socket.sent(), socket.refused())).collect();
-        let route = replay.route(frames, sockets.len());
         let begin = Instant::now();
         for _ in 0..replay.loops {
-            for (index, (frame, &at)) in frames.iter().zip(&route).enumerate() {
-                replay.keep_pace(begin, report.packets);
+            let mut route = Route::new(replay.spread, sockets.len());
+            let capture = |error| ReplayError::Capture(error, report.packets);
+            for (number, frame) in (1..).zip(open().map_err(capture)?) {
+                let frame = frame.map_err(|error| ReplayError::Capture(error, report.packets))?;
                 let frame = frame.as_ref();
-                sockets[at].send(frame).map_err(|source| ReplayError::Packet {
-                    number: index + 1,
+                replay.keep_pace(begin, report.packets);
+                sockets[route.queue_of(frame)].send(frame).map_err(|source| ReplayError::Packet {
+                    number,
                     source,
                     sent: report.packets,
                 })?;
@@ -201,13 +237,48 @@ impl OpenReplay {
     }
 }
 
+/// Frames from memory or from a file that may turn out to be broken.
+trait Frames<F>: Iterator<Item = Result<F, CaptureError>> {}
+impl<F, I: Iterator<Item = Result<F, CaptureError>>> Frames<F> for I {}
+
+/// Finds the queue, by its index, for one frame after the other.
+struct Route {
+    spread: Spread,
+    queues: usize,
+    /// Frames so far.
+    frames: u64,
+    /// The queue of every flow so far.
+    flows: HashMap<Flow, usize>,
+}
+
+impl Route {
+    fn new(spread: Spread, queues: usize) -> Self {
+        Self { spread, queues, frames: 0, flows: HashMap::new() }
+    }
+
+    fn queue_of(&mut self, frame: &[u8]) -> usize {
+        let number = self.frames;
+        self.frames += 1;
+        match self.spread {
+            Spread::Runs(run) => {
+                usize::try_from(number / run % self.queues as u64).expect("less than `queues`")
+            }
+            Spread::Flow => oracle::read(frame, &[]).flow.map_or(0, |flow| {
+                let next = self.flows.len();
+                *self.flows.entry(flow).or_insert(next) % self.queues
+            }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::traffic;
 
     fn route(spread: Spread, frames: &[Vec<u8>], queues: usize) -> Vec<usize> {
-        Replay { spread, ..Replay::onto("none") }.route(frames, queues)
+        let mut route = Route::new(spread, queues);
+        frames.iter().map(|frame| route.queue_of(frame)).collect()
     }
 
     #[test]

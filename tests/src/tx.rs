@@ -56,7 +56,9 @@ pub enum TxError {
     #[error(transparent)]
     Bind(#[from] XskError),
     /// The interface has no such queue.
-    #[error("{interface} has {queues} TX queues in use, so there is no queue {queue}; see `ethtool -l {interface}`")]
+    #[error(
+        "{interface} has {queues} TX queues in use, so there is no queue {queue}; see `ethtool -l {interface}`"
+    )]
     NoQueue {
         /// The interface.
         interface: String,

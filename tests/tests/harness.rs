@@ -1,8 +1,11 @@
 //! The harness itself, in namespaces of its own: what is sent arrives, byte for byte, once, on the right queue.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
 use std::time::Duration;
 
+use flate2::Compression;
 use nix::sys::signal::Signal;
 use xfan_tests::capture::Capture;
 use xfan_tests::e2e_or_skip;
@@ -10,7 +13,7 @@ use xfan_tests::generator::{self, End, Generator, Load, sequence_of};
 use xfan_tests::link::Link;
 use xfan_tests::netns::Netns;
 use xfan_tests::oracle::{self, Expectation};
-use xfan_tests::process::{Process, binary};
+use xfan_tests::process::{Exit, Process, binary};
 use xfan_tests::receiver::{Received, Receiver};
 use xfan_tests::replay::{Replay, Spread};
 use xfan_tests::traffic;
@@ -129,9 +132,97 @@ fn a_capture_file_through_the_program() {
 
     let error = run("xfan-replay", &["-i", "tx0", "--queues", "4", file_name]);
     assert_eq!(error.code, Some(1));
-    assert!(error.stderr.concat().contains("tx0 has 4 TX queues in use, so there is no queue 4"), "{error:?}");
+    assert!(
+        error.stderr.concat().contains("tx0 has 4 TX queues in use, so there is no queue 4"),
+        "{error:?}"
+    );
     let error = run("xfan-replay", &["-i", "tx9", file_name]);
     assert!(error.stderr.concat().contains("interface tx9 is not to be found"), "{error:?}");
+}
+
+#[test]
+fn a_capture_larger_than_memory_is_streamed() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _pair) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("large.pcap.gz");
+    // 180 MB of frames in a small file; the program, which needs 15 MB to start, gets 100 MB.
+    let frame = [traffic::SERVER_MAC, traffic::CLIENT_MAC].concat();
+    let frame = [&frame[..], &[0x88, 0xb5], &[0; 1500]].concat();
+    let part = folder.path().join("part.pcap");
+    Capture { frames: vec![frame; 6000] }.write(&part).unwrap();
+    let part = std::fs::read(part).unwrap();
+    let mut gzip = flate2::write::GzEncoder::new(File::create(&file).unwrap(), Compression::fast());
+    gzip.write_all(&part).unwrap();
+    for _ in 1..20 {
+        gzip.write_all(&part[24..]).unwrap();
+    }
+    gzip.finish().unwrap();
+
+    let replay = |arguments: &str| {
+        let program = binary("xfan-replay").unwrap();
+        let (program, file) = (program.display(), file.display());
+        let mut command = namespace.command("sh");
+        command.args(["-c", &format!("ulimit -v 100000; exec {program} -i tx0 {arguments} {file}")]);
+        let exit = Process::spawn(command).unwrap().wait();
+        assert_eq!(exit.code, Some(0), "{exit:?}");
+        serde_json::from_str::<serde_json::Value>(&exit.stdout.concat()).unwrap()
+    };
+    let report = replay("");
+    assert_eq!((&report["packets"], &report["bytes"]), (&120_000.into(), &(120_000 * 1514).into()));
+    assert_eq!(report["queues"], serde_json::json!({ "0": 30000, "1": 30000, "2": 30000, "3": 30000 }));
+    let report = replay("--loops 2 --spread flow");
+    assert_eq!(report["queues"], serde_json::json!({ "0": 240_000, "1": 0, "2": 0, "3": 0 }));
+    let text = namespace.ip("-json -statistics link show dev rx0").unwrap();
+    let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(links[0]["stats64"]["rx"]["packets"], 360_000);
+}
+
+#[test]
+fn a_file_is_checked_before_the_first_frame_is_sent_and_a_pipe_is_not() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, mut receiver) = network();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("late-fault.pcap");
+    let mut frames = traffic::synthetic(10, 100, 6).frames;
+    frames.push(vec![0; 2000]);
+    let run = |frames: &[Vec<u8>], cut: u64, script: &str| {
+        Capture { frames: frames.to_vec() }.write(&file).unwrap();
+        let written = File::options().write(true).open(&file).unwrap();
+        written.set_len(written.metadata().unwrap().len() - cut).unwrap();
+        let program = binary("xfan-replay").unwrap();
+        let mut command = namespace.command("sh");
+        command.env("replay", format!("{} -i tx0", program.display())).env("file", &file);
+        command.args(["-c", script]);
+        Process::spawn(command).unwrap().wait()
+    };
+    let error = |exit: Exit, code| {
+        assert_eq!(exit.code, Some(code), "{exit:?}");
+        exit.stderr.concat()
+    };
+    let (as_file, as_pipe) = ("$replay $file", "cat $file | $replay --loops 1 /dev/stdin");
+
+    let said = error(run(&frames, 0, as_file), 1);
+    assert!(said.contains("packet 101: a frame of 2000 bytes cannot be sent on tx0"), "{said}");
+    assert!(said.ends_with("; 0 packets were sent"), "{said}");
+    let said = error(run(&frames[..100], 1, as_file), 1);
+    assert!(said.contains("after 99 packets: the file is cut off"), "{said}");
+    assert!(said.ends_with("; 0 packets were sent"), "{said}");
+    let said = error(run(&frames, 0, "cat $file | $replay --loops 2 /dev/stdin"), 1);
+    assert!(said.contains("/dev/stdin is no regular file: it can be read, and sent, only once"), "{said}");
+    let said = error(run(&frames, 0, "$replay /nowhere/x.pcap"), 1);
+    assert!(said.contains("/nowhere/x.pcap: No such file"), "{said}");
+    assert_eq!(receiver.drain(), []);
+
+    let said = error(run(&frames, 0, as_pipe), 1);
+    assert!(said.ends_with("; 100 packets were sent"), "{said}");
+    let said = error(run(&frames[..100], 1, as_pipe), 1);
+    assert!(said.ends_with("; 99 packets were sent"), "{said}");
+    assert_eq!(receiver.drain().len(), 199);
+    // A file is one by whatever name.
+    let exit = run(&frames[..100], 0, "$replay --loops 2 /dev/stdin < $file");
+    assert_eq!(exit.code, Some(0), "{exit:?}");
+    assert_eq!(receiver.drain().len(), 200);
 }
 
 #[test]

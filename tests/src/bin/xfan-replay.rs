@@ -4,15 +4,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use xfan_tests::capture::Capture;
 use xfan_tests::replay::{Replay, Spread};
 use xfan_tests::tx::MAX_FRAME_BYTES;
 
-/// Replays a capture (pcap or pcapng) into chosen TX queues of an interface, byte for byte, each packet exactly once.
+/// Replays a capture (pcap or pcapng, also gzipped) into chosen TX queues of an interface, byte for
+/// byte, each packet exactly once.
 ///
 /// On a veth pair what goes through TX queue N arrives on RX queue N of the other end. When the program ends, all packets
 /// have arrived there. It prints one line of JSON: packets and bytes sent, packets by queue, and how often a full receiver
 /// refused one, which was then sent again.
+///
+/// The capture may be larger than memory. It is read once before the first packet is sent: of a
+/// file that is broken, or has a packet too long for the interface, nothing is sent. A pipe is read
+/// only once, and packets before a fault are sent. Where the capture says that packets end in their
+/// FCS, each FCS that matches its packet is removed.
 #[derive(Parser)]
 #[command(version, after_help = format!("Packets may be {MAX_FRAME_BYTES} bytes long, or the MTU and 18 bytes."))]
 struct Arguments {
@@ -20,16 +25,16 @@ struct Arguments {
     #[arg(short, long, value_name = "IFACE")]
     interface: String,
 
-    /// TX queues to use: `all`, or a list such as 0,1,3
+    /// TX queues to use: `all` that are in use (see `ethtool -l`), or a list such as 0,1,3
     #[arg(long, default_value = "all", value_parser = queues)]
     queues: Queues,
 
-    /// What goes to the same queue: `packet` (each to the next), `flow` (both directions together), or a number of
-    /// packets in a row
+    /// What goes to the same queue: `packet` (each to the next), `flow` (both directions together;
+    /// memory grows with the number of flows), or a number of packets in a row
     #[arg(long, default_value = "packet")]
     spread: Spread,
 
-    /// How often to send the capture
+    /// How often to send the capture; a pipe can be sent once
     #[arg(long, default_value_t = 1, value_name = "N")]
     loops: u64,
 
@@ -68,7 +73,6 @@ fn main() -> ExitCode {
 }
 
 fn replay(arguments: &Arguments) -> Result<String, Box<dyn std::error::Error>> {
-    let capture = Capture::read(&arguments.file)?;
     let replay = Replay {
         interface: arguments.interface.clone(),
         queues: arguments.queues.0.clone(),
@@ -76,5 +80,5 @@ fn replay(arguments: &Arguments) -> Result<String, Box<dyn std::error::Error>> {
         loops: arguments.loops,
         frames_per_second: arguments.pps,
     };
-    Ok(serde_json::to_string(&replay.run(&capture.frames)?)?)
+    Ok(serde_json::to_string(&replay.run_file(&arguments.file)?)?)
 }
