@@ -1,4 +1,4 @@
-//! A network interface of this network namespace: index, MTU, RX queues, driver.
+//! A network interface of this network namespace: index, MTU, RX queues, driver, offloads.
 //!
 //! Everything is asked through a socket, since a socket knows its namespace. `/sys` may show another one's.
 
@@ -9,10 +9,14 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::net::if_::{if_nameindex, if_nametoindex};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
 use crate::config::Queues;
 use crate::exit::Exit;
+
+mod offload;
+
+pub use offload::Offload;
 
 /// What we need to know of an interface. Read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +71,22 @@ pub enum InterfaceError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// An offload that stays as it is.
+    #[error(
+        "cannot turn {} {} of `{name}`: {source}; see `ethtool -k {name}`",
+        if *on { "on" } else { "off" },
+        offload.name()
+    )]
+    Offload {
+        /// Which one.
+        offload: Offload,
+        /// Whether it was to be on.
+        on: bool,
+        /// The interface.
+        name: String,
+        /// What the kernel says.
+        source: io::Error,
+    },
 }
 
 impl InterfaceError {
@@ -74,7 +94,9 @@ impl InterfaceError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Query { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            Self::Query { source, .. } | Self::Offload { source, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
                 Exit::Permission
             }
             Self::Query { .. } => Exit::Failure,
@@ -93,8 +115,7 @@ impl Interface {
         let index = if_nametoindex(name)
             .map_err(|_| InterfaceError::Unknown { name: name.to_owned(), there: names() })?;
         let asked = |what| move |source| InterfaceError::Query { what, name: name.to_owned(), source };
-        let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
-            .map_err(|error| asked("the settings")(error.into()))?;
+        let socket = socket().map_err(asked("the settings"))?;
         let mtu = mtu(&socket, name).map_err(asked("the MTU"))?;
         let driver = optional(driver(&socket, name)).map_err(asked("the driver"))?.unwrap_or_default();
         let rx_queues = match optional(channels(&socket, name)).map_err(asked("the RX queues"))? {
@@ -165,6 +186,11 @@ fn list(names: &[impl Display]) -> String {
 fn names() -> Vec<String> {
     let Ok(all) = if_nameindex() else { return Vec::new() };
     all.iter().map(|interface| interface.name().to_string_lossy().into_owned()).collect()
+}
+
+/// A socket to ask about interfaces of the calling thread's namespace.
+fn socket() -> io::Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 /// `None` where a driver does not support the question.
@@ -348,6 +374,17 @@ mod tests {
     fn every_namespace_has_a_loopback() {
         let lo = Interface::find("lo").unwrap();
         assert!(lo.index > 0 && lo.mtu > 0 && lo.rx_queues == 1 && lo.bus.is_empty(), "{lo:?}");
+    }
+
+    #[test]
+    fn an_offload_that_cannot_be_changed_is_told() {
+        let lo = Interface::find("lo").unwrap();
+        assert!(!lo.offload(Offload::Lro).unwrap());
+        // The loopback has no LRO to turn on; without root nothing may be turned on.
+        let error = lo.set_offload(Offload::Lro, true).unwrap_err();
+        let message = error.to_string();
+        assert!(message.starts_with("cannot turn on lro of `lo`: "), "{message}");
+        assert!(message.ends_with("; see `ethtool -k lo`"), "{message}");
     }
 
     #[test]
