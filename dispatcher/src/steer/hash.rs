@@ -1,17 +1,22 @@
 //! The hash of a packet's flow: equal for both directions, keyed, the same in every lane.
 //!
-//! Multiply-and-fold, the mixing step of wyhash (Wang Yi, <https://github.com/wangyi-fudan/wyhash>): two secret-keyed words are
-//! multiplied to 128 bits and the halves xored. IPv4's two endpoints are under the same key, and IPv6's are put in order
-//! first, so a flow's two directions hash alike. The key is secret and new at each start: nobody outside can aim flows at one worker.
-//! It is no cryptographic hash.
+//! The mixing steps of wyhash (Wang Yi, <https://github.com/wangyi-fudan/wyhash>): two words, each under
+//! a secret of its own, are multiplied to 128 bits, and the two halves of the product once more, under
+//! two other secrets. The lower endpoint comes first, so a flow's two directions hash alike. The key is
+//! secret and new at each start: nobody outside can aim flows at one worker. It is no cryptographic hash.
+//!
+//! Two endpoints under the *same* secret would need no order, but flows whose endpoints differ only in
+//! complementary bits then have one sum, and products that differ in a few known bits. One multiplication
+//! would not do either: it carries upwards alone, so lower bits of the hash would be the same for all.
+//! The tests in `families` look for such families of flows.
 
 use std::net::IpAddr;
 
 use xfan_shm::flow::{FlowKey, Packet, TCP, UDP, ethertype};
 
-/// The secret of the hash, 128 bits spread over four words.
+/// The secret of the hash, 128 bits spread over six words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HashKey([u64; 4]);
+pub struct HashKey([u64; 6]);
 
 impl HashKey {
     /// Spreads 128 bits by SplitMix64 (Steele, Lea, Flood: *Fast splittable pseudorandom number generators*, 2014).
@@ -56,7 +61,7 @@ impl HashKey {
         let ports = u32::from_le_bytes([head[34], head[35], head[36], head[37]]);
         let source = addresses << 32 >> 16 | u64::from(ports & 0xffff);
         let destination = addresses >> 32 << 16 | u64::from(ports >> 16);
-        Some(self.hash_v4(source, destination, protocol))
+        Some(self.mix(source, destination, protocol))
     }
 
     /// Hashes any frame.
@@ -78,34 +83,30 @@ impl HashKey {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 let address = |octets| u64::from(u32::from_le_bytes(octets)) << 16;
                 let (source, destination) = (address(source.octets()), address(destination.octets()));
-                self.hash_v4(source | source_port, destination | destination_port, key.protocol)
+                self.mix(source | source_port, destination | destination_port, key.protocol)
             }
             (source, destination) => {
-                let halves = |address: IpAddr| match address {
-                    IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
-                    IpAddr::V6(address) => address.octets(),
+                let [.., k4, k5] = self.0;
+                let endpoint = |address: IpAddr, port: u64| {
+                    let octets = match address {
+                        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+                        IpAddr::V6(address) => address.octets(),
+                    };
+                    fold(multiply(le64(&octets, 0) ^ k4, le64(&octets, 8) ^ k5)) ^ port
                 };
-                let word = |octets: [u8; 16], at: usize| le64(&octets, at);
-                let (source, destination) = (halves(source), halves(destination));
-                let a = (word(source, 0), word(source, 8), source_port);
-                let b = (word(destination, 0), word(destination, 8), destination_port);
-                let (low, high) = if a <= b { (a, b) } else { (b, a) };
-                let [k0, k1, k2, k3] = self.0;
-                let addresses = fold(low.0 ^ k0, low.1 ^ k1) ^ fold(high.0 ^ k2, high.1 ^ k3).rotate_left(32);
-                let rest = low.2 << 48 ^ high.2 << 32 ^ u64::from(key.protocol);
-                upper(fold(addresses ^ rest ^ k2, k3 | 1))
+                self.mix(endpoint(source, source_port), endpoint(destination, destination_port), key.protocol)
             }
         }
     }
 
-    /// Endpoints are address and port in 48 bits, so that the protocol fits above them. Both are under the same key, so that
-    /// their order does not matter. The product of what two hosts' addresses differ by lies in the lower half of the
-    /// fold, so a second, secret factor carries it up: without it, flows between hosts with equal ports would hash by
-    /// the sum of their addresses.
+    /// Mixes two endpoints, in whatever order, and a protocol. IPv4's endpoints are address and port in 48
+    /// bits, so that the protocol fits above them.
     #[inline(always)]
-    fn hash_v4(&self, source: u64, destination: u64, protocol: u8) -> u32 {
-        let key = self.0[0] ^ u64::from(protocol) << 56;
-        upper(fold(source ^ key, destination ^ key).wrapping_mul(self.0[1] | 1))
+    fn mix(&self, one: u64, other: u64, protocol: u8) -> u32 {
+        let [k0, k1, k2, k3, ..] = self.0;
+        let (low, high) = (one.min(other), one.max(other));
+        let product = multiply(low ^ k0 ^ u64::from(protocol) << 56, high ^ k1);
+        upper(fold(multiply(product.0 ^ k2, product.1 ^ k3)))
     }
 
     #[cold]
@@ -113,9 +114,9 @@ impl HashKey {
         let mut addresses = [0; 16];
         let known = frame.len().min(12);
         addresses[..known].copy_from_slice(&frame[..known]);
-        let (a, b) = (le64(&addresses, 0) << 16, le64(&addresses, 6) << 16);
+        let (a, b) = (le64(&addresses, 0) << 16 >> 16, le64(&addresses, 6));
         let kind = ethertype(frame).map_or(0, |(ethertype, _)| ethertype);
-        self.hash_v4(a.min(b), a.max(b), kind.to_le_bytes()[0])
+        self.mix(a, b, kind.to_le_bytes()[0])
     }
 }
 
@@ -126,12 +127,18 @@ fn upper(hash: u64) -> u32 {
     (hash >> 32) as u32
 }
 
-/// Multiplies to 128 bits and folds the halves.
+/// The lower and the upper half of the product.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation)] // taking the halves apart
-fn fold(a: u64, b: u64) -> u64 {
+fn multiply(a: u64, b: u64) -> (u64, u64) {
     let product = u128::from(a) * u128::from(b);
-    product as u64 ^ (product >> 64) as u64
+    (product as u64, (product >> 64) as u64)
+}
+
+/// One word of a product's halves.
+#[inline(always)]
+fn fold((low, high): (u64, u64)) -> u64 {
+    low ^ high
 }
 
 #[inline(always)]
