@@ -4,6 +4,9 @@
 //!
 //! - Ethernet, up to two VLAN tags (802.1Q, 802.1ad), IPv4 or IPv6; IPv6 extension headers are walked.
 //! - Ports are those of TCP, UDP, UDP-Lite, SCTP and DCCP. Other protocols have ports 0.
+//! - A packet ends where its IP header says, or its frame if that is sooner: what follows is padding, or a trailer of the
+//!   link, and never ports. IPv6 with a payload length of 0 is empty, unless a jumbo payload option (RFC 2675) says
+//!   its length. IPv4 with a total length of 0, which segmentation offload leaves behind, ends with its frame.
 //! - A fragment (also the first) has ports 0: only so do all fragments of a datagram have the same key.
 //! - VLAN tags are not part of the key, so a mirrored flow whose directions carry different tags is one flow.
 
@@ -31,6 +34,10 @@ pub const UDP_LITE: u8 = 136;
 
 /// Most IPv6 extension headers that are walked; what follows them is left unread.
 const MAX_EXTENSION_HEADERS: usize = 8;
+/// Most IPv6 hop-by-hop options that are looked at in search of a jumbo payload's length; as in the XDP program.
+const MAX_OPTIONS: usize = 8;
+/// The IPv6 extension header that options for every router stand in.
+const HOP_BY_HOP: u8 = 0;
 
 /// A directed 5-tuple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,11 +119,13 @@ impl<'a> Packet<'a> {
         if header[0] >> 4 != 6 {
             return None;
         }
-        let total = match be16(header, 4) {
-            0 => datagram.len(), // a jumbogram, or segmentation offload
-            length => (40 + usize::from(length)).min(datagram.len()),
+        let behind = &datagram[40..];
+        let length = match be16(header, 4) {
+            0 => jumbo_length(header[6], behind),
+            length => length.into(),
         };
-        let (protocol, fragment, payload) = skip_extension_headers(header[6], &datagram[40..total]);
+        let payload = behind.get(..length).unwrap_or(behind);
+        let (protocol, fragment, payload) = skip_extension_headers(header[6], payload);
         let address = |at: usize| {
             let mut octets = [0; 16];
             octets.copy_from_slice(&header[at..at + 16]);
@@ -159,10 +168,28 @@ pub fn ethertype(frame: &[u8]) -> Option<(u16, usize)> {
     Some((u16::from_be_bytes(*frame.get(at..)?.first_chunk()?), at + 2))
 }
 
+/// The payload length of an IPv6 packet whose header says 0, by its hop-by-hop options; 0 without a jumbo payload option.
+fn jumbo_length(next: u8, payload: &[u8]) -> usize {
+    const PAD_1: u8 = 0;
+    const JUMBO_PAYLOAD: u8 = 0xc2;
+    let (HOP_BY_HOP, [_, units, ..]) = (next, payload) else { return 0 };
+    let end = (8 + usize::from(*units) * 8).min(payload.len());
+    let mut options = &payload[2..end];
+    for _ in 0..MAX_OPTIONS {
+        let length = match options {
+            [PAD_1, ..] => 1,
+            [JUMBO_PAYLOAD, 4, a, b, c, d, ..] => return u32::from_be_bytes([*a, *b, *c, *d]) as usize,
+            [_, length, ..] => 2 + usize::from(*length),
+            _ => break,
+        };
+        options = options.get(length..).unwrap_or_default();
+    }
+    0
+}
+
 /// Walks IPv6 extension headers: the protocol after them, whether this is a fragment, and the rest. Stops early, at
 /// the protocol of the header it could not read, where the packet is cut off or the chain too long.
 fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &[u8]) {
-    const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
     const AUTHENTICATION: u8 = 51;
@@ -172,10 +199,10 @@ fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &[u8]) {
         let length = match (protocol, rest) {
             (HOP_BY_HOP | ROUTING | DESTINATION, [_, units, ..]) => 8 + usize::from(*units) * 8,
             (AUTHENTICATION, [_, units, ..]) => 8 + usize::from(*units) * 4,
-            (FRAGMENT, [next, _, high, low, ..]) => {
+            (FRAGMENT, [next, _, high, low, _, _, _, _, behind @ ..]) => {
                 // 13 bits offset, 2 reserved, 1 "more": all 0 is an atomic fragment, a whole datagram.
                 if u16::from_be_bytes([*high, *low]) & 0xfff9 != 0 {
-                    return (*next, true, rest.get(8..).unwrap_or(&[]));
+                    return (*next, true, behind);
                 }
                 8
             }
@@ -291,6 +318,74 @@ mod tests {
         frame.extend([0xff; 26]);
         assert_eq!(Packet::parse(&frame).unwrap().payload, &[] as &[u8]);
         assert_eq!(ports_of(&frame), (UDP, 0, 0, false));
+    }
+
+    #[test]
+    fn what_follows_an_ipv6_packet_of_length_0_is_not_payload() {
+        let empty = |next: u8, behind: &[u8]| {
+            let mut packet = v6(next, behind);
+            packet[4..6].fill(0);
+            frame(&[], IPV6, &packet)
+        };
+        let trailer = empty(UDP, &PORTS);
+        assert_eq!(ports_of(&trailer), (UDP, 0, 0, false));
+        assert_eq!(Packet::parse(&trailer).unwrap().payload, &[] as &[u8]);
+        // Hop-by-hop options, but none that gives a length.
+        let padding = [&[UDP, 0, 1, 4, 0, 0, 0, 0][..], &PORTS].concat();
+        assert_eq!(ports_of(&empty(HOP_BY_HOP, &padding)), (HOP_BY_HOP, 0, 0, false));
+    }
+
+    #[test]
+    fn a_jumbo_payload_option_gives_the_length() {
+        let jumbo = |options: &[u8], behind: &[u8]| {
+            let units = u8::try_from((options.len() + 2) / 8 - 1).unwrap();
+            let mut packet = v6(HOP_BY_HOP, &[&[UDP, units], options, behind].concat());
+            packet[4..6].fill(0);
+            frame(&[], IPV6, &packet)
+        };
+        let whole = (UDP, 0x1234, 80, false);
+        assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 1, 0, 0], &PORTS)), whole);
+        assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 0, 0, 16], &PORTS)), whole);
+        assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 0, 0, 11], &PORTS)), (UDP, 0, 0, false));
+        // Behind padding of one byte, and of more.
+        assert_eq!(ports_of(&jumbo(&[0, 0, 1, 2, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0], &PORTS)), whole);
+        // Another length of the option, or a ninth option, is none.
+        assert_eq!(ports_of(&jumbo(&[0xc2, 3, 0, 1, 0, 0], &PORTS)), (HOP_BY_HOP, 0, 0, false));
+        assert_eq!(
+            ports_of(&jumbo(&[0, 0, 0, 0, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0], &PORTS)),
+            (HOP_BY_HOP, 0, 0, false)
+        );
+    }
+
+    #[test]
+    fn ipv4_of_total_length_0_ends_with_its_frame_and_of_less_than_its_header_is_empty() {
+        let of_total = |total: u8| {
+            let mut packet = v4(TCP, 0, &PORTS);
+            packet[2..4].copy_from_slice(&[0, total]);
+            ports_of(&frame(&[], IPV4, &packet))
+        };
+        assert_eq!(of_total(0), (TCP, 0x1234, 80, false));
+        for total in [1, 19, 20, 23] {
+            assert_eq!(of_total(total), (TCP, 0, 0, false), "{total}");
+        }
+        assert_eq!(of_total(24), (TCP, 0x1234, 80, false));
+        assert_eq!(of_total(255), (TCP, 0x1234, 80, false));
+    }
+
+    #[test]
+    fn an_extension_header_beyond_the_payload_length_is_not_read() {
+        let of_length = |next: u8, length: u8, payload: &[u8]| {
+            let mut packet = v6(next, payload);
+            packet[5] = length;
+            ports_of(&frame(&[], IPV6, &packet))
+        };
+        let routing = [&[TCP, 0, 0, 0, 0, 0, 0, 0][..], &PORTS].concat();
+        assert_eq!(of_length(43, 12, &routing), (TCP, 0x1234, 80, false));
+        assert_eq!(of_length(43, 11, &routing), (TCP, 0, 0, false));
+        assert_eq!(of_length(43, 7, &routing), (43, 0, 0, false));
+        let fragment = [&[TCP, 0, 0, 1, 0, 0, 0, 0][..], &PORTS].concat();
+        assert_eq!(of_length(44, 8, &fragment), (TCP, 0, 0, true));
+        assert_eq!(of_length(44, 7, &fragment), (44, 0, 0, false));
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //!   no answer has its type and code, and what the other side sends is another flow.
 //! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
 //!   a fragment header that really fragments nothing is walked.
+//! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means the latter; a payload
+//!   length of 0 in IPv6 means none, but where a jumbo payload option gives it.
 //! - Bytes are the frame's length.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -201,10 +203,11 @@ fn ipv6(packet: &[u8]) -> Option<Packet<'_>> {
     let header = Ipv6HeaderSlice::from_slice(packet).ok()?;
     let all = &packet[header.slice().len()..];
     let total = match usize::from(header.payload_length()) {
-        0 => all.len(), // a jumbogram, or segmentation offload
-        total => total.min(all.len()),
+        0 if header.next_header() == IpNumber::IPV6_HEADER_HOP_BY_HOP => jumbo_payload(all),
+        total => total,
     };
-    let discovery = matches!(all.first(), Some(133..=137));
+    let payload = &all[..total.min(all.len())];
+    let discovery = matches!(payload.first(), Some(133..=137));
     let mut read = Packet {
         source: header.source_addr().into(),
         destination: header.destination_addr().into(),
@@ -214,10 +217,28 @@ fn ipv6(packet: &[u8]) -> Option<Packet<'_>> {
         is_neighbour_discovery: header.next_header() == IpNumber::IPV6_ICMP
             && header.hop_limit() == 255
             && discovery,
-        payload: &all[..total],
+        payload,
     };
     read.walk_extension_headers();
     Some(read)
+}
+
+/// The length that one of the first eight hop-by-hop options gives (RFC 2675), or 0.
+fn jumbo_payload(header: &[u8]) -> usize {
+    let Ok(header) = Ipv6RawExtHeaderSlice::from_slice(header) else { return 0 };
+    let mut options = header.payload().iter().copied();
+    for _ in 0..8 {
+        let Some(kind) = options.next() else { return 0 };
+        if kind == 0 {
+            continue; // padding of one byte
+        }
+        let length = options.next().unwrap_or(0);
+        let data: Vec<u8> = options.by_ref().take(length.into()).collect();
+        if let (0xc2, Ok(length)) = (kind, <[u8; 4]>::try_from(data)) {
+            return usize::try_from(u32::from_be_bytes(length)).expect("32 bits or more");
+        }
+    }
+    0
 }
 
 impl Packet<'_> {
@@ -283,11 +304,7 @@ impl Packet<'_> {
     }
 
     fn community_id(&self) -> String {
-        let ports = match self.protocol() {
-            IpNumber::DCCP | IpNumber::UDP_LITE => None, // of whose ports the Community ID does not know
-            _ => self.ports(),
-        };
-        community_id(self.protocol().0, self.source, self.destination, ports)
+        community_id(self.protocol().0, self.source, self.destination, self.ports())
     }
 
     fn meets(&self, rule: PassRule) -> bool {

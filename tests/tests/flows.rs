@@ -167,14 +167,41 @@ fn oddities() -> Vec<Vec<u8>> {
         with(&udp4, &[(16, 0), (17, 22)]),                             // padding where ports would be
         with(&udp4, &[(23, 6)]),                                       // TCP
         with(&udp4, &[(23, 132)]),                                     // SCTP
-        with(&udp4, &[(23, 47)]),                                      // GRE: no ports
-        udp4[..30].to_vec(),                                           // cut off within the header
-        udp4[..36].to_vec(),                                           // cut off within the ports
-        udp4[..14].to_vec(),                                           // cut off behind the Ethernet header
-        udp6[..50].to_vec(),                                           // cut off within the header
+        with(&udp4, &[(23, 33)]),                                      // DCCP
+        with(&udp6, &[(20, 33)]),                                      // DCCP
+        with(&udp4, &[(23, 136)]),                                     // UDP-Lite
+        with(&udp4, &[(16, 0), (17, 0)]), // total length 0: as segmentation offload leaves it
+        with(&udp4, &[(16, 0), (17, 19)]), // shorter than its header
+        with(&udp4, &[(23, 47)]),         // GRE: no ports
+        udp4[..30].to_vec(),              // cut off within the header
+        udp4[..36].to_vec(),              // cut off within the ports
+        udp4[..14].to_vec(),              // cut off behind the Ethernet header
+        udp6[..50].to_vec(),              // cut off within the header
         with(&udp6, &[(20, 0), (54, 43), (55, 0), (62, 17), (63, 0)]), // two extension headers
         with(&udp6, &[(20, 60), (54, 17), (55, 99)]), // an extension header longer than the packet
-        with(&udp6, &[(20, 59)]),                     // no next header
+        with(&udp6, &[(20, 59)]),         // no next header
+        with(&udp6, &[(18, 0), (19, 0)]), // payload length 0: the rest is a trailer
+        with(&udp6, &[(18, 0), (19, 3)]), // the same within the ports
+        with(&udp6, &[(18, 0), (19, 7), (20, 44), (54, 17), (57, 1)]), // within a fragment header
+        // Payload length 0 and hop-by-hop options: padding, a jumbo payload, one of 11 bytes
+        with(&udp6, &[(18, 0), (19, 0), (20, 0), (54, 17), (55, 0), (56, 1), (57, 4)]),
+        with(&udp6, &[(18, 0), (19, 0), (20, 0), (54, 17), (55, 0), (56, 0xc2), (57, 4), (58, 0), (59, 1)]),
+        with(
+            &udp6,
+            &[
+                (18, 0),
+                (19, 0),
+                (20, 0),
+                (54, 17),
+                (55, 0),
+                (56, 0xc2),
+                (57, 4),
+                (58, 0),
+                (59, 0),
+                (60, 0),
+                (61, 11),
+            ],
+        ),
         traffic::tagged(&udp4, &[(0x8100, 1), (0x8100, 2), (0x8100, 3)]),
         traffic::tagged(&udp6, &[(0x88a8, 1), (0x8100, 2)]),
         traffic::tagged(&udp4, &[(0x9100, 1), (0x8100, 2)]),
@@ -183,6 +210,7 @@ fn oddities() -> Vec<Vec<u8>> {
     for kind in 132..=138 {
         frames.push(with(&echo, &[(54, kind)]));
         frames.push(with(&echo, &[(54, kind), (21, 255)]));
+        frames.push(with(&echo, &[(54, kind), (21, 255), (18, 0), (19, 0)]));
     }
     for frame in [&udp4, &udp6] {
         frames.extend(traffic::fragments(frame, 64));

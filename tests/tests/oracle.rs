@@ -80,6 +80,31 @@ fn fragments_have_no_ports() {
 }
 
 #[test]
+fn a_packet_ends_where_its_header_says() {
+    let of_length = |mut frame: Vec<u8>, at: usize, length: u8| {
+        frame[at..at + 2].copy_from_slice(&[0, length]);
+        read(&frame, &[]).flow
+    };
+    let ports =
+        [flow(17, "10.0.0.1", 53, "10.0.0.2", 4000), flow(17, "2001:db8::1", 53, "2001:db8::2", 4000)];
+    let none = [flow(17, "10.0.0.1", 0, "10.0.0.2", 0), flow(17, "2001:db8::1", 0, "2001:db8::2", 0)];
+    for (length, expected) in [(0, ports[0]), (19, none[0]), (23, none[0]), (24, ports[0]), (255, ports[0])] {
+        assert_eq!(of_length(udp4(), 16, length), Some(expected), "IPv4, {length} bytes");
+    }
+    for (length, expected) in [(0, none[1]), (3, none[1]), (4, ports[1]), (255, ports[1])] {
+        assert_eq!(of_length(udp6(), 18, length), Some(expected), "IPv6, {length} bytes");
+    }
+    let jumbo = |options: [u8; 6]| {
+        let header = [&[17, 0][..], &options].concat();
+        of_length(with_extensions(0, &header), 18, 0)
+    };
+    assert_eq!(jumbo([0xc2, 4, 0, 1, 0, 0]), Some(ports[1]));
+    assert_eq!(jumbo([0xc2, 4, 0, 0, 0, 12]), Some(ports[1]));
+    assert_eq!(jumbo([0xc2, 4, 0, 0, 0, 11]), Some(none[1]));
+    assert_eq!(jumbo([1, 4, 0, 0, 0, 0]), Some(flow(0, "2001:db8::1", 0, "2001:db8::2", 0)));
+}
+
+#[test]
 fn an_icmp_message_and_its_answer_are_one_flow_and_other_messages_are_others() {
     let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
     let echo = |from, to, half| read(&traffic::echo(from, to, half, 0, &[0; 24]), &[]).flow.unwrap();

@@ -79,7 +79,7 @@ impl Row {
 }
 
 /// Frames of any length: a frame of the socket is the limit of what is redirected, and of nothing else.
-fn length_rows() -> Vec<Row> {
+fn frame_size_rows() -> Vec<Row> {
     let of = |ethertype: u16, mut frame: Vec<u8>, length: usize| {
         frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
         frame.resize(length, 0);
@@ -284,6 +284,58 @@ fn ipv6_rule_rows() -> Vec<Row> {
     ]
 }
 
+/// What follows a packet in its frame counts for nothing: padding, or a trailer of the link.
+fn length_rows() -> Vec<Row> {
+    let tcp = || ports(50_000, 22);
+    let short = |total: u16| with_length(v4(TCP, &tcp()), total);
+    let options =
+        |total: u16| with_length(ethernet(&[], ETHERTYPE_IPV4, &ipv4_with(TCP, 0, 10, &tcp())), total);
+    let plain = |length: u16| with_length(v6(TCP, &tcp()), length);
+    let chained = |length: u16| with_length(v6(ROUTING, &extension(TCP, 0, &tcp())), length);
+    let fragmented = |length: u16| with_length(v6(FRAGMENT, &fragment(TCP, 0, &tcp())), length);
+    let jumbo = |options: &[u8]| with_length(v6(HOP_BY_HOP, &hop_by_hop(TCP, options, &tcp())), 0);
+    let discovery = ethernet(&[], ETHERTYPE_IPV6, &ipv6(ICMPV6, 255, &icmp(135)));
+    let rows = vec![
+        row("IPv4: ports at the packet's end", short(24), PassRule),
+        row("IPv4: ports half behind it", short(23), Redirect),
+        row("IPv4: ports behind it", short(20), Redirect),
+        row("IPv4: packet shorter than its header", short(19), Redirect),
+        row("IPv4: total length 0", short(0), PassRule),
+        row("IPv4: packet longer than its frame", short(1500), PassRule),
+        row("IPv4: ports at the packet's end, options", options(64), PassRule),
+        row("IPv4: ports half behind it, options", options(63), Redirect),
+        row("IPv6: ports at the packet's end", plain(4), PassRule),
+        row("IPv6: ports half behind it", plain(3), Redirect),
+        row("IPv6: payload length 0", plain(0), Redirect),
+        row("IPv6: packet longer than its frame", plain(1500), PassRule),
+        row("IPv6: extension header, ports at the packet's end", chained(12), PassRule),
+        row("IPv6: extension header, ports half behind it", chained(11), Redirect),
+        row("IPv6: extension header half behind the packet", chained(7), Redirect),
+        row("IPv6: fragment header, ports at the packet's end", fragmented(12), PassRule),
+        row("IPv6: fragment header half behind the packet", fragmented(7), Redirect),
+        row("IPv6: jumbo payload", jumbo(&[0xc2, 4, 0, 1, 0, 0]), PassRule),
+        row("IPv6: jumbo payload, ports at its end", jumbo(&[0xc2, 4, 0, 0, 0, 12]), PassRule),
+        row("IPv6: jumbo payload, ports half behind it", jumbo(&[0xc2, 4, 0, 0, 0, 11]), Redirect),
+        row(
+            "IPv6: jumbo payload behind padding",
+            jumbo(&[0, 0, 1, 2, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0]),
+            PassRule,
+        ),
+        row(
+            "IPv6: jumbo payload behind eight options",
+            jumbo(&[0, 0, 0, 0, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0]),
+            Redirect,
+        ),
+        row("IPv6: options without a jumbo payload", jumbo(&[1, 4, 0, 0, 0, 0]), Redirect),
+        row("IPv6: jumbo payload option of 3 bytes", jumbo(&[0xc2, 3, 0, 1, 0, 0]), Redirect),
+    ];
+    let mut rows: Vec<Row> = rows.into_iter().map(|row| row.rules(&["tcp/22"])).collect();
+    rows.push(row("tcp: IPv4 packet shorter than its header", short(10), PassRule).rules(&["tcp"]));
+    rows.push(row("tcp: IPv6 of payload length 0", plain(0), PassRule).rules(&["tcp"]));
+    rows.push(row("neighbour solicitation behind the packet", with_length(discovery, 0), Redirect));
+    rows
+}
+
 /// The program as aya loads it, with sockets for all queues but the last.
 struct Loaded {
     ebpf: Ebpf,
@@ -345,8 +397,15 @@ fn every_frame_gets_its_verdict_and_is_counted_once() {
         for (queue, socket) in (0..).zip(&sockets) {
             loaded.insert_socket(queue, socket);
         }
-        let tables =
-            [link_rows, length_rows, ip_rows, neighbour_discovery_rows, ipv4_rule_rows, ipv6_rule_rows];
+        let tables = [
+            link_rows,
+            frame_size_rows,
+            ip_rows,
+            neighbour_discovery_rows,
+            ipv4_rule_rows,
+            ipv6_rule_rows,
+            length_rows,
+        ];
         let rows: Vec<Row> = tables.iter().flat_map(|table| table()).collect();
         let mut expected = loaded.counters();
         let mut wrong = Vec::new();

@@ -13,11 +13,17 @@
 
 #include "consts.h"
 
-/* Where in the frame the walk stands. */
+/*
+ * Where in the frame the walk stands. Behind an IP header the packet ends where that header says, or with its frame:
+ * what follows is padding, or a trailer of the link.
+ */
 struct cursor {
 	void *at;
-	void *end;
+	void *end;  /* of the frame */
+	__u32 left; /* bytes of the packet from here on */
 };
+
+#define LEFT_UNKNOWN (~0U)
 
 struct vlan_tag {
 	__be16 tci;
@@ -28,6 +34,12 @@ struct vlan_tag {
 struct extension {
 	__u8 next;
 	__u8 length; /* unit and offset depend on the header */
+};
+
+/* What a hop-by-hop option begins with, but for OPTION_PAD_1, which has a type only. */
+struct option {
+	__u8 type;
+	__u8 length; /* of what follows */
 };
 
 struct fragment_header {
@@ -44,16 +56,17 @@ struct ports {
 };
 
 /*
- * Steps over `size` bytes; false when the frame ends before they do. No function here returns a pointer that may be
+ * Steps over `size` bytes; false when the packet or the frame ends before they do. No function here returns a pointer that may be
  * NULL: clang would test packet pointers for it, which costs an instruction and confuses the verifier.
  */
 static __always_inline bool step_over(struct cursor *c, __u32 size)
 {
 	void *behind = c->at + size;
 
-	if (behind > c->end)
+	if (size > c->left || behind > c->end)
 		return false;
 	c->at = behind;
+	c->left -= size;
 	return true;
 }
 
@@ -93,20 +106,58 @@ struct ipv4 {
 /* Steps over the IPv4 header with its options; false when it is cut short or makes no sense. */
 static __always_inline bool parse_ipv4(struct cursor *c, struct ipv4 *parsed)
 {
+	struct cursor behind = *c;
 	struct iphdr *ip = c->at;
+	__u32 total, size;
 
-	if (!step_over(c, sizeof(*ip)) || ip->version != 4 || ip->ihl < IPV4_WORDS_MIN)
+	if (!step_over(&behind, sizeof(*ip)) || ip->version != 4 || ip->ihl < IPV4_WORDS_MIN)
 		return false;
 	parsed->protocol = ip->protocol;
 	parsed->later_fragment = ip->frag_off & bpf_htons(IPV4_FRAGMENT_OFFSET);
-	c->at = ip;
-	return step_over(c, ip->ihl * 4);
+	total = bpf_ntohs(ip->tot_len);
+	size = ip->ihl * 4;
+	if (!step_over(c, size))
+		return false;
+	/* Segmentation offload leaves a total length of 0 behind. */
+	if (total)
+		c->left = total > size ? total - size : 0;
+	return true;
 }
 
 struct ipv6 {
 	__u8 next; /* the header that follows */
 	__u8 hop_limit;
 };
+
+/*
+ * The packet's length that the hop-by-hop options at the cursor give; 0 without a jumbo payload option. `c` is a copy:
+ * nothing is taken.
+ */
+static __always_inline __u32 jumbo_length(struct cursor c)
+{
+	struct extension *ext = c.at;
+
+	if (!step_over(&c, sizeof(*ext)))
+		return 0;
+	c.left = (ext->length + 1) * 8 - sizeof(*ext);
+	for (int i = 0; i < MAX_OPTIONS; i++) {
+		struct option *option = c.at;
+		__u8 *length;
+
+		if (!step_over(&c, sizeof(option->type)))
+			return 0;
+		if (option->type == OPTION_PAD_1)
+			continue;
+		if (!step_over(&c, sizeof(option->length)))
+			return 0;
+		length = c.at;
+		if (option->type == OPTION_JUMBO_PAYLOAD && option->length == 4)
+			return step_over(&c, 4) ? (__u32)length[0] << 24 | length[1] << 16 | length[2] << 8 | length[3] : 0;
+		if (!step_over(&c, option->length))
+			return 0;
+	}
+	return 0;
+}
 
 /* Steps over the fixed IPv6 header; false when it is cut short or makes no sense. */
 static __always_inline bool parse_ipv6(struct cursor *c, struct ipv6 *parsed)
@@ -117,6 +168,10 @@ static __always_inline bool parse_ipv6(struct cursor *c, struct ipv6 *parsed)
 		return false;
 	parsed->next = ip->nexthdr;
 	parsed->hop_limit = ip->hop_limit;
+	if (ip->payload_len)
+		c->left = bpf_ntohs(ip->payload_len);
+	else
+		c->left = ip->nexthdr == IPPROTO_HOPOPTS ? jumbo_length(*c) : 0;
 	return true;
 }
 
@@ -138,6 +193,7 @@ enum step {
 /* Steps over the IPv6 extension header at the cursor if `protocol` says it is one. */
 static __always_inline enum step parse_extension(struct cursor *c, __u8 *protocol)
 {
+	struct cursor behind = *c;
 	struct extension *ext = c->at;
 	__u32 size;
 
@@ -152,11 +208,10 @@ static __always_inline enum step parse_extension(struct cursor *c, __u8 *protoco
 	if (*protocol != IPPROTO_HOPOPTS && *protocol != IPPROTO_ROUTING && *protocol != IPPROTO_DSTOPTS &&
 	    *protocol != IPPROTO_AH)
 		return STEP_END;
-	if (!step_over(c, sizeof(*ext)))
+	if (!step_over(&behind, sizeof(*ext)))
 		return STEP_END;
 	/* AH counts words of 4 bytes less 2, the others words of 8 bytes less 1. */
 	size = *protocol == IPPROTO_AH ? (ext->length + 2) * 4 : (ext->length + 1) * 8;
 	*protocol = ext->next;
-	c->at = ext;
 	return step_over(c, size) ? STEP_HEADER : STEP_END;
 }

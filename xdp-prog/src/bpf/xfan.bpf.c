@@ -55,7 +55,11 @@ static __always_inline struct queue_counters *counters_of(__u32 queue)
 SEC("xdp")
 int xfan_steer(struct xdp_md *ctx)
 {
-	struct cursor c = { .at = (void *)(long)ctx->data, .end = (void *)(long)ctx->data_end };
+	struct cursor c = {
+		.at = (void *)(long)ctx->data,
+		.end = (void *)(long)ctx->data_end,
+		.left = LEFT_UNKNOWN,
+	};
 	__u32 queue = ctx->rx_queue_index;
 	struct queue_counters *counts = counters_of(queue);
 	int verdict;

@@ -118,6 +118,22 @@ pub fn cut(mut frame: Vec<u8>, bytes: usize) -> Vec<u8> {
     frame
 }
 
+/// An untagged frame with the packet's length as its header says it: bytes 16 and 17 of IPv4, 18 and 19 of IPv6.
+pub fn with_length(mut frame: Vec<u8>, length: u16) -> Vec<u8> {
+    let at = if frame[12..14] == ETHERTYPE_IPV4.to_be_bytes() { 16 } else { 18 };
+    frame[at..at + 2].copy_from_slice(&length.to_be_bytes());
+    frame
+}
+
+/// A hop-by-hop header of these options, which fill it.
+pub fn hop_by_hop(next: u8, options: &[u8], content: &[u8]) -> Vec<u8> {
+    assert_eq!(options.len() % 8, 6);
+    let mut header = vec![next, u8::try_from(options.len() / 8).unwrap()];
+    header.extend(options);
+    header.extend(content);
+    header
+}
+
 /// Another value for one byte of the frame.
 pub fn with_byte(mut frame: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
     frame[at] = value;
