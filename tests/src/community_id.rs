@@ -11,10 +11,11 @@ use sha1::{Digest as _, Sha1};
 pub const CAPTURES: &str = "XFAN_PCAPS";
 
 /// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two 16-bit numbers of TCP,
-/// UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet has none.
+/// UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet has none. The specification knows no ports of
+/// other protocols, such as DCCP and UDP-Lite: theirs do not count.
 pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Option<(u16, u16)>) -> String {
     let one_way = ports.is_some_and(|(kind, _)| is_one_way(protocol, kind));
-    let ports = ports.map(|ports| numbers(protocol, ports));
+    let ports = ports.filter(|_| has_ports(protocol)).map(|ports| numbers(protocol, ports));
     let (from, to) = (octets(source), octets(destination));
     let (source_port, destination_port) = ports.unwrap_or_default();
     let ordered = one_way || (&from, source_port) <= (&to, destination_port);
@@ -31,6 +32,10 @@ pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Op
         hash.update(second.to_be_bytes());
     }
     format!("1:{}", base64::engine::general_purpose::STANDARD.encode(hash.finalize()))
+}
+
+fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, 1 | 6 | 17 | 58 | 132)
 }
 
 /// ICMP types that answer one another: echo, timestamp, information, router discovery, address mask.
@@ -180,6 +185,20 @@ mod tests {
         let sctp = "1:jQgCxbku+pNGw8WPbEc/TS/uTpQ=";
         assert_eq!(id(132, "192.168.170.8", "192.168.170.56", (7, 80)), sctp);
         assert_eq!(id(132, "192.168.170.56", "192.168.170.8", (80, 7)), sctp);
+    }
+
+    #[test]
+    fn ports_of_other_protocols_do_not_count() {
+        // By pycommunityid.
+        let (one, other) = ("10.1.12.1", "10.1.12.2");
+        for (protocol, expected) in
+            [(33, "1:tS1VLPVIHyB/EWpKCtBrjkukjYQ="), (136, "1:QVfcEkJLz9ecWKR1tASYJ6wUldA=")]
+        {
+            for ports in [(0, 0), (5001, 5002), (5002, 5001)] {
+                assert_eq!(id(protocol, one, other, ports), expected);
+                assert_eq!(id(protocol, other, one, ports), expected);
+            }
+        }
     }
 
     #[test]

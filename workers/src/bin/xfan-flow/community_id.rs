@@ -59,6 +59,24 @@ mod tests {
         id
     }
 
+    /// The specification has ports of TCP, UDP and SCTP alone; the values are pycommunityid's for addresses and protocol.
+    #[test]
+    fn has_no_ports_of_dccp_and_udp_lite() {
+        let (one, other) = ("10.1.12.1", "10.1.12.2");
+        let (one6, other6) = ("2001:db8::1", "2001:db8::2");
+        for (protocol, expected, expected6) in [
+            (33, "1:tS1VLPVIHyB/EWpKCtBrjkukjYQ=", "1:oicU5i61bGe5rDPx0iIBuxzgZ80="),
+            (136, "1:QVfcEkJLz9ecWKR1tASYJ6wUldA=", "1:dVWiax/gi20RK2zwiTyTECWNAFc="),
+        ] {
+            for (from, to) in [(0, 0), (5001, 5002), (5002, 5001)] {
+                assert_eq!(id(protocol, one, from, other, to), expected);
+                assert_eq!(id(protocol, other, from, one, to), expected);
+                assert_eq!(id(protocol, one6, from, other6, to), expected6);
+                assert_eq!(id(protocol, other6, from, one6, to), expected6);
+            }
+        }
+    }
+
     #[test]
     fn equals_the_baseline_of_the_specification_and_zeek() {
         let router = "3ffe:507:0:1:200:86ff:fe05:80da";
