@@ -2,8 +2,8 @@
 //!
 //! As packets go: [`port`] takes the interface in a [`mode`], [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
 //! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
-//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its [`access`], and the
-//! [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
+//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its [`access`], the [`watch`]
+//! over the interface, and the [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
 
 pub mod access;
 pub mod cli;
@@ -33,4 +33,5 @@ pub mod survivors;
 pub mod sys;
 pub mod topology;
 pub mod umem;
+pub mod watch;
 pub mod xsk;

@@ -162,11 +162,6 @@ impl Port {
         format!("{xdp}, {}", self.mode.bind)
     }
 
-    /// Whether the interface is still there.
-    pub fn exists(&self) -> bool {
-        nix::net::if_::if_nametoindex(self.interface.name.as_str()) == Ok(self.interface.index)
-    }
-
     /// What the XDP program counted: for each queue served, in order, and for all others together.
     pub fn counters(&self) -> (Vec<report::Xdp>, report::Xdp) {
         let counters = self.program.counters().unwrap_or_default();

@@ -8,6 +8,7 @@ mod error;
 mod loss;
 mod operator;
 mod stop;
+mod watching;
 mod workers;
 
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
+use crate::watch::Presence;
 use workers::Spawner;
 
 pub use error::PrimaryError;
@@ -76,6 +78,10 @@ pub struct Primary {
     last_refusal: Option<Instant>,
     /// The start is over: all workers had attached.
     open: bool,
+    /// Whether the interface is still there, and what it is called; none before [`run`](Self::run).
+    presence: Option<Presence>,
+    /// The kernel does not tell: it was said.
+    presence_unknown: bool,
     /// They come: there is somebody to take them, or they are to be dropped.
     flowing: bool,
     table: BucketTable,
@@ -119,6 +125,8 @@ impl Primary {
             refused: 0,
             last_refusal: None,
             open: false,
+            presence: None,
+            presence_unknown: false,
             flowing: false,
             table: BucketTable::empty(),
             started: Instant::now(),
@@ -142,7 +150,7 @@ impl Primary {
     ) -> std::io::Result<Outcome> {
         let mut events: Events = mpsc::unbounded_channel();
         self.control = listener.counters();
-        let result = match listener.serve(events.0.clone()) {
+        let result = match self.begin_watching().and_then(|()| listener.serve(events.0.clone())) {
             Ok(()) => self.serve(listener, workers, &mut events).await,
             Err(error) => Err(error.into()),
         };
@@ -279,9 +287,7 @@ impl Primary {
         if let Some(lane) = self.lanes.iter().find(|lane| lane.ended()) {
             return Err(PrimaryError::LaneEnded(lane.queue));
         }
-        if self.port.as_ref().is_some_and(|port| !port.exists()) {
-            return Err(PrimaryError::Vanished(self.name.clone()));
-        }
+        self.look_for_interface()?;
         for place in 0..self.members.len() {
             if self.members[place].take_corrupt() {
                 tracing::error!(member = self.members[place].id, "its consumer index made no sense: evicted");
@@ -436,12 +442,24 @@ fn random_token() -> std::io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Random bytes from the kernel.
+/// Random bytes from the kernel. Takes no descriptor.
 ///
 /// # Errors
-/// If /dev/urandom cannot be read.
+/// Whatever getrandom(2) says.
 pub fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
     let mut bytes = [0; N];
-    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    let mut filled = 0;
+    while filled < N {
+        let rest = &mut bytes[filled..];
+        // SAFETY: the kernel writes at most `rest.len()` bytes to `rest`.
+        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(count) {
+            Ok(count) => filled += count,
+            Err(_) => match std::io::Error::last_os_error() {
+                error if error.kind() == std::io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
     Ok(bytes)
 }

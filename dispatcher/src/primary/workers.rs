@@ -241,8 +241,8 @@ impl Primary {
         }
         tracing::info!(member = member.id, "restarting");
         match self.start_worker(place) {
-            Err(PrimaryError::Spawn(error)) => {
-                // The program may come back: an upgrade replaces it.
+            Err(error @ (PrimaryError::Spawn(_) | PrimaryError::Io(_))) => {
+                // The program may come back: an upgrade replaces it. So may descriptors.
                 tracing::error!(member = self.members[place].id, "{error}");
                 self.restart_or_not(place, false);
                 self.check_any_left(place, error.to_string())

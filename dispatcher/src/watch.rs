@@ -1,0 +1,5 @@
+//! What is watched while a primary runs: its interface.
+
+mod presence;
+
+pub use presence::Presence;
