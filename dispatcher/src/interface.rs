@@ -16,7 +16,7 @@ use crate::exit::Exit;
 
 mod offload;
 
-pub use offload::Offload;
+pub use offload::{NoMerging, Offload};
 
 /// What we need to know of an interface. Read once.
 #[derive(Clone, Debug, PartialEq, Eq)]

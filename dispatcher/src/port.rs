@@ -8,7 +8,7 @@ use xfan_xdp::{AttachError, LoadError, MapError, QueueCounters, SteerProgram, Xd
 
 use crate::config::{Config, FrameBudget, ModeChoice};
 use crate::exit::Exit;
-use crate::interface::Interface;
+use crate::interface::{Interface, InterfaceError, NoMerging};
 use crate::mode::{Mode, max_length};
 use crate::report;
 use crate::umem::{PacketMemory, UmemError};
@@ -32,6 +32,9 @@ pub enum PortError {
     /// A socket cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The interface's settings cannot be changed as they have to be.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
     /// No descriptors are left.
     #[error("cannot make another descriptor of a socket: {0}")]
     Descriptor(#[from] std::io::Error),
@@ -50,6 +53,7 @@ impl PortError {
             Self::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. }) => {
                 Exit::Interface
             }
+            Self::Interface(error) => error.exit(),
             _ => Exit::Failure,
         }
     }
@@ -67,6 +71,8 @@ pub struct Port {
     mode: Mode,
     /// How the program is, or was, attached.
     attached: Option<XdpMode>,
+    /// In generic mode: packets come in as they were sent.
+    no_merging: Option<NoMerging>,
 }
 
 impl Port {
@@ -98,7 +104,7 @@ impl Port {
             |&queue| XskSource::bind(name, queue, &memory, budget.rx_ring, budget.fill_ring, mode.bind);
         let sources = queues.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
         let sockets = sources.iter().map(XskSource::second_descriptor).collect::<Result<_, _>>()?;
-        let port = Port { interface, queues, sockets, program, mode, attached: None };
+        let port = Port { interface, queues, sockets, program, mode, attached: None, no_merging: None };
         Ok((port, Arc::new(memory), sources))
     }
 
@@ -109,23 +115,37 @@ impl Port {
     /// [`PortError::Attach`]
     pub fn attach(&mut self) -> Result<(), PortError> {
         let (index, name) = (self.interface.index, self.interface.name.as_str());
-        let wanted = match self.mode.xdp {
-            ModeChoice::Generic => XdpMode::Generic,
-            ModeChoice::Auto | ModeChoice::Native => XdpMode::Native,
-        };
-        let attached = match self.program.attach(index, name, wanted) {
-            Ok(()) => wanted,
-            Err(error @ AttachError::NoNativeMode { .. }) if self.mode.xdp == ModeChoice::Auto => {
-                tracing::warn!(
-                    interface = name,
-                    "{error}. Attached in generic mode, in which the kernel allocates a buffer for every packet first"
-                );
-                self.program.attach(index, name, XdpMode::Generic)?;
-                XdpMode::Generic
+        if self.mode.xdp != ModeChoice::Generic {
+            match self.program.attach(index, name, XdpMode::Native) {
+                Ok(()) => {
+                    self.attached = Some(XdpMode::Native);
+                    return Ok(());
+                }
+                Err(error @ AttachError::NoNativeMode { .. }) if self.mode.xdp == ModeChoice::Auto => {
+                    tracing::warn!(
+                        interface = name,
+                        "{error}. Attached in generic mode, in which the kernel allocates a buffer for every packet first"
+                    );
+                }
+                Err(error) => return Err(error.into()),
             }
-            Err(error) => return Err(error.into()),
-        };
-        self.attached = Some(attached);
+        }
+        self.attach_generic()
+    }
+
+    /// Generic XDP runs behind GRO: it would see packets that were merged and fit no frame.
+    fn attach_generic(&mut self) -> Result<(), PortError> {
+        let (index, name) = (self.interface.index, self.interface.name.as_str());
+        let no_merging = NoMerging::of(&self.interface)?;
+        if !no_merging.names().is_empty() {
+            tracing::warn!(
+                interface = name,
+                turned_off = ?no_merging.names(),
+                "packets would reach generic XDP merged, and fit no frame: turned off until xfan ends (ethtool -K)"
+            );
+        }
+        self.program.attach(index, name, XdpMode::Generic)?;
+        (self.attached, self.no_merging) = (Some(XdpMode::Generic), Some(no_merging));
         Ok(())
     }
 
@@ -154,6 +174,7 @@ impl Port {
     /// Gives the interface back to the kernel. Counters can still be read.
     pub fn close(&mut self) {
         self.program.detach();
+        self.no_merging = None;
     }
 
     /// How packets come in, for people.

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use nix::net::if_::if_indextoname;
+
 use super::{Interface, InterfaceError, ethtool, socket};
 
 /// A setting that has packets merged on their way in.
@@ -49,6 +51,49 @@ impl Interface {
         match read(&socket, &self.name, offload).map_err(failed)? == on {
             true => Ok(()),
             false => Err(failed(io::Error::other("the driver does not change it"))),
+        }
+    }
+}
+
+/// GRO and LRO turned off, as far as they were on. Dropping it turns them on again, whatever the interface is called then.
+#[derive(Debug)]
+pub struct NoMerging {
+    interface: Interface,
+    offloads: Vec<Offload>,
+}
+
+impl NoMerging {
+    /// Turns off what is on.
+    ///
+    /// # Errors
+    ///
+    /// One of them is on and cannot be turned off.
+    pub fn of(interface: &Interface) -> Result<Self, InterfaceError> {
+        let mut done = NoMerging { interface: interface.clone(), offloads: Vec::new() };
+        for offload in [Offload::Gro, Offload::Lro] {
+            if interface.offload(offload)? {
+                interface.set_offload(offload, false)?;
+                done.offloads.push(offload);
+            }
+        }
+        Ok(done)
+    }
+
+    /// What was turned off.
+    pub fn names(&self) -> Vec<&'static str> {
+        self.offloads.iter().map(|offload| offload.name()).collect()
+    }
+}
+
+impl Drop for NoMerging {
+    fn drop(&mut self) {
+        // An interface that is gone has no settings.
+        let Ok(name) = if_indextoname(self.interface.index) else { return };
+        self.interface.name = name.to_string_lossy().into_owned();
+        for &offload in &self.offloads {
+            if let Err(error) = self.interface.set_offload(offload, true) {
+                tracing::warn!("{error}");
+            }
         }
     }
 }
