@@ -1,0 +1,181 @@
+# What the scenarios have in common. For busybox' sh.
+#
+# A scenario prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why` for each thing it looks at; all else is for people.
+# $iface is the interface under test. tx0, in the namespace `peer`, sends to it.
+
+# The shell would take busybox' own tools before those in /bin.
+ip() { /bin/ip "$@"; }
+ping() { /bin/ping "$@"; }
+peer() { /bin/ip netns exec peer "$@"; }
+
+say() { echo "== $* ($(cut -d' ' -f1 /proc/uptime) s)"; }
+ok() { echo "ok $scenario: $*"; }
+fault() { echo "FAIL $scenario: $*"; }
+skip() { echo "skip $scenario: $*"; }
+# run COMMAND...: shows a command and what it says.
+run() {
+    echo "\$ $*"
+    "$@" 2>&1
+    status=$?
+    [ $status = 0 ] || echo "[exit $status]"
+    return $status
+}
+# until_true TENTHS COMMAND...: waits until a command succeeds.
+until_true() {
+    tenths=$1
+    shift
+    until "$@"; do
+        tenths=$((tenths - 1))
+        [ $tenths -gt 0 ] || return 1
+        sleep 0.1
+    done
+}
+has_carrier() { [ "$(cat "/sys/class/net/${1:-$iface}/carrier" 2>/dev/null)" = 1 ]; }
+carrier() { until_true 300 has_carrier "$@" || fault "no carrier on ${1:-$iface} after 30 s"; }
+
+readonly receiver_mac=52:54:00:00:00:01 sender_mac=52:54:00:00:00:02
+# name_interface MAC NAME
+name_interface() {
+    for folder in /sys/class/net/*; do
+        [ "$(cat "$folder/address")" != "$1" ] || ip link set dev "${folder##*/}" name "$2"
+    done
+}
+# Names the interfaces and sets them up as README says for a real one.
+make_interfaces() {
+    name_interface $receiver_mac rx0
+    name_interface $sender_mac tx0
+    ip netns add peer
+    peer sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+    ip link set dev tx0 netns peer
+    peer ethtool -K tx0 tx off gro off tso off
+    peer ip link set dev tx0 mtu 1500 up
+    iface=rx0
+    set_up_nic
+    if [ "$vm_model" = bond ]; then
+        modprobe bonding max_bonds=0
+        iface=bond0
+        make_bond
+    fi
+    # No ARP, so that every packet that passes is one of the test's.
+    ip addr add 10.9.0.1/24 dev $iface
+    peer ip addr add 10.9.0.2/24 dev tx0
+    ip neigh replace 10.9.0.2 lladdr $sender_mac dev $iface nud permanent
+    peer ip neigh replace 10.9.0.1 lladdr $receiver_mac dev tx0 nud permanent
+    carrier
+    peer ping -c 2 -W 5 -A -q 10.9.0.1 >/tmp/ping 2>&1 || fault "no ping before the start: $(tail -n 2 /tmp/ping)"
+    ethtool -i $iface
+    ethtool -l $iface 2>/dev/null
+    ip link show dev $iface
+}
+set_up_nic() {
+    ip link set dev rx0 mtu 1500 up promisc on
+    ethtool -L rx0 combined "$vm_queues" 2>/dev/null
+    ethtool -X rx0 equal "$vm_queues" 2>/dev/null
+    for feature in gro lro rxvlan; do ethtool -K rx0 $feature off 2>/dev/null; done
+}
+# A bond of one NIC.
+make_bond() {
+    ip link set dev rx0 down
+    ip link add bond0 type bond mode active-backup miimon 100
+    ip link set dev rx0 master bond0
+    ip link set dev bond0 up promisc on
+}
+
+# start [ARGUMENT...]: starts xfan with two xfan-flow; waits until it runs, or has ended.
+start() {
+    rm -rf /tmp/flows /tmp/report
+    mkdir -m 1777 /tmp/flows
+    : >/tmp/log
+    echo "\$ xfan run -i $iface -n 2 $* -- xfan-flow --output /tmp/flows/{member}.json"
+    xfan run -i $iface -n 2 "$@" -- /bin/xfan-flow --output '/tmp/flows/{member}.json' >/tmp/totals 2>/tmp/log &
+    primary=$!
+    told=0
+    until_true 600 started
+    told
+    if ! grep -q ' running ' /tmp/log; then
+        wait_primary
+        fault "xfan does not start, exit $code: $(tail -n 1 /tmp/log)"
+        return 1
+    fi
+    carrier
+    take_report
+    say "running: $(mode)"
+}
+# What xfan said since the last call.
+told() {
+    tail -n "+$((told + 1))" /tmp/log
+    told=$(wc -l </tmp/log)
+}
+started() { grep -q ' running ' /tmp/log || ! kill -0 $primary 2>/dev/null; }
+wait_primary() {
+    until_true 600 ended || kill -KILL $primary
+    wait $primary
+    code=$?
+    primary=
+}
+ended() { ! kill -0 $primary 2>/dev/null; }
+end_primary() {
+    [ -n "$primary" ] || return 0
+    kill -TERM $primary 2>/dev/null
+    wait_primary
+}
+mode() { sed -n 's/^[^:]*: \(.*\), primary .*/\1/p' /tmp/stats; }
+take_report() { xfan stats -i $iface >/tmp/stats 2>&1; xfan stats -i $iface --json >/tmp/report 2>&1; }
+# What the counters are once they stay so; times and rates change always.
+counters() { xfan stats -i $iface | grep -E '^(xdp|kernel|packets|frames|default)' | sed 's/ *[0-9]*%$//'; }
+settle() {
+    before=
+    for tries in $(seq 50); do
+        now=$(counters)
+        [ "$now" != "$before" ] || break
+        before=$now
+        sleep 0.3
+    done
+    take_report
+}
+# stop NAME: ends xfan and says how it ended.
+stop() {
+    settle
+    kill -TERM $primary
+    wait_primary
+    told
+    cat /tmp/totals
+    if [ $code = 0 ]; then ok "$1: exit 0"; else fault "$1: xfan ended with $code: $(tail -n 1 /tmp/log)"; fi
+}
+# send CAPTURE [N]: sends a capture, N times.
+send() {
+    peer xfan-replay -i tx0 --pps "${pps:-500}" --loops "${2:-1}" "/captures/$1.pcap" >/tmp/sent 2>&1 ||
+        fault "xfan-replay of $1.pcap: $(cat /tmp/sent)"
+}
+# check NAME [--losses] CAPTURE[xN]...: compares records and counters with what was sent.
+check() {
+    name=$1 options=
+    shift
+    [ "$1" != --losses ] || { options=--losses && shift; }
+    captures=
+    for capture in "$@"; do
+        case $capture in
+            *x[0-9]*) captures="$captures /captures/${capture%x*}.pcapx${capture##*x}" ;;
+            *) captures="$captures /captures/$capture.pcap" ;;
+        esac
+    done
+    if xfan-verify check --report /tmp/report --records /tmp/flows $options $captures >/tmp/verdict 2>&1; then
+        ok "$name: $(cat /tmp/verdict)"
+    else
+        fault "$name: $(cat /tmp/verdict)"
+    fi
+}
+# clean NAME: whether the interface is as before, and nothing of xfan's is left.
+clean() {
+    left=$(ip -d link show dev $iface | grep -o 'prog/xdp.*')
+    left="$left$(ls /run/xfan 2>/dev/null)"
+    left="$left$(pidof xfan xfan-flow)"
+    left="$left$(ss --xdp 2>/dev/null | tail -n +2)"
+    if [ -z "$left" ]; then ok "$1: nothing is left"; else fault "$1: left: $left"; fi
+    carrier
+    if peer ping -c 2 -W 5 -A -q 10.9.0.1 >/tmp/ping 2>&1; then
+        ok "$1: the kernel has the interface again"
+    else
+        fault "$1: no ping: $(tail -n 2 /tmp/ping | tr '\n' ' ')"
+    fi
+}

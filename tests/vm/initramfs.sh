@@ -1,0 +1,76 @@
+# The guest's file system, all in memory: busybox, a few tools of this machine, xfan's programs, guest/. Sourced.
+
+# What the guest loads, with all it depends on; a name that the kernel has built in or lacks is passed over.
+readonly modules=(
+    virtio_pci virtio_net igb e1000e vmxnet3  # network interfaces
+    veth bonding bridge 8021q tun dummy ipip  # interfaces that tests make
+    xsk_diag af_packet_diag                   # ss --xdp
+)
+readonly tools=(ip ethtool ss ping)
+readonly programs=(xfan xfan-flow xfan-count xfan-replay xfan-verify)
+
+# make_initramfs KERNEL FILE [PROGRAM...]: programs beyond xfan's own keep their absolute paths.
+make_initramfs() {
+    local kernel=$root/target/vm/kernels/$1 file=$2 version folder program library applet
+    shift 2
+    version=$(cat "$kernel/version")
+    folder=$(mktemp -d "$work/root-XXXXXX")
+    chmod 755 "$folder"
+    mkdir -p "$folder"/{bin,sbin,usr/bin,usr/sbin,proc,sys,dev,run,tmp,root,etc,var/log,vm,captures}
+    chmod 1777 "$folder/tmp"
+    cp /bin/busybox "$folder/bin/"
+    for applet in $(/bin/busybox --list); do
+        [ "$applet" = busybox ] || ln -s /bin/busybox "$folder/bin/$applet"
+    done
+    ln -s /bin/busybox "$folder/sbin/modprobe" # the kernel calls it by this path
+    for program in "${tools[@]}"; do
+        # cp would follow the applet's link.
+        rm -f "$folder/bin/$program"
+        add_program "$(command -v "$program")" "$folder/bin/$program"
+    done
+    for program in "${programs[@]}"; do
+        add_program "$target/debug/$program" "$folder/bin/$program"
+    done
+    for program in "$@"; do
+        mkdir -p "$folder$(dirname "$program")"
+        add_program "$program" "$folder$program"
+    done
+    # The shared libraries of all these, at the same paths. busybox has none, which ldd calls a failure.
+    { find "$folder" -type f -perm /111 -exec ldd {} + 2>/dev/null || true; } | grep -o '/[^ :]*\.so[^ ]*' | sort -u |
+        while read -r library; do
+            mkdir -p "$folder$(dirname "$library")"
+            cp -L "$library" "$folder$library"
+        done
+    printf '%s\n' root:x:0:0::/root:/bin/sh nobody:x:65534:65534::/:/bin/sh >"$folder/etc/passwd"
+    printf '%s\n' root:x:0: nogroup:x:65534: >"$folder/etc/group"
+    printf '%s\n' 'passwd: files' 'group: files' >"$folder/etc/nsswitch.conf"
+    add_modules "$kernel/modules/lib/modules/$version" "$folder/lib/modules/$version"
+    depmod -b "$folder" "$version"
+    cp -r "$root/tests/vm/guest/." "$folder/vm/"
+    cp "$captures"/*.pcap "$folder/captures/"
+    ln -s vm/init "$folder/init"
+    (cd "$folder" && find . | cpio --quiet -o -H newc) >"$file"
+    rm -r "$folder"
+}
+
+# Debug information would be most of the file.
+add_program() {
+    [ -x "$1" ] || fail "$1 is not there: \`cargo build --workspace\` makes it"
+    install -m 755 "$1" "$2"
+    strip --strip-debug "$2"
+}
+
+add_modules() {
+    local from=$1 to=$2 module
+    mkdir -p "$to"
+    cp "$from"/modules.{builtin,builtin.modinfo,order} "$to"
+    for module in "${modules[@]}"; do needed_modules "$from/modules.dep" "$module"; done | sort -u |
+        (cd "$from" && xargs -r cp --parents -t "$to")
+}
+
+# Prints the files of a module and of all it depends on.
+needed_modules() {
+    awk -v module="$2" '
+        { file = $1; sub(":$", "", file); name = file; sub(".*/", "", name); sub("\\.ko$", "", name); gsub("-", "_", name) }
+        name == module { print file; for (n = 2; n <= NF; n++) print $n }' "$1"
+}

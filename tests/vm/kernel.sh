@@ -1,0 +1,58 @@
+# Kernels for the guest: Debian's packages, unpacked to target/vm/kernels/NAME and installed nowhere. Sourced.
+#
+# A folder there holds vmlinuz, version, and modules/ with those that a network interface may need. Remove it to
+# get the newest package again.
+source "$root/tests/vm/apt.sh"
+
+readonly kernels=(6.1 6.12 recent)
+
+# The suite whose linux-image-amd64 is this kernel.
+kernel_suite() {
+    case $1 in
+        6.1) echo bookworm ;;
+        6.12) echo bookworm-backports ;;
+        recent) echo trixie-backports ;;
+        *) return 1 ;;
+    esac
+}
+
+# fetch_kernel NAME: fetches it unless it is there.
+fetch_kernel() {
+    local name=$1 folder=$root/target/vm/kernels/$1 suite packages
+    [ ! -s "$folder/version" ] || return 0
+    suite=$(kernel_suite "$name")
+    step "kernel $name: linux-image-amd64 of $suite"
+    rm -rf "$folder" && mkdir -p "$folder/deb"
+    debian_suite "$suite" || fail "cannot get kernel $name: $suite is not to be had from the package mirror"
+    # The image; from Linux 7 on, Debian has its parts in packages of their own.
+    packages=$(debian_apt_cache depends --recurse --important linux-image-amd64 |
+        grep -E '^linux-(image|base|binary|modules)-[0-9]' | grep -v -- '-unsigned$' | sort -u)
+    [ -n "$packages" ] || fail "cannot get kernel $name: $suite has no linux-image-amd64"
+    # shellcheck disable=SC2086 # one word for each package
+    (cd "$folder/deb" && debian_apt download $packages </dev/null) ||
+        fail "cannot get kernel $name: these packages are not to be had: $packages"
+    unpack_kernel "$folder"
+    say "kernel $name: $(cat "$folder/version")"
+}
+
+# Sets version last: a folder with it is complete.
+unpack_kernel() {
+    local folder=$1 name deb modules version kind kept
+    name=$(basename "$folder")
+    for deb in "$folder"/deb/*.deb; do dpkg -x "$deb" "$folder/deb/all"; done
+    modules=$(find "$folder/deb/all" -path '*/lib/modules/*' -prune -print -quit)
+    [ -n "$modules" ] || fail "cannot get kernel $name: there are no modules in $(ls "$folder/deb")"
+    version=$(basename "$modules")
+    cp "$folder/deb/all/boot/vmlinuz-$version" "$folder/vmlinuz" 2>/dev/null || cp "$modules/vmlinuz" "$folder/vmlinuz"
+    kept=$folder/modules/lib/modules/$version
+    mkdir -p "$kept/kernel"
+    for kind in arch/x86/crypto crypto drivers/{dca,i2c,net,pps,ptp,virtio} lib net; do
+        [ ! -d "$modules/kernel/$kind" ] || (cd "$modules" && cp -a --parents "kernel/$kind" "$kept")
+    done
+    cp "$modules"/modules.{builtin,builtin.modinfo,order} "$kept"
+    find "$kept" -name '*.ko.xz' -print0 | xargs -0 -r -n 64 xz -d
+    find "$kept" -name '*.ko.zst' -print0 | xargs -0 -r -n 64 zstd -q -d --rm
+    depmod -b "$folder/modules" "$version"
+    rm -r "$folder/deb"
+    echo "$version" >"$folder/version"
+}

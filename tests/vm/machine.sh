@@ -1,0 +1,85 @@
+# The guest: QEMU without KVM, and the network around it. Sourced.
+#
+#   rx0, under test ── hub, or bridge between taps ── tx0, which sends
+#
+# Only virtio has several queues, and they take taps: these and the bridge are in a namespace of the test's own. All
+# other models are joined by a hub within QEMU.
+
+readonly queues=4
+readonly receiver_mac=52:54:00:00:00:01 sender_mac=52:54:00:00:00:02
+
+# model_device MODEL: the QEMU device of the interface under test.
+model_device() {
+    local virtio="virtio-net-pci,mq=on,vectors=$((2 * queues + 2)),rss=on,hash=on,host_mtu=9000"
+    case $1 in
+        virtio | virtio-numa | bond) echo "$virtio" ;;
+        # The driver has zero-copy only if the device uses the DMA API.
+        virtio-zc) echo "$virtio,iommu_platform=on" ;;
+        igb | e1000e | vmxnet3) echo "$1" ;;
+        *) return 1 ;;
+    esac
+}
+
+make_network() {
+    namespace=xfan-vm-$$
+    ip netns add "$namespace"
+    inside sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+    # A bridge that floods all frames, and keeps none.
+    inside ip link add br0 type bridge mcast_snooping 0 stp_state 0
+    # A machine without br_netfilter has no such setting.
+    inside sysctl -qw net.bridge.bridge-nf-call-iptables=0 2>/dev/null || true
+    inside ip tuntap add dev rx0 mode tap multi_queue
+    inside ip tuntap add dev tx0 mode tap
+    local tap
+    for tap in rx0 tx0; do
+        inside ip link set dev "$tap" mtu 9000 master br0
+        inside ip link set dev "$tap" type bridge_slave learning off
+        inside ip link set dev "$tap" up
+    done
+    inside ip link set br0 up
+}
+
+inside() { ip netns exec "$namespace" "$@"; }
+
+# run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: WORDS go to the guest's command line. What the tests print goes
+# to LOG, and what the kernel prints to LOG with .console for its ending.
+run_guest() {
+    local kernel=$root/target/vm/kernels/$1 model=$2 initramfs=$3 seconds=$4 log=$5
+    shift 5
+    local port=pcie.0 network=() sender=virtio-net-pci,csum=off,guest_csum=off,host_mtu=9000 numa=()
+    if [ "$model" = virtio-numa ]; then
+        numa=(
+            -object memory-backend-ram,id=near,size=$((memory / 2))M -numa node,nodeid=0,cpus=0-1,memdev=near
+            -object memory-backend-ram,id=far,size=$((memory / 2))M -numa node,nodeid=1,cpus=2-3,memdev=far
+            -numa dist,src=0,dst=1,val=20
+            -device pxb-pcie,id=far-bus,bus=pcie.0,bus_nr=0x40,numa_node=1
+        )
+        port=far-bus
+    fi
+    case $model in
+        virtio* | bond)
+            network=(
+                -netdev "tap,id=rx0,ifname=rx0,queues=$queues,script=no,downscript=no,vhost=off"
+                -netdev "tap,id=tx0,ifname=tx0,script=no,downscript=no,vhost=off"
+            )
+            ;;
+        *) network=(-netdev hubport,id=rx0,hubid=0 -netdev hubport,id=tx0,hubid=0) ;;
+    esac
+    # Its own process, not a function's shell: it is to get the signal.
+    ip netns exec "$namespace" timeout --kill-after=5 "$seconds" qemu-system-x86_64 \
+        -machine q35 -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus" -m "${memory}M" "${numa[@]}" \
+        -nodefaults -no-user-config -no-reboot -display none \
+        -device "pcie-root-port,id=port0,bus=$port,chassis=7,slot=7" \
+        "${network[@]}" \
+        -device "$(model_device "$model"),bus=port0,netdev=rx0,mac=$receiver_mac,romfile=" \
+        -device "$sender,bus=pcie.0,netdev=tx0,mac=$sender_mac,romfile=" \
+        -serial "file:${log%.log}.console" -serial "file:$log" \
+        -kernel "$kernel/vmlinuz" -initrd "$initramfs" \
+        -append "console=ttyS0 loglevel=5 panic=-1 mitigations=off net.ifnames=0 vm.model=$model vm.queues=$queues $*" \
+        </dev/null &
+    guest=$!
+    local status=0
+    wait "$guest" || status=$?
+    guest=''
+    return "$status"
+}
