@@ -1,13 +1,14 @@
-# Debian packages of any suite, with the machine's own choice of suites left as it is. Sourced.
+# Debian packages of any suite. The machine's own choice of suites and its package lists stay as they are. Sourced.
 
-# debian_suite SUITE: makes `debian_apt` and `debian_apt_cache` look at this suite, and at no other.
-debian_suite() {
-    local state=$root/target/vm/apt/$1 mirror
+# debian_suites SUITE...: makes `debian_apt` and `debian_apt_cache` look at these suites of Debian, and at no others.
+debian_suites() {
+    local suites=$* mirror state
+    state=$root/target/vm/apt/${suites// /+}
     # The machine's own mirror, where it has one.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' |
         grep -E '/debian/?$' | head -n 1) || true
     mkdir -p "$state/lists/partial" "$state/archives/partial" "$state/sources"
-    printf '%s\n' "Types: deb" "URIs: ${mirror:-http://deb.debian.org/debian}" "Suites: $1" "Components: main" \
+    printf '%s\n' "Types: deb" "URIs: ${mirror:-http://deb.debian.org/debian}" "Suites: $suites" "Components: main" \
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg" >"$state/sources/suite.sources"
     debian_options=(
         -q

@@ -23,7 +23,7 @@ fetch_kernel() {
     suite=$(kernel_suite "$name")
     step "kernel $name: linux-image-amd64 of $suite"
     rm -rf "$folder" && mkdir -p "$folder/deb"
-    debian_suite "$suite" || fail "cannot get kernel $name: $suite is not to be had from the package mirror"
+    debian_suites "$suite" || fail "cannot get kernel $name: $suite is not to be had from the package mirror"
     # The image; from Linux 7 on, Debian has its parts in packages of their own.
     packages=$(debian_apt_cache depends --recurse --important linux-image-amd64 |
         grep -E '^linux-(image|base|binary|modules)-[0-9]' | grep -v -- '-unsigned$' | sort -u)
