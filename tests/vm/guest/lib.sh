@@ -81,8 +81,14 @@ make_bond() {
     ip link set dev bond0 up promisc on
 }
 
-# start [ARGUMENT...]: starts xfan with two xfan-flow; waits until it runs, or has ended.
+# start [ARGUMENT...]: starts xfan with two xfan-flow, and waits until it runs. One that does not is a fault.
 start() {
+    try_start "$@" && return
+    fault "xfan $*: it does not start, exit $code: $(tail -n 1 /tmp/log)"
+    return 1
+}
+# As start, but it may be refused; $code is its exit code then.
+try_start() {
     rm -rf /tmp/flows /tmp/report
     mkdir -m 1777 /tmp/flows
     : >/tmp/log
@@ -94,12 +100,29 @@ start() {
     told
     if ! grep -q ' running ' /tmp/log; then
         wait_primary
-        fault "xfan does not start, exit $code: $(tail -n 1 /tmp/log)"
         return 1
     fi
-    carrier
+    socket=/run/xfan/$iface.sock
     take_report
     say "running: $(mode)"
+}
+# start_with SETTING...: as try_start, with these lines in its configuration.
+start_with() {
+    printf '%s\n' "$@" >/tmp/xfan.toml
+    cat /tmp/xfan.toml
+    try_start -c /tmp/xfan.toml
+}
+# refused NAME CODES TEXT: that xfan ended with one of these codes, and said this (a pattern).
+refused() {
+    case $2 in
+        *$code*) ;;
+        *) fault "$1: refused with exit $code, not $2: $(tail -n 1 /tmp/log)"; return ;;
+    esac
+    if tail -n 1 /tmp/log | grep -qE "$3"; then
+        ok "$1: refused: $(tail -n 1 /tmp/log)"
+    else
+        fault "$1: the refusal does not say $3: $(tail -n 1 /tmp/log)"
+    fi
 }
 # What xfan said since the last call.
 told() {
@@ -120,9 +143,12 @@ end_primary() {
     wait_primary
 }
 mode() { sed -n 's/^[^:]*: \(.*\), primary .*/\1/p' /tmp/stats; }
-take_report() { xfan stats -i $iface >/tmp/stats 2>&1; xfan stats -i $iface --json >/tmp/report 2>&1; }
+take_report() {
+    xfan stats --socket $socket >/tmp/stats 2>&1
+    xfan stats --socket $socket --json >/tmp/report 2>&1
+}
 # What the counters are once they stay so; times and rates change always.
-counters() { xfan stats -i $iface | grep -E '^(xdp|kernel|packets|frames|default)' | sed 's/ *[0-9]*%$//'; }
+counters() { xfan stats --socket $socket | grep -E '^(xdp|kernel|packets|frames|default)' | sed 's/ *[0-9]*%$//'; }
 settle() {
     before=
     for tries in $(seq 50); do
@@ -132,6 +158,13 @@ settle() {
         sleep 0.3
     done
     take_report
+}
+# traffic NAME CAPTURE: sends it, stops xfan, and checks that it all arrived.
+traffic() {
+    carrier
+    send "$2"
+    stop "$1"
+    check "$1" "$2"
 }
 # stop NAME: ends xfan and says how it ended.
 stop() {
@@ -144,7 +177,7 @@ stop() {
 }
 # send CAPTURE [N]: sends a capture, N times.
 send() {
-    peer xfan-replay -i tx0 --pps "${pps:-500}" --loops "${2:-1}" "/captures/$1.pcap" >/tmp/sent 2>&1 ||
+    peer xfan-replay -i "${sender:-tx0}" --pps "${pps:-500}" --loops "${2:-1}" "/captures/$1.pcap" >/tmp/sent 2>&1 ||
         fault "xfan-replay of $1.pcap: $(cat /tmp/sent)"
 }
 # check NAME [--losses] CAPTURE[xN]...: compares records and counters with what was sent.

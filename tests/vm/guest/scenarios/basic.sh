@@ -1,9 +1,14 @@
-# Start, mixed traffic, stop; then the same again.
-for time in first second; do
-    if start; then
-        send mixed
-        stop "$time run"
-        check "$time run" mixed
-        clean "$time run"
-    fi
-done
+# Start, mixed traffic, stop; then the same again, with a real capture if there is one.
+real=
+[ ! -f /captures/tcpreplay__test.pcap ] || real=tcpreplay__test
+if start; then
+    traffic "first run" mixed
+    clean "first run"
+fi
+if start; then
+    send mixed
+    [ -z "$real" ] || send $real
+    stop "second run"
+    check "second run" mixed $real
+    clean "second run"
+fi

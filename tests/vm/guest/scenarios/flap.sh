@@ -1,5 +1,6 @@
 # The link goes down and comes up while xfan runs.
 if start; then
+    carrier
     send mixed
     settle
     run ip link set dev $iface down

@@ -1,6 +1,2 @@
 # Frames of all sizes arrive whole.
-if start; then
-    send sizes
-    stop sizes
-    check sizes sizes
-fi
+start && traffic "all sizes" sizes
