@@ -9,7 +9,7 @@ readonly modules=(
 readonly tools=(ip ethtool ss ping)
 readonly programs=(xfan xfan-flow xfan-count xfan-replay xfan-verify)
 
-# make_initramfs KERNEL FILE [PROGRAM...]: programs beyond xfan's own keep their absolute paths.
+# make_initramfs KERNEL FILE [TEST...]: with test executables, the checkout and its programs are at the same paths as here.
 make_initramfs() {
     local kernel=$root/target/vm/kernels/$1 file=$2 version folder program library applet
     shift 2
@@ -31,10 +31,7 @@ make_initramfs() {
     for program in "${programs[@]}"; do
         add_program "$target/debug/$program" "$folder/bin/$program"
     done
-    for program in "$@"; do
-        mkdir -p "$folder$(dirname "$program")"
-        add_program "$program" "$folder$program"
-    done
+    [ $# = 0 ] || add_tests "$folder" "$@"
     # The shared libraries of all these, at the same paths. busybox has none, which ldd calls a failure.
     { find "$folder" -type f -perm /111 -exec ldd {} + 2>/dev/null || true; } | grep -o '/[^ :]*\.so[^ ]*' | sort -u |
         while read -r library; do
@@ -51,6 +48,25 @@ make_initramfs() {
     ln -s vm/init "$folder/init"
     (cd "$folder" && find . | cpio --quiet -o -H newc) >"$file"
     rm -r "$folder"
+}
+
+# The test executables, the checkout, and the programs where tests look for them.
+add_tests() {
+    local folder=$1 program
+    shift
+    mkdir -p "$folder$root" "$folder$target/debug"/{deps,examples}
+    (cd "$root" && find . \( -path ./target -o -path ./.git \) -prune -o -type f -print | cpio --quiet -pdm "$folder$root")
+    {
+        find "$target/debug" -maxdepth 1 -name 'xfan*' -type f -perm /111
+        find "$target/debug/examples" -maxdepth 1 -not -name '*-*' -type f -perm /111
+        printf '%s\n' "$@"
+    } | while read -r program; do
+        add_program "$program" "$folder$program"
+    done
+    printf '%s\n' "$@" >"$folder/vm/tests"
+    echo "$target/debug" >"$folder/vm/programs"
+    echo "$root" >"$folder/vm/checkout"
+    add_program /bin/bash "$folder/bin/bash" # scripts/quickstart
 }
 
 # Debug information would be most of the file.

@@ -56,16 +56,19 @@ make_interfaces() {
         iface=bond0
         make_bond
     fi
-    # No ARP, so that every packet that passes is one of the test's.
     ip addr add 10.9.0.1/24 dev $iface
     peer ip addr add 10.9.0.2/24 dev tx0
-    ip neigh replace 10.9.0.2 lladdr $sender_mac dev $iface nud permanent
-    peer ip neigh replace 10.9.0.1 lladdr $receiver_mac dev tx0 nud permanent
     carrier
+    avoid_arp
     peer ping -c 2 -W 5 -A -q 10.9.0.1 >/tmp/ping 2>&1 || fault "no ping before the start: $(tail -n 2 /tmp/ping)"
     ethtool -i $iface
     ethtool -l $iface 2>/dev/null
     ip link show dev $iface
+}
+# No ARP, so that every packet that passes is one of the test's. Who goes down, forgets it.
+avoid_arp() {
+    ip neigh replace 10.9.0.2 lladdr $sender_mac dev $iface nud permanent
+    peer ip neigh replace 10.9.0.1 lladdr $receiver_mac dev tx0 nud permanent
 }
 set_up_nic() {
     ip link set dev rx0 mtu 1500 up promisc on
@@ -92,6 +95,7 @@ try_start() {
     rm -rf /tmp/flows /tmp/report
     mkdir -m 1777 /tmp/flows
     : >/tmp/log
+    avoid_arp 2>/dev/null
     echo "\$ xfan run -i $iface -n 2 $* -- xfan-flow --output /tmp/flows/{member}.json"
     xfan run -i $iface -n 2 "$@" -- /bin/xfan-flow --output '/tmp/flows/{member}.json' >/tmp/totals 2>/tmp/log &
     primary=$!
@@ -206,6 +210,7 @@ clean() {
     left="$left$(ss --xdp 2>/dev/null | tail -n +2)"
     if [ -z "$left" ]; then ok "$1: nothing is left"; else fault "$1: left: $left"; fi
     carrier
+    avoid_arp
     if peer ping -c 2 -W 5 -A -q 10.9.0.1 >/tmp/ping 2>&1; then
         ok "$1: the kernel has the interface again"
     else

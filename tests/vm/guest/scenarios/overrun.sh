@@ -1,15 +1,24 @@
 # The primary gets no CPU while packets come: each packet that is lost is in some counter.
 overrun() {
-    name="overrun, $*"
+    name="rx_ring = 64${1:+, $1}"
     if start_with 'rx_ring = 64' "$@"; then
         carrier
         kill -STOP $primary
-        send mixed
+        send mixed &
+        sending=$!
+        sleep 4
         kill -CONT $primary
+        wait $sending
         sleep 3 # igb reads its counters every 2 s
+        how=$(mode)
         stop "$name"
         check "$name" --losses mixed
-        if grep -q 'counted lost 0;' /tmp/verdict; then fault "$name: nothing was lost, so nothing was tested"; fi
+        if grep -q 'counted lost 0;' /tmp/verdict; then
+            case $how in
+                *zero-copy) skip "$name: nothing lost: emulated NICs without buffers make the sender wait" ;;
+                *) fault "$name: nothing was lost, so nothing was tested" ;;
+            esac
+        fi
     else
         fault "$name: it does not start, exit $code: $(tail -n 1 /tmp/log)"
     fi

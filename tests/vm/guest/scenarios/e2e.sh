@@ -1,0 +1,38 @@
+# The end-to-end tests, and scripts/quickstart, with this kernel.
+programs=$(cat /vm/programs)
+checkout=$(cat /vm/checkout)
+cd "$checkout" || return
+export XFAN_REQUIRE_E2E=1 RUST_BACKTRACE=0 TMPDIR=/tmp
+
+# Prints why a test executable cannot run here, if it cannot.
+unable() {
+    case $1 in
+        capi-* | header-*) echo "it needs a C compiler, and the guest has none" ;;
+    esac
+}
+
+while read -r executable; do
+    name=$(basename "$executable")
+    why=$(unable "$name")
+    name=${name%-*}
+    if [ -n "$why" ]; then
+        skip "$name: $why"
+        continue
+    fi
+    say "$name"
+    $executable --test-threads 2 >/tmp/output 2>&1 </dev/null
+    status=$?
+    sed -n 's/^test \(.*\) \.\.\. ok$/ok e2e: '"$name"'::\1/p' /tmp/output
+    sed -n 's/^test \(.*\) \.\.\. ignored,* *\(.*\)$/skip e2e: '"$name"'::\1: ignored \2/p' /tmp/output
+    sed -n 's/^test \(.*\) \.\.\. FAILED$/FAIL e2e: '"$name"'::\1/p' /tmp/output
+    grep -q '^test result:' /tmp/output || fault "$name ended early, with $status"
+    [ $status = 0 ] || sed 's/^/  | /' /tmp/output
+done </vm/tests
+
+say quickstart
+if XFAN_PROGRAMS=$programs bash scripts/quickstart </dev/null >/tmp/output 2>&1; then
+    ok "quickstart: $(tail -n 1 /tmp/output)"
+else
+    fault "quickstart: $(tail -n 1 /tmp/output)"
+fi
+sed 's/^/  | /' /tmp/output
