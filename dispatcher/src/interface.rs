@@ -194,7 +194,7 @@ fn socket() -> io::Result<OwnedFd> {
 }
 
 /// `None` where a driver does not support the question.
-fn optional<T>(answer: io::Result<T>) -> io::Result<Option<T>> {
+pub(crate) fn optional<T>(answer: io::Result<T>) -> io::Result<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(None),
@@ -283,16 +283,17 @@ impl DriverInfo {
     }
 }
 
-fn c_text(bytes: &[u8]) -> String {
+pub(crate) fn c_text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
-fn channels(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+/// RX queues in use, as the driver says.
+pub(crate) fn channels(socket: &OwnedFd, name: &str) -> io::Result<u32> {
     const ETHTOOL_GCHANNELS: u32 = 0x3c;
     let mut channels = Channels { cmd: ETHTOOL_GCHANNELS, ..Channels::default() };
     // SAFETY: ETHTOOL_GCHANNELS fills a `struct ethtool_channels`, which `Channels` is.
-    unsafe { ethtool(socket, name, &mut channels)? };
+    unsafe { ethtool(socket, name, &raw mut channels)? };
     Ok(channels.rx.saturating_add(channels.combined))
 }
 
@@ -308,7 +309,7 @@ fn driver(socket: &OwnedFd, name: &str) -> io::Result<DriverInfo> {
     const ETHTOOL_GDRVINFO: u32 = 0x03;
     let mut info = DriverInfo { cmd: ETHTOOL_GDRVINFO, ..DriverInfo::default() };
     // SAFETY: ETHTOOL_GDRVINFO fills a `struct ethtool_drvinfo`, which `DriverInfo` is.
-    unsafe { ethtool(socket, name, &mut info)? };
+    unsafe { ethtool(socket, name, &raw mut info)? };
     Ok(info)
 }
 
@@ -324,15 +325,15 @@ fn mtu(socket: &OwnedFd, name: &str) -> io::Result<u32> {
     u32::try_from(mtu).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Puts a question to the driver. The answer comes in `question` itself.
+/// Puts a question to the driver. The answer comes where `question` points to.
 ///
 /// # Safety
 ///
-/// `question` must start with the number of an ethtool command and have the layout that the kernel
+/// `question` must point to what starts with the number of an ethtool command and has the layout that the kernel
 /// reads and writes for it.
-unsafe fn ethtool<T>(socket: &OwnedFd, name: &str, question: &mut T) -> io::Result<()> {
+pub(crate) unsafe fn ethtool<T>(socket: &OwnedFd, name: &str, question: *mut T) -> io::Result<()> {
     let mut request = request(name)?;
-    request.ifr_ifru.ifru_data = (&raw mut *question).cast();
+    request.ifr_ifru.ifru_data = question.cast();
     // SAFETY: SIOCETHTOOL reads the name of a `struct ifreq` and follows its `ifru_data`, which points to
     // what the caller vouches for; both live through the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } < 0 {

@@ -9,9 +9,10 @@ use xfan_xdp::{AttachError, LoadError, MapError, QueueCounters, SteerProgram, Xd
 use crate::config::{Config, FrameBudget, ModeChoice};
 use crate::exit::Exit;
 use crate::interface::{Interface, InterfaceError, NoMerging};
-use crate::mode::{Mode, max_length};
+use crate::mode::{Mode, largest_mtu, max_length};
 use crate::report;
 use crate::umem::{PacketMemory, UmemError};
+use crate::watch::Expected;
 use crate::xsk::{BindError, XskSource};
 
 /// A port could not be set up.
@@ -181,6 +182,15 @@ impl Port {
     pub fn mode(&self) -> String {
         let xdp = self.attached.map_or_else(|| "not attached".to_owned(), |xdp| xdp.to_string());
         format!("{xdp}, {}", self.mode.bind)
+    }
+
+    /// What the interface has to be like for all its packets to arrive.
+    pub fn expected(&self) -> Expected {
+        Expected {
+            queues: self.queues.clone(),
+            max_mtu: largest_mtu(self.mode.frame_size, self.mode.bind),
+            generic: self.attached == Some(XdpMode::Generic),
+        }
     }
 
     /// What the XDP program counted: for each queue served, in order, and for all others together.

@@ -32,7 +32,7 @@ use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
-use crate::watch::Presence;
+use crate::watch::{Notice, Watch};
 use workers::Spawner;
 
 pub use error::PrimaryError;
@@ -78,10 +78,10 @@ pub struct Primary {
     last_refusal: Option<Instant>,
     /// The start is over: all workers had attached.
     open: bool,
-    /// Whether the interface is still there, and what it is called; none before [`run`](Self::run).
-    presence: Option<Presence>,
-    /// The kernel does not tell: it was said.
-    presence_unknown: bool,
+    /// Watches the interface; none before [`run`](Self::run).
+    watch: Option<Watch>,
+    /// What bears on packets now, most important first.
+    notices: Vec<Notice>,
     /// They come: there is somebody to take them, or they are to be dropped.
     flowing: bool,
     table: BucketTable,
@@ -125,8 +125,8 @@ impl Primary {
             refused: 0,
             last_refusal: None,
             open: false,
-            presence: None,
-            presence_unknown: false,
+            watch: None,
+            notices: Vec::new(),
             flowing: false,
             table: BucketTable::empty(),
             started: Instant::now(),
@@ -150,7 +150,7 @@ impl Primary {
     ) -> std::io::Result<Outcome> {
         let mut events: Events = mpsc::unbounded_channel();
         self.control = listener.counters();
-        let result = match self.begin_watching().and_then(|()| listener.serve(events.0.clone())) {
+        let result = match listener.serve(events.0.clone()) {
             Ok(()) => self.serve(listener, workers, &mut events).await,
             Err(error) => Err(error.into()),
         };
@@ -206,6 +206,7 @@ impl Primary {
         if let Some(port) = &mut self.port {
             port.attach()?;
         }
+        self.begin_watching()?;
         self.lanes.iter_mut().for_each(LaneHandle::packets_come);
         self.table = BucketTable::empty();
         self.steer();
@@ -288,6 +289,7 @@ impl Primary {
             return Err(PrimaryError::LaneEnded(lane.queue));
         }
         self.look_for_interface()?;
+        self.look_at_interface();
         for place in 0..self.members.len() {
             if self.members[place].take_corrupt() {
                 tracing::error!(member = self.members[place].id, "its consumer index made no sense: evicted");
@@ -429,6 +431,8 @@ impl Primary {
             pid: std::process::id(),
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unserved,
+            nic: self.watch.as_ref().map(Watch::nic).unwrap_or_default(),
+            notices: self.notices.clone(),
             control: report::Control { refused: self.refused, ..self.control.report() },
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],

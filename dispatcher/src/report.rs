@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::watch::{Level, Notice};
 pub use table::{render, render_members};
 
 /// Everything about one primary.
@@ -23,6 +24,12 @@ pub struct Report {
     pub unserved: Xdp,
     /// What came over the control socket.
     pub control: Control,
+    /// What the kernel and the driver have counted as not let in.
+    #[serde(default)]
+    pub nic: Nic,
+    /// What is the case now and bears on packets, most important first.
+    #[serde(default)]
+    pub notices: Vec<Notice>,
     /// One for each RX queue served.
     pub lanes: Vec<Lane>,
     /// Who the packets go to.
@@ -121,6 +128,15 @@ pub struct Frames {
     pub lent: u32,
     /// Being transmitted.
     pub tx: u32,
+}
+
+/// Counters of the interface of packets that did not get in, as differences since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Of the kernel, as in `ip -s -s link`; and `carrier_lost`, the times it went away.
+    pub interface: BTreeMap<String, u64>,
+    /// The driver's own, as in `ethtool -S`: those that it is known for, and others that have counted something.
+    pub driver: BTreeMap<String, u64>,
 }
 
 /// What came over the control socket.

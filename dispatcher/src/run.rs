@@ -102,14 +102,6 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     if lanes > MAX_LANES {
         return Err(RunError::TooManyLanes { interface: interface.name, lanes });
     }
-    let without = interface.without_lane(&queues);
-    if !without.is_empty() {
-        tracing::warn!(
-            interface = interface.name,
-            queues = ?without,
-            "these queues have no lane: their packets go to the kernel; lower the number of queues (ethtool -L) or take them in"
-        );
-    }
     let key = HashKey::from_bytes(match config.hash_key {
         Some(key) => key,
         None => random_bytes()?,

@@ -1,5 +1,224 @@
-//! What is watched while a primary runs: its interface.
+//! What is watched while a primary runs: its interface, and what the kernel and the driver count of it.
+//!
+//! Whether the interface is there is asked often, and takes no lock. The rest waits for a lock that others may hold for
+//! seconds while they set up any interface of the machine (RTNL): so it is asked about once a second, by a thread of its own.
 
+mod conditions;
+mod differences;
+mod driver;
+mod drop_counters;
+mod link;
 mod presence;
 
-pub use presence::Presence;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::interface::Interface;
+use crate::report;
+use conditions::Seen;
+use differences::Differences;
+use driver::{Driver, Offloads};
+use link::{Link, LinkSocket};
+use presence::Presence;
+
+pub use conditions::{Change, Expected, Level, Notice};
+
+/// How often the interface is looked at.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How long the first look may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Watches an interface.
+#[derive(Debug)]
+pub struct Watch {
+    presence: Presence,
+    driver: String,
+    expected: Expected,
+    orders: mpsc::Sender<()>,
+    looks: mpsc::Receiver<Option<Look>>,
+    /// A look was ordered, and nothing has come of it yet.
+    waiting: bool,
+    next: Instant,
+    seen: Option<Seen>,
+    told: conditions::Told,
+    of_interface: Differences,
+    of_driver: Differences,
+    /// What could not be read, and was said.
+    unreadable: BTreeSet<&'static str>,
+}
+
+/// What was seen in one look.
+#[derive(Debug)]
+struct Look {
+    name: String,
+    link: io::Result<Link>,
+    rx_queues: io::Result<Option<u32>>,
+    offloads: io::Result<Offloads>,
+    counters: io::Result<BTreeMap<String, u64>>,
+}
+
+/// What it takes to look.
+struct Looker {
+    presence: Presence,
+    link: LinkSocket,
+    driver: Driver,
+}
+
+impl Looker {
+    /// `None`: the interface is gone, or got another name meanwhile, which a driver is asked by.
+    fn look(&mut self) -> Option<Look> {
+        let name = self.presence.name().ok()??;
+        let look = Look {
+            link: self.link.ask(),
+            rx_queues: self.driver.rx_queues(&name),
+            offloads: self.driver.offloads(&name),
+            counters: self.driver.counters(&name),
+            name,
+        };
+        (self.presence.name().ok()?? == look.name).then_some(look)
+    }
+}
+
+impl Watch {
+    /// Begins to watch an interface of the calling thread's network namespace. Its counters count from now on: by now the
+    /// program should be attached and the sockets bound, since that resets the counters of some drivers.
+    ///
+    /// # Errors
+    /// There are no descriptors or threads left.
+    pub fn begin(interface: &Interface, expected: Expected) -> io::Result<Self> {
+        let index = interface.index;
+        let mut looker =
+            Looker { presence: Presence::of(index)?, link: LinkSocket::of(index)?, driver: Driver::open()? };
+        let (orders, ordered) = mpsc::channel();
+        let (answers, looks) = mpsc::channel();
+        // It ends when nobody can order any more; nobody waits for that.
+        std::thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || while ordered.recv().is_ok() && answers.send(looker.look()).is_ok() {})?;
+        let mut watch = Watch {
+            presence: Presence::of(index)?,
+            driver: interface.driver.clone(),
+            expected,
+            orders,
+            looks,
+            waiting: false,
+            next: Instant::now(),
+            seen: None,
+            told: conditions::Told::default(),
+            of_interface: Differences::default(),
+            of_driver: Differences::default(),
+            unreadable: BTreeSet::new(),
+        };
+        watch.look_now(PATIENCE);
+        Ok(watch)
+    }
+
+    /// The interface's name; `None`: it is gone. If the kernel does not tell, it is still there under the name `known`.
+    pub fn name(&mut self, known: &str) -> Option<String> {
+        self.presence.name().unwrap_or_else(|error| {
+            self.cannot_read("the name", known, &error);
+            Some(known.to_owned())
+        })
+    }
+
+    /// Looks, and waits for what is seen, though not for longer than `patience`.
+    pub fn look_now(&mut self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let take = |watch: &mut Self| {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Ok(look) = watch.looks.recv_timeout(left) {
+                watch.take(look);
+            }
+        };
+        if self.waiting {
+            take(self);
+        }
+        if !self.waiting {
+            self.order();
+            take(self);
+        }
+    }
+
+    /// Has the interface looked at if it is time for that. `true`: something was seen since the last call.
+    pub fn look(&mut self) -> bool {
+        let mut news = false;
+        while let Ok(look) = self.looks.try_recv() {
+            self.take(look);
+            news = true;
+        }
+        if !self.waiting && Instant::now() >= self.next {
+            self.order();
+        }
+        news
+    }
+
+    fn order(&mut self) {
+        self.next = Instant::now() + PERIOD;
+        self.waiting = self.orders.send(()).is_ok();
+    }
+
+    fn take(&mut self, look: Option<Look>) {
+        self.waiting = false;
+        let Some(Look { name, link, rx_queues, offloads, counters }) = look else { return };
+        let mut seen = self.seen.take();
+        match link {
+            Ok(link) => {
+                self.of_interface.update(link.counters.clone());
+                seen.get_or_insert_default().link = link;
+            }
+            Err(error) => self.cannot_read("flags and counters", &name, &error),
+        }
+        match counters {
+            Ok(mut counters) => {
+                counters.retain(|counter, _| {
+                    drop_counters::is_one(&self.driver, counter) || drop_counters::may_be_one(counter)
+                });
+                self.of_driver.update(counters);
+            }
+            Err(error) => self.cannot_read("the driver's counters", &name, &error),
+        }
+        if let Some(seen) = &mut seen {
+            match rx_queues {
+                Ok(count) => seen.rx_queues = count,
+                Err(error) => self.cannot_read("the RX queues", &name, &error),
+            }
+            match offloads {
+                Ok(offloads) => seen.offloads = offloads,
+                Err(error) => self.cannot_read("the offloads", &name, &error),
+            }
+            seen.name = name;
+        }
+        self.seen = seen;
+    }
+
+    /// Says once what is unknown. That the interface is gone is told by its name.
+    fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
+        if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
+            tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan goes on without");
+        }
+    }
+
+    /// All that is to be said of the interface.
+    pub fn conditions(&self) -> Vec<Notice> {
+        self.seen.as_ref().map(|seen| conditions::conditions(seen, &self.expected)).unwrap_or_default()
+    }
+
+    /// What is to be said now, given all that is the case.
+    pub fn changes(&mut self, conditions: &[Notice]) -> Vec<Change> {
+        self.told.changes(conditions, Instant::now())
+    }
+
+    /// What the kernel and the driver have counted as not let in, since the start.
+    pub fn nic(&self) -> report::Nic {
+        let driver = self.of_driver.since_start().iter();
+        report::Nic {
+            interface: self.of_interface.since_start().clone(),
+            driver: driver
+                .filter(|(name, since)| drop_counters::is_one(&self.driver, name) || **since > 0)
+                .map(|(name, since)| (name.clone(), *since))
+                .collect(),
+        }
+    }
+}

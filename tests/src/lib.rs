@@ -8,6 +8,7 @@
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
 //!   read with etherparse, so that it shares no code with what is tested.
 //! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
+//! - [`meddle`]: what other tools may do to a primary's kernel objects.
 //! - [`receiver`]: plain AF_XDP sockets that keep what arrives, queue by queue.
 
 pub mod balance;
@@ -17,6 +18,7 @@ pub mod community_id;
 pub mod generator;
 pub mod leftovers;
 pub mod link;
+pub mod meddle;
 pub mod netns;
 pub mod oracle;
 pub mod primary;

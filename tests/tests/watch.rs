@@ -2,9 +2,14 @@
 
 use nix::sys::resource::Resource;
 use nix::unistd::Pid;
-use xfan::report::Report;
+use xfan::control::ask;
+use xfan::journal::Page;
+use xfan::report::{Level, Notice, Report};
+use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::balance::assert_balanced;
+use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
+use xfan_tests::meddle;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::replay::Replay;
@@ -15,7 +20,8 @@ const PACKETS: u64 = 100;
 
 fn replay(namespace: &Netns) {
     let frames = traffic::synthetic(10, 100, 1).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    let replay = Replay { queues: vec![0, 1], ..Replay::onto("tx0") };
+    namespace.run(|| replay.run(&frames)).unwrap();
 }
 
 /// One worker, on two queues.
@@ -81,4 +87,147 @@ fn a_renamed_interface_is_followed() {
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     let log = exit.stderr.join("\n");
     assert!(log.contains("rx0 was renamed to mirror0"), "{log}");
+}
+
+/// The report, once it says something of this topic; and what it says.
+fn told(primary: &Primary, topic: &str) -> Notice {
+    let notice =
+        |report: &Report| report.notices.iter().find(|notice| notice.topic.starts_with(topic)).cloned();
+    notice(&primary.report_when(|report| notice(report).is_some())).unwrap()
+}
+
+/// Waits until the report says nothing of this topic.
+fn told_no_longer(primary: &Primary, topic: &str) {
+    primary.report_when(|report| !report.notices.iter().any(|notice| notice.topic.starts_with(topic)));
+}
+
+/// What its journal says about the interface.
+fn journal(primary: &Primary) -> Vec<String> {
+    let Ok(Reply::Events(page)) = ask(&primary.socket(), &Request::Events(0)) else { panic!("no journal") };
+    let page: Page = serde_json::from_value(page).unwrap();
+    let said = page.entries.into_iter().filter(|entry| entry.event == "interface");
+    said.map(|entry| entry.detail).collect()
+}
+
+#[test]
+fn each_change_is_said_in_log_journal_and_report() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
+    for end in ["tx0", "rx0"] {
+        namespace.ethtool(&format!("-L {end} rx 2 tx 2")).unwrap();
+    }
+    namespace.ip("link set dev rx0 promisc on").unwrap();
+    let primary = start(&namespace);
+    assert_eq!(primary.report().lanes.len(), 2);
+    let serious = |report: &Report| report.notices.iter().any(|notice| notice.level > Level::Info);
+    assert!(!serious(&primary.report()), "{:#?}", primary.report());
+
+    let changes: [(&str, &str, &str, &str); 5] = [
+        (
+            "queues",
+            "ethtool -L rx0 rx 4",
+            "ethtool -L rx0 rx 2",
+            "RX queues 2, 3 of rx0 have no lane: their packets go to the kernel",
+        ),
+        (
+            "mtu",
+            "ip link set dev rx0 mtu 3000",
+            "ip link set dev rx0 mtu 1500",
+            "the MTU of rx0 is 3000 bytes, and a frame holds packets of 1770: longer ones are dropped, and counted",
+        ),
+        (
+            "carrier",
+            "ip link set dev tx0 down",
+            "ip link set dev tx0 up",
+            "rx0 has no carrier: no packet comes in",
+        ),
+        ("link", "ip link set dev rx0 down", "ip link set dev rx0 up", "rx0 is down: no packet comes in"),
+        (
+            "promiscuous",
+            "ip link set dev rx0 promisc off",
+            "ip link set dev rx0 promisc on",
+            "rx0 is not in promiscuous mode: it takes frames for this host alone",
+        ),
+    ];
+    let run = |command: &str| {
+        let mut words = command.split(' ');
+        command::run(namespace.command(words.next().unwrap()).args(words)).unwrap();
+    };
+    for (topic, make, unmake, text) in changes {
+        run(make);
+        let notice = told(&primary, topic);
+        assert!(notice.to_string().starts_with(text), "{notice}");
+        run(unmake);
+        told_no_longer(&primary, topic);
+        let journal = journal(&primary);
+        assert!(journal.iter().any(|line| line.starts_with(text)), "{journal:#?}");
+        assert_eq!(journal.last().unwrap(), &format!("over: {}", notice.what));
+        primary.process.wait_for_line(&format!(" WARN {text}")).unwrap();
+        primary.process.wait_for_line(&format!("over: {}", notice.what)).unwrap();
+    }
+
+    // And it still works.
+    replay(&namespace);
+    let report = primary.report_when(|report| all_received(report, PACKETS));
+    assert_balanced(&report, PACKETS);
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+}
+
+#[test]
+fn what_is_so_at_the_start_is_said() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(2) }).unwrap();
+    namespace.ip("link set dev tx0 down").unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("--queues 0").config("xdp_mode = 'generic'").unwrap();
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let expected = [
+        ("WARN", "rx0 has no carrier: "),
+        ("WARN", "RX queue 1 of rx0 has no lane: "),
+        ("INFO", "rx0 is not in promiscuous mode: "),
+        ("INFO", "rx0 may take VLAN tags off (rxvlan): "),
+    ];
+    let log = primary.process.stderr();
+    for (level, text) in expected {
+        let said = |line: &String| line.contains(&format!(" {level} ")) && line.contains(text);
+        assert_eq!(log.iter().filter(|line| said(line)).count(), 1, "{text}: {log:#?}");
+    }
+    assert_eq!(journal(&primary).len(), 2);
+    assert_eq!(primary.report().notices.len(), expected.len());
+    // What is said of the table is for people; a note is not worth a line of it.
+    let (exit, _folder) = primary.stop();
+    let table = exit.stdout.join("\n");
+    assert!(table.contains("warning: rx0 has no carrier: ") && !table.contains("promiscuous"), "{table}");
+}
+
+#[test]
+fn a_program_that_somebody_else_removes_is_missed() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let primary = start(&namespace);
+    meddle::detach_program(primary.process.pid());
+    let notice = told(&primary, "xdp");
+    assert_eq!(notice.level, Level::Error);
+    assert!(notice.to_string().contains("all packets go to the kernel"), "{notice}");
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
+}
+
+#[test]
+fn packets_that_do_not_fit_a_frame_are_counted_and_told() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let primary = start(&namespace);
+    for end in ["tx0", "rx0"] {
+        namespace.ip(&format!("link set dev {end} mtu 3000")).unwrap();
+    }
+    let notice = told(&primary, "mtu");
+    assert!(notice.meaning.contains("`ip link set dev rx0 mtu 1770`"), "{notice}");
+    let long = traffic::udp("10.3.0.2:4000".parse().unwrap(), "10.3.0.1:53".parse().unwrap(), &[0; 2900]);
+    namespace.run(|| Replay::onto("tx0").run(&vec![long; 100])).unwrap();
+    // Counted, and not as lost.
+    let report = primary.report_when(|report| report.lanes[0].xdp.drop_too_long == 100);
+    assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].kernel.rx_dropped), (0, 0));
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(0), "{exit:#?}");
 }

@@ -21,6 +21,9 @@ const POLL: Duration = Duration::from_millis(5);
 /// How long lanes may take to find their RX rings empty, which nothing is put on any more.
 const DRAIN: Duration = Duration::from_secs(1);
 
+/// How long a last look at the interface may take.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// How a primary ended.
 #[derive(Debug)]
 pub struct Outcome {
@@ -74,6 +77,10 @@ impl Primary {
         // Nobody is started again.
         for member in &mut self.members {
             (member.leaving, member.overdue) = (None, None);
+        }
+        // Some drivers reset their counters with that.
+        if let Some(watch) = &mut self.watch {
+            watch.look_now(LOOK);
         }
         if let Some(port) = &mut self.port {
             port.close();
@@ -148,6 +155,9 @@ impl Primary {
         }
         if let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) {
             spawner.note().remove();
+        }
+        if let Some(watch) = &mut self.watch {
+            watch.look_now(LOOK);
         }
         let report = self.report();
         imbalances.extend(report.imbalances());

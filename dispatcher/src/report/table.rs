@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Member, Report, Xdp};
+use super::{Level, Member, Report, Xdp};
 use crate::steer::BUCKETS;
 
 /// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
@@ -73,6 +73,9 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
         report.uptime_ns / 1_000_000_000,
         report.uptime_ns / 100_000_000 % 10
     )?;
+    for notice in report.notices.iter().filter(|notice| notice.level > Level::Info) {
+        wrapped(out, &format!("{} {notice}", notice.level.mark()))?;
+    }
     writeln!(
         out,
         "\n{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
@@ -125,6 +128,25 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
     write_ledger(out, report)
 }
 
+/// Writes a sentence in lines of at most 80 columns.
+fn wrapped(out: &mut String, sentence: &str) -> std::fmt::Result {
+    let mut column = 0;
+    for word in sentence.split_whitespace() {
+        let length = word.chars().count();
+        if column > 0 && column + 1 + length > 80 {
+            write!(out, "\n  {word}")?;
+            column = 2 + length;
+        } else if column > 0 {
+            write!(out, " {word}")?;
+            column += 1 + length;
+        } else {
+            write!(out, "{word}")?;
+            column = length;
+        }
+    }
+    writeln!(out)
+}
+
 /// Where every packet and every frame is.
 fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     let mut xdp = report.unserved;
@@ -152,6 +174,7 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         kernel(|kernel| kernel.rx_ring_full),
         kernel(|kernel| kernel.fill_ring_empty)
     )?;
+    write_nic(out, report)?;
     let (received, delivered, dropped) = report.totals();
     write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
     let mut causes = std::collections::BTreeMap::new();
@@ -178,6 +201,17 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     )
 }
 
+/// Counters of the NIC that have counted something.
+fn write_nic(out: &mut String, report: &Report) -> std::fmt::Result {
+    let counted = |(name, since): (&String, &u64)| (*since > 0).then(|| format!("{name:.40} {since}"));
+    let nic = report.nic.interface.iter().filter_map(counted);
+    let driver = report.nic.driver.iter().filter_map(counted).map(|counter| format!("driver {counter}"));
+    for (number, counter) in nic.chain(driver).enumerate() {
+        writeln!(out, "{:<8} {counter}", if number == 0 { "nic" } else { "" })?;
+    }
+    Ok(())
+}
+
 /// Packets per second.
 fn rate(count: u64, elapsed_ns: u64) -> u64 {
     u64::try_from(u128::from(count) * 1_000_000_000 / u128::from(elapsed_ns.max(1))).unwrap_or(u64::MAX)
@@ -200,7 +234,7 @@ fn short(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Group, Lane, Member};
+    use crate::report::{Group, Lane, Nic, Notice};
 
     #[test]
     fn fits_80_columns_whatever_the_numbers() {
@@ -238,11 +272,24 @@ mod tests {
             uptime_ns: u64::MAX / 2,
             lanes: vec![lane],
             groups: vec![Group { name: "default".into(), members: vec![member] }],
+            nic: Nic {
+                interface: [("rx_dropped".into(), u64::MAX), ("rx_errors".into(), 0)].into(),
+                driver: [("d".repeat(60), u64::MAX)].into(),
+            },
+            notices: vec![Notice {
+                topic: "link".into(),
+                level: Level::Error,
+                what: "enp129s0f1np1 is down".into(),
+                meaning: "no packet comes in until `ip link set dev enp129s0f1np1 up` ".repeat(3),
+            }],
             ..Report::default()
         };
         let text = render(&report, None);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
         assert!(text.contains("default/63"));
+        assert!(text.contains("\nerror: enp129s0f1np1 is down: no packet comes in until"), "{text}");
+        assert!(text.contains("\nnic      rx_dropped 18446744073709551615\n"), "{text}");
+        assert!(!text.contains("rx_errors"), "{text}");
         let text = render_members(&[&report.groups[0].members[0]]);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }

@@ -1,0 +1,46 @@
+//! Counters as differences since the start.
+
+use std::collections::BTreeMap;
+
+/// How far counters have gone since each was first seen.
+#[derive(Clone, Debug, Default)]
+pub struct Differences {
+    last: BTreeMap<String, u64>,
+    since: BTreeMap<String, u64>,
+}
+
+impl Differences {
+    /// Takes a reading. A counter that goes backwards was reset: it counts on from there.
+    pub fn update(&mut self, now: BTreeMap<String, u64>) {
+        for (name, value) in now {
+            let more = self.last.get(&name).map_or(0, |last| value.saturating_sub(*last));
+            *self.since.entry(name.clone()).or_default() += more;
+            self.last.insert(name, value);
+        }
+    }
+
+    /// The differences, by name.
+    pub fn since_start(&self) -> &BTreeMap<String, u64> {
+        &self.since
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_loses_nothing_that_was_counted() {
+        let mut differences = Differences::default();
+        let mut update = |values: &[(&str, u64)]| {
+            differences.update(values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect());
+            differences.since_start().values().copied().collect::<Vec<_>>()
+        };
+        assert_eq!(update(&[("a", 100)]), [0]);
+        // A counter that comes later, with its queue, counts from when it came.
+        assert_eq!(update(&[("a", 103), ("b", 50)]), [3, 0]);
+        assert_eq!(update(&[("a", 2), ("b", 51)]), [3, 1]);
+        assert_eq!(update(&[("b", 51)]), [3, 1]);
+        assert_eq!(update(&[("a", 4), ("b", 51)]), [5, 1]);
+    }
+}
