@@ -360,6 +360,9 @@ impl<S: PacketSource> Lane<S> {
         if sums.unparsed > 0 {
             counters.unparsed.add(sums.unparsed);
         }
+        if sums.cut > 0 {
+            counters.cut.add(sums.cut);
+        }
         counters.set_tally(self.frames.tally());
     }
 

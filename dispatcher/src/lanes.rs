@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -39,6 +39,16 @@ pub struct LaneHandle {
     kernel: report::Kernel,
     /// Times the kernel had found the FILL ring empty before packets could come: when the socket was bound.
     fill_ring_empty_before: u64,
+    cut: Told,
+}
+
+/// What has been told of the packets that arrived cut.
+#[derive(Debug)]
+struct Told {
+    count: u64,
+    /// When more may be told, and how long to be silent after that.
+    next: Instant,
+    pause: Duration,
 }
 
 /// What a lane is made of, beside its source.
@@ -104,6 +114,7 @@ impl LaneHandle {
             socket,
             kernel: report::Kernel::default(),
             fill_ring_empty_before: 0,
+            cut: Told { count: 0, next: Instant::now(), pause: Duration::from_secs(1) },
         })
     }
 
@@ -153,6 +164,19 @@ impl LaneHandle {
         Some(frames)
     }
 
+    /// Packets that arrived cut since this was last told. Some only if there are any, and then not for a second, and each
+    /// time twice as long, up to a minute: a driver that cuts packets does so for ever.
+    pub fn newly_cut(&mut self, now: Instant) -> Option<u64> {
+        let count = self.counters.cut.get();
+        if count == self.cut.count || now < self.cut.next {
+            return None;
+        }
+        let told = std::mem::replace(&mut self.cut.count, count);
+        self.cut.next = now + self.cut.pause;
+        self.cut.pause = (self.cut.pause * 2).min(Duration::from_secs(60));
+        Some(count - told)
+    }
+
     fn refresh_kernel(&mut self) {
         let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else {
             return;
@@ -184,6 +208,7 @@ impl LaneHandle {
             delivered: counters.delivered.get(),
             dropped: counters.dropped().into_iter().map(|(cause, count)| (cause.to_owned(), count)).collect(),
             unparsed: counters.unparsed.get(),
+            cut: counters.cut.get(),
             batches: counters.batches.get(),
             busy_ns: xfan_shm::clock::ticks_to_ns(counters.busy_ticks.get()),
             sleeps: counters.sleeps.get(),

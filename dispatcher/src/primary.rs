@@ -313,7 +313,22 @@ impl Primary {
         }
         self.look_for_hanging(now);
         self.look_for_overdue(now);
+        self.look_for_cut(now);
         Ok(())
+    }
+
+    /// Says if packets arrive cut: nothing else would tell that a driver does it.
+    fn look_for_cut(&mut self, now: Instant) {
+        for lane in &mut self.lanes {
+            let Some(packets) = lane.newly_cut(now) else { continue };
+            let detail = format!(
+                "queue {}: {packets} packets arrived cut: their IP length is longer than what the driver \
+                 delivered. Unless they are cut on the wire, set frame_size = 4096 or bind_mode = \"copy\"",
+                lane.queue
+            );
+            tracing::warn!("{detail}");
+            self.journal.write(None, std::process::id(), "cut", detail);
+        }
     }
 
     /// The places of those whom this is true of.

@@ -53,6 +53,9 @@ pub struct Lane {
     pub dropped: BTreeMap<String, u64>,
     /// Packets without a readable 5-tuple; delivered like all others.
     pub unparsed: u64,
+    /// Packets whose IP length says more than the driver delivered; delivered like all others.
+    #[serde(default)]
+    pub cut: u64,
     /// Batches of packets taken.
     pub batches: u64,
     /// Time spent in turns that found packets, in nanoseconds.

@@ -39,6 +39,9 @@ impl Descriptor {
     /// Flag: another worker had this packet before, and may have read it, but is gone without having committed it.
     pub const REDELIVERED: u8 = 2;
 
+    /// Flag: the frame holds less than the packet: its IP length goes on beyond the frame.
+    pub const CUT: u8 = 4;
+
     /// A descriptor of these fields; `flags` of 7 bits.
     #[inline(always)]
     pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {

@@ -149,6 +149,23 @@ impl<'a> Packet<'a> {
     }
 }
 
+/// Whether an Ethernet frame holds less than the IP packet in it: the length that its IP header gives, or the header itself,
+/// goes on beyond the frame. Either it was cut on its way, or whoever delivered the frame cut it.
+pub fn is_cut(frame: &[u8]) -> bool {
+    let Some((ethertype, offset)) = ethertype(frame) else { return false };
+    let datagram = &frame[offset..];
+    let length = match (ethertype, datagram.first().map(|byte| byte >> 4)) {
+        (IPV4 | IPV6, None) => None,
+        (IPV4, Some(4)) => datagram.first_chunk::<20>().map(|header| be16(header, 2).into()),
+        (IPV6, Some(6)) => datagram.first_chunk::<40>().map(|header| match be16(header, 4) {
+            0 => jumbo_length(header[6], &datagram[40..]).saturating_add(40),
+            length => usize::from(length) + 40,
+        }),
+        _ => return false,
+    };
+    length.is_none_or(|length| length > datagram.len())
+}
+
 /// Whether a protocol's header begins with two 16-bit ports.
 #[inline(always)]
 pub fn has_ports(protocol: u8) -> bool {
@@ -386,6 +403,40 @@ mod tests {
         let fragment = [&[TCP, 0, 0, 1, 0, 0, 0, 0][..], &PORTS].concat();
         assert_eq!(of_length(44, 8, &fragment), (TCP, 0, 0, true));
         assert_eq!(of_length(44, 7, &fragment), (44, 0, 0, false));
+    }
+
+    #[test]
+    fn a_packet_longer_than_its_frame_is_cut() {
+        let mut padded = frame(&[0x8100], IPV4, &v4(UDP, 0, &PORTS));
+        let whole = padded.len();
+        padded.extend([0; 20]);
+        for (frame, whole) in [
+            (padded, whole),
+            (frame(&[], IPV4, &v4(UDP, 0, &PORTS)), 14 + 28),
+            (frame(&[0x88a8, 0x8100], IPV6, &v6(UDP, &PORTS)), 14 + 8 + 48),
+        ] {
+            assert!((whole..=frame.len()).all(|length| !is_cut(&frame[..length])));
+            let (_, behind_tags) = ethertype(&frame).unwrap();
+            assert!((behind_tags..whole).all(|length| is_cut(&frame[..length])));
+            assert!((0..behind_tags).all(|length| !is_cut(&frame[..length])));
+        }
+        let of_length = |ethertype: u16, mut packet: Vec<u8>, at: usize, length: u16| {
+            packet[at..at + 2].copy_from_slice(&length.to_be_bytes());
+            is_cut(&frame(&[], ethertype, &packet))
+        };
+        // No length, or one that makes no sense.
+        assert!(!of_length(IPV4, v4(UDP, 0, &PORTS), 2, 0));
+        assert!(!of_length(IPV4, v4(UDP, 0, &PORTS), 2, 5));
+        assert!(!of_length(IPV6, v6(UDP, &PORTS), 4, 0));
+        assert!(of_length(IPV4, v4(UDP, 0, &PORTS), 2, 29));
+        assert!(of_length(IPV6, v6(UDP, &PORTS), 4, u16::MAX));
+        let jumbo = |length: u8| v6(HOP_BY_HOP, &[&[UDP, 0, 0xc2, 4, 0, 0, 0, length][..], &PORTS].concat());
+        assert!(!of_length(IPV6, jumbo(16), 4, 0));
+        assert!(of_length(IPV6, jumbo(17), 4, 0));
+        // Neither IPv4 nor IPv6.
+        assert!(!is_cut(&frame(&[], 0x0806, &v4(UDP, 0, &PORTS)[..10])));
+        assert!(!is_cut(&frame(&[], IPV4, &v6(UDP, &PORTS)[..10])));
+        assert!(!is_cut(&[0; 5]));
     }
 
     #[test]

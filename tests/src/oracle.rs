@@ -76,6 +76,8 @@ pub struct Reading {
     pub flow: Option<Flow>,
     /// Its Community ID, if it has a flow.
     pub community_id: Option<String>,
+    /// Whether the IP packet is longer than what the frame holds of it.
+    pub is_cut: bool,
 }
 
 /// What is to be said of a flow.
@@ -104,6 +106,8 @@ pub struct Expectation {
     pub rule: u64,
     /// Frames for the workers without a readable IP header: they belong to no flow.
     pub unreadable: u64,
+    /// Frames for the workers that do not hold the whole IP packet.
+    pub cut: u64,
     /// The flows of the frames for the workers.
     pub flows: BTreeMap<Flow, Totals>,
 }
@@ -121,6 +125,7 @@ impl Expectation {
                 Verdict::Redirect => {
                     expected.redirected += 1;
                     expected.redirected_bytes += frame.len() as u64;
+                    expected.cut += u64::from(reading.is_cut);
                     let Some(flow) = reading.flow else {
                         expected.unreadable += 1;
                         continue;
@@ -138,13 +143,15 @@ impl Expectation {
 
 /// Reads one frame, with `rules` in force.
 pub fn read(frame: &[u8], rules: &[PassRule]) -> Reading {
-    let packet = match network_layer(frame) {
+    let network = network_layer(frame);
+    let packet = match network {
         Some((0x0800, packet)) => ipv4(packet),
         Some((0x86dd, packet)) => ipv6(packet),
-        _ => return Reading { verdict: Verdict::NonIp, flow: None, community_id: None },
+        _ => return Reading { verdict: Verdict::NonIp, flow: None, community_id: None, is_cut: false },
     };
+    let is_cut = network.is_some_and(|(ethertype, packet)| ends_behind(ethertype, packet));
     let Some(packet) = packet else {
-        return Reading { verdict: Verdict::Redirect, flow: None, community_id: None };
+        return Reading { verdict: Verdict::Redirect, flow: None, community_id: None, is_cut };
     };
     let verdict = if packet.is_neighbour_discovery {
         Verdict::NeighbourDiscovery
@@ -153,7 +160,26 @@ pub fn read(frame: &[u8], rules: &[PassRule]) -> Reading {
     } else {
         Verdict::Redirect
     };
-    Reading { verdict, flow: Some(packet.flow()), community_id: Some(packet.community_id()) }
+    Reading { verdict, flow: Some(packet.flow()), community_id: Some(packet.community_id()), is_cut }
+}
+
+/// Whether an IP packet ends behind `bytes`, which begin it.
+fn ends_behind(ethertype: u16, bytes: &[u8]) -> bool {
+    let version = if ethertype == 0x0800 { 4 } else { 6 };
+    match bytes.first() {
+        None => true,
+        Some(first) if first >> 4 != version => false,
+        Some(_) if version == 4 => {
+            bytes.len() < 20 || usize::from(u16::from_be_bytes([bytes[2], bytes[3]])) > bytes.len()
+        }
+        Some(_) => match Ipv6HeaderSlice::from_slice(bytes) {
+            Err(_) => true,
+            Ok(header) => {
+                let payload = &bytes[header.slice().len()..];
+                payload_length(&header, payload) > payload.len()
+            }
+        },
+    }
 }
 
 /// The ethertype behind the tags, and what follows it.
@@ -202,11 +228,7 @@ fn ipv4(packet: &[u8]) -> Option<Packet<'_>> {
 fn ipv6(packet: &[u8]) -> Option<Packet<'_>> {
     let header = Ipv6HeaderSlice::from_slice(packet).ok()?;
     let all = &packet[header.slice().len()..];
-    let total = match usize::from(header.payload_length()) {
-        0 if header.next_header() == IpNumber::IPV6_HEADER_HOP_BY_HOP => jumbo_payload(all),
-        total => total,
-    };
-    let payload = &all[..total.min(all.len())];
+    let payload = &all[..payload_length(&header, all).min(all.len())];
     let discovery = matches!(payload.first(), Some(133..=137));
     let mut read = Packet {
         source: header.source_addr().into(),
@@ -221,6 +243,13 @@ fn ipv6(packet: &[u8]) -> Option<Packet<'_>> {
     };
     read.walk_extension_headers();
     Some(read)
+}
+
+fn payload_length(header: &Ipv6HeaderSlice<'_>, behind: &[u8]) -> usize {
+    match usize::from(header.payload_length()) {
+        0 if header.next_header() == IpNumber::IPV6_HEADER_HOP_BY_HOP => jumbo_payload(behind),
+        length => length,
+    }
 }
 
 /// The length that one of the first eight hop-by-hop options gives (RFC 2675), or 0.

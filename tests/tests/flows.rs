@@ -80,6 +80,7 @@ impl<'a> Metering<'a> {
             assert_eq!(lane.received, expected.redirected, "{what}");
             assert_eq!(lane.bytes, expected.redirected_bytes, "{what}");
             assert_eq!((lane.delivered, lane.unparsed), (expected.redirected, expected.unreadable), "{what}");
+            assert_eq!(lane.cut, expected.cut, "{what}");
             assert!(lane.dropped.values().all(|dropped| *dropped == 0), "{what}: {:?}", lane.dropped);
             assert_eq!(lane.kernel, Kernel::default(), "{what}");
         }

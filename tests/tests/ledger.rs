@@ -85,6 +85,32 @@ fn either_signal_ends_it_and_leaves_nothing() {
 }
 
 #[test]
+fn packets_that_arrive_cut_are_counted_delivered_and_told_of() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let primary = start(&namespace, Folder::new().unwrap());
+    let (from, to) = ("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:53".parse().unwrap());
+    let whole = traffic::udp(from, to, &[7; 1400]);
+    // As a driver delivers them whose buffers are too short, to queue 0 and to queue 1.
+    let cut = whole[..1024].to_vec();
+    replay(&namespace, &[whole.clone(), cut.clone(), whole.clone(), cut.clone(), whole, cut]);
+    let report = primary.report_after(6, true);
+    assert_eq!(report.lanes.iter().map(|lane| lane.cut).sum::<u64>(), 3);
+    assert_balanced(&report, 6);
+    let mut told = 0;
+    for lane in report.lanes.iter().filter(|lane| lane.cut > 0) {
+        let queue = format!("queue {}: ", lane.queue);
+        let line = primary.process.wait_for_line(&queue).unwrap();
+        let (packets, rest) = line.split_once(&queue).unwrap().1.split_once(' ').unwrap();
+        assert!(rest.starts_with("packets arrived cut") && rest.contains("frame_size = 4096"), "{line}");
+        told += packets.parse::<u64>().unwrap();
+    }
+    // What came since is told a second later.
+    assert!((1..=3).contains(&told), "{told}");
+    assert_ended_well(&primary.stop().0);
+}
+
+#[test]
 fn it_ends_well_under_a_flood() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();

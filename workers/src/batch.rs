@@ -200,6 +200,13 @@ impl<'b> Packet<'b> {
         self.descriptor.flags & Descriptor::UNPARSED == 0
     }
 
+    /// Whether [`data`](Self::data) is not the whole packet: its IP length is longer. It was cut on its way to this host, or by the
+    /// network card's driver; the dispatcher counts and reports that.
+    #[inline]
+    pub fn is_cut(&self) -> bool {
+        self.descriptor.flags & Descriptor::CUT != 0
+    }
+
     /// Whether another worker had this packet before, and is gone without having committed it: it may have read it, and done
     /// with it what this one is about to do.
     #[inline]

@@ -67,7 +67,8 @@ fn packets_are_read_in_place_with_what_is_known_of_them() {
     let (mut primary, mut worker) = attach(attached());
     let before = monotonic_ns();
     primary.send(1, 7);
-    let unparsed = Descriptor { flags: Descriptor::UNPARSED, port: 9, ..Descriptor::default() };
+    let flags = Descriptor::UNPARSED | Descriptor::CUT;
+    let unparsed = Descriptor { flags, port: 9, ..Descriptor::default() };
     assert!(primary.lanes[1].push(unparsed));
     let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
     assert_eq!((batch.len(), batch.is_empty(), batch.lane()), (2, false, 1));
@@ -78,6 +79,7 @@ fn packets_are_read_in_place_with_what_is_known_of_them() {
         (7, 1, 1, "west")
     );
     assert!(packets[0].is_parsed() && !packets[1].is_parsed());
+    assert!(!packets[0].is_cut() && packets[1].is_cut());
     assert_eq!((packets[1].data(), packets[1].port_name()), (&[] as &[u8], "?"));
     let time = u64::try_from(packets[0].time().as_nanos()).unwrap();
     assert!((before..=monotonic_ns()).contains(&time), "{before} {time}");

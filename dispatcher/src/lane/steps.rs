@@ -7,6 +7,7 @@
 use std::mem::MaybeUninit;
 
 use xfan_shm::Descriptor;
+use xfan_shm::flow::is_cut;
 use xfan_shm::ring::Reserved;
 
 use super::{Link, MAX_BATCH};
@@ -23,6 +24,7 @@ pub(super) struct Sums {
     pub(super) no_worker: u64,
     pub(super) frame_owner: u64,
     pub(super) unparsed: u64,
+    pub(super) cut: u64,
     /// Members that got packets, as bits.
     pub(super) touched: u64,
 }
@@ -79,9 +81,12 @@ pub(super) fn describe(
         let (hash, flags) = match frame.and_then(|frame| key.hash_plain(frame)) {
             Some(hash) => (hash, 0),
             None => {
-                let (hash, parsed) = key.hash_any(frame.unwrap_or(&[]));
+                let frame = frame.unwrap_or(&[]);
+                let ((hash, parsed), cut) = (key.hash_any(frame), is_cut(frame));
                 sums.unparsed += u64::from(!parsed);
-                (hash, if parsed { 0 } else { Descriptor::UNPARSED })
+                sums.cut += u64::from(cut);
+                let unparsed = if parsed { 0 } else { Descriptor::UNPARSED };
+                (hash, unparsed | if cut { Descriptor::CUT } else { 0 })
             }
         };
         #[allow(clippy::cast_possible_truncation)] // a frame has at most 4,096 bytes

@@ -494,6 +494,25 @@ fn frames_without_a_tuple_are_delivered_and_say_so() {
 }
 
 #[test]
+fn packets_of_which_the_frame_holds_less_are_counted_flagged_and_delivered() {
+    let mut bench = bench();
+    let mut peer = bench.join(0);
+    bench.steer(&[0]);
+    // 40 bytes of IP behind 14 of Ethernet; what follows is padding.
+    let of = |length: usize| packet(flow(1))[..length].to_vec();
+    bench.feed([of(60), of(54), of(53), of(37), of(30), of(14)]);
+    assert_eq!((bench.counters.cut.get(), bench.counters.unparsed.get()), (4, 2));
+    assert_eq!((bench.counters.delivered.get(), bench.dropped()), (6, [0, 0, 0]));
+    const UNPARSED: u8 = Descriptor::UNPARSED;
+    const CUT: u8 = Descriptor::CUT;
+    let taken = peer.take();
+    let flags: Vec<u8> = taken.iter().map(|descriptor| descriptor.flags).collect();
+    assert_eq!(flags, [0, 0, CUT, CUT, UNPARSED | CUT, UNPARSED | CUT]);
+    // With its ports it is of its flow, cut or not.
+    assert!(taken[..3].iter().all(|descriptor| descriptor.hash == taken[0].hash));
+}
+
+#[test]
 fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
     let mut bench = bench();
     let peer = bench.join(0);

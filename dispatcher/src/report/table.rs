@@ -186,6 +186,10 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
         write!(out, "\n         ({})", causes.join(", "))?;
     }
+    let cut: u64 = report.lanes.iter().map(|lane| lane.cut).sum();
+    if cut > 0 {
+        write!(out, "\ncut      {cut} packets: their frames hold less than their IP length")?;
+    }
     let frames = |field: fn(&super::Frames) -> u32| {
         report.lanes.iter().map(|lane| u64::from(field(&lane.frames))).sum::<u64>()
     };
@@ -243,6 +247,7 @@ mod tests {
             core: 1023,
             received: 999_999_999_999,
             busy_ns: u64::MAX / 2,
+            cut: 999_999_999_999,
             ..Lane::default()
         };
         let member = Member {
@@ -292,6 +297,15 @@ mod tests {
         assert!(!text.contains("rx_errors"), "{text}");
         let text = render_members(&[&report.groups[0].members[0]]);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+    }
+
+    #[test]
+    fn packets_that_arrived_cut_are_shown_if_there_are_any() {
+        let mut report = Report { lanes: vec![Lane::default(); 2], ..Report::default() };
+        assert!(!render(&report, None).contains("cut"));
+        report.lanes[1].cut = 7;
+        let text = render(&report, None);
+        assert!(text.contains("\ncut      7 packets: their frames hold less"), "{text}");
     }
 
     #[test]

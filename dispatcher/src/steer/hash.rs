@@ -43,17 +43,21 @@ impl HashKey {
         }
     }
 
-    /// Hashes nearly every packet there is: Ethernet, IPv4 without options, no fragment, TCP or UDP, ports in place. One
-    /// length check, a few masks.
+    /// Hashes nearly every packet there is: Ethernet, IPv4 without options, no fragment, TCP or UDP, ports in place, and the
+    /// whole of it in the frame. Two length checks, a few masks.
     #[inline(always)]
     pub fn hash_plain(&self, frame: &[u8]) -> Option<u32> {
         let head = frame.first_chunk::<38>()?;
         let l2 = le64(head, 12); // ethertype, version and header length, type of service, total length, identification
         let l3 = le64(head, 20); // flags and fragment offset, ttl, protocol, checksum, half an address
         let protocol = l3.to_le_bytes()[3];
-        // The datagram ends behind the ports: its length is 24 or more.
-        let total = u16::from_be_bytes([head[16], head[17]]);
-        if l2 & 0x00ff_ffff != 0x0045_0008 || l3 & 0xff3f != 0 || !matches!(protocol, TCP | UDP) || total < 24
+        // The datagram ends behind the ports, so its length is 24 or more, and within the frame.
+        let total = usize::from(u16::from_be_bytes([head[16], head[17]]));
+        let beyond_ports = total.wrapping_sub(24);
+        if l2 & 0x00ff_ffff != 0x0045_0008
+            || l3 & 0xff3f != 0
+            || !matches!(protocol, TCP | UDP)
+            || beyond_ports > frame.len() - 38
         {
             return None;
         }
@@ -153,7 +157,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::net::{Ipv4Addr, Ipv6Addr};
-    use xfan_shm::flow::{IPV4, IPV6, TCP, UDP};
+    use xfan_shm::flow::{IPV4, IPV6, TCP, UDP, is_cut};
 
     fn key() -> HashKey {
         HashKey::from_bytes(*b"0123456789abcdef")
@@ -223,6 +227,7 @@ mod tests {
             }
             frame.truncate(cut.max(1));
             prop_assert_eq!(key().hash_frame(&frame), key().hash_any(&frame));
+            prop_assert!(key().hash_plain(&frame).is_none() || !is_cut(&frame));
         }
 
         #[test]

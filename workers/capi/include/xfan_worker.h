@@ -48,6 +48,12 @@
 #define XFAN_PACKET_REDELIVERED 2
 
 /**
+ * Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this host, or by
+ * the network card's driver.
+ */
+#define XFAN_PACKET_CUT 4
+
+/**
  * Done.
  */
 #define XFAN_OK 0
@@ -178,7 +184,7 @@ typedef struct xfan_packet {
    */
   uint8_t port;
   /**
-   * XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED.
+   * XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED, XFAN_PACKET_CUT.
    */
   uint8_t flags;
 } xfan_packet;

@@ -28,6 +28,9 @@ pub const XFAN_PACKET_UNPARSED: u8 = 1;
 /// Of a packet: another worker had it before, and is gone without having committed it. It may have done with
 /// it what this one is about to do.
 pub const XFAN_PACKET_REDELIVERED: u8 = 2;
+/// Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this host, or by
+/// the network card's driver.
+pub const XFAN_PACKET_CUT: u8 = 4;
 
 /// A worker.
 pub struct Handle {
@@ -71,7 +74,7 @@ pub struct Packet {
     pub lane: u16,
     /// The interface that it came in by, for xfan_port_name.
     pub port: u8,
-    /// XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED.
+    /// XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED, XFAN_PACKET_CUT.
     pub flags: u8,
 }
 
@@ -224,6 +227,9 @@ pub unsafe extern "C" fn xfan_receive(
             }
             if packet.is_redelivered() {
                 flags |= XFAN_PACKET_REDELIVERED;
+            }
+            if packet.is_cut() {
+                flags |= XFAN_PACKET_CUT;
             }
             // What it is made from is as narrow as the fields; only the Rust interface widens it.
             #[allow(clippy::cast_possible_truncation)]

@@ -130,7 +130,7 @@ fn packets_are_described_and_committed_in_parts() {
     for content in 0..5 {
         primary.send(0, content);
     }
-    let flags = Descriptor::UNPARSED | Descriptor::REDELIVERED;
+    let flags = Descriptor::UNPARSED | Descriptor::REDELIVERED | Descriptor::CUT;
     assert!(primary.lanes[1].push(Descriptor { flags, port: 9, hash: 7, ..Descriptor::default() }));
 
     assert_eq!(c.receive(2, LONG), 2);
@@ -150,8 +150,8 @@ fn packets_are_described_and_committed_in_parts() {
     assert_eq!(c.commit(1), XFAN_INVALID);
     assert_eq!(c.receive(64, LONG), 1);
     let Packet { hash, lane, port, flags, length, .. } = *c.packet(0);
-    assert_eq!((hash, lane, port, flags, length), (7, 1, 9, 3, 0));
-    assert_eq!(XFAN_PACKET_UNPARSED | XFAN_PACKET_REDELIVERED, 3);
+    assert_eq!((hash, lane, port, flags, length), (7, 1, 9, 7, 0));
+    assert_eq!(XFAN_PACKET_UNPARSED | XFAN_PACKET_REDELIVERED | XFAN_PACKET_CUT, 7);
     assert_eq!((c.commit(usize::MAX), c.commit(1)), (XFAN_INVALID, XFAN_OK));
     assert_eq!(c.receive(64, 1), 0);
     assert_eq!(c.commit(1), XFAN_INVALID);
