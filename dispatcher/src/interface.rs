@@ -1,4 +1,4 @@
-//! A network interface of this network namespace: index, MTU, RX queues, driver, offloads.
+//! A network interface of this network namespace: index, type, MTU, RX queues, driver, offloads.
 //!
 //! Everything is asked through a socket, since a socket knows its namespace. `/sys` may show another one's.
 
@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::net::if_::{if_nameindex, if_nametoindex};
+use nix::net::if_::if_nameindex;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
 
 use crate::config::Queues;
@@ -47,6 +47,18 @@ pub enum InterfaceError {
         name: String,
         /// The names there are.
         there: Vec<String>,
+    },
+    /// Its packets begin with no Ethernet header.
+    #[error(
+        "`{name}` is {}: its packets begin with no Ethernet header; name the Ethernet interface that carries them, or \
+         use a tunnel of Ethernet frames (tap, gretap, VXLAN)",
+        device(*kind)
+    )]
+    NotEthernet {
+        /// The interface.
+        name: String,
+        /// Its type, a number of `linux/if_arp.h`.
+        kind: u16,
     },
     /// A queue beyond those the interface has.
     #[error(
@@ -110,12 +122,18 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// There is none of this name, or the kernel refuses to tell.
+    /// There is none of this name, it is no Ethernet device, or the kernel refuses to tell.
     pub fn find(name: &str) -> Result<Self, InterfaceError> {
-        let index = if_nametoindex(name)
-            .map_err(|_| InterfaceError::Unknown { name: name.to_owned(), there: names() })?;
         let asked = |what| move |source| InterfaceError::Query { what, name: name.to_owned(), source };
         let socket = socket().map_err(asked("the settings"))?;
+        let index = index(&socket, name).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENODEV) => InterfaceError::Unknown { name: name.to_owned(), there: names() },
+            _ => asked("the index")(error),
+        })?;
+        let kind = kind(&socket, name).map_err(asked("the type"))?;
+        if !matches!(kind, libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK) {
+            return Err(InterfaceError::NotEthernet { name: name.to_owned(), kind });
+        }
         let mtu = mtu(&socket, name).map_err(asked("the MTU"))?;
         let driver = optional(driver(&socket, name)).map_err(asked("the driver"))?.unwrap_or_default();
         let rx_queues = match optional(channels(&socket, name)).map_err(asked("the RX queues"))? {
@@ -173,6 +191,32 @@ impl Interface {
         let ports = self.sysfs().and_then(|folder| fs::read_to_string(folder.join("bonding/slaves")).ok());
         ports.iter().flat_map(|ports| ports.split_whitespace()).map(str::to_owned).collect()
     }
+}
+
+/// Types of `linux/if_arp.h` that libc has no names for.
+const ARPHRD_RAWIP: u16 = 519;
+const ARPHRD_IP6GRE: u16 = 823;
+const ARPHRD_NETLINK: u16 = 824;
+
+/// What a device of a type of `linux/if_arp.h` is called.
+fn device(kind: u16) -> String {
+    match kind {
+        libc::ARPHRD_NONE => "a layer-3 device, such as tun or WireGuard",
+        ARPHRD_RAWIP => "a modem's IP device",
+        libc::ARPHRD_PPP => "a PPP device",
+        libc::ARPHRD_TUNNEL => "an IPIP tunnel",
+        libc::ARPHRD_TUNNEL6 => "an IPv6 tunnel",
+        libc::ARPHRD_SIT => "a SIT tunnel (IPv6 in IPv4)",
+        libc::ARPHRD_IPGRE | ARPHRD_IP6GRE => "a GRE tunnel of IP packets",
+        libc::ARPHRD_INFINIBAND => "an InfiniBand device",
+        libc::ARPHRD_IEEE80211 | libc::ARPHRD_IEEE80211_PRISM | libc::ARPHRD_IEEE80211_RADIOTAP => {
+            "a Wi-Fi device in monitor mode"
+        }
+        libc::ARPHRD_CAN => "a CAN bus",
+        ARPHRD_NETLINK => "a monitor of netlink messages",
+        other => return format!("a device of type {other} (linux/if_arp.h)"),
+    }
+    .to_owned()
 }
 
 fn list(names: &[impl Display]) -> String {
@@ -313,16 +357,37 @@ fn driver(socket: &OwnedFd, name: &str) -> io::Result<DriverInfo> {
     Ok(info)
 }
 
+fn index(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+    let answer = ask(socket, name, libc::SIOCGIFINDEX)?;
+    // SAFETY: SIOCGIFINDEX has filled `ifru_ifindex`.
+    number(unsafe { answer.ifru_ifindex })
+}
+
+fn kind(socket: &OwnedFd, name: &str) -> io::Result<u16> {
+    let answer = ask(socket, name, libc::SIOCGIFHWADDR)?;
+    // SAFETY: SIOCGIFHWADDR has filled `ifru_hwaddr`.
+    Ok(unsafe { answer.ifru_hwaddr.sa_family })
+}
+
 fn mtu(socket: &OwnedFd, name: &str) -> io::Result<u32> {
+    let answer = ask(socket, name, libc::SIOCGIFMTU)?;
+    // SAFETY: SIOCGIFMTU has filled `ifru_mtu`.
+    number(unsafe { answer.ifru_mtu })
+}
+
+fn number(answer: libc::c_int) -> io::Result<u32> {
+    u32::try_from(answer).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// Puts one of the questions of netdevice(7), whose answer comes in the request itself.
+fn ask(socket: &OwnedFd, name: &str, question: libc::Ioctl) -> io::Result<libc::__c_anonymous_ifr_ifru> {
     let mut request = request(name)?;
-    // SAFETY: SIOCGIFMTU reads the name of a `struct ifreq` and fills its `ifru_mtu`; both are ours
-    // and live through the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) } < 0 {
+    // SAFETY: these questions read the name of a `struct ifreq` and fill its union; the request is ours and
+    // lives through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), question, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so `ifru_mtu` is the member that was written.
-    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
-    u32::try_from(mtu).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+    Ok(request.ifr_ifru)
 }
 
 /// Puts a question to the driver. The answer comes where `question` points to.
@@ -346,7 +411,8 @@ fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        // No interface has so long a name.
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
     }
     for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *place = byte as libc::c_char;
@@ -395,6 +461,33 @@ mod tests {
         assert!(message.contains("`no-such-if` in this network namespace; there are: "), "{message}");
         assert!(message.contains("lo"), "{message}");
         assert_eq!(error.exit(), Exit::Interface);
+        let long = Interface::find("a-name-of-more-than-15-bytes").unwrap_err();
+        assert!(matches!(long, InterfaceError::Unknown { .. }), "{long}");
+    }
+
+    #[test]
+    fn a_device_that_is_no_ethernet_one_is_named() {
+        let refused = |kind| InterfaceError::NotEthernet { name: "x0".to_owned(), kind };
+        let message = refused(libc::ARPHRD_NONE).to_string();
+        assert_eq!(
+            message,
+            "`x0` is a layer-3 device, such as tun or WireGuard: its packets begin with no Ethernet header; name the \
+             Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)"
+        );
+        assert_eq!(refused(libc::ARPHRD_NONE).exit(), Exit::Interface);
+        let others = [
+            (768, "`x0` is an IPIP tunnel: "),
+            (512, "`x0` is a PPP device: "),
+            (803, "`x0` is a Wi-Fi device in monitor mode: "),
+            (32, "`x0` is an InfiniBand device: "),
+            (823, "`x0` is a GRE tunnel of IP packets: "),
+            (519, "`x0` is a modem's IP device: "),
+            (65000, "`x0` is a device of type 65000 (linux/if_arp.h): "),
+        ];
+        for (kind, begin) in others {
+            let message = refused(kind).to_string();
+            assert!(message.starts_with(begin), "{message}");
+        }
     }
 
     #[test]

@@ -38,6 +38,59 @@ fn generic_mode_gets_packets_as_they_were_sent() {
     assert!(gro_is_on(&namespace));
 }
 
+/// Makes a device; tells why if this kernel has no such kind.
+fn made(namespace: &Netns, command: &str) -> bool {
+    match namespace.ip(command) {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("left out: {error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn layer_3_devices_are_refused_by_their_type() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    let devices = [
+        ("tuntap add dev l3 mode tun", "a layer-3 device, such as tun or WireGuard"),
+        ("link add l3 type wireguard", "a layer-3 device, such as tun or WireGuard"),
+        ("link add l3 type ipip local 127.0.0.1 remote 127.0.0.2", "an IPIP tunnel"),
+        ("link add l3 type sit local 127.0.0.1 remote 127.0.0.2", "a SIT tunnel (IPv6 in IPv4)"),
+        ("link add l3 type gre local 127.0.0.1 remote 127.0.0.2", "a GRE tunnel of IP packets"),
+        ("link add l3 type ip6tnl local ::1 remote ::2", "an IPv6 tunnel"),
+        ("link add l3 type vcan", "a CAN bus"),
+        ("link add l3 type nlmon", "a monitor of netlink messages"),
+    ];
+    let mut refused = 0;
+    for (command, kind) in devices {
+        if made(&namespace, command) {
+            let error = namespace.run(|| Interface::find("l3")).unwrap_err();
+            let begin = format!("`l3` is {kind}: its packets begin with no Ethernet header; ");
+            assert!(error.to_string().starts_with(&begin), "{command}: {error}");
+            assert_eq!(error.exit(), Exit::Interface);
+            namespace.ip("link del l3").unwrap();
+            refused += 1;
+        }
+    }
+    assert!(refused > 0, "tun is in every kernel");
+    for command in [
+        "tuntap add dev l2 mode tap",
+        "link add l2 type dummy",
+        "link add l2 type bridge",
+        "link add l2 type gretap local 127.0.0.1 remote 127.0.0.2",
+        "link add l2 type vxlan id 7 dstport 4789 dev lo",
+        "link add l2 type bond",
+    ] {
+        if made(&namespace, command) {
+            let found = namespace.run(|| Interface::find("l2"));
+            assert!(found.is_ok(), "{command}: {found:?}");
+            namespace.ip("link del l2").unwrap();
+        }
+    }
+}
+
 #[test]
 fn gro_is_read_and_set_as_ethtool_shows_it() {
     let _watchdog = e2e_or_skip!();

@@ -114,6 +114,20 @@ fn an_interface_that_is_not_there() {
 }
 
 #[test]
+fn a_layer_3_interface() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    namespace.ip("tuntap add dev rx0 mode tun").unwrap();
+    namespace.ip("link set dev rx0 up").unwrap();
+    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets begin with no Ethernet header; \
+                   name the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
+    assert_refused_without_trace(&namespace, &launch(&namespace).run().unwrap(), INTERFACE, message);
+    let mut topology = namespace.command(binary("xfan").unwrap());
+    topology.args(["topology", "-i", "rx0"]);
+    assert_refused(&Process::spawn(topology).unwrap().wait(), INTERFACE, message);
+}
+
+#[test]
 fn a_queue_that_is_not_there() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
