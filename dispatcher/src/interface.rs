@@ -382,8 +382,8 @@ fn number(answer: libc::c_int) -> io::Result<u32> {
 /// Puts one of the questions of netdevice(7), whose answer comes in the request itself.
 fn ask(socket: &OwnedFd, name: &str, question: libc::Ioctl) -> io::Result<libc::__c_anonymous_ifr_ifru> {
     let mut request = request(name)?;
-    // SAFETY: these questions read the name of a `struct ifreq` and fill its union; the request is ours and
-    // lives through the call.
+    // SAFETY: these questions read the name of a `struct ifreq` and fill its union; the request is
+    // ours and lives through the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), question, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -19,8 +19,10 @@ pub struct Link {
     pub index: u32,
     /// Its MTU, in bytes after the Ethernet header.
     pub mtu: u32,
+    /// Its type, as `ip` names it.
+    link_type: String,
     /// Its MAC address.
-    #[serde(rename = "address", deserialize_with = "mac_address")]
+    #[serde(rename = "address", default, deserialize_with = "mac_address")]
     pub mac: [u8; 6],
     /// Receive queues in use.
     #[serde(rename = "num_rx_queues")]
@@ -49,6 +51,14 @@ pub enum LinkError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Its frames are no Ethernet frames.
+    #[error("interface {name} is of type `{link_type}`, not Ethernet")]
+    NotEthernet {
+        /// The interface asked for.
+        name: String,
+        /// Its type, as `ip` names it.
+        link_type: String,
+    },
     /// The driver does not tell its channels.
     #[error("the queues that {name} uses cannot be read: {source}")]
     Channels {
@@ -71,6 +81,9 @@ impl Link {
         let mut links: Vec<Link> =
             serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
         let mut link = links.pop().ok_or_else(|| unreadable("an empty list".into()))?;
+        if !["ether", "loopback"].contains(&&*link.link_type) {
+            return Err(LinkError::NotEthernet { name: name.into(), link_type: link.link_type });
+        }
         // `ip` shows the queues allocated. What is sent through one that is not in use is lost.
         let in_use = channels(name).map_err(|source| LinkError::Channels { name: name.into(), source })?;
         if let Some((rx_queues, tx_queues)) = in_use {

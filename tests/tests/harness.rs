@@ -84,22 +84,21 @@ fn a_replay_spreads_and_repeats() {
 fn only_queues_in_use_are_sent_through() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
-    let frames = traffic::synthetic(50, 600, 5).frames;
-    namespace.ethtool("-L tx0 tx 2").unwrap();
-
-    let report = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
-    assert_eq!(report.queues, BTreeMap::from([(0, 300), (1, 300)]));
-    assert_eq!(by_queue(receiver.drain()).values().map(Vec::len).sum::<usize>(), 600);
-    let replay = Replay { queues: vec![2], ..Replay::onto("tx0") };
-    let error = namespace.run(|| replay.run(&frames)).unwrap_err().to_string();
-    assert!(error.contains("tx0 has 2 TX queues in use, so there is no queue 2"), "{error}");
-
     // The generator's frames are counted by the sender's queue, however many the receiver has.
     namespace.ethtool("-L tx0 tx 1").unwrap();
     let load = Load { cpu: 1, ..Load::onto("tx0", End::Frames(100)) };
     let report = namespace.run(|| generator::run(&load)).unwrap();
     assert_eq!((report.sent, report.queue), (100, 0), "{report:?}");
     assert_eq!(receiver.collect(100).len(), 100);
+
+    namespace.ethtool("-L tx0 tx 2").unwrap();
+    let frames = traffic::synthetic(50, 600, 5).frames;
+    let report = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    assert_eq!(report.queues, BTreeMap::from([(0, 300), (1, 300)]));
+    assert_eq!(by_queue(receiver.drain()).values().map(Vec::len).sum::<usize>(), 600);
+    let replay = Replay { queues: vec![2], ..Replay::onto("tx0") };
+    let error = namespace.run(|| replay.run(&frames)).unwrap_err().to_string();
+    assert!(error.contains("tx0 has 2 TX queues in use, so there is no queue 2"), "{error}");
 }
 
 #[test]
@@ -342,6 +341,17 @@ fn a_receiver_that_cannot_take_redirected_frames_is_named() {
     let load = Load { frame_bytes: 59, ..load };
     let error = namespace.run(|| generator::run(&load)).unwrap_err().to_string();
     assert_eq!(error, "the size of a frame, in bytes without FCS, is 59, but must be 60 to 1514");
+}
+
+#[test]
+fn a_layer_3_interface_is_named() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Netns::quiet().unwrap();
+    namespace.ip("tuntap add dev tun0 mode tun").unwrap();
+    let error = namespace.run(|| Replay::onto("tun0").run(&[[0; 60]])).unwrap_err().to_string();
+    assert_eq!(error, "interface tun0 is of type `none`, not Ethernet");
+    let error = namespace.run(|| generator::run(&Load::onto("tun0", End::Frames(1)))).unwrap_err();
+    assert_eq!(error.to_string(), "interface tun0 is of type `none`, not Ethernet");
 }
 
 #[test]
