@@ -11,8 +11,9 @@
 //! On a veth they arrive on the RX queue numbered like the sending CPU, modulo the receiver's queues, if it has NAPI (an XDP
 //! program or GRO) and its ring has room: it drops what comes faster than it can take. Accepted and refused frames are
 //! counted by the veth driver itself (`ethtool -S`: `tx_queue_N_xdp_xmit`), so the report is exact as long as nobody
-//! else redirects into the same queue; a contradiction is an error.
+//! else redirects into the interface; a contradiction is an error.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::unix::thread::JoinHandleExt;
 use std::process::Command;
@@ -116,7 +117,8 @@ pub struct Report {
     pub offered_per_second: f64,
     /// Times it fell a millisecond behind its pace, and did not catch up.
     pub late: u64,
-    /// The receiving queue, if the receiver has as many RX queues as the interface has TX queues.
+    /// The interface's TX queue that counted them. It has the receiving queue's number if the
+    /// receiver uses as many RX queues as the interface uses TX queues.
     pub queue: u32,
 }
 
@@ -142,8 +144,8 @@ pub enum GeneratorError {
     #[error("{0}; the counters of {1} are needed to tell what was sent")]
     Counters(CommandError, String),
     /// The interface has no such counters.
-    #[error("{0} has no counter tx_queue_{1}_xdp_xmit, so it is no veth; what was sent could not be told")]
-    NoVeth(String, u32),
+    #[error("{0} has no counters tx_queue_N_xdp_xmit, so it is no veth; what was sent could not be told")]
+    NoVeth(String),
     /// The CPU is not there or not allowed.
     #[error("the generator cannot run on CPU {0}: it is offline or not allowed (taskset -p $$)")]
     Cpu(usize),
@@ -347,8 +349,7 @@ fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
         .map_err(|error| kernel(&error))?;
     program.load().map_err(|error| kernel(&error))?;
 
-    let queue = u32::try_from(load.cpu).unwrap_or(u32::MAX) % link.tx_queues.max(1);
-    let before = accepted(link, queue)?;
+    let before = accepted(link)?;
     // One call for all: each sets up and tears down a pool of pages, which takes 20 ms.
     let ran = program.test_run(TestRunOptions {
         data_in: Some(&frame),
@@ -362,7 +363,12 @@ fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
             if error.io_error.kind() == std::io::ErrorKind::Interrupted => {}
         Err(error) => return Err(kernel(&error)),
     }
-    let sent = accepted(link, queue)? - before;
+    // The receiving queue, and so the one that counts, depends on how many the peer uses.
+    let accepted = accepted(link)?.into_iter();
+    let moved = accepted.map(|(queue, frames)| (queue, frames - before.get(&queue).unwrap_or(&0)));
+    let moved: Vec<_> = moved.filter(|(_, frames)| *frames > 0).collect();
+    let sent = moved.iter().map(|(_, frames)| frames).sum();
+    let queue = moved.first().map_or(0, |(queue, _)| *queue);
 
     let state = object.map(".bss").expect("generate.bpf.c has a global variable");
     let state = Array::<&MapData, State>::try_from(state).map_err(|error| kernel(&error))?;
@@ -405,13 +411,16 @@ fn template(load: &Load) -> Vec<u8> {
     frame
 }
 
-/// Frames that the peer has taken on `queue` from redirects into the interface, ever.
-fn accepted(link: &Link, queue: u32) -> Result<u64, GeneratorError> {
+/// Frames that the peer has ever taken from redirects into the interface, by the queue that counts.
+fn accepted(link: &Link) -> Result<BTreeMap<u32, u64>, GeneratorError> {
     let text = command::run(Command::new("ethtool").args(["-S", &link.name]))
         .map_err(|error| GeneratorError::Counters(error, link.name.clone()))?;
-    let counter = format!("tx_queue_{queue}_xdp_xmit:");
-    let value = text.lines().find_map(|line| line.trim().strip_prefix(&counter)?.trim().parse().ok());
-    value.ok_or_else(|| GeneratorError::NoVeth(link.name.clone(), queue))
+    let counter = |line: &str| {
+        let (queue, frames) = line.trim().strip_prefix("tx_queue_")?.split_once("_xdp_xmit: ")?;
+        Some((queue.parse().ok()?, frames.parse().ok()?))
+    };
+    let counters: BTreeMap<_, _> = text.lines().filter_map(counter).collect();
+    if counters.is_empty() { Err(GeneratorError::NoVeth(link.name.clone())) } else { Ok(counters) }
 }
 
 /// The running number of a frame from a generator; `None` if it is not one.

@@ -102,6 +102,17 @@ fn only_queues_in_use_are_sent_through() {
 }
 
 #[test]
+fn the_generator_counts_whatever_queue_the_receiver_uses() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _pair) = Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(4) }).unwrap();
+    // CPU 1 sends to RX queue 0, which the sender counts as its queue 0.
+    namespace.ethtool("-L rx0 rx 1").unwrap();
+    let load = Load { cpu: 1, ..Load::onto("tx0", End::Frames(100)) };
+    let report = namespace.run(|| generator::run(&load)).unwrap();
+    assert_eq!((report.sent, report.queue), (100, 0), "{report:?}");
+}
+
+#[test]
 fn a_capture_file_through_the_program() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
