@@ -56,6 +56,8 @@ pub struct LaneCounters {
     pub busy_ticks: Counter,
     /// Times the lane slept.
     pub sleeps: Counter,
+    /// Times the RX ring was found empty.
+    pub emptied: Counter,
     /// Commands obeyed.
     pub commands: Counter,
     /// Raised when a lane that was told to drain has found its RX ring empty.

@@ -21,7 +21,7 @@ pub struct Entry {
     /// Process id of its worker; 0: none.
     pub pid: u32,
     /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`, `vacated`, `hung`, `evicted`,
-    /// `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`, `resumed`, `interface`, `cut`.
+    /// `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`, `resumed`, `interface`, `cut`, `unaccounted`.
     pub event: String,
     /// More of it, for people.
     pub detail: String,

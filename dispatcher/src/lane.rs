@@ -275,6 +275,7 @@ impl<S: PacketSource> Lane<S> {
                 continue;
             }
             now = ticks();
+            self.counters.emptied.add(1);
             if std::mem::take(&mut self.draining) {
                 self.counters.drained.store(true, Ordering::Release);
             }

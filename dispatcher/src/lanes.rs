@@ -17,10 +17,14 @@ use crate::report;
 use crate::source::PacketSource;
 use crate::steer::HashKey;
 use crate::umem::PacketMemory;
+use crate::watch::{Arrivals, Reading};
 use crate::xsk::rings;
 
 /// Commands that may wait for a lane. It obeys between two batches, so more than a few never do.
 const COMMANDS: usize = 256;
+
+/// More packets than a driver handles in one round of NAPI.
+const ROUND: u64 = 1024;
 
 /// A running lane.
 #[derive(Debug)]
@@ -33,6 +37,8 @@ pub struct LaneHandle {
     commands: Arc<ArrayQueue<Command>>,
     doorbell: Arc<OwnedFd>,
     issued: u64,
+    /// Frames the kernel is to have at any time.
+    posted: u32,
     thread: Option<JoinHandle<Frames>>,
     /// For the kernel's statistics; none where packets come from memory.
     socket: Option<OwnedFd>,
@@ -110,6 +116,7 @@ impl LaneHandle {
             commands,
             doorbell: bell,
             issued: 0,
+            posted: config.posted,
             thread: Some(thread),
             socket,
             kernel: report::Kernel::default(),
@@ -195,6 +202,23 @@ impl LaneHandle {
         self.fill_ring_empty_before += self.kernel.fill_ring_empty;
     }
 
+    /// Keeps book of what is redirected to it.
+    pub fn arrivals(&self) -> Arrivals {
+        Arrivals::new(u64::from(self.posted) + ROUND)
+    }
+
+    /// A reading for that book, after the XDP program's counter was read.
+    pub fn read(&mut self, redirected: u64) -> Reading {
+        let emptied = self.counters.emptied.get();
+        let received = self.counters.received.get();
+        self.refresh_kernel();
+        Reading {
+            redirected,
+            emptied,
+            accounted: received + self.kernel.rx_dropped + self.kernel.rx_ring_full,
+        }
+    }
+
     /// What it counted.
     pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
         self.refresh_kernel();
@@ -213,6 +237,7 @@ impl LaneHandle {
             busy_ns: xfan_shm::clock::ticks_to_ns(counters.busy_ticks.get()),
             sleeps: counters.sleeps.get(),
             kernel: self.kernel,
+            unaccounted: 0,
             xdp,
             // Published between batches, when nothing is the lane's.
             frames: report::Frames { total, free, kernel, lane: 0, lent, tx: 0 },

@@ -54,6 +54,7 @@ fn run_primary(flags: &Flags) -> Ended {
     match outcome.error {
         Some(error) => Err(failed(error)),
         None if !outcome.imbalances.is_empty() => Err(failed(RunError::Imbalance(outcome.imbalances))),
+        None if !outcome.unaccounted.is_empty() => Err(failed(RunError::Unaccounted(outcome.unaccounted))),
         None => Ok(()),
     }
 }

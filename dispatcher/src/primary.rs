@@ -32,7 +32,7 @@ use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
-use crate::watch::{Notice, Watch};
+use crate::watch::{Arrivals, Watch};
 use workers::Spawner;
 
 pub use error::PrimaryError;
@@ -80,8 +80,9 @@ pub struct Primary {
     open: bool,
     /// Watches the interface; none before [`run`](Self::run).
     watch: Option<Watch>,
-    /// What bears on packets now, most important first.
-    notices: Vec<Notice>,
+    /// Whether packets arrive that were redirected: of the lanes, in order.
+    arrivals: Vec<Arrivals>,
+    next_reading: Instant,
     /// They come: there is somebody to take them, or they are to be dropped.
     flowing: bool,
     table: BucketTable,
@@ -126,7 +127,8 @@ impl Primary {
             last_refusal: None,
             open: false,
             watch: None,
-            notices: Vec::new(),
+            arrivals: Vec::new(),
+            next_reading: Instant::now(),
             flowing: false,
             table: BucketTable::empty(),
             started: Instant::now(),
@@ -289,6 +291,7 @@ impl Primary {
             return Err(PrimaryError::LaneEnded(lane.queue));
         }
         self.look_for_interface()?;
+        self.look_for_lost_packets();
         self.look_at_interface();
         for place in 0..self.members.len() {
             if self.members[place].take_corrupt() {
@@ -429,8 +432,11 @@ impl Primary {
     pub fn report(&mut self) -> Report {
         let (served, unserved) = self.port.as_ref().map(Port::counters).unwrap_or_default();
         let mut served = served.into_iter();
-        let lanes =
+        let mut lanes: Vec<_> =
             self.lanes.iter_mut().map(|lane| lane.report(served.next().unwrap_or_default())).collect();
+        for (lane, arrivals) in lanes.iter_mut().zip(&self.arrivals) {
+            lane.unaccounted = arrivals.lost();
+        }
         let members = self
             .members
             .iter()
@@ -447,7 +453,7 @@ impl Primary {
             uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             unserved,
             nic: self.watch.as_ref().map(Watch::nic).unwrap_or_default(),
-            notices: self.notices.clone(),
+            notices: self.notices(),
             control: report::Control { refused: self.refused, ..self.control.report() },
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],

@@ -64,6 +64,10 @@ pub struct Lane {
     pub sleeps: u64,
     /// What the kernel dropped before the lane saw it.
     pub kernel: Kernel,
+    /// Packets that were redirected to the socket, did not arrive, and are in none of the kernel's counters. While packets
+    /// flow, those of which this is sure.
+    #[serde(default)]
+    pub unaccounted: u64,
     /// What the XDP program did with the queue's packets.
     pub xdp: Xdp,
     /// Who has the lane's frames.
@@ -215,6 +219,13 @@ pub struct Member {
     pub busy_ns: u64,
     /// What it publishes.
     pub counters: BTreeMap<String, u64>,
+}
+
+impl Lane {
+    /// Packets that were redirected, and that were neither received nor counted as dropped: at rest, those that are lost.
+    pub fn missing(&self) -> u64 {
+        self.xdp.redirect.saturating_sub(self.received + self.kernel.rx_dropped + self.kernel.rx_ring_full)
+    }
 }
 
 impl Report {

@@ -52,6 +52,8 @@ pub enum RunError {
     },
     #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
     Imbalance(Vec<String>),
+    #[error("packets were lost that are in no counter: {}", .0.join("; "))]
+    Unaccounted(Vec<String>),
 }
 
 impl RunError {
@@ -71,7 +73,9 @@ impl RunError {
             RunError::Control(ControlError::Occupied(_)) => Exit::Busy,
             RunError::TooManyLanes { .. } => Exit::Usage,
             RunError::Primary(error) => error.exit(),
-            RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) => Exit::Failure,
+            RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) | RunError::Unaccounted(_) => {
+                Exit::Failure
+            }
         }
     }
 }

@@ -1,8 +1,10 @@
-//! What is watched while a primary runs: its interface, and what the kernel and the driver count of it.
+//! What is watched while a primary runs: its interface, what the kernel and the driver count of it, and that packets arrive
+//! that were redirected.
 //!
 //! Whether the interface is there is asked often, and takes no lock. The rest waits for a lock that others may hold for
 //! seconds while they set up any interface of the machine (RTNL): so it is asked about once a second, by a thread of its own.
 
+mod arrivals;
 mod conditions;
 mod differences;
 mod driver;
@@ -23,7 +25,8 @@ use driver::{Driver, Offloads};
 use link::{Link, LinkSocket};
 use presence::Presence;
 
-pub use conditions::{Change, Expected, Level, Notice};
+pub use arrivals::{Arrivals, Change as ArrivalsChange, Reading};
+pub use conditions::{Change, Expected, Level, Notice, unaccounted};
 
 /// How often the interface is looked at.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -124,7 +127,7 @@ impl Watch {
     }
 
     /// Looks, and waits for what is seen, though not for longer than `patience`.
-    pub fn look_now(&mut self, patience: Duration) {
+    fn look_now(&mut self, patience: Duration) {
         let until = Instant::now() + patience;
         let take = |watch: &mut Self| {
             let left = until.saturating_duration_since(Instant::now());
@@ -139,6 +142,13 @@ impl Watch {
             self.order();
             take(self);
         }
+    }
+
+    /// Reads the counters once more. The rest is as it was, since the primary is giving the interface back.
+    pub fn count_now(&mut self, patience: Duration) {
+        let seen = self.seen.clone();
+        self.look_now(patience);
+        self.seen = seen;
     }
 
     /// Has the interface looked at if it is time for that. `true`: something was seen since the last call.
@@ -205,9 +215,9 @@ impl Watch {
         self.seen.as_ref().map(|seen| conditions::conditions(seen, &self.expected)).unwrap_or_default()
     }
 
-    /// What is to be said now, given all that is the case.
-    pub fn changes(&mut self, conditions: &[Notice]) -> Vec<Change> {
-        self.told.changes(conditions, Instant::now())
+    /// What of it is to be said now.
+    pub fn changes(&mut self) -> Vec<Change> {
+        self.told.changes(&self.conditions(), Instant::now())
     }
 
     /// What the kernel and the driver have counted as not let in, since the start.

@@ -46,6 +46,12 @@ pub struct TxSocket {
     refused: u64,
 }
 
+impl AsRawFd for TxSocket {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.xsk.tx.fd().as_raw_fd()
+    }
+}
+
 /// Why a frame was not sent.
 #[derive(Debug, thiserror::Error)]
 pub enum TxError {

@@ -14,6 +14,7 @@ use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
+use xfan_tests::tx::TxSocket;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 100;
@@ -230,4 +231,85 @@ fn packets_that_do_not_fit_a_frame_are_counted_and_told() {
     assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].kernel.rx_dropped), (0, 0));
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
+}
+
+/// What its journal says about packets that nobody counts.
+fn losses(primary: &Primary) -> Vec<String> {
+    let Ok(Reply::Events(page)) = ask(&primary.socket(), &Request::Events(0)) else { panic!("no journal") };
+    let page: Page = serde_json::from_value(page).unwrap();
+    let said = page.entries.into_iter().filter(|entry| entry.event == "unaccounted");
+    said.map(|entry| entry.detail).collect()
+}
+
+/// A queue goes deaf: the kernel refuses packets for a socket of another queue, and counts that nowhere but in the driver.
+#[test]
+fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("--queues 0").worker("xfan-count", "").unwrap();
+    let primary = launch.start().unwrap();
+    let pid = primary.process.pid();
+    let frames = traffic::synthetic(10, 100, 1).frames;
+    let to_queue_0 = Replay { queues: vec![0], ..Replay::onto("tx0") };
+    let send = || namespace.run(|| to_queue_0.run(&frames)).unwrap();
+    send();
+    let report = primary.report_after(PACKETS, true);
+    assert_eq!(report.lanes[0].unaccounted, 0);
+
+    let of_queue_1 = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();
+    let right = meddle::sockets(pid);
+    meddle::redirect_to(pid, 0, &of_queue_1);
+    send();
+    let notice = told(&primary, "unaccounted");
+    let text = "packets of queue 0 that were redirected to its socket and did not arrive: 100: ";
+    assert!(notice.level == Level::Error && notice.to_string().starts_with(text), "{notice}");
+    let report = primary.report();
+    assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].received), (2 * PACKETS, PACKETS));
+    assert_eq!(report.lanes[0].unaccounted, PACKETS);
+    assert!(losses(&primary)[0].starts_with(text), "{:#?}", losses(&primary));
+    let log = primary.process.stderr();
+    assert!(log.iter().any(|line| line.contains(" ERROR ") && line.contains(text)), "{log:#?}");
+    // The driver has counted them.
+    let report = primary.report_when(|report| report.nic.driver["rx_queue_0_drops"] > 0);
+    assert_eq!(
+        (report.nic.driver["rx_queue_0_drops"], report.nic.interface["rx_dropped"]),
+        (PACKETS, PACKETS)
+    );
+
+    // It hears again: that is told once it has been so for a while.
+    meddle::redirect_to(pid, 0, &right[0]);
+    primary.report_when(|report| {
+        send();
+        !report.notices.iter().any(|notice| notice.topic == "unaccounted")
+    });
+    assert!(losses(&primary)[1].starts_with("packets of queue 0 arrive again; 100 were lost"));
+
+    drop((right, of_queue_1));
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(1), "{exit:#?}");
+    let last = exit.stderr.last().unwrap();
+    assert!(
+        last.starts_with("xfan: packets were lost that are in no counter: packets of queue 0 "),
+        "{last}"
+    );
+    let table = exit.stdout.join("\n");
+    assert!(table.contains("lost     100 redirected packets that nobody counts"), "{table}");
+    assert!(table.contains("driver rx_queue_0_drops 100"), "{table}");
+}
+
+/// As it ends, it knows better: nothing is under way any more.
+#[test]
+fn a_loss_that_only_shows_at_the_end_is_told_then() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let launch = Launch::on(&namespace).unwrap().with("--queues 0").worker("xfan-count", "").unwrap();
+    let primary = launch.start().unwrap();
+    let of_queue_1 = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();
+    meddle::redirect_to(primary.process.pid(), 0, &of_queue_1);
+    let frame = traffic::udp("10.3.0.2:4000".parse().unwrap(), "10.3.0.1:53".parse().unwrap(), &[0; 100]);
+    let to_queue_0 = Replay { queues: vec![0], ..Replay::onto("tx0") };
+    namespace.run(|| to_queue_0.run(&[frame])).unwrap();
+    let (exit, _folder) = primary.stop();
+    assert_eq!(exit.code, Some(1), "{exit:#?}");
+    assert!(exit.stderr.last().unwrap().contains("and did not arrive: 1: "), "{exit:#?}");
 }

@@ -35,6 +35,8 @@ pub struct Outcome {
     pub imbalances: Vec<String>,
     /// A signal came while it stopped: whoever sent it does not want another start.
     pub interrupted: bool,
+    /// Packets that were redirected, did not arrive, and are in no counter, in sentences.
+    pub unaccounted: Vec<String>,
 }
 
 /// Signals that come while the primary is stopping: whoever sends one does not want to wait for the workers.
@@ -80,7 +82,7 @@ impl Primary {
         }
         // Some drivers reset their counters with that.
         if let Some(watch) = &mut self.watch {
-            watch.look_now(LOOK);
+            watch.count_now(LOOK);
         }
         if let Some(port) = &mut self.port {
             port.close();
@@ -95,6 +97,8 @@ impl Primary {
             lane.command(Command::Drain);
         }
         self.wait(events, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        // Where that was not all that was redirected, the driver may still be busy with it.
+        self.wait(events, &mut again, DRAIN, Primary::all_arrived).await;
         // … who are told that it is the last, and may finish it …
         for place in 0..self.members.len() {
             if self.members[place].state().takes_packets() {
@@ -112,7 +116,7 @@ impl Primary {
         for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
             process.signal(nix::sys::signal::Signal::SIGTERM);
         }
-        let gone = |primary: &Primary| primary.members.iter().all(|member| member.process.is_none());
+        let gone = |primary: &mut Primary| primary.members.iter().all(|member| member.process.is_none());
         if !self.wait(events, &mut again, timeout, gone).await {
             for member in &mut self.members {
                 if let Some(process) = &mut member.process {
@@ -157,11 +161,22 @@ impl Primary {
             spawner.note().remove();
         }
         if let Some(watch) = &mut self.watch {
-            watch.look_now(LOOK);
+            watch.count_now(LOOK);
         }
-        let report = self.report();
+        let mut report = self.report();
         imbalances.extend(report.imbalances());
-        Outcome { error: result.err(), report, imbalances, interrupted: again.ever }
+        let mut unaccounted = Vec::new();
+        if self.port.is_some() {
+            for lane in &mut report.lanes {
+                lane.unaccounted = lane.missing();
+                if lane.unaccounted > 0 {
+                    let notice = crate::watch::unaccounted(lane.queue, lane.unaccounted).to_string();
+                    tracing::error!(interface = self.name, queue = lane.queue, "{notice}");
+                    unaccounted.push(notice);
+                }
+            }
+        }
+        Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: again.ever }
     }
 
     /// Deals with events until the condition holds (`true`), the time is up, or patience is.
@@ -170,7 +185,7 @@ impl Primary {
         events: &mut Events,
         again: &mut Again,
         timeout: Duration,
-        done: impl Fn(&Primary) -> bool,
+        done: impl Fn(&mut Primary) -> bool,
     ) -> bool {
         let deadline = Instant::now() + timeout;
         loop {

@@ -1,13 +1,21 @@
 //! The primary watches its interface.
 
+use std::time::{Duration, Instant};
+
 use super::{Primary, PrimaryError};
-use crate::watch::{Change, Level, Notice, Watch};
+use crate::lanes::LaneHandle;
+use crate::port::Port;
+use crate::watch::{ArrivalsChange, Change, Level, Notice, Watch, unaccounted};
+
+/// How often it is looked whether packets arrive that were redirected.
+const PERIOD: Duration = Duration::from_secs(1);
 
 impl Primary {
     /// Opens what is needed to watch the interface, so that nothing has to be opened later.
     pub(super) fn begin_watching(&mut self) -> std::io::Result<()> {
         let Some(port) = &self.port else { return Ok(()) };
         self.watch = Some(Watch::begin(&port.interface, port.expected())?);
+        self.arrivals = self.lanes.iter().map(LaneHandle::arrivals).collect();
         self.say_what_is_new(true);
         Ok(())
     }
@@ -35,12 +43,57 @@ impl Primary {
         }
     }
 
+    /// Looks, about once a second, whether packets arrive that were redirected.
+    pub(super) fn look_for_lost_packets(&mut self) {
+        let now = Instant::now();
+        if self.arrivals.is_empty() || now < self.next_reading {
+            return;
+        }
+        self.next_reading = now + PERIOD;
+        // Before what the lanes have received: what is redirected meanwhile is not missed.
+        let (served, _) = self.port.as_ref().map(Port::counters).unwrap_or_default();
+        for ((lane, arrivals), xdp) in self.lanes.iter_mut().zip(&mut self.arrivals).zip(served) {
+            let detail = match arrivals.observe(now, lane.read(xdp.redirect)) {
+                None => continue,
+                Some(ArrivalsChange::Begins(lost)) => {
+                    let notice = unaccounted(lane.queue, lost);
+                    tracing::error!(interface = self.name, queue = lane.queue, lost, "{notice}");
+                    notice.to_string()
+                }
+                Some(ArrivalsChange::Ends(lost)) => {
+                    let queue = lane.queue;
+                    tracing::warn!(interface = self.name, queue, lost, "packets of the queue arrive again");
+                    format!("packets of queue {queue} arrive again; {lost} were lost")
+                }
+            };
+            self.journal.write(None, std::process::id(), "unaccounted", detail);
+        }
+    }
+
+    /// Whether all packets that were redirected have been received, counted as dropped, or are known to be lost.
+    pub(super) fn all_arrived(&mut self) -> bool {
+        let Some(port) = &self.port else { return true };
+        let (served, _) = port.counters();
+        self.lanes.iter_mut().zip(&self.arrivals).zip(served).all(|((lane, arrivals), xdp)| {
+            let reading = lane.read(xdp.redirect);
+            reading.accounted + arrivals.lost() >= reading.redirected
+        })
+    }
+
+    /// What is the case and bears on packets, most important first.
+    pub(super) fn notices(&self) -> Vec<Notice> {
+        let lossy = self.lanes.iter().zip(&self.arrivals).filter(|(_, arrivals)| arrivals.is_lossy());
+        let mut notices: Vec<_> =
+            lossy.map(|(lane, arrivals)| unaccounted(lane.queue, arrivals.lost())).collect();
+        notices.extend(self.watch.as_ref().map(Watch::conditions).unwrap_or_default());
+        notices.sort_by_key(|notice| std::cmp::Reverse(notice.level));
+        notices
+    }
+
     /// Says what is the case and was not said yet. What is so from the start may be as it is meant to be.
     fn say_what_is_new(&mut self, at_start: bool) {
-        let Some(watch) = &mut self.watch else { return };
-        self.notices = watch.conditions();
-        self.notices.sort_by_key(|notice| std::cmp::Reverse(notice.level));
-        for change in watch.changes(&self.notices) {
+        let changes = self.watch.as_mut().map(Watch::changes).unwrap_or_default();
+        for change in changes {
             let interface = &self.name;
             let detail = match change {
                 Change::Begins(notice) => {

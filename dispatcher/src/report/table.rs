@@ -174,6 +174,10 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         kernel(|kernel| kernel.rx_ring_full),
         kernel(|kernel| kernel.fill_ring_empty)
     )?;
+    let unaccounted: u64 = report.lanes.iter().map(|lane| lane.unaccounted).sum();
+    if unaccounted > 0 {
+        writeln!(out, "lost     {unaccounted} redirected packets that nobody counts")?;
+    }
     write_nic(out, report)?;
     let (received, delivered, dropped) = report.totals();
     write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;

@@ -36,7 +36,8 @@ impl Level {
 /// Something that lasts, and what it means for packets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
-    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`, `lro`, `gro` or `rxvlan`.
+    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`, `lro`, `gro`, `rxvlan`, or
+    /// `unaccounted`.
     pub topic: String,
     /// How much it matters.
     pub level: Level,
@@ -195,6 +196,17 @@ pub fn conditions(seen: &Seen, expected: &Expected) -> Vec<Notice> {
         );
     }
     all
+}
+
+/// Packets that were redirected to a socket, and that nobody counts.
+pub fn unaccounted(queue: u32, lost: u64) -> Notice {
+    Notice::new(
+        "unaccounted",
+        Level::Error,
+        format!("packets of queue {queue} that were redirected to its socket and did not arrive: {lost}"),
+        "neither the kernel nor xfan has dropped and counted them; the counters of the NIC may tell more. Restart xfan; if \
+         it happens again, set xdp_mode = \"generic\", or take the ports of a bond instead of the bond",
+    )
 }
 
 fn queues(numbers: &[u32]) -> String {

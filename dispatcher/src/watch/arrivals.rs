@@ -1,0 +1,167 @@
+//! Whether the packets that the XDP program redirects to a socket arrive there.
+//!
+//! For every lane `redirected = received + dropped by the kernel + under way`. The kernel also drops packets that it
+//! counts nowhere (`xsk_rcv_check` in net/xdp/xsk.c: a socket of another device or queue, or one that is not bound).
+//! What is surely lost is told from what is under way in two ways:
+//!
+//! - A lane that has found its RX ring empty twice since an earlier reading has received all that was redirected before it,
+//!   if it ever will. What it has not is lost. Newer packets that it received as well can hide some of that.
+//! - No more can be under way than the kernel has frames of the lane. What goes beyond that is lost.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// After so long, what is not on the RX ring never will be: the kernel puts it there in the same round of NAPI.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Without a new loss for so long, it is over.
+const QUIET: Duration = Duration::from_secs(5);
+/// A loss that begins again and again is told as over less and less often.
+const LONGEST_QUIET: Duration = Duration::from_secs(60);
+
+/// What was counted of a lane; read in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Packets the XDP program sent to the socket.
+    pub redirected: u64,
+    /// Times the lane found its RX ring empty.
+    pub emptied: u64,
+    /// Packets received, and those that the kernel counted as dropped.
+    pub accounted: u64,
+}
+
+/// What has come of packets that were redirected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Some are lost; so many in all.
+    Begins(u64),
+    /// For a while none was lost; so many in all.
+    Ends(u64),
+}
+
+/// Keeps book of one lane.
+#[derive(Debug)]
+pub struct Arrivals {
+    /// Most packets that can be under way.
+    room: u64,
+    /// Of the last [`SETTLED`], and the one before.
+    readings: VecDeque<(Instant, Reading)>,
+    lost: u64,
+    /// When more was lost for the last time, and what was accounted for by then; none: it is over, or never began.
+    lossy: Option<(Instant, u64)>,
+    quiet: Duration,
+}
+
+impl Arrivals {
+    /// A lane of which at most `room` packets can be under way.
+    pub fn new(room: u64) -> Self {
+        Arrivals { room, readings: VecDeque::new(), lost: 0, lossy: None, quiet: QUIET }
+    }
+
+    /// Packets that are surely lost, and that nobody counts.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Whether packets are being lost now, or were a moment ago.
+    pub fn is_lossy(&self) -> bool {
+        self.lossy.is_some()
+    }
+
+    /// Takes a reading.
+    pub fn observe(&mut self, now: Instant, reading: Reading) -> Option<Change> {
+        self.readings.push_back((now, reading));
+        let is_settled = |(time, _): &(Instant, Reading)| now.saturating_duration_since(*time) >= SETTLED;
+        while self.readings.get(1).is_some_and(is_settled) {
+            self.readings.pop_front();
+        }
+        let before = self.lost;
+        if let Some((_, earlier)) = self.readings.front().filter(|reading| is_settled(reading)) {
+            if reading.emptied >= earlier.emptied + 2 {
+                self.lost = self.lost.max(earlier.redirected.saturating_sub(reading.accounted));
+            }
+            let missing =
+                self.readings.iter().map(|(_, reading)| reading.redirected.saturating_sub(reading.accounted));
+            self.lost = self.lost.max(missing.min().unwrap_or(0).saturating_sub(self.room));
+        }
+        if self.lost > before {
+            let begins = self.lossy.is_none();
+            self.lossy = Some((now, reading.accounted));
+            return begins.then_some(Change::Begins(self.lost));
+        }
+        let (since, accounted) = self.lossy?;
+        if now.saturating_duration_since(since) < self.quiet || reading.accounted == accounted {
+            return None;
+        }
+        self.lossy = None;
+        self.quiet = (2 * self.quiet).min(LONGEST_QUIET);
+        Some(Change::Ends(self.lost))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOM: u64 = 1000;
+
+    /// Reads once a second: (redirected, emptied, accounted).
+    fn observe(arrivals: &mut Arrivals, readings: &[(u64, u64, u64)]) -> Vec<(usize, Change)> {
+        let start =
+            arrivals.readings.back().map_or_else(Instant::now, |(time, _)| *time + Duration::from_secs(1));
+        let each = readings.iter().enumerate();
+        each.filter_map(|(second, &(redirected, emptied, accounted))| {
+            let now = start + Duration::from_secs(second as u64);
+            let reading = Reading { redirected, emptied, accounted };
+            Some((second, arrivals.observe(now, reading)?))
+        })
+        .collect()
+    }
+
+    #[test]
+    fn a_deaf_queue_is_told_within_two_readings() {
+        let mut arrivals = Arrivals::new(ROOM);
+        let changes =
+            observe(&mut arrivals, &[(0, 0, 0), (160, 10, 0), (160, 20, 0), (160, 30, 0), (160, 40, 0)]);
+        assert_eq!(changes, [(3, Change::Begins(160))]);
+        assert_eq!((arrivals.lost(), arrivals.is_lossy()), (160, true));
+    }
+
+    #[test]
+    fn what_is_under_way_is_not_lost() {
+        // The lane never finds its RX ring empty, and always has some to receive.
+        let busy: Vec<_> = (0..100).map(|second| (second * 5000 + ROOM, 7, second * 5000)).collect();
+        // It gets no CPU time.
+        let stuck: Vec<_> = (0..100).map(|second| ((second * 100).min(ROOM), 7, 0)).collect();
+        // It keeps up; a few are always under way when it is read.
+        let idle: Vec<_> = (0..100).map(|second| (second * 5000 + 64, second * 3, second * 5000)).collect();
+        for readings in [busy, stuck, idle] {
+            let mut arrivals = Arrivals::new(ROOM);
+            assert_eq!(observe(&mut arrivals, &readings), []);
+            assert_eq!(arrivals.lost(), 0);
+        }
+    }
+
+    #[test]
+    fn a_lane_without_rest_is_told_by_what_cannot_be_under_way() {
+        let mut arrivals = Arrivals::new(ROOM);
+        let readings: Vec<_> = (0..10).map(|second| (second * 5000, 7, second * 4000)).collect();
+        // Over two seconds, more than 1,000 were missing all the time.
+        assert_eq!(observe(&mut arrivals, &readings), [(4, Change::Begins(1000))]);
+        assert_eq!(arrivals.lost(), 6000);
+    }
+
+    #[test]
+    fn it_is_over_when_packets_come_and_none_is_lost() {
+        let mut arrivals = Arrivals::new(ROOM);
+        observe(&mut arrivals, &[(0, 0, 0), (160, 10, 0), (160, 20, 0), (160, 30, 0)]);
+        // Nothing comes, which proves nothing.
+        let nothing: Vec<_> = (0..20).map(|second| (160, 40 + 10 * second, 0)).collect();
+        assert_eq!(observe(&mut arrivals, &nothing), []);
+        let well: Vec<_> = (0..20).map(|second| (160 + second, 300 + 10 * second, second)).collect();
+        assert_eq!(observe(&mut arrivals, &well), [(1, Change::Ends(160))]);
+        assert_eq!((arrivals.lost(), arrivals.is_lossy()), (160, false));
+        // More is told anew.
+        let again: Vec<_> = (0..20).map(|second| (200 + second, 600 + 10 * second, 19)).collect();
+        assert_eq!(observe(&mut arrivals, &again), [(2, Change::Begins(181))]);
+    }
+}
