@@ -90,28 +90,36 @@ impl Capture {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), CaptureError> {
-        let path = path.as_ref();
-        let io = |source| CaptureError::Io { path: path.into(), source };
-        let unwritable = |error| match error {
-            PcapError::IoError(source) => io(source),
-            source => CaptureError::Unwritable { path: path.into(), source },
-        };
-        let file = BufWriter::new(File::create(path).map_err(io)?);
-        let mut writer = PcapWriter::new(file).map_err(unwritable)?;
-        let mut time = Duration::ZERO;
-        for frame in &self.frames {
-            let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-            writer.write_packet(&PcapPacket::new(time, length, frame)).map_err(unwritable)?;
-            time += Duration::from_micros(1);
-        }
-        writer.into_writer().into_inner().map_err(|error| io(error.into_error()))?;
-        Ok(())
+        write(path.as_ref(), &self.frames)
     }
 
     /// Sum of the frames' lengths, in bytes.
     pub fn bytes(&self) -> u64 {
         self.frames.iter().map(|frame| frame.len() as u64).sum()
     }
+}
+
+/// Writes frames to a pcap file as they come; they are one microsecond apart.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write<F: AsRef<[u8]>>(path: &Path, frames: impl IntoIterator<Item = F>) -> Result<(), CaptureError> {
+    let io = |source| CaptureError::Io { path: path.into(), source };
+    let unwritable = |error| match error {
+        PcapError::IoError(source) => io(source),
+        source => CaptureError::Unwritable { path: path.into(), source },
+    };
+    let file = BufWriter::new(File::create(path).map_err(io)?);
+    let mut writer = PcapWriter::new(file).map_err(unwritable)?;
+    let mut time = Duration::ZERO;
+    for frame in frames {
+        let frame = frame.as_ref();
+        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+        writer.write_packet(&PcapPacket::new(time, length, frame)).map_err(unwritable)?;
+        time += Duration::from_micros(1);
+    }
+    writer.into_writer().into_inner().map_err(|error| io(error.into_error()))?;
+    Ok(())
 }
 
 /// Reads the frames of a file one by one, so that it may be larger than memory. An error is the

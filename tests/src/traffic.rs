@@ -115,13 +115,16 @@ pub fn fragments(frame: &[u8], piece: usize) -> Vec<Vec<u8>> {
 /// A capture of `packets` frames of `flows` flows, always the same for the same `seed`: TCP, UDP and echoes, IPv4 and
 /// IPv6, some behind a VLAN tag, both directions, frames of 42 to 1,500 bytes. Every flow appears if the packets suffice.
 pub fn synthetic(flows: u32, packets: u32, seed: u64) -> Capture {
+    Capture { frames: synthetic_frames(flows, packets, seed).collect() }
+}
+
+/// The frames of [`synthetic`], made one by one.
+pub fn synthetic_frames(flows: u32, packets: u32, seed: u64) -> impl Iterator<Item = Vec<u8>> {
     let mut random = Random(seed);
-    let mut frames = Vec::with_capacity(packets as usize);
-    for number in 0..packets {
+    (0..packets).map(move |number| {
         let flow = if number < flows { number } else { random.below(flows) };
-        frames.push(random_frame(flow, number, &mut random));
-    }
-    Capture { frames }
+        random_frame(flow, number, &mut random)
+    })
 }
 
 fn random_frame(flow: u32, sequence: u32, random: &mut Random) -> Vec<u8> {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
+use xfan_tests::capture;
 use xfan_tests::generator::{self, End, Load, Report};
 use xfan_tests::traffic;
 
@@ -87,9 +88,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<String, Box<dyn std::error::Error>> {
     if let Some(path) = &arguments.write_pcap {
-        let capture = traffic::synthetic(arguments.flows, arguments.packets, arguments.seed);
-        capture.write(path)?;
-        let (packets, bytes, flows) = (capture.frames.len(), capture.bytes(), arguments.flows);
+        let (packets, flows) = (arguments.packets, arguments.flows);
+        let mut bytes = 0;
+        let frames = traffic::synthetic_frames(flows, packets, arguments.seed);
+        capture::write(path, frames.inspect(|frame| bytes += frame.len()))?;
         return Ok(match arguments.json {
             true => serde_json::json!({ "packets": packets, "bytes": bytes, "flows": flows }).to_string(),
             false => format!("{}: {packets} packets, {bytes} bytes, {flows} flows", path.display()),
