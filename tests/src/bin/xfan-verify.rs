@@ -57,6 +57,10 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         records: PathBuf,
 
+        /// The kernel takes the outer VLAN tag off before the packets reach the XDP program, as for a bond
+        #[arg(long)]
+        untagged: bool,
+
         /// Packets may be lost, if each is counted
         #[arg(long)]
         losses: bool,
@@ -85,11 +89,12 @@ fn sent(text: &str) -> Result<Sent, String> {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Captures { folder, pad } => write_captures(&folder, &pad).map(|()| true),
-        Command::Check { report, records, losses, sent } => check_files(&report, &records, losses, &sent)
-            .map(|(text, agrees)| {
+        Command::Check { report, records, untagged, losses, sent } => {
+            check_files(&report, &records, untagged, losses, &sent).map(|(text, agrees)| {
                 println!("{text}");
                 agrees
-            }),
+            })
+        }
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -139,6 +144,7 @@ fn udp_frames(sizes: &[usize]) -> Capture {
 fn check_files(
     report: &Path,
     records: &Path,
+    untagged: bool,
     losses: bool,
     sent: &[Sent],
 ) -> Result<(String, bool), Box<dyn Error>> {
@@ -151,11 +157,21 @@ fn check_files(
             frames.extend_from_slice(&capture.frames);
         }
     }
+    if untagged {
+        frames.iter_mut().for_each(remove_tag);
+    }
     let expected = Expectation::of(frames.iter().map(Vec::as_slice), &[]);
     let recorded = Recorded::of(&read_records(records)?);
     let mut differences = ledger(&report, frames.len() as u64, &expected, &recorded, losses);
     differences.extend(flows(&expected, &recorded, losses));
     Ok(summary(&report, frames.len(), &recorded, &differences))
+}
+
+/// Takes the outer VLAN tag off, if there is one.
+fn remove_tag(frame: &mut Vec<u8>) {
+    if matches!(frame.get(12..14), Some([0x81, 0x00] | [0x88, 0xa8])) {
+        frame.drain(12..16);
+    }
 }
 
 fn summary(report: &Report, sent: usize, recorded: &Recorded, differences: &[String]) -> (String, bool) {
@@ -227,12 +243,12 @@ impl Recorded {
 
 /// Packets that some counter calls lost.
 fn losses(report: &Report) -> u64 {
-    let lanes = report
-        .lanes
-        .iter()
-        .map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full + lane.dropped.values().sum::<u64>());
+    let lanes = report.lanes.iter().map(|lane| {
+        let kernel = lane.kernel.rx_dropped + lane.kernel.rx_ring_full;
+        lane.xdp.drop_too_long + kernel + lane.dropped.values().sum::<u64>()
+    });
     let members = report.groups.iter().flat_map(|group| &group.members).map(|member| member.lost);
-    lanes.sum::<u64>() + members.sum::<u64>()
+    report.unserved.drop_too_long + lanes.sum::<u64>() + members.sum::<u64>()
 }
 
 /// What is wrong with the sums of the counters.
@@ -356,6 +372,17 @@ mod tests {
         let capture = padded(Capture { frames: vec![vec![1; 42], vec![2; 61]] });
         assert_eq!(capture.frames[0].len(), 60);
         assert_eq!(capture.frames[1].len(), 61);
+    }
+
+    #[test]
+    fn one_tag_is_removed() {
+        let frame = traffic::udp("192.0.2.1:1".parse().unwrap(), "192.0.2.2:2".parse().unwrap(), &[7; 18]);
+        let [mut none, mut one, mut two] = [vec![], vec![(0x8100, 7)], vec![(0x88a8, 1), (0x8100, 7)]]
+            .map(|tags| traffic::tagged(&frame, &tags));
+        [&mut none, &mut one, &mut two].into_iter().for_each(remove_tag);
+        assert_eq!(none, frame);
+        assert_eq!(one, frame);
+        assert_eq!(two, traffic::tagged(&frame, &[(0x8100, 7)]));
     }
 
     #[test]

@@ -189,6 +189,8 @@ check() {
     name=$1 options=
     shift
     [ "$1" != --losses ] || { options=--losses && shift; }
+    # The kernel removes the tag before a packet reaches the bond, and the XDP program on it.
+    [ $iface != bond0 ] || options="$options --untagged"
     captures=
     for capture in "$@"; do
         case $capture in
