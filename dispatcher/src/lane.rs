@@ -26,7 +26,7 @@ use std::time::Duration;
 use crossbeam_queue::ArrayQueue;
 use xfan_shm::Descriptor;
 use xfan_shm::bell;
-use xfan_shm::clock::{BusyMeter, CoarseClock, ticks};
+use xfan_shm::clock::{BusyMeter, CoarseClock, stamp, ticks};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{Producer, Reserved};
@@ -260,7 +260,8 @@ impl<S: PacketSource> Lane<S> {
             }
             let count = self.source.receive(&mut batch[..wanted]);
             if count > 0 {
-                self.dispatch(&mut batch[..count], clock.low_ns(now));
+                // Not `now`: packets may have come after it.
+                self.dispatch(&mut batch[..count], stamp(clock.ns(ticks())));
                 // The end of this turn is the beginning of the next: reading the counter is not free.
                 let start = std::mem::replace(&mut now, ticks());
                 #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH

@@ -27,17 +27,45 @@ pub fn ticks() -> u64 {
     }
 }
 
+/// What the counter and the clock showed at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    ticks: u64,
+    ns: u64,
+}
+
+impl Moment {
+    /// Now, from the quickest of a few attempts, or the first that takes no more than `ticks_enough`: a thread may lose its core
+    /// between two readings. The counter is read after the clock, so what is reckoned from the moment may be behind the clock by
+    /// the time in between, and is never ahead of it.
+    fn now(ticks_enough: u64) -> Self {
+        let (mut least, mut moment) = (u64::MAX, Moment { ticks: 0, ns: 0 });
+        for _ in 0..8 {
+            let (before, ns, after) = (ticks(), monotonic_ns(), ticks());
+            let took = after.wrapping_sub(before);
+            if took < least {
+                (least, moment) = (took, Moment { ticks: after, ns });
+            }
+            if least <= ticks_enough {
+                break;
+            }
+        }
+        moment
+    }
+}
+
 /// Ticks per nanosecond, measured once per process against the monotonic clock, for 20 ms.
 pub fn ticks_per_ns() -> f64 {
     static RATE: OnceLock<f64> = OnceLock::new();
     *RATE.get_or_init(|| {
-        let (start, ticks_then) = (Instant::now(), ticks());
-        while start.elapsed() < Duration::from_millis(20) {
+        let (start, begin) = (Moment::now(0), Instant::now());
+        while begin.elapsed() < Duration::from_millis(20) {
             std::hint::spin_loop();
         }
-        #[allow(clippy::cast_precision_loss)] // 20 ms of ticks fit
-        let elapsed = (ticks() - ticks_then) as f64;
-        (elapsed / start.elapsed().as_secs_f64() / 1e9).max(f64::MIN_POSITIVE)
+        let end = Moment::now(0);
+        #[allow(clippy::cast_precision_loss)] // some 20 ms of either fit
+        let rate = (end.ticks.wrapping_sub(start.ticks)) as f64 / (end.ns - start.ns) as f64;
+        rate.max(f64::MIN_POSITIVE)
     })
 }
 
@@ -47,12 +75,17 @@ pub fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks as f64 / ticks_per_ns()) as u64
 }
 
-/// `CLOCK_MONOTONIC` by way of [`ticks`], for a thread that has read them anyway: asks the kernel's clock only every 10 ms,
-/// and is less than a microsecond off it.
+/// How long a [`CoarseClock`] reckons from one look at the kernel's clock: in that time they part by half a microsecond, if the
+/// kernel's clock is adjusted as quickly as it may be (500 parts in a million).
+const COARSE_NS: u64 = 1_000_000;
+
+/// `CLOCK_MONOTONIC` by way of [`ticks`], for a thread that has read them anyway: asks the kernel's clock only every
+/// millisecond, is less than a microsecond off it, and never goes back.
 #[derive(Debug)]
 pub struct CoarseClock {
-    ticks: u64,
-    ns: u64,
+    asked: Moment,
+    /// The latest time it has told, in nanoseconds.
+    told: u64,
     /// Ticks after which to ask again.
     limit: u64,
     /// Nanoseconds per tick, times 2³².
@@ -61,38 +94,31 @@ pub struct CoarseClock {
 
 impl CoarseClock {
     /// A clock that is right.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // both are small and positive
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // small, positive
     pub fn new() -> Self {
         let rate = ticks_per_ns();
-        let (limit, scale) = ((rate * 1e7) as u64, (f64::from(1 << 16) * f64::from(1 << 16) / rate) as u64);
-        let mut clock = CoarseClock { ticks: 0, ns: 0, limit, scale };
-        clock.ask();
-        clock
+        let scale = (f64::from(1 << 16) * f64::from(1 << 16) / rate) as u64;
+        CoarseClock { asked: Moment::now(0), told: 0, limit: (rate * COARSE_NS as f64) as u64, scale }
     }
 
-    /// The low 32 bits of the time at `now`, in nanoseconds.
+    /// The time at `now`, in nanoseconds.
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)] // the low bits are what is asked for
-    pub fn low_ns(&mut self, now: u64) -> u32 {
-        let elapsed = now.wrapping_sub(self.ticks);
-        if elapsed > self.limit {
-            return self.ask();
-        }
-        // 10 ms of ticks times 2³² nanoseconds per tick fit 64 bits.
-        (self.ns + ((elapsed * self.scale) >> 32)) as u32
+    pub fn ns(&mut self, now: u64) -> u64 {
+        let elapsed = now.wrapping_sub(self.asked.ticks);
+        let ns = if elapsed > self.limit {
+            self.ask()
+        } else {
+            // A millisecond of ticks times 2³² nanoseconds per tick fit 64 bits.
+            self.asked.ns + ((elapsed * self.scale) >> 32)
+        };
+        self.told = self.told.max(ns);
+        self.told
     }
 
     #[cold]
-    #[allow(clippy::cast_possible_truncation)] // the low bits are what is asked for
-    fn ask(&mut self) -> u32 {
-        // A thread that loses its core between the two readings would be wrong by that time until it asks again.
-        for _ in 0..4 {
-            (self.ticks, self.ns) = (ticks(), monotonic_ns());
-            if ticks().wrapping_sub(self.ticks) < self.limit / 10_000 {
-                break; // within a microsecond
-            }
-        }
-        self.ns as u32
+    fn ask(&mut self) -> u64 {
+        self.asked = Moment::now(self.limit / 2500); // 400 ns
+        self.asked.ns
     }
 }
 
@@ -100,6 +126,31 @@ impl Default for CoarseClock {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// A unit of receive times in descriptors, as a power of two: 1,024 ns.
+const STAMP_SHIFT: u32 = 10;
+/// How far a receive time may be ahead of the clock of whoever reads it.
+const STAMP_AHEAD_NS: u64 = 1_000_000_000;
+
+/// A time as a descriptor has it: the low 32 bits of the units of 1,024 ns. They repeat after 73 minutes.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation)] // the low bits are wanted
+pub fn stamp(ns: u64) -> u32 {
+    (ns >> STAMP_SHIFT) as u32
+}
+
+/// The time in nanoseconds that a descriptor has, for a reader whose clock shows `now`: rounded down to 1,024 ns, and right if it is
+/// not older than 73 minutes and not more than a second ahead of `now`.
+///
+/// Two threads' clocks differ, if only a little. A reader that took a time ahead of its own for one of 73 minutes ago would see
+/// times that jump.
+#[inline]
+pub fn stamped_ns(stamp: u32, now: u64) -> u64 {
+    let latest = now.saturating_add(STAMP_AHEAD_NS) >> STAMP_SHIFT;
+    #[allow(clippy::cast_possible_truncation)] // the low bits are wanted
+    let age = (latest as u32).wrapping_sub(stamp);
+    latest.saturating_sub(age.into()) << STAMP_SHIFT
 }
 
 /// Sums up the time a thread spends in iterations that found work.
@@ -172,6 +223,7 @@ fn preemptions() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     #[cfg_attr(miri, ignore = "time")]
@@ -192,13 +244,57 @@ mod tests {
         let mut clock = CoarseClock::new();
         for _ in 0..3 {
             let before = monotonic_ns();
-            let coarse = clock.low_ns(ticks());
+            let coarse = clock.ns(ticks());
             let after = monotonic_ns();
             // Between the two readings, give or take a microsecond.
-            #[allow(clippy::cast_possible_truncation)]
-            let since = coarse.wrapping_sub((before - 1000) as u32);
-            assert!(u64::from(since) <= after - before + 2000, "{before} {coarse} {after}");
-            std::thread::sleep(Duration::from_millis(7));
+            assert!(coarse + 1000 >= before && coarse <= after + 1000, "{before} {coarse} {after}");
+            std::thread::sleep(Duration::from_micros(700));
+        }
+    }
+
+    /// Its rate may be wrong, and the kernel's clock may be slowed down.
+    #[test]
+    #[cfg_attr(miri, ignore = "time")]
+    fn the_coarse_clock_never_goes_back() {
+        for (numerator, denominator) in [(1, 1), (11, 10), (3, 2), (9, 10)] {
+            let mut clock = CoarseClock::new();
+            clock.scale = clock.scale * numerator / denominator;
+            let (mut last, mut asked) = (0, 0);
+            while asked < 5 {
+                let ask = clock.asked.ns;
+                let time = clock.ns(ticks());
+                assert!(time >= last, "{last} {time}, {numerator} / {denominator}");
+                last = time;
+                asked += u32::from(clock.asked.ns != ask);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_stamp_is_read_by_whatever_clock_is_near(
+            time in 0..1u64 << 62,
+            ahead in 0..STAMP_AHEAD_NS - 1024,
+            waited in 0..(1u64 << 42) - STAMP_AHEAD_NS - 1024,
+        ) {
+            let unit = 1 << STAMP_SHIFT;
+            // The reader's clock is behind, or the packet has waited.
+            for now in [time.saturating_sub(ahead), time + waited] {
+                prop_assert_eq!(stamped_ns(stamp(time), now), time / unit * unit);
+            }
+        }
+    }
+
+    #[test]
+    fn a_stamp_is_read_where_it_wraps() {
+        const LAP: u64 = 1 << 42;
+        for time in [0, 1024, LAP - 1024, LAP, LAP + 1024, 7 * LAP] {
+            // Received now, just ahead, an hour ago.
+            for now in [time, time.saturating_sub(1024), time + 3_600_000_000_000] {
+                assert_eq!(stamped_ns(stamp(time), now), time, "{time} {now}");
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! word 0   bits  0..32  offset of the packet's first byte in the UMEM
-//!          bits 32..64  receive time, low 32 bits of monotonic nanoseconds
+//!          bits 32..64  receive time, see `clock::stamp`
 //! word 1   bits  0..16  length of the packet in bytes
 //!          bits 16..24  ingress port
 //!          bits 24..32  flags; bit 31 is the ring's lap mark, see `ring`
@@ -20,7 +20,8 @@ pub(crate) const LAP: u64 = 1 << 31;
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
     pub offset: u32,
-    /// Receive time: the low 32 bits of `CLOCK_MONOTONIC` in nanoseconds, taken once per batch.
+    /// Receive time, taken once per batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024 ns, see
+    /// [`stamp`](crate::clock::stamp).
     pub time: u32,
     /// Length of the packet in bytes.
     pub length: u16,

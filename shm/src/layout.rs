@@ -25,7 +25,7 @@ use crate::ring::{RingMemory, Slot};
 use crate::segment::Mapping;
 
 /// Version of the layout and of the conversation on the control socket. Both peers must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Distance between words that different threads write, in bytes: two 64-byte lines, since
 /// processors fetch them in pairs.
@@ -450,6 +450,6 @@ mod tests {
         assert!(open(Geometry { lanes: 4, slots: 8 }).contains("bytes, its geometry needs"));
         assert!(open(Geometry { lanes: 4, slots: 9 }).contains("power of two"));
         down.0.u32_at(8).store(9, Ordering::Relaxed);
-        assert!(open(GEOMETRY).contains("version 9, this program speaks version 1"));
+        assert!(open(GEOMETRY).contains(&format!("version 9, this program speaks version {VERSION}")));
     }
 }

@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
+use xfan_shm::layout::VERSION;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
@@ -357,7 +358,9 @@ fn a_worker_of_another_protocol_version() {
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
     let program = launch.folder().join("xfan-hostile");
     let exit = launch.hostile_worker("version 99").unwrap().run().unwrap();
-    let why = "the worker speaks protocol version 99, this primary version 1: use builds of the same release";
+    let why = format!(
+        "the worker speaks protocol version 99, this primary version {VERSION}: use builds of the same release"
+    );
     let message = format!("xfan: worker default/0 ({}) was refused: {why}", program.display());
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
     // The worker has been told, too.

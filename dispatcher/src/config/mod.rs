@@ -128,8 +128,8 @@ pub struct Config {
     /// flows do; or `"hold"`: they wait, and its flows with them, for the next worker in its place. Default `"requeue"`.
     pub on_loss: OnLoss,
 
-    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. The receive time of one that waited
-    /// for more than 4.29s shows too late, by a multiple of that. Default `"4s"`.
+    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. They keep
+    /// their receive time. Default `"4s"`.
     pub hold_timeout: Duration,
 
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.

@@ -64,7 +64,8 @@ pub struct Packet {
     /// Its bytes, from the Ethernet header on. They may be read until the packet is committed or the worker
     /// is freed.
     pub data: *const u8,
-    /// When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up to 2,000 early. Within a
+    /// lane it never decreases, but for packets of XFAN_PACKET_REDELIVERED.
     pub receive_time_ns: u64,
     /// The hash of its flow, equal for both directions.
     pub hash: u32,

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept, bind, listen, socket};
 use xfan_shm::Descriptor;
 use xfan_shm::bell;
-use xfan_shm::clock::monotonic_ns;
+use xfan_shm::clock::{monotonic_ns, stamp};
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::protocol::{self, Attach, Attached, MAX_REQUEST, Reply, Request};
@@ -146,7 +146,7 @@ impl Primary {
         unsafe { self.umem.address().add(offset).cast::<[u8; FRAME]>().write(*bytes) };
         let descriptor = Descriptor {
             offset: u32::try_from(offset).unwrap(),
-            time: u32::try_from(monotonic_ns() & u64::from(u32::MAX)).unwrap(),
+            time: stamp(monotonic_ns()),
             length: u16::try_from(FRAME).unwrap(),
             port: u8::try_from(lane).unwrap(),
             flags: 0,
