@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::AtomicU64;
 
+use xfan_shm::clock::{monotonic_ns, stamped_ns};
 use xfan_shm::flow::{FlowKey, TCP};
 use xfan_shm::layout::{Down, Geometry};
 use xfan_shm::ring::Consumer;
@@ -27,10 +29,16 @@ struct Script {
     memory: Arc<PacketMemory>,
     /// Hands out this frame again, as a broken driver does.
     again: Option<u32>,
+    /// Has each packet arrive this long after the lane has asked for it, and notes when.
+    late: Option<(Duration, Arc<AtomicU64>)>,
 }
 
 impl PacketSource for Script {
     fn receive(&mut self, batch: &mut [Received]) -> usize {
+        if let Some((delay, arrived)) = self.late.as_ref().filter(|_| !self.packets.is_empty()) {
+            std::thread::sleep(*delay);
+            arrived.store(monotonic_ns(), Ordering::Relaxed);
+        }
         let mut count = 0;
         while count < batch.len() && !self.packets.is_empty() {
             let Some(frame) = self.again.take().or_else(|| self.posted.pop_front()) else { break };
@@ -73,8 +81,13 @@ fn bench() -> Bench {
     let length = (FRAME * FRAMES) as usize;
     let fd = segment::create("lane-test", length).unwrap();
     let memory = Arc::new(PacketMemory::of_segment(&fd, Mapping::read_write(&fd, length).unwrap()).unwrap());
-    let source =
-        Script { packets: VecDeque::new(), posted: VecDeque::new(), memory: memory.clone(), again: None };
+    let source = Script {
+        packets: VecDeque::new(),
+        posted: VecDeque::new(),
+        memory: memory.clone(),
+        again: None,
+        late: None,
+    };
     let (counters, commands) = (Arc::<LaneCounters>::default(), Arc::new(ArrayQueue::new(16)));
     let zero = Duration::ZERO;
     let lane = Lane::new(
@@ -527,6 +540,27 @@ fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
     sleeper.awake(peer.up.epoch());
     bench.feed([packet(flow(4))]);
     assert_eq!(peer.rung(), 0);
+}
+
+#[test]
+fn a_packet_that_arrives_while_the_lane_looks_has_no_time_before_that() {
+    let mut bench = bench();
+    let peer = bench.join(0);
+    bench.steer(&[0]);
+    let arrived = Arc::<AtomicU64>::default();
+    bench.lane.source.late = Some((Duration::from_millis(3), arrived.clone()));
+    bench.lane.source.packets.push_back(packet(flow(1)));
+    let Bench { lane, commands, counters } = bench;
+    let lane = std::thread::spawn(move || lane.run());
+    while counters.delivered.get() == 0 {
+        std::thread::yield_now();
+    }
+    let time = stamped_ns(peer.ring.peek(0).unwrap().time, monotonic_ns());
+    let (arrived, now) = (arrived.load(Ordering::Relaxed), monotonic_ns());
+    // A microsecond for the clock, one for the unit.
+    assert!(time + 2048 >= arrived && time <= now, "{arrived} {time} {now}");
+    commands.push(Command::Stop).unwrap();
+    lane.join().unwrap();
 }
 
 #[test]

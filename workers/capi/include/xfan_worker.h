@@ -164,7 +164,8 @@ typedef struct xfan_packet {
    */
   const uint8_t *data;
   /**
-   * When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC.
+   * When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up to 2,000 early. Within a
+   * lane it never decreases, but for packets of XFAN_PACKET_REDELIVERED.
    */
   uint64_t receive_time_ns;
   /**
