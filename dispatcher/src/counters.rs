@@ -48,7 +48,8 @@ pub struct LaneCounters {
     pub frame_owner: Counter,
     /// Packets in which no 5-tuple could be read; they are delivered all the same.
     pub unparsed: Counter,
-    /// Packets of which the frame holds less than their IP length says; they are delivered all the same.
+    /// Packets of which the frame holds less than their IP length says; they are delivered all the
+    /// same.
     pub cut: Counter,
     /// Batches that held packets.
     pub batches: Counter,

@@ -171,8 +171,9 @@ impl LaneHandle {
         Some(frames)
     }
 
-    /// Packets that arrived cut since this was last told. Some only if there are any, and then not for a second, and each
-    /// time twice as long, up to a minute: a driver that cuts packets does so for ever.
+    /// Packets that arrived cut since this was last told. Some only if there are any, and then not
+    /// for a second, and each time twice as long, up to a minute: a driver that cuts packets does
+    /// so for ever.
     pub fn newly_cut(&mut self, now: Instant) -> Option<u64> {
         let count = self.counters.cut.get();
         if count == self.cut.count || now < self.cut.next {

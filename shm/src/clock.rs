@@ -35,9 +35,10 @@ struct Moment {
 }
 
 impl Moment {
-    /// Now, from the quickest of a few attempts, or the first that takes no more than `ticks_enough`: a thread may lose its core
-    /// between two readings. The counter is read after the clock, so what is reckoned from the moment may be behind the clock by
-    /// the time in between, and is never ahead of it.
+    /// Now, from the quickest of a few attempts, or the first that takes no more than
+    /// `ticks_enough`: a thread may lose its core between two readings. The counter is read after
+    /// the clock, so what is reckoned from the moment may be behind the clock by the time in
+    /// between, and is never ahead of it.
     fn now(ticks_enough: u64) -> Self {
         let (mut least, mut moment) = (u64::MAX, Moment { ticks: 0, ns: 0 });
         for _ in 0..8 {
@@ -75,12 +76,13 @@ pub fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks as f64 / ticks_per_ns()) as u64
 }
 
-/// How long a [`CoarseClock`] reckons from one look at the kernel's clock: in that time they part by half a microsecond, if the
-/// kernel's clock is adjusted as quickly as it may be (500 parts in a million).
+/// How long a [`CoarseClock`] reckons from one look at the kernel's clock: in that time they part
+/// by half a microsecond, if the kernel's clock is adjusted as quickly as it may be (500 parts in a
+/// million).
 const COARSE_NS: u64 = 1_000_000;
 
-/// `CLOCK_MONOTONIC` by way of [`ticks`], for a thread that has read them anyway: asks the kernel's clock only every
-/// millisecond, is less than a microsecond off it, and never goes back.
+/// `CLOCK_MONOTONIC` by way of [`ticks`], for a thread that has read them anyway: asks the kernel's
+/// clock only every millisecond, is less than a microsecond off it, and never goes back.
 #[derive(Debug)]
 pub struct CoarseClock {
     asked: Moment,
@@ -133,18 +135,20 @@ const STAMP_SHIFT: u32 = 10;
 /// How far a receive time may be ahead of the clock of whoever reads it.
 const STAMP_AHEAD_NS: u64 = 1_000_000_000;
 
-/// A time as a descriptor has it: the low 32 bits of the units of 1,024 ns. They repeat after 73 minutes.
+/// A time as a descriptor has it: the low 32 bits of the units of 1,024 ns. They repeat after 73
+/// minutes.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation)] // the low bits are wanted
 pub fn stamp(ns: u64) -> u32 {
     (ns >> STAMP_SHIFT) as u32
 }
 
-/// The time in nanoseconds that a descriptor has, for a reader whose clock shows `now`: rounded down to 1,024 ns, and right if it is
-/// not older than 73 minutes and not more than a second ahead of `now`.
+/// The time in nanoseconds that a descriptor has, for a reader whose clock shows `now`: rounded
+/// down to 1,024 ns, and right if it is not older than 73 minutes and not more than a second ahead
+/// of `now`.
 ///
-/// Two threads' clocks differ, if only a little. A reader that took a time ahead of its own for one of 73 minutes ago would see
-/// times that jump.
+/// Two threads' clocks differ, if only a little. A reader that took a time ahead of its own for one
+/// of 73 minutes ago would see times that jump.
 #[inline]
 pub fn stamped_ns(stamp: u32, now: u64) -> u64 {
     let latest = now.saturating_add(STAMP_AHEAD_NS) >> STAMP_SHIFT;
@@ -271,7 +275,8 @@ mod tests {
     }
 
     proptest! {
-        // Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+        // Few cases under Miri, which is slow, and no files of failures, which its isolation
+        // forbids.
         #![proptest_config(ProptestConfig {
             cases: if cfg!(miri) { 16 } else { 256 },
             failure_persistence: None,

@@ -20,8 +20,8 @@ pub(crate) const LAP: u64 = 1 << 31;
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
     pub offset: u32,
-    /// Receive time, taken once per batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024 ns, see
-    /// [`stamp`](crate::clock::stamp).
+    /// Receive time, taken once per batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024
+    /// ns, see [`stamp`](crate::clock::stamp).
     pub time: u32,
     /// Length of the packet in bytes.
     pub length: u16,

@@ -4,9 +4,10 @@
 //!
 //! - Ethernet, up to two VLAN tags (802.1Q, 802.1ad), IPv4 or IPv6; IPv6 extension headers are walked.
 //! - Ports are those of TCP, UDP, UDP-Lite, SCTP and DCCP. Other protocols have ports 0.
-//! - A packet ends where its IP header says, or its frame if that is sooner: what follows is padding, or a trailer of the
-//!   link, and never ports. IPv6 with a payload length of 0 is empty, unless a jumbo payload option (RFC 2675) says
-//!   its length. IPv4 with a total length of 0, which segmentation offload leaves behind, ends with its frame.
+//! - A packet ends where its IP header says, or its frame if that is sooner: what follows is
+//!   padding, or a trailer of the link, and never ports. IPv6 with a payload length of 0 is empty,
+//!   unless a jumbo payload option (RFC 2675) says its length. IPv4 with a total length of 0, which
+//!   segmentation offload leaves behind, ends with its frame.
 //! - A fragment (also the first) has ports 0: only so do all fragments of a datagram have the same key.
 //! - VLAN tags are not part of the key, so a mirrored flow whose directions carry different tags is one flow.
 
@@ -34,7 +35,8 @@ pub const UDP_LITE: u8 = 136;
 
 /// Most IPv6 extension headers that are walked; what follows them is left unread.
 const MAX_EXTENSION_HEADERS: usize = 8;
-/// Most IPv6 hop-by-hop options that are looked at in search of a jumbo payload's length; as in the XDP program.
+/// Most IPv6 hop-by-hop options that are looked at in search of a jumbo payload's length; as in the
+/// XDP program.
 const MAX_OPTIONS: usize = 8;
 /// The IPv6 extension header that options for every router stand in.
 const HOP_BY_HOP: u8 = 0;
@@ -149,8 +151,9 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Whether an Ethernet frame holds less than the IP packet in it: the length that its IP header gives, or the header itself,
-/// goes on beyond the frame. Either it was cut on its way, or whoever delivered the frame cut it.
+/// Whether an Ethernet frame holds less than the IP packet in it: the length that its IP header
+/// gives, or the header itself, goes on beyond the frame. Either it was cut on its way, or whoever
+/// delivered the frame cut it.
 pub fn is_cut(frame: &[u8]) -> bool {
     let Some((ethertype, offset)) = ethertype(frame) else { return false };
     let datagram = &frame[offset..];
@@ -185,7 +188,8 @@ pub fn ethertype(frame: &[u8]) -> Option<(u16, usize)> {
     Some((u16::from_be_bytes(*frame.get(at..)?.first_chunk()?), at + 2))
 }
 
-/// The payload length of an IPv6 packet whose header says 0, by its hop-by-hop options; 0 without a jumbo payload option.
+/// The payload length of an IPv6 packet whose header says 0, by its hop-by-hop options; 0 without a
+/// jumbo payload option.
 fn jumbo_length(next: u8, payload: &[u8]) -> usize {
     const PAD_1: u8 = 0;
     const JUMBO_PAYLOAD: u8 = 0xc2;

@@ -10,9 +10,10 @@ use sha1::{Digest as _, Sha1};
 /// Variable that names the folder with reference captures.
 pub const CAPTURES: &str = "XFAN_PCAPS";
 
-/// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two 16-bit numbers of TCP,
-/// UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet has none. The specification knows no ports of
-/// other protocols, such as DCCP and UDP-Lite: theirs do not count.
+/// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two
+/// 16-bit numbers of TCP, UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet
+/// has none. The specification knows no ports of other protocols, such as DCCP and UDP-Lite: theirs
+/// do not count.
 pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Option<(u16, u16)>) -> String {
     let one_way = ports.is_some_and(|(kind, _)| is_one_way(protocol, kind));
     let ports = ports.filter(|_| has_ports(protocol)).map(|ports| numbers(protocol, ports));

@@ -10,8 +10,9 @@
 //!   no answer has its type and code, and what the other side sends is another flow.
 //! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
 //!   a fragment header that really fragments nothing is walked.
-//! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means the latter; a payload
-//!   length of 0 in IPv6 means none, but where a jumbo payload option gives it.
+//! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means
+//!   the latter; a payload length of 0 in IPv6 means none, but where a jumbo payload option gives
+//!   it.
 //! - Bytes are the frame's length.
 
 use std::collections::{BTreeMap, BTreeSet};

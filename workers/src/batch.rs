@@ -183,12 +183,15 @@ impl<'b> Packet<'b> {
         self.batch.worker.ports().get(self.port()).map_or("?", String::as_str)
     }
 
-    /// When the dispatcher received it, on the clock `CLOCK_MONOTONIC`: a multiple of 1,024 ns, up to 2 µs early. All packets of
-    /// one batch of the dispatcher, 64 at most, have one time. Within a lane times never decrease, but for packets that
-    /// come again ([`is_redelivered`](Self::is_redelivered)) and keep theirs; those of two lanes are not in order.
+    /// When the dispatcher received it, on the clock `CLOCK_MONOTONIC`: a multiple of 1,024 ns, up
+    /// to 2 µs early. All packets of one batch of the dispatcher, 64 at most, have one time. Within
+    /// a lane times never decrease, but for packets that come again
+    /// ([`is_redelivered`](Self::is_redelivered)) and keep theirs; those of two lanes are not in
+    /// order.
     ///
-    /// The packet carries the low bits; the rest follows from the clock, read once when this is first asked in a batch. So the time is
-    /// right if the packet has waited for less than 73 minutes, and a multiple of 73.3 minutes late otherwise.
+    /// The packet carries the low bits; the rest follows from the clock, read once when this is
+    /// first asked in a batch. So the time is right if the packet has waited for less than 73
+    /// minutes, and a multiple of 73.3 minutes late otherwise.
     #[inline]
     pub fn time(&self) -> Duration {
         Duration::from_nanos(stamped_ns(self.descriptor.time, self.batch.now()))
@@ -201,8 +204,9 @@ impl<'b> Packet<'b> {
         self.descriptor.flags & Descriptor::UNPARSED == 0
     }
 
-    /// Whether [`data`](Self::data) is not the whole packet: its IP length is longer. It was cut on its way to this host, or by the
-    /// network card's driver; the dispatcher counts and reports that.
+    /// Whether [`data`](Self::data) is not the whole packet: its IP length is longer. It was cut on
+    /// its way to this host, or by the network card's driver; the dispatcher counts and reports
+    /// that.
     #[inline]
     pub fn is_cut(&self) -> bool {
         self.descriptor.flags & Descriptor::CUT != 0

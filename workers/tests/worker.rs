@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{FRAME, FRAMES, Socket, attach, attached, reply_once, try_attach};
 use xfan_shm::Descriptor;
-use xfan_shm::clock::monotonic_ns;
+use xfan_shm::clock::{monotonic_ns, stamp};
 use xfan_shm::layout::{Geometry, Phase, VERSION};
 use xfan_shm::protocol::{self, MAX_REQUEST, Refusal, Reply, Request};
 use xfan_worker::{AttachError, CounterError, Received, RecvError, RefusalCode, Worker};
@@ -86,6 +86,21 @@ fn packets_are_read_in_place_with_what_is_known_of_them() {
     batch.commit();
     assert!(primary.up.busy_ticks().load(Ordering::Relaxed) > 0);
     assert!(primary.up.heartbeat().load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn times_of_a_lane_whose_clock_is_ahead_do_not_jump() {
+    let (mut primary, mut worker) = attach(attached());
+    // One lane's clock is a millisecond ahead of the worker's and more, the other's is right.
+    for ahead in [1_000_000, 1_000_000, 2_000_000, 0, 0] {
+        let stamped = (monotonic_ns() + ahead) >> 10 << 10;
+        let lane = usize::from(ahead == 0);
+        assert!(primary.lanes[lane].push(Descriptor { time: stamp(stamped), ..Descriptor::default() }));
+        let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
+        let time = batch.iter().next().unwrap().time();
+        assert_eq!(time, Duration::from_nanos(stamped), "{ahead} ns ahead");
+        batch.commit();
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Families of flows that a sender might choose: under whatever key, each spreads over the workers as it
-//! would by a random function.
+//! Families of flows that a sender might choose: under whatever key, each spreads over the workers
+//! as it would by a random function.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -120,10 +120,10 @@ impl End {
     }
 }
 
-/// Asserts that a family's flows spread over 2, 3 and 16 workers as by a random function. The workers'
-/// loads under a key are judged by Pearson's chi-squared, whose mean is then the workers less one; of its
-/// sum over all keys eight standard deviations are allowed, which a random function exceeds once in some
-/// 10⁹ families.
+/// Asserts that a family's flows spread over 2, 3 and 16 workers as by a random function. The
+/// workers' loads under a key are judged by Pearson's chi-squared, whose mean is then the workers
+/// less one; of its sum over all keys eight standard deviations are allowed, which a random
+/// function exceeds once in some 10⁹ families.
 fn assert_even(what: &str, flows: impl IntoIterator<Item = FlowKey>, random: &mut Random) {
     let flows: HashSet<FlowKey> = flows.into_iter().map(|flow| flow.canonical().0).collect();
     if flows.len() < 8 {
@@ -152,7 +152,8 @@ fn assert_even(what: &str, flows: impl IntoIterator<Item = FlowKey>, random: &mu
 
 #[test]
 fn endpoints_alike_but_for_complementary_bits_do_not_meet() {
-    // 16 flows, each of which 31 - value would have again: five neighbouring bits of the second octet.
+    // 16 flows, each of which 31 - value would have again: five neighbouring bits of the second
+    // octet.
     let end = |value: u32| End { address: 0x0a00_0102 | u128::from(value) << 19, port: 0xc000 };
     let flows: Vec<FlowKey> =
         (0..16).map(|value| Version::V4.flow(end(value), end(31 - value), TCP)).collect();

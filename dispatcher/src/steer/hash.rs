@@ -1,14 +1,15 @@
 //! The hash of a packet's flow: equal for both directions, keyed, the same in every lane.
 //!
-//! The mixing steps of wyhash (Wang Yi, <https://github.com/wangyi-fudan/wyhash>): two words, each under
-//! a secret of its own, are multiplied to 128 bits, and the two halves of the product once more, under
-//! two other secrets. The lower endpoint comes first, so a flow's two directions hash alike. The key is
-//! secret and new at each start: nobody outside can aim flows at one worker. It is no cryptographic hash.
+//! The mixing steps of wyhash (Wang Yi, <https://github.com/wangyi-fudan/wyhash>): two words, each
+//! under a secret of its own, are multiplied to 128 bits, and the two halves of the product once
+//! more, under two other secrets. The lower endpoint comes first, so a flow's two directions hash
+//! alike. The key is secret and new at each start: nobody outside can aim flows at one worker. It
+//! is no cryptographic hash.
 //!
-//! Two endpoints under the *same* secret would need no order, but flows whose endpoints differ only in
-//! complementary bits then have one sum, and products that differ in a few known bits. One multiplication
-//! would not do either: it carries upwards alone, so lower bits of the hash would be the same for all.
-//! The tests in `families` look for such families of flows.
+//! Two endpoints under the *same* secret would need no order, but flows whose endpoints differ only
+//! in complementary bits then have one sum, and products that differ in a few known bits. One
+//! multiplication would not do either: it carries upwards alone, so lower bits of the hash would be
+//! the same for all. The tests in `families` look for such families of flows.
 
 use std::net::IpAddr;
 
@@ -43,8 +44,8 @@ impl HashKey {
         }
     }
 
-    /// Hashes nearly every packet there is: Ethernet, IPv4 without options, no fragment, TCP or UDP, ports in place, and the
-    /// whole of it in the frame. Two length checks, a few masks.
+    /// Hashes nearly every packet there is: Ethernet, IPv4 without options, no fragment, TCP or
+    /// UDP, ports in place, and the whole of it in the frame. Two length checks, a few masks.
     #[inline(always)]
     pub fn hash_plain(&self, frame: &[u8]) -> Option<u32> {
         let head = frame.first_chunk::<38>()?;
@@ -103,8 +104,8 @@ impl HashKey {
         }
     }
 
-    /// Mixes two endpoints, in whatever order, and a protocol. IPv4's endpoints are address and port in 48
-    /// bits, so that the protocol fits above them.
+    /// Mixes two endpoints, in whatever order, and a protocol. IPv4's endpoints are address and
+    /// port in 48 bits, so that the protocol fits above them.
     #[inline(always)]
     fn mix(&self, one: u64, other: u64, protocol: u8) -> u32 {
         let [k0, k1, k2, k3, ..] = self.0;

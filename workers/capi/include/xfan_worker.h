@@ -48,8 +48,8 @@
 #define XFAN_PACKET_REDELIVERED 2
 
 /**
- * Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this host, or by
- * the network card's driver.
+ * Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this
+ * host, or by the network card's driver.
  */
 #define XFAN_PACKET_CUT 4
 
@@ -164,8 +164,9 @@ typedef struct xfan_packet {
    */
   const uint8_t *data;
   /**
-   * When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up to 2,000 early. Within a
-   * lane it never decreases, but for packets of XFAN_PACKET_REDELIVERED.
+   * When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up
+   * to 2,000 early. Within a lane it never decreases, but for packets of
+   * XFAN_PACKET_REDELIVERED.
    */
   uint64_t receive_time_ns;
   /**

@@ -28,8 +28,8 @@ pub const XFAN_PACKET_UNPARSED: u8 = 1;
 /// Of a packet: another worker had it before, and is gone without having committed it. It may have done with
 /// it what this one is about to do.
 pub const XFAN_PACKET_REDELIVERED: u8 = 2;
-/// Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this host, or by
-/// the network card's driver.
+/// Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this
+/// host, or by the network card's driver.
 pub const XFAN_PACKET_CUT: u8 = 4;
 
 /// A worker.
@@ -64,8 +64,9 @@ pub struct Packet {
     /// Its bytes, from the Ethernet header on. They may be read until the packet is committed or the worker
     /// is freed.
     pub data: *const u8,
-    /// When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up to 2,000 early. Within a
-    /// lane it never decreases, but for packets of XFAN_PACKET_REDELIVERED.
+    /// When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up
+    /// to 2,000 early. Within a lane it never decreases, but for packets of
+    /// XFAN_PACKET_REDELIVERED.
     pub receive_time_ns: u64,
     /// The hash of its flow, equal for both directions.
     pub hash: u32,

@@ -13,7 +13,10 @@
 /* IPv6 extension headers it looks behind in search of the protocol; the verifier wants a bound. */
 #define MAX_EXTENSION_HEADERS 6
 #define IPV6_FRAGMENT_OFFSET 0xfff8
-/* Hop-by-hop options it looks at in search of a jumbo payload's length (RFC 2675); as in the parser of user space. */
+/*
+ * Hop-by-hop options it looks at in search of a jumbo payload's length (RFC 2675); as in the
+ * parser of user space.
+ */
 #define MAX_OPTIONS 8
 #define OPTION_PAD_1 0
 #define OPTION_JUMBO_PAYLOAD 0xc2

@@ -14,8 +14,8 @@
 #include "consts.h"
 
 /*
- * Where in the frame the walk stands. Behind an IP header the packet ends where that header says, or with its frame:
- * what follows is padding, or a trailer of the link.
+ * Where in the frame the walk stands. Behind an IP header the packet ends where that header says,
+ * or with its frame: what follows is padding, or a trailer of the link.
  */
 struct cursor {
 	void *at;
@@ -56,8 +56,9 @@ struct ports {
 };
 
 /*
- * Steps over `size` bytes; false when the packet or the frame ends before they do. No function here returns a pointer that may be
- * NULL: clang would test packet pointers for it, which costs an instruction and confuses the verifier.
+ * Steps over `size` bytes; false when the packet or the frame ends before they do. No function here
+ * returns a pointer that may be NULL: clang would test packet pointers for it, which costs an
+ * instruction and confuses the verifier.
  */
 static __always_inline bool step_over(struct cursor *c, __u32 size)
 {
@@ -130,8 +131,8 @@ struct ipv6 {
 };
 
 /*
- * The packet's length that the hop-by-hop options at the cursor give; 0 without a jumbo payload option. `c` is a copy:
- * nothing is taken.
+ * The packet's length that the hop-by-hop options at the cursor give; 0 without a jumbo payload
+ * option. `c` is a copy: nothing is taken.
  */
 static __always_inline __u32 jumbo_length(struct cursor c)
 {

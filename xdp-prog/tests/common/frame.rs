@@ -118,7 +118,8 @@ pub fn cut(mut frame: Vec<u8>, bytes: usize) -> Vec<u8> {
     frame
 }
 
-/// An untagged frame with the packet's length as its header says it: bytes 16 and 17 of IPv4, 18 and 19 of IPv6.
+/// An untagged frame with the packet's length as its header says it: bytes 16 and 17 of IPv4, 18
+/// and 19 of IPv6.
 pub fn with_length(mut frame: Vec<u8>, length: u16) -> Vec<u8> {
     let at = if frame[12..14] == ETHERTYPE_IPV4.to_be_bytes() { 16 } else { 18 };
     frame[at..at + 2].copy_from_slice(&length.to_be_bytes());

@@ -59,7 +59,8 @@ mod tests {
         id
     }
 
-    /// The specification has ports of TCP, UDP and SCTP alone; the values are pycommunityid's for addresses and protocol.
+    /// The specification has ports of TCP, UDP and SCTP alone; the values are pycommunityid's for
+    /// addresses and protocol.
     #[test]
     fn has_no_ports_of_dccp_and_udp_lite() {
         let (one, other) = ("10.1.12.1", "10.1.12.2");
