@@ -108,6 +108,11 @@ pub struct Xdp {
 }
 
 impl Xdp {
+    /// All packets that the program saw.
+    pub fn seen(&self) -> u64 {
+        self.redirect + self.pass
+    }
+
     /// Adds another's counts.
     pub fn add(&mut self, other: Xdp) {
         self.redirect += other.redirect;
@@ -140,7 +145,7 @@ pub struct Frames {
 /// Counters of the interface of packets that did not get in, as differences since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
-    /// Of the kernel, as in `ip -s -s link`; and `carrier_lost`, the times it went away.
+    /// Of the kernel, as in `ip -s -s link`; for comparison, `rx_packets` that came in; `carrier_lost`, the times it went away.
     pub interface: BTreeMap<String, u64>,
     /// The driver's own, as in `ethtool -S`: those that it is known for, and others that have counted something.
     pub driver: BTreeMap<String, u64>,

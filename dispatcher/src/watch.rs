@@ -11,6 +11,7 @@ mod driver;
 mod drop_counters;
 mod link;
 mod presence;
+mod unseen;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -24,6 +25,7 @@ use differences::Differences;
 use driver::{Driver, Offloads};
 use link::{Link, LinkSocket};
 use presence::Presence;
+use unseen::Unseen;
 
 pub use arrivals::{Arrivals, Change as ArrivalsChange, Reading};
 pub use conditions::{Change, Expected, Level, Notice, unaccounted};
@@ -48,6 +50,7 @@ pub struct Watch {
     told: conditions::Told,
     of_interface: Differences,
     of_driver: Differences,
+    unseen: Unseen,
     /// What could not be read, and was said.
     unreadable: BTreeSet<&'static str>,
 }
@@ -112,6 +115,7 @@ impl Watch {
             told: conditions::Told::default(),
             of_interface: Differences::default(),
             of_driver: Differences::default(),
+            unseen: Unseen::default(),
             unreadable: BTreeSet::new(),
         };
         watch.look_now(PATIENCE);
@@ -212,7 +216,16 @@ impl Watch {
 
     /// All that is to be said of the interface.
     pub fn conditions(&self) -> Vec<Notice> {
-        self.seen.as_ref().map(|seen| conditions::conditions(seen, &self.expected)).unwrap_or_default()
+        let Some(seen) = &self.seen else { return Vec::new() };
+        conditions::conditions(seen, &self.expected, self.unseen.is_so())
+    }
+
+    /// Takes note of how many packets the XDP program has seen by now.
+    pub fn program_has_seen(&mut self, packets: u64) {
+        let counted = self.of_interface.since_start();
+        let count = |name: &str| counted.get(name).copied().unwrap_or_default();
+        let came_in = ["rx_packets", "rx_dropped", "rx_missed_errors", "rx_over_errors", "rx_fifo_errors"];
+        self.unseen.observe(came_in.into_iter().map(count).sum(), packets);
     }
 
     /// What of it is to be said now.

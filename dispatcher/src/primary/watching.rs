@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Primary, PrimaryError};
 use crate::lanes::LaneHandle;
 use crate::port::Port;
+use crate::report::Xdp;
 use crate::watch::{ArrivalsChange, Change, Level, Notice, Watch, unaccounted};
 
 /// How often it is looked whether packets arrive that were redirected.
@@ -51,7 +52,10 @@ impl Primary {
         }
         self.next_reading = now + PERIOD;
         // Before what the lanes have received: what is redirected meanwhile is not missed.
-        let (served, _) = self.port.as_ref().map(Port::counters).unwrap_or_default();
+        let (served, unserved) = self.port.as_ref().map(Port::counters).unwrap_or_default();
+        if let Some(watch) = &mut self.watch {
+            watch.program_has_seen(served.iter().map(Xdp::seen).sum::<u64>() + unserved.seen());
+        }
         for ((lane, arrivals), xdp) in self.lanes.iter_mut().zip(&mut self.arrivals).zip(served) {
             let detail = match arrivals.observe(now, lane.read(xdp.redirect)) {
                 None => continue,

@@ -212,7 +212,7 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
 /// Counters of the NIC that have counted something.
 fn write_nic(out: &mut String, report: &Report) -> std::fmt::Result {
     let counted = |(name, since): (&String, &u64)| (*since > 0).then(|| format!("{name:.40} {since}"));
-    let nic = report.nic.interface.iter().filter_map(counted);
+    let nic = report.nic.interface.iter().filter(|(name, _)| *name != "rx_packets").filter_map(counted);
     let driver = report.nic.driver.iter().filter_map(counted).map(|counter| format!("driver {counter}"));
     for (number, counter) in nic.chain(driver).enumerate() {
         writeln!(out, "{:<8} {counter}", if number == 0 { "nic" } else { "" })?;
@@ -282,7 +282,12 @@ mod tests {
             lanes: vec![lane],
             groups: vec![Group { name: "default".into(), members: vec![member] }],
             nic: Nic {
-                interface: [("rx_dropped".into(), u64::MAX), ("rx_errors".into(), 0)].into(),
+                interface: [
+                    ("rx_dropped".into(), u64::MAX),
+                    ("rx_errors".into(), 0),
+                    ("rx_packets".into(), 1),
+                ]
+                .into(),
                 driver: [("d".repeat(60), u64::MAX)].into(),
             },
             notices: vec![Notice {
@@ -298,7 +303,7 @@ mod tests {
         assert!(text.contains("default/63"));
         assert!(text.contains("\nerror: enp129s0f1np1 is down: no packet comes in until"), "{text}");
         assert!(text.contains("\nnic      rx_dropped 18446744073709551615\n"), "{text}");
-        assert!(!text.contains("rx_errors"), "{text}");
+        assert!(!text.contains("rx_errors") && !text.contains("rx_packets"), "{text}");
         let text = render_members(&[&report.groups[0].members[0]]);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }

@@ -36,7 +36,7 @@ impl Level {
 /// Something that lasts, and what it means for packets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
-    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`, `lro`, `gro`, `rxvlan`, or
+    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`, `unseen`, `lro`, `gro`, `rxvlan`, or
     /// `unaccounted`.
     pub topic: String,
     /// How much it matters.
@@ -83,8 +83,8 @@ pub struct Expected {
     pub generic: bool,
 }
 
-/// All that is to be said of an interface.
-pub fn conditions(seen: &Seen, expected: &Expected) -> Vec<Notice> {
+/// All that is to be said of an interface; packets may come in `unseen` by the XDP program.
+pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice> {
     let Seen { name, link, rx_queues, offloads } = seen;
     let mut all = Vec::new();
     let mut say = |topic, level, what: String, meaning: String| {
@@ -151,6 +151,14 @@ pub fn conditions(seen: &Seen, expected: &Expected) -> Vec<Notice> {
             Level::Error,
             format!("the XDP program is no longer attached to {name}: somebody has removed it"),
             "all packets go to the kernel, and none to workers; restart xfan".into(),
+        );
+    }
+    if unseen && link.xdp {
+        say(
+            "unseen",
+            Level::Error,
+            format!("packets come in on {name}, and the XDP program sees none"),
+            "the driver drops them, or takes them past it (see the counters of the NIC); restart xfan".into(),
         );
     }
     if !link.promiscuous {
@@ -300,7 +308,7 @@ mod tests {
     fn said(change: impl FnOnce(&mut Seen, &mut Expected)) -> Vec<(String, String)> {
         let (mut seen, mut expected) = well();
         change(&mut seen, &mut expected);
-        conditions(&seen, &expected)
+        conditions(&seen, &expected, false)
             .into_iter()
             .map(|notice| (notice.topic.clone(), notice.to_string()))
             .collect()
@@ -359,16 +367,27 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_sees_nothing_is_told_unless_it_is_not_there() {
+        let (mut seen, expected) = well();
+        let topics = |seen: &Seen| {
+            conditions(seen, &expected, true).into_iter().map(|notice| notice.topic).collect::<Vec<_>>()
+        };
+        assert_eq!(topics(&seen), ["unseen"]);
+        seen.link.xdp = false;
+        assert_eq!(topics(&seen), ["xdp"]);
+    }
+
+    #[test]
     fn a_change_is_said_once_and_its_end_too() {
         let (mut seen, expected) = well();
         let (mut told, now) = (Told::default(), Instant::now());
-        assert_eq!(told.changes(&conditions(&seen, &expected), now), []);
+        assert_eq!(told.changes(&conditions(&seen, &expected, false), now), []);
         seen.rx_queues = Some(5);
-        let one = conditions(&seen, &expected);
+        let one = conditions(&seen, &expected, false);
         assert_eq!(told.changes(&one, now), [Change::Begins(one[0].clone())]);
         assert_eq!(told.changes(&one, now), []);
         seen.rx_queues = Some(6);
-        let two = conditions(&seen, &expected);
+        let two = conditions(&seen, &expected, false);
         assert_eq!(told.changes(&two, now), [Change::Begins(two[0].clone())]);
         assert_eq!(told.changes(&[], now), [Change::Ends(two[0].clone())]);
         assert_eq!(told.changes(&[], now), []);
@@ -378,7 +397,7 @@ mod tests {
     fn what_changes_all_the_time_is_said_seldom_and_at_last_as_it_is() {
         let (mut seen, expected) = well();
         seen.link.carrier = false;
-        let down = conditions(&seen, &expected);
+        let down = conditions(&seen, &expected, false);
         let (mut told, start) = (Told::default(), Instant::now());
         let mut number = 0;
         let mut last = None;

@@ -21,8 +21,9 @@ const IFLA_XDP_ATTACHED: u16 = 2;
 /// Longest answer. What belongs to virtual functions, which can be long, is not asked for.
 const ANSWER: usize = 64 << 10;
 
-/// The drop and error counters of `struct rtnl_link_stats64`: name, and place among its u64.
-const STATISTICS: [(&str, usize); 9] = [
+/// Of `struct rtnl_link_stats64` what came in and what did not: name, and place among its u64.
+const STATISTICS: [(&str, usize); 10] = [
+    ("rx_packets", 0),
     ("rx_errors", 4),
     ("rx_dropped", 6),
     ("rx_length_errors", 10),
@@ -47,7 +48,7 @@ pub struct Link {
     pub promiscuous: bool,
     /// An XDP program is attached.
     pub xdp: bool,
-    /// The kernel's counters of what did not get in, by name.
+    /// The kernel's counters of what came in and what did not, by name.
     pub counters: BTreeMap<String, u64>,
 }
 
