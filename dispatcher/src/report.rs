@@ -27,7 +27,7 @@ pub struct Report {
     /// What the kernel and the driver have counted as not let in.
     #[serde(default)]
     pub nic: Nic,
-    /// What is the case now and bears on packets, most important first.
+    /// Conditions that affect packets now, most important first.
     #[serde(default)]
     pub notices: Vec<Notice>,
     /// One for each RX queue served.

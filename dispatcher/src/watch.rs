@@ -1,8 +1,9 @@
-//! What is watched while a primary runs: its interface, what the kernel and the driver count of it, and that packets arrive
-//! that were redirected.
+//! Watches the interface while a primary runs: its settings, its counters, and whether redirected
+//! packets arrive.
 //!
-//! Whether the interface is there is asked often, and takes no lock. The rest waits for a lock that others may hold for
-//! seconds while they set up any interface of the machine (RTNL): so it is asked about once a second, by a thread of its own.
+//! The control thread asks often whether the interface is there, which takes no lock. Everything
+//! else takes RTNL, a lock that other processes may hold for seconds; a thread of its own asks for
+//! it about once a second.
 
 mod arrivals;
 mod conditions;
@@ -88,8 +89,9 @@ impl Looker {
 }
 
 impl Watch {
-    /// Begins to watch an interface of the calling thread's network namespace. Its counters count from now on: by now the
-    /// program should be attached and the sockets bound, since that resets the counters of some drivers.
+    /// Begins to watch an interface of the calling thread's network namespace. Its counters count
+    /// from now on: by now the program should be attached and the sockets bound, since that resets
+    /// the counters of some drivers.
     ///
     /// # Errors
     /// There are no descriptors or threads left.
@@ -122,7 +124,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// The interface's name; `None`: it is gone. If the kernel does not tell, it is still there under the name `known`.
+    /// The interface's name; `None`: it is gone. If the kernel does not tell, it is still there
+    /// under the name `known`.
     pub fn name(&mut self, known: &str) -> Option<String> {
         self.presence.name().unwrap_or_else(|error| {
             self.cannot_read("the name", known, &error);
@@ -148,14 +151,16 @@ impl Watch {
         }
     }
 
-    /// Reads the counters once more. The rest is as it was, since the primary is giving the interface back.
+    /// Reads the counters once more. The rest is as it was, since the primary is giving the
+    /// interface back.
     pub fn count_now(&mut self, patience: Duration) {
         let seen = self.seen.clone();
         self.look_now(patience);
         self.seen = seen;
     }
 
-    /// Has the interface looked at if it is time for that. `true`: something was seen since the last call.
+    /// Has the interface looked at if it is time for that. `true`: something was seen since the
+    /// last call.
     pub fn look(&mut self) -> bool {
         let mut news = false;
         while let Ok(look) = self.looks.try_recv() {

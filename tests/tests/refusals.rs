@@ -438,7 +438,12 @@ fn an_interface_that_vanishes() {
     namespace.ip("link delete tx0").unwrap();
     let socket = primary.socket();
     let exit = primary.process.wait();
-    assert_refused(&exit, INTERFACE, "xfan: interface rx0 has vanished");
+    assert_refused(
+        &exit,
+        INTERFACE,
+        "xfan: interface rx0 has vanished: it was removed, or moved to another network namespace; start xfan again \
+                   once it is back",
+    );
     // Its workers were told in good order, and the totals are there.
     let counted = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     assert_eq!(counted.filter_map(|totals| totals["packets"].as_u64()).sum::<u64>(), 100);

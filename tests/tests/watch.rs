@@ -1,4 +1,5 @@
-//! What changes about the interface while a primary runs is said, followed, and never taken for something else.
+//! What changes about the interface while a primary runs is said, followed, and never taken for
+//! something else.
 
 use nix::sys::resource::Resource;
 use nix::unistd::Pid;
@@ -241,7 +242,8 @@ fn losses(primary: &Primary) -> Vec<String> {
     said.map(|entry| entry.detail).collect()
 }
 
-/// A queue goes deaf: the kernel refuses packets for a socket of another queue, and counts that nowhere but in the driver.
+/// A queue goes deaf: the kernel refuses packets for a socket of another queue, and counts that
+/// nowhere but in the driver.
 #[test]
 fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     let _watchdog = e2e_or_skip!();

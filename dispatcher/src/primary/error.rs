@@ -56,7 +56,10 @@ pub enum PrimaryError {
         how: String,
     },
     /// The interface is gone.
-    #[error("interface {0} has vanished")]
+    #[error(
+        "interface {0} has vanished: it was removed, or moved to another network namespace; start xfan \
+         again once it is back"
+    )]
     Vanished(String),
     /// A lane's thread ended by itself.
     #[error("the lane of queue {0} ended unexpectedly: this is a bug of xfan")]

@@ -44,7 +44,7 @@ impl Primary {
         }
     }
 
-    /// Looks, about once a second, whether packets arrive that were redirected.
+    /// Checks about once a second whether redirected packets arrive.
     pub(super) fn look_for_lost_packets(&mut self) {
         let now = Instant::now();
         if self.arrivals.is_empty() || now < self.next_reading {
@@ -74,7 +74,8 @@ impl Primary {
         }
     }
 
-    /// Whether all packets that were redirected have been received, counted as dropped, or are known to be lost.
+    /// Whether all packets that were redirected have been received, counted as dropped, or are
+    /// known to be lost.
     pub(super) fn all_arrived(&mut self) -> bool {
         let Some(port) = &self.port else { return true };
         let (served, _) = port.counters();
@@ -84,7 +85,7 @@ impl Primary {
         })
     }
 
-    /// What is the case and bears on packets, most important first.
+    /// All conditions that affect packets now, most important first.
     pub(super) fn notices(&self) -> Vec<Notice> {
         let lossy = self.lanes.iter().zip(&self.arrivals).filter(|(_, arrivals)| arrivals.is_lossy());
         let mut notices: Vec<_> =
@@ -94,7 +95,7 @@ impl Primary {
         notices
     }
 
-    /// Says what is the case and was not said yet. What is so from the start may be as it is meant to be.
+    /// Reports new conditions. Those found at the start may be intended.
     fn say_what_is_new(&mut self, at_start: bool) {
         let changes = self.watch.as_mut().map(Watch::changes).unwrap_or_default();
         for change in changes {

@@ -1,17 +1,20 @@
 //! Whether the packets that the XDP program redirects to a socket arrive there.
 //!
-//! For every lane `redirected = received + dropped by the kernel + under way`. The kernel also drops packets that it
-//! counts nowhere (`xsk_rcv_check` in net/xdp/xsk.c: a socket of another device or queue, or one that is not bound).
-//! What is surely lost is told from what is under way in two ways:
+//! For every lane `redirected = received + dropped by the kernel + under way`. The kernel also
+//! drops packets without counting them (`xsk_rcv_check` in net/xdp/xsk.c): when the socket belongs
+//! to another device or queue, or is not bound. Two facts separate lost packets from those under
+//! way:
 //!
-//! - A lane that has found its RX ring empty twice since an earlier reading has received all that was redirected before it,
-//!   if it ever will. What it has not is lost. Newer packets that it received as well can hide some of that.
-//! - No more can be under way than the kernel has frames of the lane. What goes beyond that is lost.
+//! - A lane that has found its RX ring empty twice since an earlier reading has received all
+//!   packets redirected before that reading, except the lost ones. Packets received since can hide
+//!   a loss.
+//! - At most as many packets are under way as the kernel has frames of the lane.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// After so long, what is not on the RX ring never will be: the kernel puts it there in the same round of NAPI.
+/// After so long, what is not on the RX ring never will be: the kernel puts it there in the same
+/// round of NAPI.
 const SETTLED: Duration = Duration::from_secs(2);
 /// Without a new loss for so long, it is over.
 const QUIET: Duration = Duration::from_secs(5);
@@ -46,7 +49,8 @@ pub struct Arrivals {
     /// Of the last [`SETTLED`], and the one before.
     readings: VecDeque<(Instant, Reading)>,
     lost: u64,
-    /// When more was lost for the last time, and what was accounted for by then; none: it is over, or never began.
+    /// When more was lost for the last time, and what was accounted for by then; none: it is over,
+    /// or never began.
     lossy: Option<(Instant, u64)>,
     quiet: Duration,
 }

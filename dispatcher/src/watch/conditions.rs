@@ -1,4 +1,4 @@
-//! What about an interface matters to its packets, in sentences. Pure: from what was seen to what is said.
+//! Which conditions of an interface affect packets, in sentences. Pure: no I/O.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,8 +36,8 @@ impl Level {
 /// Something that lasts, and what it means for packets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
-    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`, `unseen`, `lro`, `gro`, `rxvlan`, or
-    /// `unaccounted`.
+    /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`,
+    /// `unseen`, `lro`, `gro`, `rxvlan`, or `unaccounted`.
     pub topic: String,
     /// How much it matters.
     pub level: Level,
@@ -83,7 +83,7 @@ pub struct Expected {
     pub generic: bool,
 }
 
-/// All that is to be said of an interface; packets may come in `unseen` by the XDP program.
+/// All conditions of an interface; `unseen`: packets come in, and the XDP program sees none.
 pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice> {
     let Seen { name, link, rx_queues, offloads } = seen;
     let mut all = Vec::new();
@@ -206,7 +206,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
     all
 }
 
-/// Packets that were redirected to a socket, and that nobody counts.
+/// Packets were redirected to a socket, did not arrive, and are in no counter.
 pub fn unaccounted(queue: u32, lost: u64) -> Notice {
     Notice::new(
         "unaccounted",
@@ -240,7 +240,7 @@ const BURST: u32 = 6;
 /// … and the time after which there may be one more.
 const REFILL: Duration = Duration::from_secs(10);
 
-/// What was said already: a link that goes up and down all the time does not fill log and journal.
+/// What was reported already. A flapping link does not fill log and journal.
 #[derive(Debug, Default)]
 pub struct Told {
     topics: BTreeMap<String, Topic>,
@@ -254,7 +254,7 @@ struct Topic {
 }
 
 impl Told {
-    /// What is to be said, now that this is the case.
+    /// What to report, given all conditions.
     pub fn changes(&mut self, conditions: &[Notice], now: Instant) -> Vec<Change> {
         for notice in conditions {
             self.topics.entry(notice.topic.clone()).or_insert(Topic {

@@ -1,7 +1,7 @@
 //! What a driver says by ethtool: channels, offloads, counters of its own.
 //!
-//! For strings and counters the kernel writes as many as there are, whatever there is room for: a [`Page`] ends where
-//! nothing can be written, so that it fails with EFAULT instead.
+//! The kernel writes as many strings and counters as there are, even beyond the buffer. So a
+//! [`Page`] ends at memory that cannot be written to, where the kernel fails with EFAULT instead.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -85,7 +85,8 @@ impl Driver {
     /// Whatever the kernel says.
     pub fn offloads(&self, name: &str) -> io::Result<Offloads> {
         let Some(names) = self.strings(name, ETH_SS_FEATURES)? else { return Ok(Offloads::default()) };
-        // struct ethtool_gfeatures: command, number of blocks, and as many of 4 u32, the third of which is what is on.
+        // struct ethtool_gfeatures: command, number of blocks, and as many of 4 u32, the third of
+        // which is what is on.
         let blocks = names.len().div_ceil(32);
         let mut page = Page::new(8 + blocks * 16)?;
         page.put(0, ETHTOOL_GFEATURES);
@@ -104,7 +105,8 @@ impl Driver {
 
     /// The names of a set; `None`: the driver has none.
     fn strings(&self, name: &str, set: u32) -> io::Result<Option<Vec<String>>> {
-        // struct ethtool_sset_info: command, padding, a mask of sets, and a number for each that there is.
+        // struct ethtool_sset_info: command, padding, a mask of sets, and a number for each that
+        // there is.
         let mut page = Page::new(24)?;
         page.put(0, ETHTOOL_GSSET_INFO);
         page.put(8, 1 << set);
@@ -170,8 +172,8 @@ impl Page {
     }
 
     fn ask(&mut self, socket: &OwnedFd, name: &str) -> io::Result<()> {
-        // SAFETY: it starts with the number of a command. What the kernel writes beyond our bytes ends within the
-        // mapping, or at its last page, which it cannot write to.
+        // SAFETY: it starts with the number of a command. What the kernel writes beyond our bytes
+        // ends within the mapping, or at its last page, which it cannot write to.
         unsafe { ethtool(socket, name, self.start.as_ptr()) }
     }
 }

@@ -1,6 +1,7 @@
 //! Which of a driver's own counters (`ethtool -S`) count packets that did not get in.
 
-/// By driver: names of counters, where `*` stands for anything. Of other drivers, and beside these, see [`may_be_one`].
+/// By driver: names of counters, where `*` stands for anything. Of other drivers, and beside these,
+/// see [`may_be_one`].
 const KNOWN: [(&str, &[&str]); 19] = [
     ("bnxt_en", &["rx_discards", "rx_buf_errors", "rx_total_ring_discards", "rx_total_oom_discards"]),
     (

@@ -61,7 +61,8 @@ pub struct LinkSocket {
 }
 
 impl LinkSocket {
-    /// Opens a socket to ask for the link with this index in the network namespace of the calling thread.
+    /// Opens a socket to ask for the link with this index in the network namespace of the calling
+    /// thread.
     ///
     /// # Errors
     /// Whatever the kernel says.

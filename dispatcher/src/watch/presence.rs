@@ -5,7 +5,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-/// An interface, followed by its index. It keeps a descriptor open, so that asking never needs another one.
+/// An interface, followed by its index. It keeps a descriptor open, so that asking never needs
+/// another one.
 #[derive(Debug)]
 pub struct Presence {
     socket: OwnedFd,
@@ -22,7 +23,8 @@ impl Presence {
         Ok(Presence { socket, index: libc::c_int::try_from(index).map_err(io::Error::other)? })
     }
 
-    /// The interface's name; `None`: there is no such interface any more. Takes no lock that a driver may hold.
+    /// The interface's name; `None`: there is no such interface any more. Takes no lock that a
+    /// driver may hold.
     ///
     /// # Errors
     /// The kernel does not tell, which does not mean that the interface is gone.
@@ -30,8 +32,8 @@ impl Presence {
         // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         request.ifr_ifru.ifru_ifindex = self.index;
-        // SAFETY: SIOCGIFNAME reads `ifru_ifindex` of a `struct ifreq` and fills its name; it is ours and lives through
-        // the call.
+        // SAFETY: SIOCGIFNAME reads `ifru_ifindex` of a `struct ifreq` and fills its name; it is
+        // ours and lives through the call.
         if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCGIFNAME, &raw mut request) } == 0 {
             let name: Vec<u8> =
                 request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();

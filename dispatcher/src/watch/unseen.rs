@@ -1,7 +1,7 @@
 //! Whether the XDP program sees what comes in.
 //!
-//! A driver whose queues lost their buffers drops all packets, or takes them past the program: then no counter of the
-//! program or of a socket moves, and all sums hold.
+//! A driver whose queues lost their buffers drops all packets, or takes them past the program: then
+//! no counter of the program or of a socket moves, and all sums hold.
 
 use std::collections::VecDeque;
 
