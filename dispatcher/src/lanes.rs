@@ -192,7 +192,7 @@ impl LaneHandle {
         self.kernel = report::Kernel {
             rx_dropped: statistics.rx_dropped,
             rx_ring_full: statistics.rx_ring_full,
-            fill_ring_empty: statistics.rx_fill_ring_empty_descs - self.fill_ring_empty_before,
+            fill_ring_empty: statistics.rx_fill_ring_empty_descs.saturating_sub(self.fill_ring_empty_before),
             rx_invalid_descs: statistics.rx_invalid_descs,
         };
     }
