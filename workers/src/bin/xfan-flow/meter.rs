@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use xfan_shm::clock::monotonic_ns;
 use xfan_worker::flow::Packet;
 use xfan_worker::{Batch, Counter, CounterError, Worker};
 
@@ -110,7 +111,7 @@ impl Meter {
     /// # Errors
     /// [`OutputError`]
     pub fn idle(&mut self) -> Result<(), OutputError> {
-        self.round(Duration::from_nanos(xfan_shm::clock::monotonic_ns()))
+        self.round(Duration::from_nanos(monotonic_ns()))
     }
 
     /// Writes out all flows.
@@ -155,10 +156,44 @@ impl Meter {
 
 /// Time of the monotonic clock's zero, in nanoseconds since 1970.
 fn epoch() -> u64 {
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    nanoseconds(since_1970).saturating_sub(xfan_shm::clock::monotonic_ns())
+    epoch_by(|| {
+        let before = monotonic_ns();
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        (before, nanoseconds(since_1970), monotonic_ns())
+    })
+}
+
+/// The same, of the quickest of a few readings of the monotonic clock, the wall clock and the monotonic
+/// clock: a process may lose its CPU between two of them.
+fn epoch_by(read: impl FnMut() -> (u64, u64, u64)) -> u64 {
+    let readings = std::iter::repeat_with(read).take(4);
+    let quickest = readings.min_by_key(|(before, _, after)| after - before);
+    quickest.map_or(0, |(before, since_1970, after)| since_1970.saturating_sub(before.midpoint(after)))
 }
 
 fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_epoch_is_right_if_the_process_loses_its_cpu_between_the_clocks() {
+        const EPOCH: u64 = 1_700_000_000_000_000_000;
+        // 40 ns between two readings, but for one that takes 5 ms.
+        for (lost_before, lost_after) in [(5_000_000, 0), (0, 5_000_000)] {
+            let (mut now, mut reading) = (1_000_000, 0);
+            let epoch = epoch_by(|| {
+                let lost = if reading == 0 { (lost_before, lost_after) } else { (0, 0) };
+                reading += 1;
+                let before = now;
+                let between = before + 40 + lost.0;
+                now = between + 40 + lost.1;
+                (before, EPOCH + between, now)
+            });
+            assert_eq!(epoch, EPOCH);
+        }
+    }
 }
