@@ -110,7 +110,7 @@ pub struct Xdp {
 impl Xdp {
     /// All packets that the program saw.
     pub fn seen(&self) -> u64 {
-        self.redirect + self.pass
+        self.redirect + self.pass + self.drop_too_long
     }
 
     /// Adds another's counts.

@@ -11,7 +11,8 @@
 //! On a veth they arrive on the RX queue numbered like the sending CPU, modulo the receiver's queues, if it has NAPI (an XDP
 //! program or GRO) and its ring has room: it drops what comes faster than it can take. Accepted and refused frames are
 //! counted by the veth driver itself (`ethtool -S`: `tx_queue_N_xdp_xmit`), so the report is exact as long as nobody
-//! else redirects into the interface; a contradiction is an error.
+//! else redirects into the same queue, or, where the receiver has another number of queues than the sender, into the interface; a
+//! contradiction is an error.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -363,12 +364,16 @@ fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
             if error.io_error.kind() == std::io::ErrorKind::Interrupted => {}
         Err(error) => return Err(kernel(&error)),
     }
-    // The receiving queue, and so the one that counts, depends on how many the peer uses.
+    // The receiving queue, and so the one that counts, depends on how many the peer uses: mostly as many as the sender.
     let accepted = accepted(link)?.into_iter();
     let moved = accepted.map(|(queue, frames)| (queue, frames - before.get(&queue).unwrap_or(&0)));
-    let moved: Vec<_> = moved.filter(|(_, frames)| *frames > 0).collect();
-    let sent = moved.iter().map(|(_, frames)| frames).sum();
-    let queue = moved.first().map_or(0, |(queue, _)| *queue);
+    let moved: BTreeMap<_, _> = moved.filter(|(_, frames)| *frames > 0).collect();
+    let alike = u32::try_from(load.cpu).unwrap_or(u32::MAX) % link.tx_queues.max(1);
+    let (queue, sent) = match (moved.get(&alike), moved.keys().next()) {
+        (Some(&frames), _) => (alike, frames),
+        (None, Some(&queue)) => (queue, moved.values().sum()),
+        (None, None) => (alike, 0),
+    };
 
     let state = object.map(".bss").expect("generate.bpf.c has a global variable");
     let state = Array::<&MapData, State>::try_from(state).map_err(|error| kernel(&error))?;
