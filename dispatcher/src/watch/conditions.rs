@@ -139,7 +139,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 link.mtu, expected.max_mtu
             ),
             format!(
-                "longer ones are dropped, and counted; run `ip link set dev {name} mtu {}`, or restart xfan, which says \
+                "longer ones are dropped, and counted (`drop_too_long`); run `ip link set dev {name} mtu {}`, or restart xfan, which says \
                  what else is possible",
                 expected.max_mtu
             ),
