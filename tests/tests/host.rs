@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use xfan::report::{Lane, Report, Xdp};
 use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
@@ -232,6 +233,8 @@ fn queues_without_a_lane_are_the_hosts() {
     const DATAGRAMS: u16 = 50;
     let hosts = Hosts::new(4);
     let socket = hosts.host.run(|| UdpSocket::bind(at(HOST, 7000))).unwrap();
+    // Some kernels keep each datagram in a page of its own, and all of them have to wait until they are read.
+    setsockopt(&socket, sockopt::RcvBufForce, &(1 << 22)).unwrap();
     let primary = hosts.launch("--queues 0,1 --pass udp/9");
     // To each queue: so many datagrams, one that a rule meets, and one frame that is not IP.
     let to = |datagram: Vec<u8>| traffic::addressed(datagram, hosts.pair.receiver.mac);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
 use nix::unistd::Pid;
@@ -198,6 +199,9 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
     let launch = Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap();
     let primary = launch.start().unwrap();
     let before = open_descriptors(&primary);
+    // Many systems allow a process 1,024 descriptors unless it asks for more.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
 
     // Connections by the thousand that say nothing: of root, which these are, there can be 64 at a time.
     let silent: Vec<_> = (0..2000).map(|_| dial(&primary)).collect();

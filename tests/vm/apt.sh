@@ -4,11 +4,12 @@
 debian_suites() {
     local suites=$* mirror state
     state=$root/target/vm/apt/${suites// /+}
-    # The machine's own mirror, where it has one.
+    # From where the machine has its own packages.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' |
         grep -E '/debian/?$' | head -n 1) || true
+    [ -n "$mirror" ] || fail "this machine has its packages from no mirror of Debian, so there are no kernels to be had"
     mkdir -p "$state/lists/partial" "$state/archives/partial" "$state/sources"
-    printf '%s\n' "Types: deb" "URIs: ${mirror:-http://deb.debian.org/debian}" "Suites: $suites" "Components: main" \
+    printf '%s\n' "Types: deb" "URIs: $mirror" "Suites: $suites" "Components: main" \
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg" >"$state/sources/suite.sources"
     debian_options=(
         -q

@@ -4,11 +4,12 @@
 # get the newest package again.
 source "$root/tests/vm/apt.sh"
 
-readonly kernels=(6.1 6.12 recent)
+readonly kernels=(5.10 6.1 6.12 recent)
 
 # The suite whose linux-image-amd64 is this kernel.
 kernel_suite() {
     case $1 in
+        5.10) echo bullseye ;;
         6.1) echo bookworm ;;
         6.12) echo bookworm-backports ;;
         recent) echo trixie-backports ;;
@@ -37,19 +38,19 @@ fetch_kernel() {
 
 # Sets version last: a folder with it is complete.
 unpack_kernel() {
-    local folder=$1 name deb modules version kind kept
+    local folder=$1 name deb unpacked version kind kept
     name=$(basename "$folder")
     for deb in "$folder"/deb/*.deb; do dpkg -x "$deb" "$folder/deb/all"; done
-    modules=$(find "$folder/deb/all" -path '*/lib/modules/*' -prune -print -quit)
-    [ -n "$modules" ] || fail "cannot get kernel $name: there are no modules in $(ls "$folder/deb")"
-    version=$(basename "$modules")
-    cp "$folder/deb/all/boot/vmlinuz-$version" "$folder/vmlinuz" 2>/dev/null || cp "$modules/vmlinuz" "$folder/vmlinuz"
+    unpacked=$(find "$folder/deb/all" -path '*/lib/modules/*' -prune -print -quit)
+    [ -n "$unpacked" ] || fail "cannot get kernel $name: there are no modules in $(ls "$folder/deb")"
+    version=$(basename "$unpacked")
+    cp "$folder/deb/all/boot/vmlinuz-$version" "$folder/vmlinuz" 2>/dev/null || cp "$unpacked/vmlinuz" "$folder/vmlinuz"
     kept=$folder/modules/lib/modules/$version
     mkdir -p "$kept/kernel"
     for kind in arch/x86/crypto crypto drivers/{dca,i2c,net,pps,ptp,virtio} lib net; do
-        [ ! -d "$modules/kernel/$kind" ] || (cd "$modules" && cp -a --parents "kernel/$kind" "$kept")
+        [ ! -d "$unpacked/kernel/$kind" ] || (cd "$unpacked" && cp -a --parents "kernel/$kind" "$kept")
     done
-    cp "$modules"/modules.{builtin,builtin.modinfo,order} "$kept"
+    cp "$unpacked"/modules.{builtin,builtin.modinfo,order} "$kept"
     find "$kept" -name '*.ko.xz' -print0 | xargs -0 -r -n 64 xz -d
     find "$kept" -name '*.ko.zst' -print0 | xargs -0 -r -n 64 zstd -q -d --rm
     depmod -b "$folder/modules" "$version"

@@ -2,6 +2,8 @@
 programs=$(cat /vm/programs)
 checkout=$(cat /vm/checkout)
 cd "$checkout" || return
+# Who opens /dev/net/tun expects it to be there.
+modprobe tun
 export XFAN_REQUIRE_E2E=1 RUST_BACKTRACE=0 TMPDIR=/tmp
 
 # Prints why a test executable cannot run here, if it cannot.
