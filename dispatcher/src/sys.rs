@@ -65,8 +65,32 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: no pointers.
     match unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } {
         0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        _ => match io::Error::last_os_error() {
+            // Before Linux 5.11 there is no such flag, and before 5.9 no such call.
+            error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
+                close_on_exec_one_by_one(first)
+            }
+            error => Err(error),
+        },
     }
+}
+
+/// [`close_on_exec_from`], by a system call for each descriptor there can be.
+fn close_on_exec_one_by_one(first: u32) -> io::Result<()> {
+    // SAFETY: `limit` is a valid place for the answer.
+    let limit = unsafe {
+        let mut limit = std::mem::zeroed::<libc::rlimit>();
+        match libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) {
+            0 => limit.rlim_cur,
+            _ => return Err(io::Error::last_os_error()),
+        }
+    };
+    for fd in first..u32::try_from(limit).unwrap_or(u32::MAX) {
+        let Ok(fd) = i32::try_from(fd) else { break };
+        // SAFETY: no pointers; EBADF where nothing is open.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+    Ok(())
 }
 
 /// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be
@@ -135,5 +159,32 @@ pub fn leave_terminal() -> io::Result<()> {
     match unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCNOTTY) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a process of its own, which the descriptors of other tests do not meet.
+    #[test]
+    fn both_ways_close_all_descriptors_on_exec() {
+        use std::os::unix::process::CommandExt;
+        for one_by_one in [false, true] {
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", "ls /proc/$$/fd"]);
+            // SAFETY: async-signal-safe calls only; the descriptor that dup2 makes is closed on exec, as is tested.
+            unsafe {
+                command.pre_exec(move || {
+                    if libc::dup2(0, 57) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    if one_by_one { close_on_exec_one_by_one(3) } else { close_on_exec_from(3) }
+                });
+            }
+            let output = command.output().unwrap();
+            let shown = String::from_utf8(output.stdout).unwrap();
+            assert!(shown.starts_with("0\n1\n") && !shown.contains("57"), "{one_by_one}: {shown}");
+        }
     }
 }
