@@ -278,6 +278,7 @@ fn ledger(
         sent,
         passed + recorded.packets() + sum(|lane| lane.unparsed) + lost,
     );
+    same("packets cut by the driver", 0, sum(|lane| lane.cut));
     if !may_lose {
         same("packets redirected", expected.redirected, sum(|lane| lane.xdp.redirect));
         same("bytes received", expected.redirected_bytes, sum(|lane| lane.bytes));
