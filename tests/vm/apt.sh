@@ -1,6 +1,8 @@
-# Debian packages of any suite. The machine's own choice of suites and its package lists stay as they are. Sourced.
+# Debian packages of any suite. The machine's own choice of suites and its package lists stay as
+# they are. Sourced.
 
-# debian_suites SUITE...: makes `debian_apt` and `debian_apt_cache` look at these suites of Debian, and at no others.
+# debian_suites SUITE...: makes `debian_apt` and `debian_apt_cache` look at these suites of Debian,
+# and at no others.
 debian_suites() {
     local suites=$* mirror state
     state=$root/target/vm/apt/${suites// /+}

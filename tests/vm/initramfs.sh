@@ -1,6 +1,8 @@
-# The guest's file system, all in memory: busybox, a few tools of this machine, xfan's programs, guest/. Sourced.
+# The guest's file system, all in memory: busybox, a few tools of this machine, xfan's programs,
+# guest/. Sourced.
 
-# What the guest loads, with all it depends on; a name that the kernel has built in or lacks is passed over.
+# What the guest loads, with all it depends on; a name that the kernel has built in or lacks is
+# passed over.
 readonly modules=(
     virtio_pci virtio_net igb e1000e vmxnet3  # network interfaces
     veth bonding bridge 8021q tun dummy ipip  # interfaces that tests make
@@ -9,7 +11,8 @@ readonly modules=(
 readonly tools=(ip ethtool ss ping)
 readonly programs=(xfan xfan-flow xfan-count xfan-replay xfan-verify)
 
-# make_initramfs KERNEL FILE [TEST...]: with test executables, the checkout and its programs are at the same paths as here.
+# make_initramfs KERNEL FILE [TEST...]: with test executables, the checkout and its programs are at
+# the same paths as here.
 make_initramfs() {
     local kernel=$root/target/vm/kernels/$1 file=$2 version folder program library applet
     shift 2
@@ -32,7 +35,8 @@ make_initramfs() {
         add_program "$target/debug/$program" "$folder/bin/$program"
     done
     [ $# = 0 ] || add_tests "$folder" "$@"
-    # The shared libraries of all these, at the same paths. busybox has none, which ldd calls a failure.
+    # The shared libraries of all these, at the same paths. busybox has none, which ldd calls a
+    # failure.
     { find "$folder" -type f -perm /111 -exec ldd {} + 2>/dev/null || true; } | grep -o '/[^ :]*\.so[^ ]*' | sort -u |
         while read -r library; do
             mkdir -p "$folder$(dirname "$library")"

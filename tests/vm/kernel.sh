@@ -1,7 +1,8 @@
-# Kernels for the guest: Debian's packages, unpacked to target/vm/kernels/NAME and installed nowhere. Sourced.
+# Kernels for the guest: Debian's packages, unpacked to target/vm/kernels/NAME and installed
+# nowhere. Sourced.
 #
-# A folder there holds vmlinuz, version, and modules/ with those that a network interface may need. Remove it to
-# get the newest package again.
+# A folder there holds vmlinuz, version, and modules/ with those that a network interface may need.
+# Remove it to get the newest package again.
 source "$root/tests/vm/apt.sh"
 
 readonly kernels=(5.10 6.1 6.12 recent)

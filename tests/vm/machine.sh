@@ -2,8 +2,8 @@
 #
 #   rx0, under test ── hub, or bridge between taps ── tx0, which sends
 #
-# Only virtio has several queues, and they take taps: these and the bridge are in a namespace of the test's own. All
-# other models are joined by a hub within QEMU.
+# Only virtio has several queues, and they take taps: these and the bridge are in a namespace of the
+# test's own. All other models are joined by a hub within QEMU.
 
 readonly queues=4
 readonly receiver_mac=52:54:00:00:00:01 sender_mac=52:54:00:00:00:02
@@ -32,7 +32,8 @@ make_network() {
     inside ip tuntap add dev tx0 mode tap
     local tap
     for tap in rx0 tx0; do
-        # What a guest has no buffers for waits here, as in QEMU's hubs: the guest could not count it.
+        # What a guest has no buffers for waits here, as in QEMU's hubs: the guest could
+        # not count it.
         inside ip link set dev "$tap" mtu 9000 txqueuelen 10000 master br0
         inside ip link set dev "$tap" type bridge_slave learning off
         inside ip link set dev "$tap" up
@@ -45,9 +46,10 @@ inside() { ip netns exec "$namespace" "$@"; }
 # Of a boot, under load; it takes some 6.
 readonly boot_seconds=120 boots=3
 
-# run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: WORDS go to the guest's command line. What the tests print goes
-# to LOG, and what the kernel prints to LOG with .console for its ending. A guest that never gets as far as its first
-# process, as happens under TCG when the machine is busy, is booted anew: nothing of xfan's has run by then.
+# run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: WORDS go to the guest's command line. What
+# the tests print goes to LOG, and what the kernel prints to LOG with .console for its ending. A
+# guest that never gets as far as its first process, as happens under TCG when the machine is busy,
+# is booted anew: nothing of xfan's has run by then.
 run_guest() {
     local boot status=0
     for boot in $(seq $boots); do

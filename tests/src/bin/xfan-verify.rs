@@ -1,4 +1,5 @@
-//! Makes captures, and checks what became of their packets: for tests that are shell scripts, as in a virtual machine.
+//! Makes captures, and checks what became of their packets: for tests that are shell scripts, as in
+//! a virtual machine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -36,7 +37,8 @@ struct Arguments {
 enum Command {
     /// Write captures to a folder: mixed traffic, and UDP frames of many sizes in both directions
     ///
-    /// Frames shorter than 60 bytes are padded, as NICs do, so that lengths can be compared on any NIC.
+    /// Frames shorter than 60 bytes are padded, as NICs do, so that lengths can be compared on any
+    /// NIC.
     Captures {
         /// Existing folder for mixed.pcap, sizes.pcap and jumbo.pcap
         folder: PathBuf,
@@ -57,7 +59,8 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         records: PathBuf,
 
-        /// The kernel takes the outer VLAN tag off before the packets reach the XDP program, as for a bond
+        /// The kernel takes the outer VLAN tag off before the packets reach the XDP program, as for
+        /// a bond
         #[arg(long)]
         untagged: bool,
 

@@ -1,6 +1,7 @@
 # What the scenarios have in common. For busybox' sh.
 #
-# A scenario prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why` for each thing it looks at; all else is for people.
+# A scenario prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why` for each thing it looks at; all
+# else is for people.
 # $iface is the interface under test. tx0, in the namespace `peer`, sends to it.
 
 # The shell would take busybox' own tools before those in /bin.
@@ -84,7 +85,8 @@ make_bond() {
     ip link set dev bond0 up promisc on
 }
 
-# start [ARGUMENT...]: starts xfan with two xfan-flow, and waits until it runs. One that does not is a fault.
+# start [ARGUMENT...]: starts xfan with two xfan-flow, and waits until it runs. One that does not is
+# a fault.
 start() {
     try_start "$@" && return
     fault "xfan $*: it does not start, exit $code: $(tail -n 1 /tmp/log)"

@@ -22,7 +22,8 @@ carrier
 
 if start_with 'frame_size = 4096'; then traffic "frames of 4096 bytes" sizes; else fault "frames of 4096 bytes: $(tail -n 1 /tmp/log)"; fi
 
-# mode SETTING WORD MODELS: a mode that was asked for is had on these models, and refused on all others.
+# mode SETTING WORD MODELS: a mode that was asked for is had on these models, and refused on all
+# others.
 asked() {
     case " $3 " in
         *" $vm_model "* | " all ")
