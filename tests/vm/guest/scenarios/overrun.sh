@@ -12,13 +12,21 @@ overrun() {
         sleep 3 # igb reads its counters every 2 s
         how=$(mode)
         stop "$name"
-        check "$name" --losses mixed
-        if grep -q 'counted lost 0;' /tmp/verdict; then
-            case $how in
-                *zero-copy) skip "$name: nothing lost: emulated NICs without buffers make the sender wait" ;;
-                *) fault "$name: nothing was lost, so nothing was tested" ;;
-            esac
-        fi
+        case $vm_model:$how in
+            igb:*zero-copy)
+                skip "$name: QEMU's igb counts nowhere what it drops for a queue without buffers"
+                ;;
+            *zero-copy)
+                # A NIC without buffers makes QEMU's network wait: nothing is lost.
+                check "$name" mixed
+                ;;
+            *)
+                check "$name" --losses mixed
+                if grep -q 'counted lost 0;' /tmp/verdict; then
+                    fault "$name: nothing was lost, so nothing was tested"
+                fi
+                ;;
+        esac
     else
         fault "$name: it does not start, exit $code: $(tail -n 1 /tmp/log)"
     fi
