@@ -45,7 +45,7 @@ pub enum LoadError {
         source: libbpf_rs::Error,
     },
     /// The kernel refuses the program or a map, most likely for its age.
-    #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.15 or newer{}", Log(log))]
+    #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.10 or newer{}", Log(log))]
     Refused {
         /// The kernel's answer.
         source: libbpf_rs::Error,

@@ -249,7 +249,7 @@ fn get_option<T: Copy>(socket: &impl AsRawFd, option: libc::c_int) -> io::Result
     }
     if (length as usize) < size_of::<T>() {
         return Err(io::Error::other(
-            "this kernel is too old for xfan: its AF_XDP options are shorter (Linux 5.15 is needed)",
+            "this kernel is too old for xfan: its AF_XDP options are shorter (Linux 5.10 is needed)",
         ));
     }
     // SAFETY: zeroed, then written by the kernel; the types used here are plain integers.
