@@ -100,7 +100,7 @@ boot_guest() {
     esac
     # Its own process, not a function's shell: it is to get the signal.
     ip netns exec "$namespace" timeout --kill-after=5 "$seconds" qemu-system-x86_64 \
-        -machine q35 -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus" -m "${memory}M" "${numa[@]}" \
+        -machine q35 -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus${numa[0]:+,sockets=2}" -m "${memory}M" "${numa[@]}" \
         -nodefaults -no-user-config -no-reboot -display none \
         -device "pcie-root-port,id=port0,bus=$port,chassis=7,slot=7" \
         "${network[@]}" \
