@@ -2,7 +2,9 @@
 
 use xfan::exit::Exit;
 use xfan::interface::{Interface, Offload};
+use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
+use xfan_tests::link::Link;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::Launch;
 use xfan_tests::replay::Replay;
@@ -36,6 +38,55 @@ fn generic_mode_gets_packets_as_they_were_sent() {
     assert!(exit.stderr.iter().any(|line| line.contains("turned_off=[\"gro\"]")), "{exit:#?}");
     namespace.ip("link set dev other name rx0").unwrap();
     assert!(gro_is_on(&namespace));
+}
+
+/// The kernel merges packets of an interface below before they reach the one above, whose program in
+/// generic mode sees them then: of a bond's ports, for example.
+#[test]
+fn interfaces_below_do_not_merge_packets_either() {
+    let _watchdog = e2e_or_skip!();
+    let merges = |namespace: &Netns| {
+        let features = namespace.ethtool("-k low0").unwrap();
+        features.lines().any(|line| line == "generic-receive-offload: on")
+    };
+    for (above, on_top) in
+        [("bridge", false), ("bond mode active-backup", false), ("macvlan mode passthru", true)]
+    {
+        let (namespace, _pair) =
+            Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(1) }).unwrap();
+        // The sender segments by itself, or veth leaves out GRO.
+        namespace.ethtool("-K tx0 tso off gso off").unwrap();
+        namespace.ip("link set dev rx0 down").unwrap();
+        namespace.ip("link set dev rx0 name low0").unwrap();
+        // What comes within a poll or two is merged, however busy this machine is.
+        let waits = "echo 50000000 > /sys/class/net/low0/gro_flush_timeout; \
+                     echo 100 > /sys/class/net/low0/napi_defer_hard_irqs";
+        command::run(namespace.command("sh").args(["-c", waits])).unwrap();
+        let link = if on_top { "link low0 " } else { "" };
+        if !made(&namespace, &format!("link add {link}name rx0 type {above}")) {
+            continue;
+        }
+        if !on_top {
+            namespace.ip("link set dev low0 master rx0").unwrap();
+        }
+        namespace.ip("link set dev low0 up").unwrap();
+        namespace.ip("link set dev rx0 up").unwrap();
+        let address = namespace.run(|| Link::named("rx0")).unwrap().mac;
+        let launch = Launch::on(&namespace).unwrap().config("xdp_mode = 'generic'").unwrap();
+        let primary = launch.flow_workers(1).unwrap().start().unwrap();
+        assert!(!merges(&namespace), "{above}");
+        let (from, to) = ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        let segment =
+            |number: u32| traffic::addressed(traffic::tcp(from, to, 1 + number * 1000, &[7; 1000]), address);
+        let segments: Vec<_> = (0..64).map(segment).collect();
+        namespace.run(|| Replay::onto("tx0").run(&segments)).unwrap();
+        let report = primary.report_after(64, true);
+        assert_eq!((report.lanes[0].bytes, report.lanes[0].xdp.drop_too_long), (64 * 1054, 0), "{above}");
+        let (exit, _folder) = primary.stop();
+        assert_eq!(exit.code, Some(0), "{exit:#?}");
+        assert!(exit.stderr.iter().any(|line| line.contains("\"gro of low0\"")), "{exit:#?}");
+        assert!(merges(&namespace), "{above}");
+    }
 }
 
 /// Makes a device; tells why if this kernel has no such kind.

@@ -44,22 +44,39 @@ impl Interface {
     ///
     /// The kernel refuses (EPERM without `CAP_NET_ADMIN`), or the driver keeps it as it was.
     pub fn set_offload(&self, offload: Offload, on: bool) -> Result<(), InterfaceError> {
-        let failed = |source| InterfaceError::Offload { offload, on, name: self.name.clone(), source };
-        let socket = socket().map_err(failed)?;
-        write(&socket, &self.name, offload, on).map_err(failed)?;
-        // A driver may say yes and keep its setting.
-        match read(&socket, &self.name, offload).map_err(failed)? == on {
-            true => Ok(()),
-            false => Err(failed(io::Error::other("the driver does not change it"))),
-        }
+        set_offload(&self.name, offload, on)
     }
 }
 
-/// GRO and LRO turned off, as far as they were on. Dropping it turns them on again, whatever the interface is called then.
+fn set_offload(name: &str, offload: Offload, on: bool) -> Result<(), InterfaceError> {
+    let failed = |source| InterfaceError::Offload { offload, on, name: name.to_owned(), source };
+    let socket = socket().map_err(failed)?;
+    write(&socket, name, offload, on).map_err(failed)?;
+    // A driver may say yes and keep its setting.
+    match read(&socket, name, offload).map_err(failed)? == on {
+        true => Ok(()),
+        false => Err(failed(io::Error::other("the driver does not change it"))),
+    }
+}
+
+/// GRO and LRO turned off, as far as they were on. Dropping it turns them on again, whatever the
+/// interfaces are called then.
+///
+/// The kernel merges no packets (GRO) of an interface with a program in generic mode
+/// (`netif_elide_gro`). It does for the interfaces below it, whose packets it takes: the ports of a
+/// bond or a bridge, and what a VLAN or a macvlan lies on.
 #[derive(Debug)]
 pub struct NoMerging {
-    interface: Interface,
-    offloads: Vec<Offload>,
+    done: Vec<Done>,
+}
+
+/// An offload that was turned off.
+#[derive(Debug)]
+struct Done {
+    index: u32,
+    offload: Offload,
+    /// For people.
+    what: String,
 }
 
 impl NoMerging {
@@ -69,29 +86,67 @@ impl NoMerging {
     ///
     /// One of them is on and cannot be turned off.
     pub fn of(interface: &Interface) -> Result<Self, InterfaceError> {
-        let mut done = NoMerging { interface: interface.clone(), offloads: Vec::new() };
-        for offload in [Offload::Gro, Offload::Lro] {
-            if interface.offload(offload)? {
-                interface.set_offload(offload, false)?;
-                done.offloads.push(offload);
+        let mut no_merging = NoMerging { done: Vec::new() };
+        // Those below first: some interfaces have an offload on as long as the one below has.
+        let mut all = Vec::new();
+        below(interface, &mut all);
+        for interface in all.iter().rev() {
+            for offload in [Offload::Gro, Offload::Lro] {
+                no_merging.turn_off(interface, offload, interface.name.clone())?;
             }
         }
-        Ok(done)
+        for offload in [Offload::Gro, Offload::Lro] {
+            match no_merging.turn_off(interface, offload, String::new()) {
+                Err(InterfaceError::Offload { offload: Offload::Gro, .. }) => {}
+                result => result?,
+            }
+        }
+        Ok(no_merging)
+    }
+
+    fn turn_off(
+        &mut self,
+        interface: &Interface,
+        offload: Offload,
+        below: String,
+    ) -> Result<(), InterfaceError> {
+        if interface.offload(offload)? {
+            interface.set_offload(offload, false)?;
+            let of = if below.is_empty() { below } else { format!(" of {below}") };
+            self.done.push(Done { index: interface.index, offload, what: format!("{}{of}", offload.name()) });
+        }
+        Ok(())
     }
 
     /// What was turned off.
-    pub fn names(&self) -> Vec<&'static str> {
-        self.offloads.iter().map(|offload| offload.name()).collect()
+    pub fn names(&self) -> Vec<&str> {
+        self.done.iter().map(|done| done.what.as_str()).collect()
+    }
+}
+
+/// All interfaces below one, as far as `/sys` shows them, and each before those below it.
+fn below(interface: &Interface, all: &mut Vec<Interface>) {
+    let entries = interface.sysfs().and_then(|folder| std::fs::read_dir(folder).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str().and_then(|name| name.strip_prefix("lower_")) else { continue };
+        // One that is no Ethernet device, or is gone by now, merges nothing.
+        if let Ok(lower) = Interface::find(name)
+            && !all.iter().any(|known| known.index == lower.index)
+        {
+            all.push(lower.clone());
+            below(&lower, all);
+        }
     }
 }
 
 impl Drop for NoMerging {
     fn drop(&mut self) {
-        // An interface that is gone has no settings.
-        let Ok(name) = if_indextoname(self.interface.index) else { return };
-        self.interface.name = name.to_string_lossy().into_owned();
-        for &offload in &self.offloads {
-            if let Err(error) = self.interface.set_offload(offload, true) {
+        for Done { index, offload, .. } in self.done.iter().rev() {
+            // An interface that is gone has no settings.
+            let Ok(name) = if_indextoname(*index) else { continue };
+            let name = name.to_string_lossy().into_owned();
+            if let Err(error) = set_offload(&name, *offload, true) {
                 tracing::warn!("{error}");
             }
         }
