@@ -124,15 +124,15 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
         };
         let last = modes.peek().is_none();
+        // Until the primary listens to them; before its lanes are made, which inherit it.
+        put_off_signals(true)?;
         let primary = match start.primary(mode) {
-            Err(RunError::Port(PortError::Bind(error @ BindError::NoZeroCopy { .. }))) if !last => {
-                tracing::warn!("{error}. The kernel copies each packet");
+            Err(error) if !last && next_may_do(&error) => {
+                tracing::warn!("no zero-copy: {error}. The kernel copies each packet");
                 continue;
             }
             primary => primary?,
         };
-        // Until the primary listens to them.
-        put_off_signals(true)?;
         let listener = match &mut listener {
             Some(listener) => listener,
             none => none.insert(Listener::bind(&config.socket, access.clone())?),
@@ -147,6 +147,12 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             error => return Ok(Outcome { error, ..outcome }),
         }
     }
+}
+
+/// Whether a mode could not be used for what the next one needs not: zero-copy, or larger frames and
+/// enough of them for the NIC's own ring.
+fn next_may_do(error: &RunError) -> bool {
+    matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
 }
 
 /// What a start has found out, whatever the mode.
@@ -235,4 +241,28 @@ impl Start<'_> {
 /// UMEM offset of the first frame of lane number `lane`. All of them are below the limit of 4 GiB, though their end may not be.
 fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
     u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_mode_is_tried_where_frames_are_too_few_or_too_large_for_the_first() {
+        let config = Config::from_toml_str("interface = 'eth1'\nframes = 12000", "f").unwrap();
+        let plan = |frame_size, nic_ring, lanes| {
+            let sizes = Sizes { frame_size, nic_ring };
+            FrameBudget::plan(lanes, 2, &config, false, sizes).map_err(RunError::from)
+        };
+        // The NIC's ring takes most of them, or they are twice as large: in copy mode all is well.
+        let of_ring = plan(4096, 16_384, 1).unwrap_err();
+        let of_size = plan(4096, 4096, 100).unwrap_err();
+        assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");
+        assert!(plan(2048, 0, 1).is_ok() && plan(2048, 0, 100).is_ok());
+        let bind = |error| RunError::Port(PortError::Bind(error));
+        let (interface, queue) = ("eth1".to_owned(), 0);
+        let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+        assert!(next_may_do(&bind(BindError::NoZeroCopy { interface: interface.clone(), queue, source })));
+        assert!(!next_may_do(&bind(BindError::Busy { interface, queue })));
+    }
 }

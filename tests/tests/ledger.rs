@@ -84,6 +84,34 @@ fn either_signal_ends_it_and_leaves_nothing() {
     wait_until_nothing_is_left(&namespace);
 }
 
+/// Before it listens to signals, they wait: for all threads, or one that does not put them off would
+/// end it, and the socket would stay.
+#[test]
+fn no_lane_takes_a_signal() {
+    let _watchdog = e2e_or_skip!();
+    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let primary = start(&namespace, Folder::new().unwrap());
+    let threads = std::fs::read_dir(format!("/proc/{}/task", primary.process.pid())).unwrap();
+    let mut lanes = 0;
+    for thread in threads {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit('\t').next().unwrap().to_owned()
+        };
+        if field("Name:").starts_with("lane-") {
+            let blocked = u64::from_str_radix(&field("SigBlk:"), 16).unwrap();
+            for signal in [Signal::SIGINT, Signal::SIGTERM] {
+                assert_eq!(blocked >> (signal as u32 - 1) & 1, 1, "{signal} {status}");
+            }
+            lanes += 1;
+        }
+    }
+    assert_eq!(lanes, 2);
+    let (exit, _folder) = primary.stop();
+    assert_ended_well(&exit);
+}
+
 #[test]
 fn packets_that_arrive_cut_are_counted_delivered_and_told_of() {
     let _watchdog = e2e_or_skip!();

@@ -14,6 +14,7 @@ use crate::lanes::LaneHandle;
 use crate::life::{Change, State};
 use crate::report::Report;
 use crate::supervisor::{Ending, Process};
+use crate::sys;
 
 /// How often conditions are looked at while stopping.
 const POLL: Duration = Duration::from_millis(5);
@@ -176,6 +177,10 @@ impl Primary {
                 }
             }
         }
+        // A signal that comes from here on waits for the next start, if there is one; one that has
+        // come already may not have been handed on yet.
+        let _ = sys::put_off_signals(true);
+        let _ = tokio::time::timeout(Duration::from_millis(1), again.wait()).await;
         Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: again.ever }
     }
 
