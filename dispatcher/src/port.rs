@@ -186,11 +186,7 @@ impl Port {
 
     /// What the interface has to be like for all its packets to arrive.
     pub fn expected(&self) -> Expected {
-        Expected {
-            queues: self.queues.clone(),
-            max_mtu: largest_mtu(self.mode.frame_size, self.mode.bind),
-            generic: self.attached == Some(XdpMode::Generic),
-        }
+        Expected { queues: self.queues.clone(), max_mtu: largest_mtu(self.mode.frame_size, self.mode.bind) }
     }
 
     /// What the XDP program counted: for each queue served, in order, and for all others together.

@@ -32,7 +32,7 @@ use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 use crate::umem::PacketMemory;
-use crate::watch::{Arrivals, Watch};
+use crate::watch::{Arrivals, Watch, has_carrier};
 use workers::Spawner;
 
 pub use error::PrimaryError;
@@ -205,10 +205,12 @@ impl Primary {
     /// Lets packets in. With the same key, the same members get the same flows at every start: shares are dealt out
     /// anew here, as those of the start depend on the order in which workers happened to attach.
     fn let_in(&mut self) -> Result<(), PrimaryError> {
+        let mut had_carrier = false;
         if let Some(port) = &mut self.port {
+            had_carrier = has_carrier(port.interface.index);
             port.attach()?;
         }
-        self.begin_watching()?;
+        self.begin_watching(had_carrier)?;
         self.lanes.iter_mut().for_each(LaneHandle::packets_come);
         self.table = BucketTable::empty();
         self.steer();

@@ -35,6 +35,13 @@ pub use conditions::{Change, Expected, Level, Notice, unaccounted};
 const PERIOD: Duration = Duration::from_secs(1);
 /// How long the first look may take.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a link may take to come back that was reset as the program was attached.
+const RESET: Duration = Duration::from_secs(6);
+
+/// Whether the other end of an interface's cable is there; `false` also where that cannot be read.
+pub fn has_carrier(index: u32) -> bool {
+    LinkSocket::of(index).and_then(|mut link| link.ask()).is_ok_and(|link| link.carrier)
+}
 
 /// Watches an interface.
 #[derive(Debug)]
@@ -48,6 +55,8 @@ pub struct Watch {
     waiting: bool,
     next: Instant,
     seen: Option<Seen>,
+    /// Until then a carrier that is gone may be about to return.
+    carrier_due: Option<Instant>,
     told: conditions::Told,
     of_interface: Differences,
     of_driver: Differences,
@@ -91,11 +100,12 @@ impl Looker {
 impl Watch {
     /// Begins to watch an interface of the calling thread's network namespace. Its counters count
     /// from now on: by now the program should be attached and the sockets bound, since that resets
-    /// the counters of some drivers.
+    /// the counters of some drivers. Many reset the link for it, too: if it `had_carrier` before,
+    /// that it has none is not said at once.
     ///
     /// # Errors
     /// There are no descriptors or threads left.
-    pub fn begin(interface: &Interface, expected: Expected) -> io::Result<Self> {
+    pub fn begin(interface: &Interface, expected: Expected, had_carrier: bool) -> io::Result<Self> {
         let index = interface.index;
         let mut looker =
             Looker { presence: Presence::of(index)?, link: LinkSocket::of(index)?, driver: Driver::open()? };
@@ -114,6 +124,7 @@ impl Watch {
             waiting: false,
             next: Instant::now(),
             seen: None,
+            carrier_due: had_carrier.then(|| Instant::now() + RESET),
             told: conditions::Told::default(),
             of_interface: Differences::default(),
             of_driver: Differences::default(),
@@ -183,8 +194,9 @@ impl Watch {
         let Some(Look { name, link, rx_queues, offloads, counters }) = look else { return };
         let mut seen = self.seen.take();
         match link {
-            Ok(link) => {
+            Ok(mut link) => {
                 self.of_interface.update(link.counters.clone());
+                link.carrier |= self.carrier_due.is_some_and(|due| Instant::now() < due);
                 seen.get_or_insert_default().link = link;
             }
             Err(error) => self.cannot_read("flags and counters", &name, &error),
@@ -247,6 +259,35 @@ impl Watch {
                 .filter(|(name, since)| drop_counters::is_one(&self.driver, name) || **since > 0)
                 .map(|(name, since)| (name.clone(), *since))
                 .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_reset_at_the_start_is_not_said_to_have_no_carrier() {
+        let interface = Interface::find("lo").unwrap();
+        assert!(!has_carrier(0x7fff_fff0));
+        let expected = Expected { queues: vec![0], max_mtu: 1770 };
+        for had_carrier in [false, true] {
+            let mut watch = Watch::begin(&interface, expected.clone(), had_carrier).unwrap();
+            let said = |watch: &mut Watch| {
+                watch.take(Some(Look {
+                    name: "lo".into(),
+                    link: Ok(Link { mtu: 1500, up: true, xdp: true, ..Link::default() }),
+                    rx_queues: Ok(None),
+                    offloads: Ok(Offloads::default()),
+                    counters: Ok(BTreeMap::new()),
+                }));
+                watch.conditions().iter().any(|notice| notice.topic == "carrier")
+            };
+            assert_eq!(said(&mut watch), !had_carrier);
+            // Unless it does not come back.
+            watch.carrier_due = watch.carrier_due.map(|_| Instant::now());
+            assert!(said(&mut watch));
         }
     }
 }

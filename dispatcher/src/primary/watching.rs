@@ -13,9 +13,9 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 impl Primary {
     /// Opens what is needed to watch the interface, so that nothing has to be opened later.
-    pub(super) fn begin_watching(&mut self) -> std::io::Result<()> {
+    pub(super) fn begin_watching(&mut self, had_carrier: bool) -> std::io::Result<()> {
         let Some(port) = &self.port else { return Ok(()) };
-        self.watch = Some(Watch::begin(&port.interface, port.expected())?);
+        self.watch = Some(Watch::begin(&port.interface, port.expected(), had_carrier)?);
         self.arrivals = self.lanes.iter().map(LaneHandle::arrivals).collect();
         self.say_what_is_new(true);
         Ok(())

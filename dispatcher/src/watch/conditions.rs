@@ -37,7 +37,7 @@ impl Level {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`,
-    /// `unseen`, `lro`, `gro`, `rxvlan`, or `unaccounted`.
+    /// `unseen`, `lro`, `rxvlan`, or `unaccounted`.
     pub topic: String,
     /// How much it matters.
     pub level: Level,
@@ -79,8 +79,6 @@ pub struct Expected {
     pub queues: Vec<u32>,
     /// The largest MTU whose packets fit a frame.
     pub max_mtu: u32,
-    /// The XDP program runs in generic mode.
-    pub generic: bool,
 }
 
 /// All conditions of an interface; `unseen`: packets come in, and the XDP program sees none.
@@ -179,17 +177,6 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             format!(
                 "workers see merged ones, and those that do not fit a frame are dropped; run `ethtool -K {name} lro off \
                  rx-gro-hw off`"
-            ),
-        );
-    }
-    // In native mode the XDP program comes before it.
-    if offloads.gro && expected.generic {
-        say(
-            "gro",
-            Level::Warn,
-            format!("the kernel merges packets of {name} (GRO) before generic XDP sees them"),
-            format!(
-                "workers see merged ones, and those that do not fit a frame are dropped; run `ethtool -K {name} gro off`"
             ),
         );
     }
@@ -302,7 +289,7 @@ mod tests {
             counters: BTreeMap::new(),
         };
         let seen = Seen { name: "eth1".into(), link, rx_queues: Some(4), offloads: Offloads::default() };
-        (seen, Expected { queues: vec![0, 1, 2, 3], max_mtu: 1770, generic: false })
+        (seen, Expected { queues: vec![0, 1, 2, 3], max_mtu: 1770 })
     }
 
     fn said(change: impl FnOnce(&mut Seen, &mut Expected)) -> Vec<(String, String)> {
@@ -319,14 +306,12 @@ mod tests {
         assert_eq!(said(|_, _| {}), []);
         assert_eq!(said(|seen, _| seen.link.mtu = 1770), []);
         assert_eq!(said(|seen, _| seen.rx_queues = None), []);
-        // Native XDP comes before GRO.
-        assert_eq!(said(|seen, _| seen.offloads.gro = true), []);
     }
 
     #[test]
     fn each_condition_has_its_sentence() {
         type Case = (fn(&mut Seen, &mut Expected), &'static str, &'static str);
-        let cases: [Case; 11] = [
+        let cases: [Case; 10] = [
             (
                 |seen, _| (seen.link.up, seen.link.carrier) = (false, false),
                 "link",
@@ -352,11 +337,6 @@ mod tests {
             (|seen, _| seen.link.promiscuous = false, "promiscuous", "`ip link set dev eth1 promisc on`"),
             (|seen, _| seen.link.xdp = false, "xdp", "no longer attached to eth1"),
             (|seen, _| seen.offloads.lro = true, "lro", "`ethtool -K eth1 lro off"),
-            (
-                |seen, expected| (seen.offloads.gro, expected.generic) = (true, true),
-                "gro",
-                "`ethtool -K eth1 gro off`",
-            ),
             (|seen, _| seen.offloads.rxvlan = true, "rxvlan", "`ethtool -K eth1 rxvlan off`"),
         ];
         for (change, topic, text) in cases {

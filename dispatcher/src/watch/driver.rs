@@ -35,8 +35,6 @@ pub struct Driver {
 /// What a driver does to packets before the XDP program sees them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// The kernel merges packets of a flow (GRO).
-    pub gro: bool,
     /// The NIC or its driver does (LRO, hardware GRO).
     pub lro: bool,
     /// The NIC takes VLAN tags off.
@@ -96,11 +94,7 @@ impl Driver {
             let place = names.iter().position(|name| name == wanted);
             place.is_some_and(|bit| page.get(8 + bit / 32 * 16 + 8) >> (bit % 32) & 1 == 1)
         };
-        Ok(Offloads {
-            gro: is_on("rx-gro"),
-            lro: is_on("rx-lro") || is_on("rx-gro-hw"),
-            rxvlan: is_on("rx-vlan-hw-parse"),
-        })
+        Ok(Offloads { lro: is_on("rx-lro") || is_on("rx-gro-hw"), rxvlan: is_on("rx-vlan-hw-parse") })
     }
 
     /// The names of a set; `None`: the driver has none.
