@@ -272,8 +272,7 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].received), (2 * PACKETS, PACKETS));
     assert_eq!(report.lanes[0].unaccounted, PACKETS);
     assert!(losses(&primary)[0].starts_with(text), "{:#?}", losses(&primary));
-    let log = primary.process.stderr();
-    assert!(log.iter().any(|line| line.contains(" ERROR ") && line.contains(text)), "{log:#?}");
+    primary.process.wait_for_line(&format!(" ERROR {text}")).unwrap();
     // The driver has counted them.
     let report = primary.report_when(|report| report.nic.driver["rx_queue_0_drops"] > 0);
     assert_eq!(
