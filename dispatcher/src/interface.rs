@@ -141,7 +141,8 @@ impl Interface {
             // A driver without channels: the kernel still knows its queues, if this /sys is ours.
             _ => sysfs(name, index).and_then(|folder| sysfs_queues(&folder)).unwrap_or(1),
         };
-        let rx_ring = optional(rx_ring(&socket, name)).map_err(asked("the RX ring"))?.unwrap_or(0);
+        // Good to know, no more.
+        let rx_ring = rx_ring(&socket, name).unwrap_or(0);
         Ok(Self {
             name: name.to_owned(),
             index,
@@ -179,17 +180,27 @@ impl Interface {
         sysfs(&self.name, self.index)
     }
 
-    /// Whether it is a bond: its packets come in by its ports, which are interfaces of their own.
+    /// Whether its packets come in by interfaces of their own below it, and native XDP runs there: a bond, or a Hyper-V
+    /// interface with a virtual function. The kernel then drops what is redirected to a socket of this interface.
     #[must_use]
-    pub fn is_bond(&self) -> bool {
-        self.driver == "bonding"
+    pub fn is_fed_from_below(&self) -> bool {
+        match self.driver.as_str() {
+            "bonding" => true,
+            "hv_netvsc" => !self.lower().is_empty(),
+            _ => false,
+        }
     }
 
-    /// The ports of a bond; none where `/sys` does not show them.
+    /// The names of the interfaces directly below it; none where `/sys` does not show them.
     #[must_use]
-    pub fn bond_ports(&self) -> Vec<String> {
-        let ports = self.sysfs().and_then(|folder| fs::read_to_string(folder.join("bonding/slaves")).ok());
-        ports.iter().flat_map(|ports| ports.split_whitespace()).map(str::to_owned).collect()
+    pub fn lower(&self) -> Vec<String> {
+        let entries =
+            self.sysfs().and_then(|folder| fs::read_dir(folder).ok()).into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries
+            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("lower_")?.to_owned()))
+            .collect();
+        names.sort();
+        names
     }
 }
 

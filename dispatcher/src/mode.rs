@@ -89,17 +89,18 @@ pub enum ModeError {
          set xdp_mode to \"native\" or \"auto\", or bind_mode to \"copy\" or \"auto\""
     )]
     GenericZeroCopy,
-    /// The kernel runs the program on the ports of a bond, whose packets no socket of the bond may get.
+    /// The kernel runs the program on the interfaces below, whose packets no socket of this one may get.
     #[error(
-        "{interface} is a bond: the kernel drops what native XDP on a bond sends to a socket bound to it, and counts it \
-         nowhere. Run xfan on {}, or set `xdp_mode = \"generic\"` and `bind_mode = \"copy\"`",
-        ports_of(ports)
+        "the packets of {interface} come in by {below}: the kernel drops what native XDP there sends to a socket bound to \
+         {interface}, and counts it nowhere. Run xfan on {below}, or set `xdp_mode = \"generic\"` and \
+         `bind_mode = \"copy\"`",
+        below = below_of(below)
     )]
-    Bond {
+    FedFromBelow {
         /// The interface.
         interface: String,
-        /// Its ports, as far as they are known.
-        ports: Vec<String>,
+        /// Those below it, as far as they are known.
+        below: Vec<String>,
     },
 }
 
@@ -108,15 +109,15 @@ impl ModeError {
     #[must_use]
     pub const fn exit(&self) -> Exit {
         match self {
-            Self::MtuTooLarge { .. } | Self::Bond { .. } => Exit::Interface,
+            Self::MtuTooLarge { .. } | Self::FedFromBelow { .. } => Exit::Interface,
             Self::GenericZeroCopy => Exit::Usage,
         }
     }
 }
 
-/// The ports of a bond, for people.
-pub(crate) fn ports_of(ports: &[String]) -> String {
-    if ports.is_empty() { "its ports".to_owned() } else { format!("its ports ({})", ports.join(", ")) }
+/// The interfaces below one, for people.
+fn below_of(below: &[String]) -> String {
+    if below.is_empty() { "the interfaces below it".to_owned() } else { below.join(", ") }
 }
 
 /// The largest MTU, in bytes, whose packets fit a frame.
@@ -144,11 +145,19 @@ pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeEr
     if config.xdp_mode == ModeChoice::Generic && config.bind_mode == BindMode::ZeroCopy {
         return Err(ModeError::GenericZeroCopy);
     }
-    let bond = interface.is_bond();
-    if bond && (config.xdp_mode == ModeChoice::Native || config.bind_mode == BindMode::ZeroCopy) {
-        return Err(ModeError::Bond { interface: interface.name.clone(), ports: interface.bond_ports() });
+    let from_below = interface.is_fed_from_below();
+    if from_below && (config.xdp_mode == ModeChoice::Native || config.bind_mode == BindMode::ZeroCopy) {
+        let (interface, below) = (interface.name.clone(), interface.lower());
+        return Err(ModeError::FedFromBelow { interface, below });
     }
-    let xdp = if bond { ModeChoice::Generic } else { config.xdp_mode };
+    let xdp = if from_below { ModeChoice::Generic } else { config.xdp_mode };
+    if from_below && config.xdp_mode == ModeChoice::Auto {
+        let (interface, below) = (&interface.name, below_of(&interface.lower()));
+        tracing::warn!(
+            interface,
+            "its packets come in by {below}, so it gets generic XDP; for native XDP run xfan on {below}"
+        );
+    }
     let hopeless = WITHOUT_ZERO_COPY.contains(&interface.driver.as_str());
     let binds: &[CopyMode] = match config.bind_mode {
         BindMode::ZeroCopy => &[CopyMode::ZeroCopy],
@@ -260,10 +269,12 @@ mod tests {
         assert_eq!(tried("", "bonding", 1500), [(Generic, Copy, 2048)]);
         for toml in ["xdp_mode = 'native'", "bind_mode = 'zero-copy'"] {
             let error = modes_of(toml, "bonding", 1500).unwrap_err();
-            assert!(matches!(error, ModeError::Bond { .. }), "{error}");
-            assert!(error.to_string().contains("Run xfan on its ports, or set"), "{error}");
+            assert!(matches!(error, ModeError::FedFromBelow { .. }), "{error}");
+            assert!(error.to_string().contains("Run xfan on the interfaces below it, or set"), "{error}");
         }
-        assert_eq!(ports_of(&["a".into(), "b".into()]), "its ports (a, b)");
+        assert_eq!(below_of(&["a".into(), "b".into()]), "a, b");
+        // Without a virtual function it has packets of its own.
+        assert_eq!(tried("", "hv_netvsc", 1500), [(Native, ZeroCopy, 4096), (Auto, Copy, 2048)]);
     }
 
     #[test]

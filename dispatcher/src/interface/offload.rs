@@ -126,12 +126,9 @@ impl NoMerging {
 
 /// All interfaces below one, as far as `/sys` shows them, and each before those below it.
 fn below(interface: &Interface, all: &mut Vec<Interface>) {
-    let entries = interface.sysfs().and_then(|folder| std::fs::read_dir(folder).ok());
-    for entry in entries.into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(name) = name.to_str().and_then(|name| name.strip_prefix("lower_")) else { continue };
+    for name in interface.lower() {
         // One that is no Ethernet device, or is gone by now, merges nothing.
-        if let Ok(lower) = Interface::find(name)
+        if let Ok(lower) = Interface::find(&name)
             && !all.iter().any(|known| known.index == lower.index)
         {
             all.push(lower.clone());
