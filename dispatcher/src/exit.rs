@@ -15,7 +15,8 @@ pub enum Exit {
     Usage = 2,
     /// Not root, or a capability is missing.
     Permission = 3,
-    /// The interface is unknown, has no such queue, or its packets do not fit a frame.
+    /// The interface is unknown, unusable or gone, has no such queue, or its packets do not fit a
+    /// frame.
     Interface = 4,
     /// Somebody else is there: another primary, XDP program or socket on the queue.
     Busy = 5,
@@ -42,9 +43,9 @@ impl Exit {
             Self::Failure => "failed while running",
             Self::Usage => "wrong command line or configuration",
             Self::Permission => "no permission: not root, or a capability is missing",
-            Self::Interface => "interface unknown, queue out of range, or MTU too large",
+            Self::Interface => "interface unknown, unusable or gone; queue out of range; or MTU too large",
             Self::Busy => "busy: another primary, XDP program or AF_XDP socket is there",
-            Self::Workers => "workers: command not found, exits at once, or none is left",
+            Self::Workers => "workers: command not found, exits at once, or all are down for good",
         }
     }
 

@@ -72,20 +72,22 @@ pub struct Config {
     pub socket: PathBuf,
 
     /// How the XDP program is attached: `"native"` (by the driver), `"generic"` (by the kernel, slower),
-    /// or `"auto"`: native, else generic, which is said aloud. Default `"auto"`.
+    /// or `"auto"`: native, else generic, with a warning. Default `"auto"`.
     pub xdp_mode: ModeChoice,
 
-    /// How the sockets are bound: `"zero-copy"`, `"copy"`, or `"auto"`: zero-copy, else copy,
-    /// which is said aloud. Default `"auto"`.
+    /// How the sockets are bound: `"zero-copy"`, `"copy"`, or `"auto"`: zero-copy, else copy, with
+    /// a warning. Default `"auto"`.
     pub bind_mode: BindMode,
 
-    /// The size of a frame in bytes, 2048, 4096 or `"auto"` (`None`). A packet must fit one, less 256 bytes of headroom.
-    /// `"auto"` is 4096 where the MTU needs it, and in zero-copy mode unless the driver is known to fill small
-    /// frames without cutting packets. Default `"auto"`.
+    /// The size of a frame in bytes, 2048, 4096 or `"auto"` (`None`). A packet must fit one, less
+    /// 256 bytes of headroom. `"auto"` is 4096 where the MTU needs it, and in zero-copy mode unless
+    /// the driver is known to fill 2048-byte frames without cutting packets; else 2048. Default
+    /// `"auto"`.
     pub frame_size: Option<u32>,
 
-    /// Frames kept posted to the kernel per lane: a power of two from 64 to 32768. The FILL ring has
-    /// twice as many entries. Default 4096.
+    /// Frames kept posted to the kernel per lane: a power of two from 64 to 32768. In zero-copy
+    /// mode raised to the size of the NIC's own RX ring. The FILL ring has twice as many entries.
+    /// Default 4096.
     pub rx_ring: u32,
 
     /// Slots of the ring between a lane and a worker: a power of two from 64 to 1048576, or `"auto"`
@@ -107,7 +109,8 @@ pub struct Config {
     /// How long a worker may take from its start until it is attached, 100ms to 600s. Default `"10s"`.
     pub start_timeout: Duration,
 
-    /// How long a worker may take to end after SIGTERM before it is killed, 0s to 600s. Default `"5s"`.
+    /// How long a worker may take to finish its packets, and then to end after SIGTERM before it is
+    /// killed, 0s to 600s. Default `"5s"`.
     pub stop_timeout: Duration,
 
     /// When a worker that ended is started again: `restart`, `"no"`, `"on-failure"` (every end but an exit with status 0) or
@@ -128,8 +131,8 @@ pub struct Config {
     /// flows do; or `"hold"`: they wait, and its flows with them, for the next worker in its place. Default `"requeue"`.
     pub on_loss: OnLoss,
 
-    /// With `on_loss = "hold"`: how long they wait, 1ms to 3600s; then they are requeued. They keep
-    /// their receive time. Default `"4s"`.
+    /// With `on_loss = "hold"`: how long the packets wait, 1ms to 3600s; then they are requeued.
+    /// They keep their receive time. Default `"4s"`.
     pub hold_timeout: Duration,
 
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
