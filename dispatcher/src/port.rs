@@ -125,7 +125,8 @@ impl Port {
                 Err(error @ AttachError::NoNativeMode { .. }) if self.mode.xdp == ModeChoice::Auto => {
                     tracing::warn!(
                         interface = name,
-                        "{error}. Attached in generic mode, in which the kernel allocates a buffer for every packet first"
+                        "{error}. Attached in generic mode, in which the kernel first allocates a socket buffer for \
+                         every packet"
                     );
                 }
                 Err(error) => return Err(error.into()),
@@ -142,7 +143,7 @@ impl Port {
             tracing::warn!(
                 interface = name,
                 turned_off = ?no_merging.names(),
-                "packets would reach generic XDP merged, and fit no frame: turned off until xfan ends (ethtool -K)"
+                "generic XDP would see merged packets, which fit no frame: merging is off until xfan ends (ethtool -K)"
             );
         }
         self.program.attach(index, name, XdpMode::Generic)?;

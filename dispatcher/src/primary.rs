@@ -322,13 +322,13 @@ impl Primary {
         Ok(())
     }
 
-    /// Says if packets arrive cut: nothing else would tell that a driver does it.
+    /// Reports packets that arrive cut: nothing else shows that a driver cuts them.
     fn look_for_cut(&mut self, now: Instant) {
         for lane in &mut self.lanes {
             let Some(packets) = lane.newly_cut(now) else { continue };
             let detail = format!(
-                "queue {}: {packets} packets arrived cut: their IP length is longer than what the driver \
-                 delivered. Unless they are cut on the wire, set frame_size = 4096 or bind_mode = \"copy\"",
+                "queue {}: {packets} packets arrived cut: the driver delivered less than their IP length. \
+                 Unless they are cut on the wire, set frame_size = 4096 or bind_mode = \"copy\"",
                 lane.queue
             );
             tracing::warn!("{detail}");

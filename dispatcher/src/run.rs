@@ -142,7 +142,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
                 if !last && !outcome.interrupted =>
             {
-                tracing::warn!("{error}. Without it there is no zero-copy: starting again without either");
+                tracing::warn!("{error}. Zero-copy needs native XDP: starting again in copy mode");
             }
             error => return Ok(Outcome { error, ..outcome }),
         }

@@ -227,7 +227,7 @@ impl Watch {
     /// Says once what is unknown. That the interface is gone is told by its name.
     fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
         if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
-            tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan goes on without");
+            tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan continues without");
         }
     }
 

@@ -72,9 +72,9 @@ pub enum BindError {
 /// What an errno of bind(2) in zero-copy mode stands for, as far as that can be told: the kernel gives no reason in words.
 fn why_no_zero_copy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
-        Some(libc::EOPNOTSUPP) => "neither the driver nor the device can do it",
+        Some(libc::EOPNOTSUPP) => "the driver or the device does not support it",
         Some(libc::EINVAL) => {
-            "the driver can do it, but not as the interface is set up: not with this MTU and frame size, \
+            "the driver supports it, but not as the interface is set up: not with this MTU and frame size, \
              or not for this queue (ethtool -l)"
         }
         Some(libc::ENOMEM | libc::ENOSPC | libc::ENOBUFS) => {
@@ -163,7 +163,7 @@ impl XskSource {
                             tracing::info!(
                                 interface,
                                 queue,
-                                "the queue is busy: waiting {BUSY_PATIENCE:?} for it"
+                                "the queue is busy: waiting up to {BUSY_PATIENCE:?} for it"
                             );
                         }
                         std::thread::sleep(Duration::from_millis(20));
@@ -254,7 +254,7 @@ mod tests {
             assert!(matches!(gone, BindError::Other { .. }) && gone.to_string().contains("No such device"));
         }
         let no_zero_copy = |errno| error(CopyMode::ZeroCopy, errno).to_string();
-        assert!(no_zero_copy(libc::EOPNOTSUPP).contains("neither the driver nor the device can do it"));
+        assert!(no_zero_copy(libc::EOPNOTSUPP).contains("the driver or the device does not support it"));
         assert!(no_zero_copy(libc::EINVAL).contains("not as the interface is set up"));
         assert!(no_zero_copy(libc::ENOMEM).contains("Cannot allocate memory"));
         assert!(matches!(error(CopyMode::Copy, libc::EINVAL), BindError::Other { .. }));

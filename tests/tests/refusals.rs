@@ -279,8 +279,8 @@ fn zero_copy_that_the_driver_cannot_do() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let exit = launch(&namespace).config("bind_mode = 'zero-copy'").unwrap().run().unwrap();
-    let message = "xfan: queue 0 of rx0 cannot be bound in zero-copy mode (Operation not supported (os error 95)): neither \
-                   the driver nor the device can do it";
+    let message = "xfan: queue 0 of rx0 cannot be bound in zero-copy mode (Operation not supported (os error 95)): the \
+                   driver or the device does not support it";
     assert_refused_without_trace(&namespace, &exit, FAILURE, message);
 }
 

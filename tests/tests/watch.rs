@@ -190,7 +190,7 @@ fn what_is_so_at_the_start_is_said() {
         ("WARN", "rx0 has no carrier: "),
         ("WARN", "RX queue 1 of rx0 has no lane: "),
         ("INFO", "rx0 is not in promiscuous mode: "),
-        ("INFO", "rx0 may take VLAN tags off (rxvlan): "),
+        ("INFO", "rx0 may strip VLAN tags (rxvlan): "),
     ];
     let log = primary.process.stderr();
     for (level, text) in expected {

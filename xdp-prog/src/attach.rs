@@ -127,8 +127,8 @@ fn way_out(source: &io::Error) -> &'static str {
     if lacks_xdp(source) {
         "it has no XDP, or none for this device: choose generic mode"
     } else {
-        "as it is set up now: lower the MTU (many drivers stop at some 3000 bytes), turn off LRO or use fewer \
-         channels (ethtool -L); else choose generic mode"
+        "its settings may not allow it: lower the MTU (many drivers stop at some 3000 bytes), turn off LRO or use \
+         fewer channels (ethtool -L); else choose generic mode"
     }
 }
 

@@ -28,10 +28,10 @@ impl Primary {
             return Err(PrimaryError::Vanished(self.name.clone()));
         };
         if name != self.name {
-            let detail = format!("{} was renamed to {name}: xfan goes on with it", self.name);
+            let detail = format!("{} was renamed to {name}: xfan continues with it", self.name);
             port.interface.name.clone_from(&name);
             self.name = name;
-            tracing::warn!(interface = self.name, "{detail}; the control socket stays where it is");
+            tracing::warn!(interface = self.name, "{detail}; the control socket keeps its path");
             self.journal.write(None, std::process::id(), "interface", detail);
         }
         Ok(())

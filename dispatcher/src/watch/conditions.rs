@@ -122,8 +122,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 "queues_gone",
                 Level::Warn,
                 format!("{name} has only {count} RX queues now; {} had a lane", queues(&gone)),
-                "these lanes hear nothing, and the others get their packets; restart xfan, or raise the number again \
-                 (`ethtool -L`)"
+                "these lanes receive nothing, and the other lanes get their packets; restart xfan, or raise the number \
+                 again (`ethtool -L`)"
                     .into(),
             );
         }
@@ -137,8 +137,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 link.mtu, expected.max_mtu
             ),
             format!(
-                "longer ones are dropped, and counted (`drop_too_long`); run `ip link set dev {name} mtu {}`, or restart xfan, which says \
-                 what else is possible",
+                "longer ones are dropped, and counted (`drop_too_long`); run `ip link set dev {name} mtu {}`, or restart \
+                 xfan, which then uses larger frames or says why it cannot",
                 expected.max_mtu
             ),
         );
@@ -147,7 +147,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
         say(
             "xdp",
             Level::Error,
-            format!("the XDP program is no longer attached to {name}: somebody has removed it"),
+            format!("the XDP program is no longer attached to {name}: another program has detached it"),
             "all packets go to the kernel, and none to workers; restart xfan".into(),
         );
     }
@@ -156,7 +156,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             "unseen",
             Level::Error,
             format!("packets come in on {name}, and the XDP program sees none"),
-            "the driver drops them, or takes them past it (see the counters of the NIC); restart xfan".into(),
+            "the driver drops them, or does not run the program for them (see the counters of the NIC); restart xfan"
+                .into(),
         );
     }
     if !link.promiscuous {
@@ -184,7 +185,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
         say(
             "rxvlan",
             Level::Info,
-            format!("{name} may take VLAN tags off (rxvlan)"),
+            format!("{name} may strip VLAN tags (rxvlan)"),
             format!(
                 "workers see packets without them; for packets as on the wire, run `ethtool -K {name} rxvlan off`"
             ),
@@ -199,8 +200,8 @@ pub fn unaccounted(queue: u32, lost: u64) -> Notice {
         "unaccounted",
         Level::Error,
         format!("packets of queue {queue} that were redirected to its socket and did not arrive: {lost}"),
-        "neither the kernel nor xfan has dropped and counted them; the counters of the NIC may tell more. Restart xfan; if \
-         it happens again, set xdp_mode = \"generic\", or take the ports of a bond instead of the bond",
+        "no counter of the kernel or of xfan has them; the counters of the NIC may tell more. Restart xfan; if it happens \
+         again, set xdp_mode = \"generic\", or, on a bond, run xfan on its ports",
     )
 }
 
