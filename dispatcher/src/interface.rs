@@ -1,6 +1,6 @@
 //! A network interface of this network namespace: index, type, MTU, RX queues, driver, offloads.
 //!
-//! Everything is asked through a socket, since a socket knows its namespace. `/sys` may show another one's.
+//! All queries go through a socket, which belongs to a namespace. `/sys` may show another namespace.
 
 use std::fmt::Display;
 use std::fs;
@@ -18,7 +18,7 @@ mod offload;
 
 pub use offload::{NoMerging, Offload};
 
-/// What we need to know of an interface. Read once.
+/// The properties of an interface that xfan needs. Read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
     /// Its name.
@@ -29,7 +29,7 @@ pub struct Interface {
     pub mtu: u32,
     /// The RX queues in use, numbered from 0. At least 1.
     pub rx_queues: u32,
-    /// Entries of the RX ring of a queue in the NIC; 0 when the driver does not say.
+    /// Entries of the NIC's RX ring for one queue; 0 if the driver does not report it.
     pub rx_ring: u32,
     /// The driver's name, such as `ixgbe` or `veth`. Empty when it does not say.
     pub driver: String,
@@ -40,7 +40,7 @@ pub struct Interface {
 /// Why an interface cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum InterfaceError {
-    /// There is none of this name.
+    /// No interface has this name.
     #[error("no interface `{name}` in this network namespace; there are: {}", list(there))]
     Unknown {
         /// The name asked for.
@@ -48,7 +48,7 @@ pub enum InterfaceError {
         /// The names there are.
         there: Vec<String>,
     },
-    /// Its packets begin with no Ethernet header.
+    /// The interface's packets do not begin with an Ethernet header.
     #[error(
         "`{name}` is {}: its packets begin with no Ethernet header; name the Ethernet interface that carries them, or \
          use a tunnel of Ethernet frames (tap, gretap, VXLAN)",
@@ -73,7 +73,7 @@ pub enum InterfaceError {
         /// RX queues the interface has.
         count: u32,
     },
-    /// The kernel refuses to tell.
+    /// A query failed.
     #[error("cannot read {what} of `{name}`: {source}")]
     Query {
         /// What we asked for.
@@ -83,7 +83,7 @@ pub enum InterfaceError {
         /// What the kernel says.
         source: io::Error,
     },
-    /// An offload that stays as it is.
+    /// An offload cannot be turned on or off.
     #[error(
         "cannot turn {} {} of `{name}`: {source}; see `ethtool -k {name}`",
         if *on { "on" } else { "off" },
@@ -92,7 +92,7 @@ pub enum InterfaceError {
     Offload {
         /// Which one.
         offload: Offload,
-        /// Whether it was to be on.
+        /// Whether it should be turned on.
         on: bool,
         /// The interface.
         name: String,
@@ -122,7 +122,7 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// There is none of this name, it is no Ethernet device, or the kernel refuses to tell.
+    /// No interface has this name, it is not an Ethernet device, or a query fails.
     pub fn find(name: &str) -> Result<Self, InterfaceError> {
         let asked = |what| move |source| InterfaceError::Query { what, name: name.to_owned(), source };
         let socket = socket().map_err(asked("the settings"))?;
@@ -138,7 +138,7 @@ impl Interface {
         let driver = optional(driver(&socket, name)).map_err(asked("the driver"))?.unwrap_or_default();
         let rx_queues = match optional(channels(&socket, name)).map_err(asked("the RX queues"))? {
             Some(count) if count > 0 => count,
-            // A driver without channels: the kernel still knows its queues, if this /sys is ours.
+            // The driver has no channels. /sys lists the queues, if it shows this namespace.
             _ => sysfs(name, index).and_then(|folder| sysfs_queues(&folder)).unwrap_or(1),
         };
         // Good to know, no more.
@@ -209,7 +209,7 @@ const ARPHRD_RAWIP: u16 = 519;
 const ARPHRD_IP6GRE: u16 = 823;
 const ARPHRD_NETLINK: u16 = 824;
 
-/// What a device of a type of `linux/if_arp.h` is called.
+/// A name for a device type of `linux/if_arp.h`.
 fn device(kind: u16) -> String {
     match kind {
         libc::ARPHRD_NONE => "a layer-3 device, such as tun or WireGuard",
@@ -390,7 +390,7 @@ fn number(answer: libc::c_int) -> io::Result<u32> {
     u32::try_from(answer).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Puts one of the questions of netdevice(7), whose answer comes in the request itself.
+/// Makes one of the queries of netdevice(7), whose answer is written to the request itself.
 fn ask(socket: &OwnedFd, name: &str, question: libc::Ioctl) -> io::Result<libc::__c_anonymous_ifr_ifru> {
     let mut request = request(name)?;
     // SAFETY: these questions read the name of a `struct ifreq` and fill its union; the request is
@@ -401,12 +401,12 @@ fn ask(socket: &OwnedFd, name: &str, question: libc::Ioctl) -> io::Result<libc::
     Ok(request.ifr_ifru)
 }
 
-/// Puts a question to the driver. The answer comes where `question` points to.
+/// Makes an ethtool query. The answer is written to `question`.
 ///
 /// # Safety
 ///
-/// `question` must point to what starts with the number of an ethtool command and has the layout that the kernel
-/// reads and writes for it.
+/// `question` must point to a struct that starts with the number of an ethtool command and has the
+/// layout that the kernel reads and writes for that command.
 pub(crate) unsafe fn ethtool<T>(socket: &OwnedFd, name: &str, question: *mut T) -> io::Result<()> {
     let mut request = request(name)?;
     request.ifr_ifru.ifru_data = question.cast();

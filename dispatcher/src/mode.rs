@@ -1,12 +1,12 @@
-//! The ways in which packets can come in, and in which order they are tried.
+//! Modes: the XDP mode, bind mode and frame size to use, and the order in which to try them.
 //!
 //! | what | how | falls back to |
 //! |---|---|---|
-//! | XDP mode | native: the driver runs the program; generic: the kernel does, behind the driver | generic |
+//! | XDP mode | native: the driver runs the program; generic: the kernel does, after the driver | generic |
 //! | bind mode | zero-copy: the NIC writes into frames; copy: the kernel does | copy |
 //!
-//! Nothing here asks the kernel. Whether a mode works is known when the sockets are bound and the program is attached
-//! in it; [`crate::run`] goes on to the next one if it does not.
+//! This module does not ask the kernel. [`crate::run`] learns whether a mode works when it binds the
+//! sockets and attaches the program, and tries the next mode if it does not.
 
 use std::fmt;
 
@@ -14,22 +14,24 @@ use crate::config::{BindMode, Config, ModeChoice};
 use crate::exit::Exit;
 use crate::interface::Interface;
 
-/// Bytes of a frame that the kernel keeps free in front of every packet (`XDP_PACKET_HEADROOM`).
+/// Bytes that the kernel reserves in a frame before the packet (`XDP_PACKET_HEADROOM`).
 const HEADROOM: u32 = 256;
-/// An Ethernet header and two VLAN tags, which an MTU does not count.
+/// An Ethernet header and two VLAN tags, which the MTU does not include.
 const LINK_HEADER: u32 = 14 + 2 * 4;
-/// What a NIC that writes into the frame itself may leave behind the packet: the frame check sequence.
+/// The frame check sequence, which a NIC in zero-copy mode may write after the packet.
 const FCS: u32 = 4;
 
 /// The sizes a frame can have, in bytes.
 const FRAME_SIZES: [u32; 2] = [2048, 4096];
 
-/// Drivers without zero-copy: there, `auto` does not try it. Others are asked, which costs a few milliseconds.
+/// Drivers without zero-copy, for which `auto` does not try it. For others the try takes a few
+/// milliseconds.
 const WITHOUT_ZERO_COPY: [&str; 3] = ["veth", "tun", "bonding"];
 
-/// Drivers that tell the NIC the room of a 2,048-byte frame as it is, or at least let a packet go on in the next one:
-/// i40e and ice count it in 128 bytes, the others exactly (their `*_configure_rx_ring`, Linux 6.12). Most other drivers of
-/// Intel's round it down to 1,024 bytes and hand over the rest of a longer packet as another one.
+/// Drivers that tell the NIC the true buffer length of a 2,048-byte frame, or at least continue a
+/// longer packet in the next frame. i40e and ice give the length in units of 128 bytes, the others
+/// exactly (their `*_configure_rx_ring`, Linux 6.12). Most other Intel drivers round it down to
+/// 1,024 bytes and deliver the rest of a longer packet as another packet.
 const RIGHT_WITH_SMALL_FRAMES: [&str; 6] = ["i40e", "ice", "mlx5_core", "nfp", "st_gmac", "virtio_net"];
 
 /// How packets get from the NIC into the UMEM.
@@ -50,7 +52,7 @@ impl fmt::Display for CopyMode {
     }
 }
 
-/// A way in which packets may come in.
+/// A mode to receive packets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mode {
     /// How the XDP program is attached.
@@ -61,10 +63,10 @@ pub struct Mode {
     pub frame_size: u32,
 }
 
-/// Why an interface can be used in no mode that was asked for.
+/// Why no mode that the settings allow can be used on an interface.
 #[derive(Debug, thiserror::Error)]
 pub enum ModeError {
-    /// Packets that do not fit a frame.
+    /// Packets of this MTU do not fit a frame.
     #[error(
         "the MTU of `{interface}` is {mtu} bytes, but a frame of {frame_size} bytes holds packets of an MTU of at \
          most {max}{}: {}run `ip link set dev {interface} mtu {max}`",
@@ -83,7 +85,7 @@ pub enum ModeError {
         /// The largest MTU in bytes that fits.
         max: u32,
     },
-    /// Zero-copy behind the driver's back.
+    /// Zero-copy in generic mode, which bypasses the driver.
     #[error(
         "`bind_mode = \"zero-copy\"` needs the driver, and `xdp_mode = \"generic\"` leaves it out: \
          set xdp_mode to \"native\" or \"auto\", or bind_mode to \"copy\" or \"auto\""
@@ -186,8 +188,8 @@ pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeEr
     }
 }
 
-/// The frame size that was asked for, or the smallest that is right. In zero-copy mode a small frame is right only where the
-/// driver is known to fill it without cutting packets.
+/// The frame size of the settings, or else the smallest that works. In zero-copy mode a small frame
+/// works only if the driver is known to fill it without cutting packets.
 fn frame_size(asked: Option<u32>, bind: CopyMode, interface: &Interface) -> Result<u32, ModeError> {
     let small_is_right =
         bind == CopyMode::Copy || RIGHT_WITH_SMALL_FRAMES.contains(&interface.driver.as_str());
@@ -240,7 +242,7 @@ mod tests {
         assert_eq!(tried("", "veth", 1500), [(Auto, Copy, 2048)]);
         assert_eq!(tried("xdp_mode = 'generic'", "igb", 1500), [(Generic, Copy, 2048)]);
         assert_eq!(tried("bind_mode = 'copy'", "igb", 1500), [(Auto, Copy, 2048)]);
-        // What was asked for is tried, whatever is known of the driver.
+        // An explicit setting is tried, whatever is known of the driver.
         assert_eq!(tried("bind_mode = 'zero-copy'", "veth", 1500), [(Native, ZeroCopy, 4096)]);
         assert_eq!(tried("frame_size = 2048", "igb", 1500), [(Native, ZeroCopy, 2048), (Auto, Copy, 2048)]);
     }
@@ -252,7 +254,7 @@ mod tests {
         assert_eq!(tried("", "veth", 1770), [(Auto, Copy, 2048)]);
         assert_eq!(tried("", "veth", 1771), [(Auto, Copy, 4096)]);
         assert_eq!(tried("", "ice", 1767), [(Native, ZeroCopy, 4096), (Auto, Copy, 2048)]);
-        // Zero-copy is left out where only copying fits.
+        // The MTU fits copy mode only: zero-copy is not tried.
         assert_eq!(tried("frame_size = 2048", "ice", 1767), [(Auto, Copy, 2048)]);
         let message = modes_of("frame_size = 2048", "veth", 1771).unwrap_err().to_string();
         assert!(message.contains("is 1771 bytes") && message.contains("at most 1770: set"), "{message}");

@@ -33,7 +33,7 @@ pub enum PortError {
     /// A socket cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The interface's settings cannot be changed as they have to be.
+    /// An offload of the interface cannot be read or turned off.
     #[error(transparent)]
     Interface(#[from] InterfaceError),
     /// No descriptors are left.
@@ -66,19 +66,19 @@ pub struct Port {
     /// The interface.
     pub interface: Interface,
     queues: Vec<u32>,
-    /// Of the queues, in order.
+    /// The sockets of `queues`, in the same order.
     sockets: Vec<OwnedFd>,
     program: SteerProgram,
     mode: Mode,
     /// How the program is, or was, attached.
     attached: Option<XdpMode>,
-    /// In generic mode: packets come in as they were sent.
+    /// In generic mode: keeps GRO and LRO off.
     no_merging: Option<NoMerging>,
 }
 
 impl Port {
-    /// Makes all of a port in one mode that does not touch the NIC: loads the XDP program, makes the packet memory, and
-    /// binds a socket to each queue. Drivers that do zero-copy take frames only once the program is
+    /// Prepares a port in one mode without touching the NIC: loads the XDP program, makes the packet
+    /// memory, and binds a socket to each queue. Zero-copy drivers take frames when the program is
     /// [attached](Self::attach); the FILL rings should be full by then.
     ///
     /// # Errors
@@ -109,8 +109,9 @@ impl Port {
         Ok((port, Arc::new(memory), sources))
     }
 
-    /// Attaches the XDP program, which leaves every packet to the kernel until the port is [opened](Self::open). Most drivers reset the
-    /// link for it. That the program can be attached to an interface only once makes this process its only primary.
+    /// Attaches the XDP program. It passes every packet to the kernel until the port is
+    /// [opened](Self::open). Most drivers reset the link when a program is attached. The kernel
+    /// accepts one program per interface, so this process is then its only primary.
     ///
     /// # Errors
     /// [`PortError::Attach`]
@@ -135,7 +136,8 @@ impl Port {
         self.attach_generic()
     }
 
-    /// Generic XDP runs behind GRO: it would see packets that were merged and fit no frame.
+    /// Attaches in generic mode, and turns GRO and LRO off first: generic XDP runs after GRO, and
+    /// would see merged packets, which fit no frame.
     fn attach_generic(&mut self) -> Result<(), PortError> {
         let (index, name) = (self.interface.index, self.interface.name.as_str());
         let no_merging = NoMerging::of(&self.interface)?;
@@ -151,7 +153,7 @@ impl Port {
         Ok(())
     }
 
-    /// Lets packets in: from now on the queues' packets go to their sockets.
+    /// Redirects the queues' packets to their sockets from now on.
     ///
     /// # Errors
     /// [`PortError::Map`]
@@ -162,7 +164,7 @@ impl Port {
         Ok(())
     }
 
-    /// Lets no packets in: until it is opened again, they pass to the kernel.
+    /// Passes all packets to the kernel until the port is opened again.
     ///
     /// # Errors
     /// [`PortError::Map`]
@@ -179,18 +181,18 @@ impl Port {
         self.no_merging = None;
     }
 
-    /// How packets come in, for people.
+    /// The mode, for logs and reports: XDP mode and bind mode.
     pub fn mode(&self) -> String {
         let xdp = self.attached.map_or_else(|| "not attached".to_owned(), |xdp| xdp.to_string());
         format!("{xdp}, {}", self.mode.bind)
     }
 
-    /// What the interface has to be like for all its packets to arrive.
+    /// The settings that the interface needs for all its packets to arrive.
     pub fn expected(&self) -> Expected {
         Expected { queues: self.queues.clone(), max_mtu: largest_mtu(self.mode.frame_size, self.mode.bind) }
     }
 
-    /// What the XDP program counted: for each queue served, in order, and for all others together.
+    /// The XDP program's counters: of each served queue, in order, and the sum of all other queues.
     pub fn counters(&self) -> (Vec<report::Xdp>, report::Xdp) {
         let counters = self.program.counters().unwrap_or_default();
         let served = |queue: &u32| counters.get(*queue as usize).map_or_else(report::Xdp::default, xdp);

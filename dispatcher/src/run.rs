@@ -82,8 +82,8 @@ impl RunError {
 
 /// Runs a primary until it is asked to end; returns its last report.
 ///
-/// All that can fail without the NIC comes before the NIC is touched, which is when the primary attaches the XDP program:
-/// then the sockets are bound, their FILL rings full, and the workers there.
+/// Attaching the XDP program is the first step that touches the NIC. Every step that can fail
+/// without it comes before: the sockets are bound, their FILL rings full, and the workers attached.
 ///
 /// # Errors
 /// [`RunError`]. Everything is taken down again in either case.
@@ -119,7 +119,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     let mut listener = None;
     let mut modes = modes.into_iter().peekable();
     loop {
-        // There is always a first one, and another after each that is passed over.
+        // `modes` is never empty, and the loop continues only if another mode is left.
         let Some(mode) = modes.next() else {
             return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
         };
@@ -166,7 +166,8 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    /// A primary in one mode: its sockets are bound, and its lanes run and have posted frames. No packet comes yet.
+    /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted frames,
+    /// but no packets arrive yet.
     fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
         let Start { config, interface, queues, machine, placement, key } = self;
         let nic_ring = match mode.bind {
@@ -177,7 +178,7 @@ impl Start<'_> {
         let budget = FrameBudget::plan(queues.len(), config.workers, config, placement.shared, sizes)?;
         let (port, memory, sources) =
             Port::bind(interface.clone(), queues.clone(), config, mode, &budget, machine.nic_node())?;
-        // Who shares a CPU must not spin on it.
+        // A thread that shares a CPU must not spin on it.
         let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
         let mut lanes = Vec::with_capacity(queues.len());
         for ((source, slot), (queue, first)) in
@@ -205,7 +206,8 @@ impl Start<'_> {
             };
             lanes.push(LaneHandle::spawn(parts, source)?);
         }
-        // Who joins later gets a CPU of its own, or none: then the scheduler finds one, and there is no spinning on it.
+        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is not pinned,
+        // and does not spin.
         let all = place(machine, lanes.len(), budget.places, config.cores.as_deref())?;
         let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
         let workers_share = placement.workers.iter().any(|slot| slot.shared);
@@ -238,7 +240,8 @@ impl Start<'_> {
     }
 }
 
-/// UMEM offset of the first frame of lane number `lane`. All of them are below the limit of 4 GiB, though their end may not be.
+/// UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though the
+/// end of the last lane's region may be at the limit.
 fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
     u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
 }

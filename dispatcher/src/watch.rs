@@ -1,9 +1,9 @@
 //! Watches the interface while a primary runs: its settings, its counters, and whether redirected
 //! packets arrive.
 //!
-//! The control thread asks often whether the interface is there, which takes no lock. Everything
-//! else takes RTNL, a lock that other processes may hold for seconds; a thread of its own asks for
-//! it about once a second.
+//! The control thread checks often whether the interface still exists, which takes no lock. All
+//! other queries take RTNL, a lock that other processes may hold for seconds, so a separate thread
+//! makes them about once a second.
 
 mod arrivals;
 mod conditions;
@@ -31,7 +31,7 @@ use unseen::Unseen;
 pub use arrivals::{Arrivals, Change as ArrivalsChange, Reading};
 pub use conditions::{Change, Expected, Level, Notice, unaccounted};
 
-/// How often the interface is looked at.
+/// The time from one look at the interface to the next.
 const PERIOD: Duration = Duration::from_secs(1);
 /// How long the first look may take.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -51,7 +51,7 @@ pub struct Watch {
     expected: Expected,
     orders: mpsc::Sender<()>,
     looks: mpsc::Receiver<Option<Look>>,
-    /// A look was ordered, and nothing has come of it yet.
+    /// A look was ordered, and its result has not arrived yet.
     waiting: bool,
     next: Instant,
     seen: Option<Seen>,
@@ -61,11 +61,11 @@ pub struct Watch {
     of_interface: Differences,
     of_driver: Differences,
     unseen: Unseen,
-    /// What could not be read, and was said.
+    /// What could not be read and has been reported.
     unreadable: BTreeSet<&'static str>,
 }
 
-/// What was seen in one look.
+/// The result of one look.
 #[derive(Debug)]
 struct Look {
     name: String,
@@ -75,7 +75,7 @@ struct Look {
     counters: io::Result<BTreeMap<String, u64>>,
 }
 
-/// What it takes to look.
+/// The descriptors that a look uses.
 struct Looker {
     presence: Presence,
     link: LinkSocket,
@@ -83,7 +83,7 @@ struct Looker {
 }
 
 impl Looker {
-    /// `None`: the interface is gone, or got another name meanwhile, which a driver is asked by.
+    /// `None`: the interface is gone, or was renamed during the look: ethtool queries go by name.
     fn look(&mut self) -> Option<Look> {
         let name = self.presence.name().ok()??;
         let look = Look {
@@ -111,7 +111,7 @@ impl Watch {
             Looker { presence: Presence::of(index)?, link: LinkSocket::of(index)?, driver: Driver::open()? };
         let (orders, ordered) = mpsc::channel();
         let (answers, looks) = mpsc::channel();
-        // It ends when nobody can order any more; nobody waits for that.
+        // The thread ends when `orders` is dropped; nothing joins it, since it may wait for RTNL.
         std::thread::Builder::new()
             .name("watch".into())
             .spawn(move || while ordered.recv().is_ok() && answers.send(looker.look()).is_ok() {})?;
@@ -135,8 +135,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// The interface's name; `None`: it is gone. If the kernel does not tell, it is still there
-    /// under the name `known`.
+    /// The interface's name; `None`: it is gone. If the query fails otherwise, returns `known` and
+    /// takes the interface as present.
     pub fn name(&mut self, known: &str) -> Option<String> {
         self.presence.name().unwrap_or_else(|error| {
             self.cannot_read("the name", known, &error);
@@ -144,7 +144,7 @@ impl Watch {
         })
     }
 
-    /// Looks, and waits for what is seen, though not for longer than `patience`.
+    /// Looks, and waits for the result, at most for `patience`.
     fn look_now(&mut self, patience: Duration) {
         let until = Instant::now() + patience;
         let take = |watch: &mut Self| {
@@ -162,16 +162,16 @@ impl Watch {
         }
     }
 
-    /// Reads the counters once more. The rest is as it was, since the primary is giving the
-    /// interface back.
+    /// Reads the counters once more. Settings stay as last seen, since the primary itself is
+    /// detaching from the interface.
     pub fn count_now(&mut self, patience: Duration) {
         let seen = self.seen.clone();
         self.look_now(patience);
         self.seen = seen;
     }
 
-    /// Has the interface looked at if it is time for that. `true`: something was seen since the
-    /// last call.
+    /// Takes results, and orders the next look when it is due. `true`: a result has arrived since
+    /// the last call.
     pub fn look(&mut self) -> bool {
         let mut news = false;
         while let Ok(look) = self.looks.try_recv() {
@@ -224,20 +224,21 @@ impl Watch {
         self.seen = seen;
     }
 
-    /// Says once what is unknown. That the interface is gone is told by its name.
+    /// Reports once what cannot be read. Ignores ENODEV: [`name`](Self::name) detects that the
+    /// interface is gone.
     fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
         if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
             tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan continues without");
         }
     }
 
-    /// All that is to be said of the interface.
+    /// All current conditions of the interface.
     pub fn conditions(&self) -> Vec<Notice> {
         let Some(seen) = &self.seen else { return Vec::new() };
         conditions::conditions(seen, &self.expected, self.unseen.is_so())
     }
 
-    /// Takes note of how many packets the XDP program has seen by now.
+    /// Takes the number of packets that the XDP program has seen so far.
     pub fn program_has_seen(&mut self, packets: u64) {
         let counted = self.of_interface.since_start();
         let count = |name: &str| counted.get(name).copied().unwrap_or_default();
@@ -245,12 +246,12 @@ impl Watch {
         self.unseen.observe(came_in.into_iter().map(count).sum(), packets);
     }
 
-    /// What of it is to be said now.
+    /// The changes to report now.
     pub fn changes(&mut self) -> Vec<Change> {
         self.told.changes(&self.conditions(), Instant::now())
     }
 
-    /// What the kernel and the driver have counted as not let in, since the start.
+    /// The kernel's and the driver's counters of dropped packets, since the start.
     pub fn nic(&self) -> report::Nic {
         let driver = self.of_driver.since_start().iter();
         report::Nic {

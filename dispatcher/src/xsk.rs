@@ -1,8 +1,8 @@
 //! An AF_XDP socket as a lane sees it: an RX ring, a FILL ring, and a way to sleep.
 //!
-//! xsk-rs makes the socket, maps its rings and binds it. Its accessors are calls into C for every descriptor, though, so the
-//! lane works on the two rings it uses by itself ([`rings`]); xsk-rs' own handles on them keep them mapped and are never
-//! used.
+//! xsk-rs makes the socket, maps its rings and binds it. But its accessors call into C for every
+//! descriptor. So the lane accesses its two rings directly ([`rings`]). xsk-rs' handles only keep
+//! the rings mapped.
 
 pub mod rings;
 
@@ -23,7 +23,7 @@ use rings::{FillRing, RxRing};
 /// A socket could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Somebody else has the queue.
+    /// Another socket is bound to the queue.
     #[error(
         "queue {queue} of {interface} is bound by another AF_XDP socket: end the program that holds it \
          (`ss --xdp -p` names it), or leave the queue out with --queues"
@@ -34,7 +34,7 @@ pub enum BindError {
         /// RX queue.
         queue: u32,
     },
-    /// There is no zero-copy for this queue.
+    /// Zero-copy does not work on this queue.
     #[error(
         "queue {queue} of {interface} cannot be bound in zero-copy mode ({source}): {}",
         why_no_zero_copy(source)
@@ -69,7 +69,7 @@ pub enum BindError {
     },
 }
 
-/// What an errno of bind(2) in zero-copy mode stands for, as far as that can be told: the kernel gives no reason in words.
+/// What an errno of bind(2) in zero-copy mode most likely means: the kernel gives no other reason.
 fn why_no_zero_copy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
         Some(libc::EOPNOTSUPP) => "the driver or the device does not support it",
@@ -85,12 +85,12 @@ fn why_no_zero_copy(source: &io::Error) -> &'static str {
 }
 
 impl BindError {
-    /// `errno` is what bind(2) said of this queue in this mode.
+    /// `source` is the error of bind(2) for this queue in this mode.
     fn new(interface: &str, queue: u32, mode: CopyMode, source: io::Error) -> Self {
         let interface = interface.to_owned();
         match (mode, source.raw_os_error()) {
             (_, Some(libc::EBUSY)) => BindError::Busy { interface, queue },
-            // These are not the mode's fault: the next one would fail alike.
+            // The mode does not cause these errors: the next mode would fail in the same way.
             (CopyMode::Copy, _)
             | (_, None | Some(libc::ENODEV | libc::EPERM | libc::EACCES | libc::EMFILE)) => {
                 BindError::Other { interface, queue, source }
@@ -105,7 +105,7 @@ impl BindError {
 pub struct XskSource {
     rx: RxRing,
     fill: FillRing,
-    /// Own the socket and keep the rings above mapped.
+    /// These own the socket and keep the rings above mapped.
     handles: Handles,
 }
 
@@ -117,8 +117,8 @@ struct Handles {
     _completion: CompQueue,
 }
 
-/// How long a queue may stay busy after its last socket was closed: the kernel lets go of it in the background, which
-/// takes milliseconds, or seconds on a machine that is busy itself.
+/// How long a queue may stay busy after its last socket was closed: the kernel releases it in the
+/// background, which takes milliseconds, or seconds on a busy machine.
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 
 impl XskSource {
@@ -186,13 +186,13 @@ impl XskSource {
         })
     }
 
-    /// The two rings, for whoever works on them without a lane.
+    /// The two rings, for callers that use them without a lane.
     pub fn rings(&mut self) -> (&mut RxRing, &mut FillRing) {
         (&mut self.rx, &mut self.fill)
     }
 
-    /// A second descriptor of the socket: to register it in the XSKMAP, and to ask for statistics. The queue stays bound
-    /// until it is closed, too.
+    /// A second descriptor of the socket: to register it in the XSKMAP, and to read its statistics.
+    /// The queue stays bound until this descriptor is closed as well.
     ///
     /// # Errors
     /// If there are no descriptors left.

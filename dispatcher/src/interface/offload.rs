@@ -7,7 +7,7 @@ use nix::net::if_::if_indextoname;
 
 use super::{Interface, InterfaceError, ethtool, socket};
 
-/// A setting that has packets merged on their way in.
+/// An offload that merges received packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offload {
     /// Generic receive offload: the kernel merges.
@@ -17,7 +17,7 @@ pub enum Offload {
 }
 
 impl Offload {
-    /// As `ethtool -K` calls it.
+    /// The name that `ethtool -K` uses.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -28,11 +28,11 @@ impl Offload {
 }
 
 impl Interface {
-    /// Whether an offload is on. Off where the driver does not know it.
+    /// Whether an offload is on. `false` if the driver does not have it.
     ///
     /// # Errors
     ///
-    /// The kernel refuses to tell.
+    /// The query fails.
     pub fn offload(&self, offload: Offload) -> Result<bool, InterfaceError> {
         let failed = |source| InterfaceError::Query { what: "the offloads", name: self.name.clone(), source };
         read(&socket().map_err(failed)?, &self.name, offload).map_err(failed)
@@ -42,7 +42,7 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// The kernel refuses (EPERM without `CAP_NET_ADMIN`), or the driver keeps it as it was.
+    /// The kernel refuses (EPERM without `CAP_NET_ADMIN`), or the driver does not change it.
     pub fn set_offload(&self, offload: Offload, on: bool) -> Result<(), InterfaceError> {
         set_offload(&self.name, offload, on)
     }
@@ -80,11 +80,11 @@ struct Done {
 }
 
 impl NoMerging {
-    /// Turns off what is on.
+    /// Turns off those of GRO and LRO that are on.
     ///
     /// # Errors
     ///
-    /// One of them is on and cannot be turned off.
+    /// One of them is on and cannot be turned off, or a query fails.
     pub fn of(interface: &Interface) -> Result<Self, InterfaceError> {
         let mut no_merging = NoMerging { done: Vec::new() };
         // Those below first: some interfaces have an offload on as long as the one below has.
@@ -183,7 +183,7 @@ fn write(socket: &OwnedFd, name: &str, offload: Offload, on: bool) -> io::Result
     Ok(())
 }
 
-/// Puts one of the questions above, or one of the orders with its data.
+/// Runs one of the ethtool commands above. `data` is the new value for a command that sets one.
 fn value(socket: &OwnedFd, name: &str, cmd: u32, data: u32) -> io::Result<u32> {
     let mut value = Value { cmd, data };
     // SAFETY: these commands read and fill a `struct ethtool_value`, which `Value` is.

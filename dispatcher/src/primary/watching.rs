@@ -1,4 +1,4 @@
-//! The primary watches its interface.
+//! How the primary watches its interface, and reports what it finds.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::port::Port;
 use crate::report::Xdp;
 use crate::watch::{ArrivalsChange, Change, Level, Notice, Watch, unaccounted};
 
-/// How often it is looked whether packets arrive that were redirected.
+/// The time from one check for lost packets to the next.
 const PERIOD: Duration = Duration::from_secs(1);
 
 impl Primary {
@@ -21,7 +21,7 @@ impl Primary {
         Ok(())
     }
 
-    /// Ends the primary if its interface is gone, and follows it if it has another name.
+    /// Ends the primary if its interface is gone, and takes over a new name.
     pub(super) fn look_for_interface(&mut self) -> Result<(), PrimaryError> {
         let (Some(watch), Some(port)) = (&mut self.watch, &mut self.port) else { return Ok(()) };
         let Some(name) = watch.name(&self.name) else {
@@ -37,7 +37,7 @@ impl Primary {
         Ok(())
     }
 
-    /// Looks at the interface, about once a second, and says what has changed.
+    /// Looks at the interface about once a second, and reports changes.
     pub(super) fn look_at_interface(&mut self) {
         if self.watch.as_mut().is_some_and(Watch::look) {
             self.say_what_is_new(false);
@@ -51,7 +51,7 @@ impl Primary {
             return;
         }
         self.next_reading = now + PERIOD;
-        // Before what the lanes have received: what is redirected meanwhile is not missed.
+        // Read before the lanes' counters, so that packets redirected in between do not seem lost.
         let (served, unserved) = self.port.as_ref().map(Port::counters).unwrap_or_default();
         if let Some(watch) = &mut self.watch {
             watch.program_has_seen(served.iter().map(Xdp::seen).sum::<u64>() + unserved.seen());

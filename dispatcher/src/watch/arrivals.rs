@@ -1,27 +1,28 @@
 //! Whether the packets that the XDP program redirects to a socket arrive there.
 //!
-//! For every lane `redirected = received + dropped by the kernel + under way`. The kernel also
-//! drops packets without counting them (`xsk_rcv_check` in net/xdp/xsk.c): when the socket belongs
-//! to another device or queue, or is not bound. Two facts separate lost packets from those under
-//! way:
+//! For every lane `redirected = received + dropped by the kernel + in flight`. The kernel also drops
+//! packets without counting them (`xsk_rcv_check` in net/xdp/xsk.c): when the socket belongs to
+//! another device or queue, or is not bound. Two facts tell lost packets from packets in flight:
 //!
 //! - A lane that has found its RX ring empty twice since an earlier reading has received all
 //!   packets redirected before that reading, except the lost ones. Packets received since can hide
 //!   a loss.
-//! - At most as many packets are under way as the kernel has frames of the lane.
+//! - The number of packets in flight cannot exceed the number of the lane's frames that the kernel
+//!   has.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// After so long, what is not on the RX ring never will be: the kernel puts it there in the same
-/// round of NAPI.
+/// A redirected packet that is not on the RX ring after this time never will be: the kernel puts it
+/// there in the same NAPI poll.
 const SETTLED: Duration = Duration::from_secs(2);
-/// Without a new loss for so long, it is over.
+/// A loss is over after this time without lost packets.
 const QUIET: Duration = Duration::from_secs(5);
-/// A loss that begins again and again is told as over less and less often.
+/// [`QUIET`] doubles with each loss that ends, up to this: a loss that recurs is reported less and
+/// less often.
 const LONGEST_QUIET: Duration = Duration::from_secs(60);
 
-/// What was counted of a lane; read in this order.
+/// The counters of a lane, read in this order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reading {
     /// Packets the XDP program sent to the socket.
@@ -32,36 +33,36 @@ pub struct Reading {
     pub accounted: u64,
 }
 
-/// What has come of packets that were redirected.
+/// A loss begins or ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Some are lost; so many in all.
+    /// Packets are being lost; the number lost in all.
     Begins(u64),
-    /// For a while none was lost; so many in all.
+    /// No packet has been lost for a while; the number lost in all.
     Ends(u64),
 }
 
-/// Keeps book of one lane.
+/// Accounts for the redirected packets of one lane.
 #[derive(Debug)]
 pub struct Arrivals {
-    /// Most packets that can be under way.
+    /// The most packets that can be in flight.
     room: u64,
-    /// Of the last [`SETTLED`], and the one before.
+    /// The readings of the last [`SETTLED`], and the one before them.
     readings: VecDeque<(Instant, Reading)>,
     lost: u64,
-    /// When more was lost for the last time, and what was accounted for by then; none: it is over,
-    /// or never began.
+    /// When packets were last found lost, and `accounted` at that time. `None`: no loss, or it is
+    /// over.
     lossy: Option<(Instant, u64)>,
     quiet: Duration,
 }
 
 impl Arrivals {
-    /// A lane of which at most `room` packets can be under way.
+    /// A lane of which at most `room` packets can be in flight.
     pub fn new(room: u64) -> Self {
         Arrivals { room, readings: VecDeque::new(), lost: 0, lossy: None, quiet: QUIET }
     }
 
-    /// Packets that are surely lost, and that nobody counts.
+    /// Packets that are certainly lost, and that no other counter has.
     pub fn lost(&self) -> u64 {
         self.lost
     }
@@ -136,7 +137,7 @@ mod tests {
         let busy: Vec<_> = (0..100).map(|second| (second * 5000 + ROOM, 7, second * 5000)).collect();
         // It gets no CPU time.
         let stuck: Vec<_> = (0..100).map(|second| ((second * 100).min(ROOM), 7, 0)).collect();
-        // It keeps up; a few are always under way when it is read.
+        // It keeps up; a few are always in flight when it is read.
         let idle: Vec<_> = (0..100).map(|second| (second * 5000 + 64, second * 3, second * 5000)).collect();
         for readings in [busy, stuck, idle] {
             let mut arrivals = Arrivals::new(ROOM);

@@ -1,4 +1,5 @@
-//! Which conditions of an interface affect packets, in sentences. Pure: no I/O.
+//! The conditions of an interface that affect packets, and the sentences that report them. Pure: no
+//! I/O.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +14,7 @@ use super::link::Link;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// It may be as it is meant to be.
+    /// The condition may be intended.
     Info,
     /// Packets may be missed.
     Warn,
@@ -22,7 +23,7 @@ pub enum Level {
 }
 
 impl Level {
-    /// How a line begins that says something of this level.
+    /// The word that begins a line of this level.
     #[must_use]
     pub const fn mark(self) -> &'static str {
         match self {
@@ -33,7 +34,7 @@ impl Level {
     }
 }
 
-/// Something that lasts, and what it means for packets.
+/// A condition, and its effect on packets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     /// What it is about: `link`, `carrier`, `queues`, `queues_gone`, `mtu`, `promiscuous`, `xdp`,
@@ -41,9 +42,9 @@ pub struct Notice {
     pub topic: String,
     /// How much it matters.
     pub level: Level,
-    /// What is the case.
+    /// The condition.
     pub what: String,
-    /// What that means for packets, and what to do.
+    /// The effect on packets, and what to do.
     pub meaning: String,
 }
 
@@ -66,13 +67,13 @@ pub struct Seen {
     pub name: String,
     /// Flags and MTU.
     pub link: Link,
-    /// RX queues in use; none: the driver does not say.
+    /// RX queues in use; `None`: the driver does not report them.
     pub rx_queues: Option<u32>,
-    /// What is done to packets before xfan sees them.
+    /// Offloads that change packets before xfan sees them.
     pub offloads: Offloads,
 }
 
-/// What a primary was started for.
+/// What the primary expects of the interface since its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
     /// Queues that have a lane.
@@ -81,7 +82,7 @@ pub struct Expected {
     pub max_mtu: u32,
 }
 
-/// All conditions of an interface; `unseen`: packets come in, and the XDP program sees none.
+/// All conditions of an interface. `unseen`: packets come in, but the XDP program sees none.
 pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice> {
     let Seen { name, link, rx_queues, offloads } = seen;
     let mut all = Vec::new();
@@ -194,7 +195,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
     all
 }
 
-/// Packets were redirected to a socket, did not arrive, and are in no counter.
+/// The condition that packets were redirected to a socket, did not arrive, and are in no counter.
 pub fn unaccounted(queue: u32, lost: u64) -> Notice {
     Notice::new(
         "unaccounted",
@@ -214,21 +215,22 @@ fn has(numbers: &[u32]) -> &'static str {
     if numbers.len() == 1 { "has" } else { "have" }
 }
 
-/// Something to be said now.
+/// A change to report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It is the case, or is in another way.
+    /// The condition begins, or has changed.
     Begins(Notice),
-    /// It is over.
+    /// The condition is over.
     Ends(Notice),
 }
 
-/// Tellings of a topic that may follow one another at once …
+/// The most reports of a topic in a burst …
 const BURST: u32 = 6;
-/// … and the time after which there may be one more.
+/// … and the time after which one more is allowed.
 const REFILL: Duration = Duration::from_secs(10);
 
-/// What was reported already. A flapping link does not fill log and journal.
+/// The conditions already reported. Limits the rate, so that a flapping link does not fill log and
+/// journal.
 #[derive(Debug, Default)]
 pub struct Told {
     topics: BTreeMap<String, Topic>,
@@ -242,7 +244,7 @@ struct Topic {
 }
 
 impl Told {
-    /// What to report, given all conditions.
+    /// The changes to report, given all current conditions.
     pub fn changes(&mut self, conditions: &[Notice], now: Instant) -> Vec<Change> {
         for notice in conditions {
             self.topics.entry(notice.topic.clone()).or_insert(Topic {
@@ -279,7 +281,7 @@ impl Told {
 mod tests {
     use super::*;
 
-    /// As it should be.
+    /// An interface without conditions.
     fn well() -> (Seen, Expected) {
         let link = Link {
             mtu: 1500,
@@ -389,7 +391,7 @@ mod tests {
             last = changes.into_iter().next_back().or(last);
         }
         assert!((100..=106).contains(&number), "{number}");
-        // It stays up: that is said in any case.
+        // The link stays up: the last report says so.
         let changes: Vec<_> =
             (1000..1020).flat_map(|second| told.changes(&[], start + Duration::from_secs(second))).collect();
         let last = changes.into_iter().next_back().or(last);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// How far counters have gone since each was first seen.
+/// The increase of each counter since it was first read.
 #[derive(Clone, Debug, Default)]
 pub struct Differences {
     last: BTreeMap<String, u64>,
@@ -10,7 +10,8 @@ pub struct Differences {
 }
 
 impl Differences {
-    /// Takes a reading. A counter that goes backwards was reset: it counts on from there.
+    /// Takes a reading. If a counter goes backwards, it was reset: its difference continues from the
+    /// new value.
     pub fn update(&mut self, now: BTreeMap<String, u64>) {
         for (name, value) in now {
             let more = self.last.get(&name).map_or(0, |last| value.saturating_sub(*last));
@@ -37,7 +38,7 @@ mod tests {
             differences.since_start().values().copied().collect::<Vec<_>>()
         };
         assert_eq!(update(&[("a", 100)]), [0]);
-        // A counter that comes later, with its queue, counts from when it came.
+        // A counter that appears later, with its queue, counts from then on.
         assert_eq!(update(&[("a", 103), ("b", 50)]), [3, 0]);
         assert_eq!(update(&[("a", 2), ("b", 51)]), [3, 1]);
         assert_eq!(update(&[("b", 51)]), [3, 1]);

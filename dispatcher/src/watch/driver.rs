@@ -1,7 +1,7 @@
-//! What a driver says by ethtool: channels, offloads, counters of its own.
+//! Queries a driver by ethtool: channels, offloads, and its own counters.
 //!
-//! The kernel writes as many strings and counters as there are, even beyond the buffer. So a
-//! [`Page`] ends at memory that cannot be written to, where the kernel fails with EFAULT instead.
+//! The kernel writes all strings and counters that exist, even beyond the end of the buffer. So a
+//! [`Page`] ends at a guard page, where the kernel fails with EFAULT instead.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -23,35 +23,35 @@ const ETHTOOL_GFEATURES: u32 = 0x3a;
 const ETH_SS_STATS: u32 = 1;
 const ETH_SS_FEATURES: u32 = 4;
 const ETH_GSTRING_LEN: usize = 32;
-/// Most strings that are asked for: beyond what any driver has.
+/// The most strings to read: more than any driver has.
 const MAX_STRINGS: u32 = 1 << 18;
 
-/// Answers of one interface's driver.
+/// A socket for ethtool queries.
 #[derive(Debug)]
 pub struct Driver {
     socket: OwnedFd,
 }
 
-/// What a driver does to packets before the XDP program sees them.
+/// Offloads that change packets before the XDP program sees them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
     /// The NIC or its driver does (LRO, hardware GRO).
     pub lro: bool,
-    /// The NIC takes VLAN tags off.
+    /// The NIC strips VLAN tags.
     pub rxvlan: bool,
 }
 
 impl Driver {
-    /// Opens a socket to ask by, in the network namespace of the calling thread.
+    /// Opens a socket for queries, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Whatever socket(2) says.
+    /// The errors of socket(2).
     pub fn open() -> io::Result<Self> {
         let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
         Ok(Driver { socket })
     }
 
-    /// RX queues in use; `None`: the driver does not say.
+    /// RX queues in use; `None`: the driver does not report them.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -65,7 +65,7 @@ impl Driver {
     /// Whatever the kernel says.
     pub fn counters(&self, name: &str) -> io::Result<BTreeMap<String, u64>> {
         let Some(names) = self.strings(name, ETH_SS_STATS)? else { return Ok(BTreeMap::new()) };
-        // struct ethtool_stats: command, number, and as many u64.
+        // struct ethtool_stats: command, number of counters, and a u64 for each.
         let mut page = Page::new(8 + names.len() * 8)?;
         page.put(0, ETHTOOL_GSTATS);
         page.put(4, count(&names));
@@ -77,14 +77,14 @@ impl Driver {
         Ok(names.into_iter().zip(values.iter().map(|value| u64::from_ne_bytes(*value))).collect())
     }
 
-    /// What happens to packets before the XDP program sees them.
+    /// The offloads that are on.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn offloads(&self, name: &str) -> io::Result<Offloads> {
         let Some(names) = self.strings(name, ETH_SS_FEATURES)? else { return Ok(Offloads::default()) };
-        // struct ethtool_gfeatures: command, number of blocks, and as many of 4 u32, the third of
-        // which is what is on.
+        // struct ethtool_gfeatures: command, number of blocks, and 4 u32 for each block, the third
+        // of which is the mask of active features.
         let blocks = names.len().div_ceil(32);
         let mut page = Page::new(8 + blocks * 16)?;
         page.put(0, ETHTOOL_GFEATURES);
@@ -97,10 +97,10 @@ impl Driver {
         Ok(Offloads { lro: is_on("rx-lro") || is_on("rx-gro-hw"), rxvlan: is_on("rx-vlan-hw-parse") })
     }
 
-    /// The names of a set; `None`: the driver has none.
+    /// The names in a string set; `None`: the driver has no such set.
     fn strings(&self, name: &str, set: u32) -> io::Result<Option<Vec<String>>> {
-        // struct ethtool_sset_info: command, padding, a mask of sets, and a number for each that
-        // there is.
+        // struct ethtool_sset_info: command, padding, a mask of sets, and the size of each set in
+        // the mask.
         let mut page = Page::new(24)?;
         page.put(0, ETHTOOL_GSSET_INFO);
         page.put(8, 1 << set);

@@ -1,7 +1,7 @@
-//! Which of a driver's own counters (`ethtool -S`) count packets that did not get in.
+//! Which of a driver's own counters (`ethtool -S`) count dropped packets.
 
-/// By driver: names of counters, where `*` stands for anything. Of other drivers, and beside these,
-/// see [`may_be_one`].
+/// The drop counters of each driver, by name; `*` matches any text. For other drivers and other
+/// names see [`may_be_one`].
 const KNOWN: [(&str, &[&str]); 19] = [
     ("bnxt_en", &["rx_discards", "rx_buf_errors", "rx_total_ring_discards", "rx_total_oom_discards"]),
     (
@@ -51,7 +51,7 @@ const KNOWN: [(&str, &[&str]); 19] = [
     ("vmxnet3", &["*pkts rx OOB*", "*drv dropped rx total*", "*rx buf alloc fail*"]),
 ];
 
-/// Parts of the names of counters that count such packets, for drivers that are not known.
+/// Parts of names that suggest a drop counter, for counters not in [`KNOWN`].
 const TELLING: [&str; 13] = [
     "drop",
     "miss",
@@ -68,20 +68,20 @@ const TELLING: [&str; 13] = [
     "oversize",
 ];
 
-/// Whether a counter is known to count packets that did not get in: it is shown, also at 0.
+/// Whether a counter is known to count dropped packets. It is shown even at 0.
 pub fn is_one(driver: &str, name: &str) -> bool {
     let of_driver = KNOWN.iter().find(|(known, _)| *known == driver);
     of_driver.is_some_and(|(_, patterns)| patterns.iter().any(|pattern| matches(pattern, name)))
 }
 
-/// Whether a counter looks as if it did: it is shown once it has counted something.
+/// Whether a counter's name suggests dropped packets. It is shown once it is above 0.
 pub fn may_be_one(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     let sends = name.starts_with("tx") || ["_tx", ".tx", " tx"].iter().any(|part| name.contains(part));
     !sends && TELLING.iter().any(|part| name.contains(part))
 }
 
-/// Whether a name is what a pattern stands for.
+/// Whether a pattern matches a name.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,

@@ -1,4 +1,4 @@
-//! What the kernel says of a link: one RTM_GETLINK, by index. See rtnetlink(7).
+//! Queries a link by its index: flags, MTU and counters, in one RTM_GETLINK. See rtnetlink(7).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,14 +14,15 @@ use nix::sys::time::{TimeVal, TimeValLike};
 const MESSAGE_HEADER: usize = 16;
 const LINK_HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
-/// A nested attribute, and one in network byte order, say so in their type.
+/// Masks out the type bits that mark an attribute as nested, or as in network byte order.
 const TYPE_MASK: u16 = 0x3fff;
 /// As in linux/if_link.h.
 const IFLA_XDP_ATTACHED: u16 = 2;
-/// Longest answer. What belongs to virtual functions, which can be long, is not asked for.
+/// The longest answer in bytes. The request leaves out the data of virtual functions, which can be
+/// long.
 const ANSWER: usize = 64 << 10;
 
-/// Of `struct rtnl_link_stats64` what came in and what did not: name, and place among its u64.
+/// The RX counters of `struct rtnl_link_stats64`: name, and index among its u64.
 const STATISTICS: [(&str, usize); 10] = [
     ("rx_packets", 0),
     ("rx_errors", 4),
@@ -44,15 +45,15 @@ pub struct Link {
     pub up: bool,
     /// The other end is there.
     pub carrier: bool,
-    /// It takes frames for other hosts, whoever asked for that.
+    /// In promiscuous mode, set by whatever program.
     pub promiscuous: bool,
     /// An XDP program is attached.
     pub xdp: bool,
-    /// The kernel's counters of what came in and what did not, by name.
+    /// The kernel's RX counters by name, and `carrier_lost`.
     pub counters: BTreeMap<String, u64>,
 }
 
-/// Asks for one link.
+/// A netlink socket that queries one link.
 #[derive(Debug)]
 pub struct LinkSocket {
     socket: OwnedFd,
@@ -61,24 +62,23 @@ pub struct LinkSocket {
 }
 
 impl LinkSocket {
-    /// Opens a socket to ask for the link with this index in the network namespace of the calling
-    /// thread.
+    /// Opens a socket to query the link with this index in the calling thread's network namespace.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of socket(2), connect(2) and setsockopt(2).
     pub fn of(index: u32) -> io::Result<Self> {
         let protocol = SockProtocol::NetlinkRoute;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-        // An answer is there when `send` returns; nobody waits for one that is lost.
+        // The answer is queued when `send` returns. If it was lost, `recv` times out.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(1))?;
         Ok(LinkSocket { socket, index, sequence: 0 })
     }
 
-    /// Asks.
+    /// Queries the link.
     ///
     /// # Errors
-    /// ENODEV: there is no such link; whatever else the kernel says.
+    /// ENODEV if the link does not exist; any other error of the kernel.
     pub fn ask(&mut self) -> io::Result<Link> {
         self.sequence = self.sequence.wrapping_add(1);
         send(self.socket.as_raw_fd(), &request(self.index, self.sequence), MsgFlags::empty())?;
@@ -86,7 +86,7 @@ impl LinkSocket {
         loop {
             let length = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::MSG_TRUNC)?;
             let bytes = answer.get(..length).ok_or_else(|| invalid("the answer is too long"))?;
-            // An answer to an earlier question may have come too late for it.
+            // Skip late answers to earlier requests.
             if field(bytes, 8) == Some(self.sequence) {
                 return parse(bytes);
             }
@@ -98,7 +98,7 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("RTM_GETLINK: {what}"))
 }
 
-/// A message that asks for the link with this index.
+/// An RTM_GETLINK request for the link with this index.
 fn request(index: u32, sequence: u32) -> [u8; MESSAGE_HEADER + LINK_HEADER] {
     let mut message = [0; MESSAGE_HEADER + LINK_HEADER];
     let mut put = |at: usize, bytes: &[u8]| message[at..at + bytes.len()].copy_from_slice(bytes);
@@ -110,12 +110,12 @@ fn request(index: u32, sequence: u32) -> [u8; MESSAGE_HEADER + LINK_HEADER] {
     message
 }
 
-/// The u32 at a place.
+/// The u32 at this offset.
 fn field(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// The attributes in these bytes: type and value. What is cut off is left out.
+/// The attributes in these bytes: type and value. Ends at the first truncated one.
 fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));

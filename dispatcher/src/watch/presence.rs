@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-/// An interface, followed by its index. It keeps a descriptor open, so that asking never needs
-/// another one.
+/// An interface, followed by its index. It keeps one descriptor open, so that a query needs no new
+/// one.
 #[derive(Debug)]
 pub struct Presence {
     socket: OwnedFd,
@@ -17,17 +17,16 @@ impl Presence {
     /// Follows the interface with this index in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// Whatever socket(2) says.
+    /// The errors of socket(2).
     pub fn of(index: u32) -> io::Result<Self> {
         let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
         Ok(Presence { socket, index: libc::c_int::try_from(index).map_err(io::Error::other)? })
     }
 
-    /// The interface's name; `None`: there is no such interface any more. Takes no lock that a
-    /// driver may hold.
+    /// The interface's name; `None`: the interface no longer exists. Does not take RTNL.
     ///
     /// # Errors
-    /// The kernel does not tell, which does not mean that the interface is gone.
+    /// Any error but ENODEV. It does not mean that the interface is gone.
     pub fn name(&self) -> io::Result<Option<String>> {
         // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

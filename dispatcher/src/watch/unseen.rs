@@ -1,16 +1,16 @@
-//! Whether the XDP program sees what comes in.
+//! Whether the XDP program sees the packets that the interface receives.
 //!
-//! A driver whose queues lost their buffers drops all packets, or takes them past the program: then
-//! no counter of the program or of a socket moves, and all sums hold.
+//! A driver whose queues lost their buffers drops all packets, or does not run the program for them.
+//! Then no counter of the program or of a socket moves, and all sums hold.
 
 use std::collections::VecDeque;
 
-/// So many readings in a row …
+/// The condition holds if between each two of this many successive readings …
 const READINGS: usize = 4;
-/// … between which so many packets came in each time, and the program saw none.
+/// … at least this many packets came in, and the program saw none.
 const PACKETS: u64 = 10;
 
-/// Compares what came in with what the program saw.
+/// Compares the packets that came in with those that the program saw.
 #[derive(Debug, Default)]
 pub struct Unseen {
     /// Packets that came in, dropped ones included; packets the program saw.
@@ -53,7 +53,7 @@ mod tests {
             ((90, 100), false),
             ((100, 100), false),
             ((100, 100), false),
-            // Here and there something comes that is not for it.
+            // A few packets come in that do not reach the program.
             ((105, 100), false),
             ((110, 100), false),
             ((115, 100), false),
@@ -62,7 +62,7 @@ mod tests {
             ((2000, 100), false),
             ((3000, 100), true),
             ((4000, 100), true),
-            // It hears again.
+            // The queues receive again.
             ((5000, 101), false),
             ((6000, 1000), false),
         ];

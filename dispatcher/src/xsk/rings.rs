@@ -1,12 +1,13 @@
-//! The RX and FILL rings of an AF_XDP socket, worked on by hand.
+//! Direct access to the RX and FILL rings of an AF_XDP socket.
 //!
-//! libxdp has mapped them, before it bound the socket: kernels before 6.4 map no ring of a bound socket (`xsk_mmap` in
-//! net/xdp/xsk.c: EBUSY). Where they lie is in /proc/self/maps, as mappings of the socket's inode.
+//! libxdp maps them before it binds the socket: kernels before 6.4 refuse to map a ring of a bound
+//! socket (`xsk_mmap` in net/xdp/xsk.c: EBUSY). Their addresses are in /proc/self/maps, as mappings
+//! of the socket's inode.
 //!
-//! They are what `linux/if_xdp.h` and Documentation/networking/af_xdp.rst describe: free-running u32 producer and
-//! consumer indexes, masked at access. Each end keeps copies of both indexes and loads the other's only
-//! when the copy says empty (or full), as libxdp's `xsk_ring_cons__peek` and `xsk_ring_prod__reserve` do
-//! (xdp-tools, headers/xdp/xsk.h).
+//! `linux/if_xdp.h` and Documentation/networking/af_xdp.rst describe the rings: free-running u32
+//! producer and consumer indexes, masked at access. Each end caches both indexes and loads the
+//! other end's index only when the cached one says empty (or full), as libxdp's
+//! `xsk_ring_cons__peek` and `xsk_ring_prod__reserve` do (xdp-tools, headers/xdp/xsk.h).
 
 use std::ffi::c_void;
 use std::io;
@@ -34,7 +35,7 @@ struct RingMap {
 unsafe impl Send for RingMap {}
 
 impl RingMap {
-    /// The ring at page offset `at` of the socket, whose parts lie as `offsets` says.
+    /// Finds the ring mapped at file offset `at` of the socket; `offsets` locates its parts.
     fn find(
         socket: &impl AsRawFd,
         offsets: &libc::xdp_ring_offset,
@@ -94,13 +95,14 @@ pub struct RxRing {
 }
 
 impl RxRing {
-    /// The RX ring of a socket.
+    /// Finds the RX ring of a socket.
     ///
     /// # Safety
-    /// It has `entries` entries, it stays mapped as long as the value lives, and nobody else takes packets from it.
+    /// The ring has `entries` entries and stays mapped as long as the value lives, and nothing else
+    /// takes packets from it.
     ///
     /// # Errors
-    /// It is not mapped, or whatever the system calls say.
+    /// The ring is not mapped, or a system call fails.
     pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
         let offsets = mmap_offsets(socket)?;
         #[allow(clippy::cast_sign_loss)] // 0
@@ -139,7 +141,7 @@ impl RxRing {
     }
 }
 
-/// Frames for packets to come, to the kernel.
+/// Frames posted to the kernel for future packets.
 #[derive(Debug)]
 pub struct FillRing {
     map: RingMap,
@@ -148,13 +150,14 @@ pub struct FillRing {
 }
 
 impl FillRing {
-    /// The FILL ring of a socket.
+    /// Finds the FILL ring of a socket.
     ///
     /// # Safety
-    /// It has `entries` entries, it stays mapped as long as the value lives, and nobody else posts frames to it.
+    /// The ring has `entries` entries and stays mapped as long as the value lives, and nothing else
+    /// posts frames to it.
     ///
     /// # Errors
-    /// It is not mapped, or whatever the system calls say.
+    /// The ring is not mapped, or a system call fails.
     pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
         let offsets = mmap_offsets(socket)?;
         let at = libc::XDP_UMEM_PGOFF_FILL_RING;
@@ -175,7 +178,8 @@ impl FillRing {
         size - self.produced.wrapping_sub(self.consumed)
     }
 
-    /// Writes an entry, of which [`room`](Self::room) said that it is free. The kernel sees it after [`publish`](Self::publish).
+    /// Writes an entry that is free according to [`room`](Self::room). The kernel sees it after
+    /// [`publish`](Self::publish).
     #[inline(always)]
     pub fn push(&mut self, address: u64) {
         // SAFETY: entries of the FILL ring are u64; this one is ours until the producer index passes it.
@@ -183,21 +187,21 @@ impl FillRing {
         self.produced = self.produced.wrapping_add(1);
     }
 
-    /// Hands what was pushed to the kernel.
+    /// Hands the pushed entries to the kernel.
     #[inline(always)]
     pub fn publish(&mut self) {
         // Release: pairs with the kernel's smp_load_acquire of the producer index.
         self.map.producer().store(self.produced, Ordering::Release);
     }
 
-    /// Whether the driver waits to be told that there are frames.
+    /// Whether the driver must be woken after frames are posted (need_wakeup).
     #[inline(always)]
     pub fn needs_wakeup(&self) -> bool {
         self.map.flags().load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
     }
 }
 
-/// Where a socket is mapped at page offset `at`, and how many bytes.
+/// Address and length of the mapping of a socket at file offset `at`.
 fn mapping(socket: &impl AsRawFd, at: u64) -> io::Result<(NonNull<c_void>, usize)> {
     let inode = fstat(borrow(socket))?.st_ino;
     let maps = Process::myself().and_then(|process| process.maps()).map_err(io::Error::other)?;
@@ -217,15 +221,15 @@ fn mapping(socket: &impl AsRawFd, at: u64) -> io::Result<(NonNull<c_void>, usize
     Ok((address, length))
 }
 
-/// Where the parts of a socket's rings lie.
+/// The offsets of the parts of a socket's rings.
 fn mmap_offsets(socket: &impl AsRawFd) -> io::Result<libc::xdp_mmap_offsets> {
     get_option(socket, libc::XDP_MMAP_OFFSETS)
 }
 
-/// What the kernel counted of a socket.
+/// The kernel's counters of a socket.
 ///
 /// # Errors
-/// Whatever getsockopt(2) says.
+/// The errors of getsockopt(2).
 pub fn statistics(socket: &impl AsRawFd) -> io::Result<libc::xdp_statistics> {
     get_option(socket, libc::XDP_STATISTICS)
 }
@@ -256,7 +260,7 @@ fn get_option<T: Copy>(socket: &impl AsRawFd, option: libc::c_int) -> io::Result
     Ok(unsafe { value.assume_init() })
 }
 
-/// Tells a driver that waits for frames that there are some.
+/// Wakes a driver that waits for frames.
 pub fn kick(socket: &impl AsRawFd) {
     // SAFETY: no buffer is given.
     unsafe {
@@ -271,7 +275,7 @@ pub fn kick(socket: &impl AsRawFd) {
     };
 }
 
-/// Borrows the descriptor of a socket whose owner is at hand.
+/// Borrows the descriptor of a socket from its owner.
 pub fn borrow<T: AsRawFd>(socket: &T) -> BorrowedFd<'_> {
     // SAFETY: `socket` owns the descriptor and is borrowed for as long.
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
