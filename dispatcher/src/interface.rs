@@ -1,6 +1,7 @@
 //! A network interface of this network namespace: index, type, MTU, RX queues, driver, offloads.
 //!
-//! All queries go through a socket, which belongs to a namespace. `/sys` may show another namespace.
+//! All queries go through a socket, which belongs to a namespace. `/sys` may show another
+//! namespace.
 
 use std::fmt::Display;
 use std::fs;

@@ -37,22 +37,23 @@ pub struct LaneHandle {
     commands: Arc<ArrayQueue<Command>>,
     doorbell: Arc<OwnedFd>,
     issued: u64,
-    /// Frames the kernel is to have at any time.
+    /// Frames that the lane keeps posted to the kernel.
     posted: u32,
     thread: Option<JoinHandle<Frames>>,
     /// For the kernel's statistics; none where packets come from memory.
     socket: Option<OwnedFd>,
     kernel: report::Kernel,
-    /// Times the kernel had found the FILL ring empty before packets could come: when the socket was bound.
+    /// How often the kernel had found the FILL ring empty before packets could arrive: when the
+    /// socket was bound.
     fill_ring_empty_before: u64,
     cut: Told,
 }
 
-/// What has been told of the packets that arrived cut.
+/// The reports of packets that arrived cut.
 #[derive(Debug)]
 struct Told {
     count: u64,
-    /// When more may be told, and how long to be silent after that.
+    /// When the next report is allowed, and the pause after it.
     next: Instant,
     pause: Duration,
 }
@@ -171,9 +172,9 @@ impl LaneHandle {
         Some(frames)
     }
 
-    /// Packets that arrived cut since this was last told. Some only if there are any, and then not
-    /// for a second, and each time twice as long, up to a minute: a driver that cuts packets does
-    /// so for ever.
+    /// The number of packets that arrived cut since the last report; `None`: nothing to report.
+    /// After a report the next one waits for a second, and each time twice as long, up to a minute:
+    /// a driver that cuts packets does not stop.
     pub fn newly_cut(&mut self, now: Instant) -> Option<u64> {
         let count = self.counters.cut.get();
         if count == self.cut.count || now < self.cut.next {
@@ -197,18 +198,19 @@ impl LaneHandle {
         };
     }
 
-    /// Packets come from now on: what the kernel missed before does not count.
+    /// Packets arrive from now on. Empty FILL rings before do not count.
     pub fn packets_come(&mut self) {
         self.refresh_kernel();
         self.fill_ring_empty_before += self.kernel.fill_ring_empty;
     }
 
-    /// Keeps book of what is redirected to it.
+    /// Starts the accounting of packets redirected to this lane.
     pub fn arrivals(&self) -> Arrivals {
         Arrivals::new(u64::from(self.posted) + ROUND)
     }
 
-    /// A reading for that book, after the XDP program's counter was read.
+    /// Reads the lane's counters for [`arrivals`](Self::arrivals). `redirected` is the XDP
+    /// program's counter, which must be read first.
     pub fn read(&mut self, redirected: u64) -> Reading {
         let emptied = self.counters.emptied.get();
         let received = self.counters.received.get();

@@ -5,8 +5,8 @@
 //! | XDP mode | native: the driver runs the program; generic: the kernel does, after the driver | generic |
 //! | bind mode | zero-copy: the NIC writes into frames; copy: the kernel does | copy |
 //!
-//! This module does not ask the kernel. [`crate::run`] learns whether a mode works when it binds the
-//! sockets and attaches the program, and tries the next mode if it does not.
+//! This module does not ask the kernel. [`crate::run`] learns whether a mode works when it binds
+//! the sockets and attaches the program, and tries the next mode if it does not.
 
 use std::fmt;
 

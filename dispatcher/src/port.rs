@@ -77,9 +77,9 @@ pub struct Port {
 }
 
 impl Port {
-    /// Prepares a port in one mode without touching the NIC: loads the XDP program, makes the packet
-    /// memory, and binds a socket to each queue. Zero-copy drivers take frames when the program is
-    /// [attached](Self::attach); the FILL rings should be full by then.
+    /// Prepares a port in one mode without touching the NIC: loads the XDP program, makes the
+    /// packet memory, and binds a socket to each queue. Zero-copy drivers take frames when the
+    /// program is [attached](Self::attach); the FILL rings should be full by then.
     ///
     /// # Errors
     /// [`PortError`]

@@ -24,7 +24,7 @@ pub struct Report {
     pub unserved: Xdp,
     /// What came over the control socket.
     pub control: Control,
-    /// What the kernel and the driver have counted as not let in.
+    /// The kernel's and the driver's counters of dropped packets.
     #[serde(default)]
     pub nic: Nic,
     /// Conditions that affect packets now, most important first.
@@ -53,7 +53,7 @@ pub struct Lane {
     pub dropped: BTreeMap<String, u64>,
     /// Packets without a readable 5-tuple; delivered like all others.
     pub unparsed: u64,
-    /// Packets whose IP length says more than the driver delivered; delivered like all others.
+    /// Packets shorter than their IP length; delivered like all others.
     #[serde(default)]
     pub cut: u64,
     /// Batches of packets taken.
@@ -64,8 +64,8 @@ pub struct Lane {
     pub sleeps: u64,
     /// What the kernel dropped before the lane saw it.
     pub kernel: Kernel,
-    /// Packets that were redirected to the socket, did not arrive, and are in none of the kernel's counters. While packets
-    /// flow, those of which this is sure.
+    /// Packets that were redirected to the socket, did not arrive, and are in none of the kernel's
+    /// counters. While packets flow, only those that are certainly lost.
     #[serde(default)]
     pub unaccounted: u64,
     /// What the XDP program did with the queue's packets.
@@ -142,12 +142,14 @@ pub struct Frames {
     pub tx: u32,
 }
 
-/// Counters of the interface of packets that did not get in, as differences since the start.
+/// Counters of packets that the interface dropped, as differences since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
-    /// Of the kernel, as in `ip -s -s link`; for comparison, `rx_packets` that came in; `carrier_lost`, the times it went away.
+    /// The kernel's counters, as in `ip -s -s link`; for comparison also `rx_packets`; and
+    /// `carrier_lost`, the times the carrier went away.
     pub interface: BTreeMap<String, u64>,
-    /// The driver's own, as in `ethtool -S`: those that it is known for, and others that have counted something.
+    /// The driver's own drop counters, as in `ethtool -S`: those known for this driver, and others
+    /// above 0.
     pub driver: BTreeMap<String, u64>,
 }
 
@@ -227,7 +229,8 @@ pub struct Member {
 }
 
 impl Lane {
-    /// Packets that were redirected, and that were neither received nor counted as dropped: at rest, those that are lost.
+    /// Packets that were redirected, but neither received nor counted as dropped. If no packets are
+    /// in flight, these are lost.
     pub fn missing(&self) -> u64 {
         self.xdp.redirect.saturating_sub(self.received + self.kernel.rx_dropped + self.kernel.rx_ring_full)
     }

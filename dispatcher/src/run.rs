@@ -166,8 +166,8 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted frames,
-    /// but no packets arrive yet.
+    /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted
+    /// frames, but no packets arrive yet.
     fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
         let Start { config, interface, queues, machine, placement, key } = self;
         let nic_ring = match mode.bind {
@@ -206,8 +206,8 @@ impl Start<'_> {
             };
             lanes.push(LaneHandle::spawn(parts, source)?);
         }
-        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is not pinned,
-        // and does not spin.
+        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is not
+        // pinned, and does not spin.
         let all = place(machine, lanes.len(), budget.places, config.cores.as_deref())?;
         let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
         let workers_share = placement.workers.iter().any(|slot| slot.shared);

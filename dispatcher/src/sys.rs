@@ -60,13 +60,13 @@ fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal, flags: u32) -> io::Result<
 /// Marks every descriptor from `first` on close-on-exec. Async-signal-safe.
 ///
 /// # Errors
-/// Whatever the kernel says.
+/// The errors of close_range(2) or getrlimit(2).
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: no pointers.
     match unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
-            // Before Linux 5.11 there is no such flag, and before 5.9 no such call.
+            // Linux has the flag since 5.11, and the call since 5.9.
             error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
                 close_on_exec_one_by_one(first)
             }
@@ -75,7 +75,7 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     }
 }
 
-/// [`close_on_exec_from`], by a system call for each descriptor there can be.
+/// Does the same as [`close_on_exec_from`], by one system call for each possible descriptor.
 fn close_on_exec_one_by_one(first: u32) -> io::Result<()> {
     // SAFETY: `limit` is a valid place for the answer.
     let limit = unsafe {

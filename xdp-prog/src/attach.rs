@@ -21,7 +21,8 @@ const PROGRAM_NAME: &str = "xfan_steer";
 pub enum XdpMode {
     /// In the driver, before the kernel has made a socket buffer of the packet.
     Native,
-    /// Behind the driver, at the cost of a socket buffer and a copy per packet. Works on every driver.
+    /// After the driver, at the cost of a socket buffer and a copy per packet. Works on every
+    /// driver.
     Generic,
 }
 
@@ -66,7 +67,8 @@ pub enum AttachError {
     AnotherProgram {
         /// The interface.
         interface: String,
-        /// The other program's name; `None` when this process may not ask for it, for want of CAP_SYS_ADMIN.
+        /// The other program's name; `None` if this process lacks CAP_SYS_ADMIN, which reading the
+        /// name takes.
         name: Option<String>,
         /// The other program's id.
         id: u32,
@@ -87,7 +89,8 @@ pub enum AttachError {
         /// What the process lacks.
         advice: String,
     },
-    /// The driver cannot run a program in native mode, or not as the interface is set up now.
+    /// The driver cannot run a program in native mode, or not with the interface's current
+    /// settings.
     #[error("the driver of {interface} refuses native XDP ({source}{}); {}", said(reason.as_deref()), way_out(source))]
     NoNativeMode {
         /// The interface.
@@ -117,7 +120,7 @@ pub enum AttachError {
     },
 }
 
-/// The driver's own words, for a message.
+/// The driver's own error message, quoted.
 fn said(reason: Option<&str>) -> String {
     reason.map_or_else(String::new, |reason| format!(": \"{reason}\""))
 }
@@ -169,17 +172,18 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Closing the link would do, but for a child process between fork and exec that still holds a copy of
-        // it. SAFETY: takes no pointers; `link` is an open file descriptor until this function is over. An
-        // error (an interface that is gone, a kernel before 5.11) leaves the work to closing.
+        // Closing the link detaches the program only if no other process holds a copy of it, and a
+        // child process between fork and exec may hold one. If the detach fails, as on an interface
+        // that is gone, closing the link does the work.
+        // SAFETY: takes no pointers; `link` is an open file descriptor until this function is over.
         unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) };
     }
 }
 
-/// Whether an attempt at native mode failed for the driver's sake, so that generic mode may work. Drivers say
-/// so in many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel setting they
-/// cannot combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or buffers left (ENOSPC,
-/// ENOMEM).
+/// Whether native mode failed because of the driver, so that generic mode may work. Drivers report
+/// it in many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel
+/// setting that they cannot combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or
+/// buffers left (ENOSPC, ENOMEM).
 fn driver_cannot(error: &io::Error) -> bool {
     lacks_xdp(error)
         || error.raw_os_error().map(Errno::from_raw).is_some_and(|errno| {
@@ -190,21 +194,21 @@ fn driver_cannot(error: &io::Error) -> bool {
         })
 }
 
-/// Whether the driver says that it does not support XDP at all.
+/// Whether the driver does not support XDP at all.
 fn lacks_xdp(error: &io::Error) -> bool {
-    /// Internal to the kernel, but some drivers let it out.
+    /// An errno internal to the kernel, which some drivers return to user space.
     const ENOTSUPP: i32 = 524;
     error.raw_os_error().is_some_and(|raw| raw == ENOTSUPP || raw == Errno::EOPNOTSUPP as i32)
 }
 
-/// Why the driver refuses native mode, in its own words. bpf(2) keeps them to itself; the older way to attach, by
-/// netlink, hands them on, so the same is tried that way.
+/// The driver's own error message (extack) for refusing native mode. bpf(2) does not return it, but
+/// attaching by netlink does. So this function tries to attach once more, by netlink.
 fn reason_of_driver(program: BorrowedFd<'_>, ifindex: i32) -> Option<String> {
     let xdp = Xdp::new(program);
     let flags = XdpFlags::DRV_MODE | XdpFlags::UPDATE_IF_NOEXIST;
     let (attached, log) = libbpf_log::collect(|| xdp.attach(ifindex, flags));
     if attached.is_ok() {
-        // What it refused a moment ago it does now: then there is no reason any more.
+        // This time the driver accepted the program, so there is no error message.
         let _ = xdp.detach(ifindex, XdpFlags::DRV_MODE);
         return None;
     }
@@ -212,7 +216,7 @@ fn reason_of_driver(program: BorrowedFd<'_>, ifindex: i32) -> Option<String> {
     Some(reason.lines().next()?.trim().to_owned()).filter(|reason| !reason.is_empty())
 }
 
-/// As `bpf_program__attach_xdp` of libbpf does, which cannot be told the mode.
+/// Attaches like libbpf's `bpf_program__attach_xdp`, which has no parameter for the mode.
 fn create_link(program: BorrowedFd<'_>, ifindex: i32, mode: XdpMode) -> io::Result<OwnedFd> {
     let options = libbpf_sys::bpf_link_create_opts {
         sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
@@ -242,7 +246,7 @@ fn explain(
     let interface = interface.to_string();
     let ifindex = device.unsigned_abs();
     match source.raw_os_error().map(Errno::from_raw) {
-        // EEXIST: it is attached in the other mode.
+        // EEXIST: a program is attached in the other mode.
         Some(Errno::EBUSY | Errno::EEXIST) => {
             occupant(program, ifindex, &interface).unwrap_or(AttachError::Refused { interface, mode, source })
         }
@@ -260,7 +264,8 @@ fn explain(
     }
 }
 
-/// Whose program an interface runs, if any. `any` is any program.
+/// The error that names the program attached to an interface, if there is one. `any` is any
+/// program: libbpf's API takes one.
 pub(crate) fn occupant(any: BorrowedFd<'_>, ifindex: u32, interface: &str) -> Option<AttachError> {
     let interface = interface.to_owned();
     match attached_program(any, i32::try_from(ifindex).ok()?)? {
@@ -269,7 +274,8 @@ pub(crate) fn occupant(any: BorrowedFd<'_>, ifindex: u32, interface: &str) -> Op
     }
 }
 
-/// Id and, if this process may know it, name of the program that an interface runs. `any` is any program.
+/// The id of the program attached to an interface and, if this process may read it, its name. `any`
+/// is any program.
 fn attached_program(any: BorrowedFd<'_>, ifindex: i32) -> Option<(u32, Option<String>)> {
     let found = Xdp::new(any).query(ifindex, XdpFlags::NONE).ok()?;
     let ids = [found.prog_id, found.drv_prog_id, found.skb_prog_id, found.hw_prog_id];

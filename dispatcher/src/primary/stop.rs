@@ -34,9 +34,10 @@ pub struct Outcome {
     pub report: Report,
     /// What did not add up; nothing, unless there is a bug.
     pub imbalances: Vec<String>,
-    /// A signal came while it stopped: whoever sent it does not want another start.
+    /// A signal arrived while the primary stopped: it must not be started again.
     pub interrupted: bool,
-    /// Packets that were redirected, did not arrive, and are in no counter, in sentences.
+    /// One sentence for each lane with redirected packets that did not arrive and are in no
+    /// counter.
     pub unaccounted: Vec<String>,
 }
 
@@ -81,7 +82,7 @@ impl Primary {
         for member in &mut self.members {
             (member.leaving, member.overdue) = (None, None);
         }
-        // Some drivers reset their counters with that.
+        // Before the program is detached, since that resets the counters of some drivers.
         if let Some(watch) = &mut self.watch {
             watch.count_now(LOOK);
         }
@@ -98,7 +99,7 @@ impl Primary {
             lane.command(Command::Drain);
         }
         self.wait(events, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
-        // Where that was not all that was redirected, the driver may still be busy with it.
+        // If redirected packets are missing, the driver may still be handling them.
         self.wait(events, &mut again, DRAIN, Primary::all_arrived).await;
         // … who are told that it is the last, and may finish it …
         for place in 0..self.members.len() {

@@ -1,5 +1,5 @@
-//! Families of flows that a sender might choose: under whatever key, each spreads over the workers
-//! as it would by a random function.
+//! Tests with families of flows that a sender might choose: under any key, each family must spread
+//! over the workers as a random function would spread it.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,10 +8,10 @@ use xfan_shm::flow::{FlowKey, TCP, UDP};
 
 use super::{BucketTable, HashKey};
 
-/// Keys that each family is hashed under.
+/// The number of keys that each family is hashed with.
 const KEYS: u32 = 64;
 
-/// SplitMix64, for numbers that are the same in every run.
+/// SplitMix64: the same random numbers in every run.
 struct Random(u64);
 
 impl Random {
@@ -39,7 +39,7 @@ impl Random {
         End { address: self.address(), port: u16::try_from(self.below(1 << 16)).unwrap() }
     }
 
-    /// Four to eight bits of an endpoint: neighbours, or anywhere.
+    /// Positions of four to eight bits of an endpoint: adjacent, or random.
     fn bits(&mut self, version: Version) -> Vec<u32> {
         let (width, count) = (version.bits() + 16, 4 + self.below(5));
         if self.below(2) == 0 {
@@ -85,7 +85,7 @@ impl Version {
     }
 }
 
-/// An endpoint; of IPv4 the lower 32 bits of the address count.
+/// An endpoint. IPv4 uses the lower 32 bits of the address.
 #[derive(Clone, Copy, Debug)]
 struct End {
     address: u128,
@@ -93,7 +93,8 @@ struct End {
 }
 
 impl End {
-    /// Bits 0 to 15 are the port's, the others the address's.
+    /// Sets the bits at the positions `bits` to those of `value`. Positions 0 to 15 are the port,
+    /// the others the address.
     fn of_bits(value: u32, bits: &[u32]) -> Self {
         let mut end = End { address: 0, port: 0 };
         for (_, &bit) in bits.iter().enumerate().filter(|(at, _)| value >> at & 1 == 1) {
@@ -120,14 +121,14 @@ impl End {
     }
 }
 
-/// Asserts that a family's flows spread over 2, 3 and 16 workers as by a random function. The
-/// workers' loads under a key are judged by Pearson's chi-squared, whose mean is then the workers
-/// less one; of its sum over all keys eight standard deviations are allowed, which a random
-/// function exceeds once in some 10⁹ families.
+/// Asserts that a family's flows spread over 2, 3 and 16 workers as a random function would spread
+/// them. For each key the test computes Pearson's chi-squared of the workers' loads; for a random
+/// function its mean is the number of workers minus one. The sum over all keys may exceed its mean
+/// by eight standard deviations. A random function exceeds that once in some 10⁹ families.
 fn assert_even(what: &str, flows: impl IntoIterator<Item = FlowKey>, random: &mut Random) {
     let flows: HashSet<FlowKey> = flows.into_iter().map(|flow| flow.canonical().0).collect();
     if flows.len() < 8 {
-        return; // what varies is beyond the address, or of both ends alike
+        return; // the varying bits are outside the address, or the flows differ in direction only
     }
     let keys: Vec<HashKey> = (0..KEYS).map(|_| random.key()).collect();
     for workers in [2, 3, 16] {
@@ -152,8 +153,8 @@ fn assert_even(what: &str, flows: impl IntoIterator<Item = FlowKey>, random: &mu
 
 #[test]
 fn endpoints_alike_but_for_complementary_bits_do_not_meet() {
-    // 16 flows, each of which 31 - value would have again: five neighbouring bits of the second
-    // octet.
+    // Five adjacent bits of the second octet vary. 16 values make 16 flows; the other 16 would make
+    // the same flows again, with the ends swapped.
     let end = |value: u32| End { address: 0x0a00_0102 | u128::from(value) << 19, port: 0xc000 };
     let flows: Vec<FlowKey> =
         (0..16).map(|value| Version::V4.flow(end(value), end(31 - value), TCP)).collect();
@@ -162,7 +163,7 @@ fn endpoints_alike_but_for_complementary_bits_do_not_meet() {
     let keys = (0..1000).map(|_| random.key());
     let member = |key: &HashKey, flow: &FlowKey| table.member(key.hash_key(flow));
     let met = keys.filter(|key| flows.iter().all(|flow| member(key, flow) == member(key, &flows[0]))).count();
-    // By a random function, under one key in 32,768.
+    // A random function does this under one key in 32,768.
     assert!(met <= 2, "all 16 flows are at one of two workers under {met} of 1000 keys");
 }
 
@@ -173,7 +174,7 @@ fn families_of_few_bits_spread_like_random_flows() {
         for version in [Version::V4, Version::V6] {
             let (bits, others) = (random.bits(version), random.bits(version));
             let near = random.end();
-            // The other end is alike, alike but for one bit, or any.
+            // The other end is equal, differs in one bit, or is random.
             let far = match round % 3 {
                 0 => near,
                 1 => near.xor(End::of_bits(1, &[random.below(version.bits() + 16)])),
@@ -210,7 +211,7 @@ fn subspaces_spread_like_random_flows() {
     for _ in 0..300 {
         for version in [Version::V4, Version::V6] {
             let (near, far) = (random.end(), random.end());
-            // Each vector has one bit, or half of all, at one end or at both.
+            // A vector has no bit, one bit, or about half of all bits at each end.
             let mut vector = || {
                 let some = |random: &mut Random| match random.below(3) {
                     0 => End { address: 0, port: 0 },

@@ -1,8 +1,8 @@
 //! Whether the packets that the XDP program redirects to a socket arrive there.
 //!
-//! For every lane `redirected = received + dropped by the kernel + in flight`. The kernel also drops
-//! packets without counting them (`xsk_rcv_check` in net/xdp/xsk.c): when the socket belongs to
-//! another device or queue, or is not bound. Two facts tell lost packets from packets in flight:
+//! For every lane `redirected = received + dropped by the kernel + in flight`. The kernel also
+//! drops packets without counting them (`xsk_rcv_check` in net/xdp/xsk.c): when the socket belongs
+//! to another device or queue, or is not bound. Two facts tell lost packets from packets in flight:
 //!
 //! - A lane that has found its RX ring empty twice since an earlier reading has received all
 //!   packets redirected before that reading, except the lost ones. Packets received since can hide

@@ -10,8 +10,8 @@ pub struct Differences {
 }
 
 impl Differences {
-    /// Takes a reading. If a counter goes backwards, it was reset: its difference continues from the
-    /// new value.
+    /// Takes a reading. If a counter goes backwards, it was reset: its difference continues from
+    /// the new value.
     pub fn update(&mut self, now: BTreeMap<String, u64>) {
         for (name, value) in now {
             let more = self.last.get(&name).map_or(0, |last| value.saturating_sub(*last));

@@ -1,7 +1,7 @@
 //! Whether the XDP program sees the packets that the interface receives.
 //!
-//! A driver whose queues lost their buffers drops all packets, or does not run the program for them.
-//! Then no counter of the program or of a socket moves, and all sums hold.
+//! A driver whose queues lost their buffers drops all packets, or does not run the program for
+//! them. Then no counter of the program or of a socket moves, and all sums hold.
 
 use std::collections::VecDeque;
 
