@@ -2,7 +2,7 @@
 //!
 //! | what | how | falls back to |
 //! |---|---|---|
-//! | XDP mode | native: the driver runs the program; generic: the kernel does, after the driver | generic |
+//! | XDP mode | native: the driver runs the program; generic: the kernel's stack does | generic |
 //! | bind mode | zero-copy: the NIC writes into frames; copy: the kernel does | copy |
 //!
 //! This module does not ask the kernel. [`crate::run`] learns whether a mode works when it binds

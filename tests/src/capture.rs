@@ -1,7 +1,7 @@
-//! Packets in a file: pcap and pcapng, gzipped or not, byte for byte.
+//! Reads and writes captures: pcap and pcapng, gzipped or not, byte for byte.
 //!
-//! No crate reads them here: pcap-file refuses valid files (a time zone, options without an end
-//! mark), and pcap-parser does not tell why a file cannot be read.
+//! No crate does it: pcap-file rejects valid files (a time zone, options without an end mark), and
+//! pcap-parser does not report why it cannot read a file.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Read};
@@ -12,12 +12,12 @@ use flate2::bufread::MultiGzDecoder;
 use pcap_file::pcap::{PcapPacket, PcapWriter};
 use pcap_file::{DataLink, PcapError};
 
-/// Most bytes of a packet that are believed, as in libpcap: what says more is broken.
+/// The longest packet in bytes, as in libpcap: a file with a longer one is broken.
 const MAX_PACKET_BYTES: u32 = 262_144;
 /// Bytes of an Ethernet FCS.
 const FCS_BYTES: usize = 4;
 
-/// First bytes of what else a capture may be compressed with, and the tool that undoes it.
+/// Other compression formats: magic number, name, and the command that decompresses.
 const COMPRESSED: [(&[u8], &str, &str); 6] = [
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
@@ -27,8 +27,8 @@ const COMPRESSED: [(&[u8], &str, &str); 6] = [
     (b"PK\x03\x04", "zip", "unzip -p"),
 ];
 
-/// The Ethernet frames of a capture, in the order of the file. A frame that was cut off when it was captured is what is
-/// left of it.
+/// The Ethernet frames of a capture, in the order of the file. Of a frame that was truncated when
+/// it was captured, this is the captured part.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capture {
     /// The frames, without FCS.
@@ -56,7 +56,7 @@ pub enum CaptureError {
         /// What is wrong.
         reason: String,
     },
-    /// A packet is something else than an Ethernet frame.
+    /// A packet is not an Ethernet frame.
     #[error("{}: packet {number} is of link type {link_type:?}; only Ethernet can be used", path.display())]
     LinkType {
         /// The file.
@@ -77,10 +77,10 @@ pub enum CaptureError {
 }
 
 impl Capture {
-    /// Reads a file whole; see [`CaptureReader`].
+    /// Reads a whole file; see [`CaptureReader`].
     ///
     /// # Errors
-    /// The file is unreadable, broken, or holds something else than Ethernet frames.
+    /// The file is unreadable or broken, or a packet is not an Ethernet frame.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, CaptureError> {
         Ok(Self { frames: CaptureReader::open(path)?.collect::<Result<_, _>>()? })
     }
@@ -99,7 +99,7 @@ impl Capture {
     }
 }
 
-/// Writes frames to a pcap file as they come; they are one microsecond apart.
+/// Writes the frames of an iterator to a pcap file; they are one microsecond apart.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -125,15 +125,15 @@ pub fn write<F: AsRef<[u8]>>(path: &Path, frames: impl IntoIterator<Item = F>) -
 /// Reads the frames of a file one by one, so that it may be larger than memory. An error is the
 /// last item.
 ///
-/// Where the file says that frames end in their FCS, the reader removes it: the sender's NIC
-/// appends one. A frame whose last four bytes are not its FCS (it was cut off or damaged, or the
-/// file is wrong) stays as it is in the file.
+/// If the file says that frames end in their FCS, the reader removes it, since the sender's NIC
+/// appends one. If the last four bytes of a frame are not its FCS (the frame was truncated or
+/// damaged, or the file is wrong), the reader leaves the frame unchanged.
 pub struct CaptureReader {
     path: PathBuf,
     file: Box<dyn BufRead>,
     format: Format,
     frames: u64,
-    /// An error or the end was met.
+    /// The reader has met an error or the end.
     over: bool,
 }
 
@@ -147,7 +147,7 @@ struct PcapHeader {
     with_fcs: bool,
 }
 
-/// What an interface description block of a pcapng file says.
+/// An interface description block of a pcapng file.
 struct Interface {
     link_type: u32,
     /// 0: no limit.
@@ -163,7 +163,7 @@ enum Numbers {
 }
 
 impl Numbers {
-    /// The number at `at`, which the caller has checked to be there.
+    /// The 32-bit number at `at`. The caller has checked the length.
     fn u32(self, bytes: &[u8], at: usize) -> u32 {
         let bytes = bytes[at..at + 4].try_into().expect("four bytes");
         match self {
@@ -172,7 +172,7 @@ impl Numbers {
         }
     }
 
-    /// Likewise.
+    /// The 16-bit number at `at`. The caller has checked the length.
     fn u16(self, bytes: &[u8], at: usize) -> u16 {
         let bytes = bytes[at..at + 2].try_into().expect("two bytes");
         match self {
@@ -182,7 +182,7 @@ impl Numbers {
     }
 }
 
-/// A frame and what was said about it.
+/// A frame, and the file's data about it.
 struct Packet {
     bytes: Vec<u8>,
     link_type: u32,
@@ -213,10 +213,10 @@ fn malformed<T>(reason: impl Into<String>) -> Result<T, Failure> {
 }
 
 impl CaptureReader {
-    /// Opens a pcap or pcapng file, gzipped or not, told apart by its first bytes.
+    /// Opens a pcap or pcapng file, gzipped or not. The first bytes tell which.
     ///
     /// # Errors
-    /// The file is unreadable, or neither.
+    /// The file is unreadable, or neither pcap nor pcapng.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CaptureError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| CaptureError::Io { path: path.into(), source })?;
@@ -272,7 +272,7 @@ impl Failure {
     }
 }
 
-/// Undoes gzip, and tells what is wrong with its data from what is wrong with the capture in it.
+/// Decompresses gzip, and reports broken gzip data as such, not as a broken capture.
 struct Gunzip<R>(MultiGzDecoder<R>);
 
 impl<R: BufRead> Read for Gunzip<R> {
@@ -288,11 +288,11 @@ impl<R: BufRead> Read for Gunzip<R> {
     }
 }
 
-/// What is in the file, gunzipped if need be.
+/// The file's content, decompressed if it is gzipped.
 fn uncompressed(file: File) -> Result<Box<dyn BufRead>, Failure> {
     const GZIP: [u8; 2] = [0x1f, 0x8b];
     let mut file = BufReader::with_capacity(1 << 16, file);
-    // The first read of a pipe may bring less than is looked for.
+    // The first read of a pipe may return fewer bytes than a magic number has.
     let mut start = Vec::new();
     file.by_ref().take(8).read_to_end(&mut start)?;
     if start.is_empty() {
@@ -307,7 +307,7 @@ fn uncompressed(file: File) -> Result<Box<dyn BufRead>, Failure> {
 }
 
 impl Format {
-    /// Reads a file's magic number, and the rest of the header of a pcap file.
+    /// Reads the magic number and, of a pcap file, the rest of the file header.
     fn read(file: &mut dyn BufRead) -> Result<Self, Failure> {
         let no_capture = || malformed("it is neither a pcap nor a pcapng file");
         let mut magic = [0; 4];
@@ -324,7 +324,7 @@ impl Format {
             // In micro- and in nanoseconds.
             0xa1b2_c3d4 | 0xa1b2_3c4d => Numbers::Big,
             0xd4c3_b2a1 | 0x4d3c_b2a1 => Numbers::Little,
-            // Its packets have longer headers.
+            // The packets of this format have longer headers.
             0xa1b2_cd34 | 0x34cd_b2a1 => {
                 return malformed(
                     "it is of the old \"modified pcap\" format: convert it with `editcap -F pcap` first",
@@ -338,7 +338,7 @@ impl Format {
         if (major, minor) != (2, 4) {
             return malformed(format!("it is a pcap file of version {major}.{minor}; 2.4 can be read"));
         }
-        // The link type, a flag for whether the length of the FCS is known, and that length.
+        // This word holds the link type, a flag that the FCS length is known, and the FCS length.
         let word = numbers.u32(&header, 16);
         let with_fcs = word & 1 << 26 != 0 && word >> 28 != 0;
         Ok(Self::Pcap(numbers, PcapHeader { link_type: word & 0xffff, with_fcs }))
@@ -383,20 +383,20 @@ fn too_long(bytes: u32) -> String {
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
 const INTERFACE_DESCRIPTION: u32 = 1;
-/// The packet block of old files.
+/// The obsolete packet block.
 const PACKET: u32 = 2;
 const SIMPLE_PACKET: u32 = 3;
 const ENHANCED_PACKET: u32 = 6;
-/// Bytes of a block's type and of its length, which stands at both ends.
+/// Bytes of a block's type, and of its length at both ends.
 const BLOCK_FRAME: u32 = 12;
-/// Bytes of the fixed part of an enhanced packet block, and of an old packet block, without those
-/// of [`BLOCK_FRAME`].
+/// Bytes of the fixed part of an enhanced or obsolete packet block, without those of
+/// [`BLOCK_FRAME`].
 const PACKET_HEADER: usize = 20;
-/// Most bytes of a block that is read, options included, as in libpcap.
+/// The longest block to read, in bytes with options, as in libpcap.
 const MAX_BLOCK_BYTES: u32 = 1 << 24;
 
-/// Reads a section header block from behind its type and length. Its length is in the byte order
-/// that it tells.
+/// Reads a section header block after its type and length. The block also sets the byte order,
+/// which applies to its own length.
 fn section_header(file: &mut dyn BufRead, length: [u8; 4]) -> Result<Numbers, Failure> {
     let mut magic = [0; 4];
     file.read_exact(&mut magic)?;
@@ -497,7 +497,8 @@ fn option(numbers: Numbers, mut options: &[u8], wanted: u16) -> Option<&[u8]> {
     None
 }
 
-/// The block tells no captured length: the interface does. Its data is padded to 4 bytes.
+/// Reads a simple packet block. It has no captured length: the interface's snap length gives it.
+/// The data is padded to 4 bytes.
 fn simple_packet(
     numbers: Numbers,
     mut body: Vec<u8>,
@@ -517,7 +518,7 @@ fn simple_packet(
     Ok(Packet { bytes: body, link_type: interface.link_type, with_fcs: interface.with_fcs })
 }
 
-/// A packet of an enhanced packet block or an old packet block, which are alike.
+/// Reads an enhanced or obsolete packet block, which have the same layout.
 fn packet(numbers: Numbers, mut body: Vec<u8>, kind: u32, all: &[Interface]) -> Result<Packet, Failure> {
     const FLAGS: u16 = 2;
     if body.len() < PACKET_HEADER {
@@ -537,7 +538,7 @@ fn packet(numbers: Numbers, mut body: Vec<u8>, kind: u32, all: &[Interface]) -> 
     if end > body.len() {
         return malformed("the next packet is longer than its pcapng block");
     }
-    // The packet's own flags tell the length of its FCS, or 0: then the interface does.
+    // The packet's flags give the length of its FCS; if it is 0, the interface's option gives it.
     let options = body.get(PACKET_HEADER + (length as usize).next_multiple_of(4)..).unwrap_or_default();
     let flags = option(numbers, options, FLAGS).filter(|value| value.len() == 4);
     let with_fcs = interface.with_fcs || flags.is_some_and(|flags| numbers.u32(flags, 0) & 0x1e0 != 0);
@@ -546,7 +547,7 @@ fn packet(numbers: Numbers, mut body: Vec<u8>, kind: u32, all: &[Interface]) -> 
     Ok(Packet { bytes: body, link_type: interface.link_type, with_fcs })
 }
 
-/// Takes the FCS off a frame that ends in it.
+/// Removes the FCS from a frame that ends in it.
 fn without_fcs(frame: &mut Vec<u8>) {
     if let Some((bytes, fcs)) = frame.split_last_chunk::<FCS_BYTES>()
         && crc32fast::hash(bytes).to_le_bytes() == *fcs

@@ -1,4 +1,5 @@
-//! Meddles with a running primary's kernel objects, as other tools do, through its own descriptors.
+//! Changes a running primary's kernel objects through copies of its descriptors, as other tools
+//! might.
 
 use std::fs;
 use std::io;
@@ -10,10 +11,11 @@ use nix::unistd::Pid;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
-/// Copies of a process's descriptors of one kind: those of which `/proc` says `link`, and `info`.
+/// Copies a process's descriptors of one kind: those whose link in `/proc/PID/fd` begins with
+/// `link` and whose `fdinfo` contains `info`.
 ///
 /// # Panics
-/// The process is gone, or the caller is not root.
+/// If the process is gone, or the caller is not root.
 fn copies(pid: Pid, link: &str, info: &str) -> Vec<OwnedFd> {
     // SAFETY: no pointers.
     let pidfd = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) });
@@ -34,12 +36,12 @@ fn copies(pid: Pid, link: &str, info: &str) -> Vec<OwnedFd> {
 fn owned(result: libc::c_long) -> OwnedFd {
     let fd = libc::c_int::try_from(result).expect("a descriptor is an int");
     assert!(fd >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: the kernel has just made it, nobody else owns it.
+    // SAFETY: the kernel has just made the descriptor, and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 fn bpf<T>(command: libc::c_int, mut attributes: T) {
-    // SAFETY: the attributes are those of the command, by the two callers, and as long as is said.
+    // SAFETY: both callers pass the attributes of their command, and the size is theirs.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attributes, size_of_val(&attributes)) };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
@@ -48,17 +50,17 @@ fn bpf<T>(command: libc::c_int, mut attributes: T) {
 /// Detaches a primary's XDP program, as `bpftool link detach` does.
 ///
 /// # Panics
-/// It has none.
+/// If the primary has no program attached.
 pub fn detach_program(primary: Pid) {
     let links = copies(primary, "anon_inode:bpf_link", "");
     assert_eq!(links.len(), 1);
     bpf(BPF_LINK_DETACH, [links[0].as_raw_fd(), 0]);
 }
 
-/// Copies of a primary's AF_XDP sockets.
+/// Copies a primary's AF_XDP sockets.
 ///
 /// # Panics
-/// As [`copies`].
+/// If the primary is gone, or the caller is not root.
 pub fn sockets(primary: Pid) -> Vec<OwnedFd> {
     let domain = |socket: &OwnedFd| {
         let mut domain: libc::c_int = 0;
@@ -80,10 +82,10 @@ pub fn sockets(primary: Pid) -> Vec<OwnedFd> {
     sockets
 }
 
-/// Has a primary's XDP program redirect the packets of `queue` to this socket.
+/// Makes a primary's XDP program redirect the packets of `queue` to this socket.
 ///
 /// # Panics
-/// The primary has no XSKMAP, or the kernel refuses.
+/// If the primary has no XSKMAP, or the kernel refuses.
 pub fn redirect_to(primary: Pid, queue: u32, socket: &impl AsRawFd) {
     #[repr(C)]
     struct Update {

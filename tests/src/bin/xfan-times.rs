@@ -1,6 +1,6 @@
-//! A worker that looks at each packet's receive time, and publishes what it found: `packets`;
-//! `wrong`, how many had a time that is not between that of the lane's packet before and the
-//! clock's; `first_ns` and `last_ns`, the times of the first and the last packet of all.
+//! A worker that checks each packet's receive time and publishes counters: `packets`; `wrong`, the
+//! packets whose time is earlier than that of the lane's previous packet, or later than the clock;
+//! `first_ns` and `last_ns`, the times of the first and the last packet.
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Makes captures, and checks what became of their packets: for tests that are shell scripts, as in
-//! a virtual machine.
+//! Makes captures, and checks that their packets were received or counted as lost. For tests that
+//! are shell scripts, such as those in a virtual machine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -15,17 +15,17 @@ use xfan_tests::oracle::{Expectation, Flow};
 use xfan_tests::primary::FlowRecord;
 use xfan_tests::traffic;
 
-/// Shortest frame that a NIC sends, without FCS: it pads shorter ones.
+/// The shortest frame that a NIC sends, in bytes without FCS: it pads shorter frames.
 const SHORTEST_FRAME: usize = 60;
-/// Frame sizes around the sizes of receive buffers, up to an MTU of 1500.
+/// Frame sizes near those of receive buffers, for an MTU of 1500.
 const SIZES: [usize; 17] =
     [60, 64, 128, 256, 512, 1000, 1020, 1023, 1024, 1025, 1028, 1100, 1280, 1400, 1500, 1513, 1514];
 /// Frame sizes that need an MTU of up to 3000.
 const JUMBO_SIZES: [usize; 8] = [1700, 1784, 1800, 2000, 2040, 2400, 2900, 3000];
-/// Differences to print; the others are only counted.
+/// The most differences to print; the rest are only counted.
 const MOST_DIFFERENCES: usize = 12;
 
-/// Makes captures, and checks what became of their packets.
+/// Makes captures, and checks that their packets were received or counted as lost
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -59,16 +59,15 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         records: PathBuf,
 
-        /// The kernel takes the outer VLAN tag off before the packets reach the XDP program, as for
-        /// a bond
+        /// The kernel removes the outer VLAN tag before packets reach the XDP program, as on a bond
         #[arg(long)]
         untagged: bool,
 
-        /// Packets may be lost, if each is counted
+        /// Allow lost packets, if each is counted
         #[arg(long)]
         losses: bool,
 
-        /// What was sent: a capture, and how often
+        /// Captures that were sent, and how many times each
         #[arg(required = true, value_name = "CAPTURE[xN]", value_parser = sent)]
         sent: Vec<Sent>,
     },
@@ -170,7 +169,7 @@ fn check_files(
     Ok(summary(&report, frames.len(), &recorded, &differences))
 }
 
-/// Takes the outer VLAN tag off, if there is one.
+/// Removes the outer VLAN tag, if there is one.
 fn remove_tag(frame: &mut Vec<u8>) {
     if matches!(frame.get(12..14), Some([0x81, 0x00] | [0x88, 0xa8])) {
         frame.drain(12..16);
@@ -213,7 +212,7 @@ fn read_records(folder: &Path) -> Result<Vec<FlowRecord>, Box<dyn Error>> {
     Ok(records)
 }
 
-/// What all workers recorded together.
+/// The flow records of all workers together.
 struct Recorded {
     flows: BTreeMap<Flow, FlowTotals>,
 }
@@ -244,7 +243,7 @@ impl Recorded {
     }
 }
 
-/// Packets that some counter calls lost.
+/// The packets that some counter has as lost.
 fn losses(report: &Report) -> u64 {
     let lanes = report.lanes.iter().map(|lane| {
         let kernel = lane.kernel.rx_dropped + lane.kernel.rx_ring_full;
@@ -254,7 +253,7 @@ fn losses(report: &Report) -> u64 {
     report.unserved.drop_too_long + lanes.sum::<u64>() + members.sum::<u64>()
 }
 
-/// What is wrong with the sums of the counters.
+/// The counters and sums that differ from what was sent.
 fn ledger(
     report: &Report,
     sent: u64,
@@ -292,7 +291,7 @@ fn ledger(
     differences
 }
 
-/// What is wrong with the flow records.
+/// The flow records that differ from what was sent.
 fn flows(expected: &Expectation, recorded: &Recorded, may_lose: bool) -> Vec<String> {
     let mut differences = Vec::new();
     for (flow, want) in &expected.flows {
