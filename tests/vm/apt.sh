@@ -1,15 +1,15 @@
-# Debian packages of any suite. The machine's own choice of suites and its package lists stay as
-# they are. Sourced.
+# Downloads Debian packages of any suite. Does not change the machine's own suites and package
+# lists. Sourced.
 
-# debian_suites SUITE...: makes `debian_apt` and `debian_apt_cache` look at these suites of Debian,
-# and at no others.
+# debian_suites SUITE...: makes `debian_apt` and `debian_apt_cache` use these suites of Debian, and
+# no others.
 debian_suites() {
     local suites=$* mirror state
     state=$root/target/vm/apt/${suites// /+}
-    # From where the machine has its own packages.
+    # The mirror that the machine's own packages come from.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' |
         grep -E '/debian/?$' | head -n 1) || true
-    [ -n "$mirror" ] || fail "this machine has its packages from no mirror of Debian, so there are no kernels to be had"
+    [ -n "$mirror" ] || fail "apt has no Debian mirror configured on this machine: cannot download kernels"
     mkdir -p "$state/lists/partial" "$state/archives/partial" "$state/sources"
     printf '%s\n' "Types: deb" "URIs: $mirror" "Suites: $suites" "Components: main" \
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg" >"$state/sources/suite.sources"

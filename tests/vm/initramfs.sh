@@ -1,8 +1,8 @@
-# The guest's file system, all in memory: busybox, a few tools of this machine, xfan's programs,
-# guest/. Sourced.
+# Makes the guest's file system, an initramfs: busybox, a few tools of this machine, xfan's
+# programs, guest/. Sourced.
 
-# What the guest loads, with all it depends on; a name that the kernel has built in or lacks is
-# passed over.
+# The modules that the guest needs; their dependencies are added. A name is skipped if the kernel
+# has it built in or lacks it.
 readonly modules=(
     virtio_pci virtio_net igb e1000e vmxnet3  # network interfaces
     veth bonding bridge 8021q tun dummy ipip  # interfaces that tests make
@@ -11,8 +11,8 @@ readonly modules=(
 readonly tools=(ip ethtool ss ping)
 readonly programs=(xfan xfan-flow xfan-count xfan-replay xfan-verify)
 
-# make_initramfs KERNEL FILE [TEST...]: with test executables, the checkout and its programs are at
-# the same paths as here.
+# make_initramfs KERNEL FILE [TEST...]: with test executables, the guest also gets the checkout and
+# its programs, at the same paths as on this machine.
 make_initramfs() {
     local kernel=$root/target/vm/kernels/$1 file=$2 version folder program library applet
     shift 2
@@ -27,7 +27,7 @@ make_initramfs() {
     done
     ln -s /bin/busybox "$folder/sbin/modprobe" # the kernel calls it by this path
     for program in "${tools[@]}"; do
-        # cp would follow the applet's link.
+        # Replace busybox's link of this name.
         rm -f "$folder/bin/$program"
         add_program "$(command -v "$program")" "$folder/bin/$program"
     done
@@ -35,8 +35,8 @@ make_initramfs() {
         add_program "$target/debug/$program" "$folder/bin/$program"
     done
     [ $# = 0 ] || add_tests "$folder" "$@"
-    # The shared libraries of all these, at the same paths. busybox has none, which ldd calls a
-    # failure.
+    # Copy the shared libraries of all these to the same paths. busybox has none, for which ldd
+    # fails.
     { find "$folder" -type f -perm /111 -exec ldd {} + 2>/dev/null || true; } | grep -o '/[^ :]*\.so[^ ]*' | sort -u |
         while read -r library; do
             mkdir -p "$folder$(dirname "$library")"
@@ -54,7 +54,7 @@ make_initramfs() {
     rm -r "$folder"
 }
 
-# The test executables, the checkout, and the programs where tests look for them.
+# Adds the test executables, the checkout, and the programs at the paths where tests look for them.
 add_tests() {
     local folder=$1 program
     shift
@@ -73,7 +73,7 @@ add_tests() {
     add_program /bin/bash "$folder/bin/bash" # scripts/quickstart
 }
 
-# Debug information would be most of the file.
+# add_program FROM TO: strips debug information, which would be most of the file.
 add_program() {
     [ -x "$1" ] || fail "$1 is not there: \`cargo build --workspace\` makes it"
     install -m 755 "$1" "$2"

@@ -1,13 +1,13 @@
 # Kernels for the guest: Debian's packages, unpacked to target/vm/kernels/NAME and installed
 # nowhere. Sourced.
 #
-# A folder there holds vmlinuz, version, and modules/ with those that a network interface may need.
-# Remove it to get the newest package again.
+# Each folder holds vmlinuz, version, and modules/ with the modules that a network interface may
+# need. To get the newest package again, remove the folder.
 source "$root/tests/vm/apt.sh"
 
 readonly kernels=(5.10 6.1 6.12 recent)
 
-# The suite whose linux-image-amd64 is this kernel.
+# Prints the suite whose linux-image-amd64 is this kernel.
 kernel_suite() {
     case $1 in
         5.10) echo bullseye ;;
@@ -18,26 +18,26 @@ kernel_suite() {
     esac
 }
 
-# fetch_kernel NAME: fetches it unless it is there.
+# fetch_kernel NAME: downloads and unpacks the kernel, unless its folder exists.
 fetch_kernel() {
     local name=$1 folder=$root/target/vm/kernels/$1 suite packages
     [ ! -s "$folder/version" ] || return 0
     suite=$(kernel_suite "$name")
     step "kernel $name: linux-image-amd64 of $suite"
     rm -rf "$folder" && mkdir -p "$folder/deb"
-    debian_suites "$suite" || fail "cannot get kernel $name: $suite is not to be had from the package mirror"
-    # The image; from Linux 7 on, Debian has its parts in packages of their own.
+    debian_suites "$suite" || fail "cannot get kernel $name: the package mirror does not have $suite"
+    # From Linux 7 on, Debian splits the kernel image into several packages.
     packages=$(debian_apt_cache depends --recurse --important linux-image-amd64 |
         grep -E '^linux-(image|base|binary|modules)-[0-9]' | grep -v -- '-unsigned$' | sort -u)
     [ -n "$packages" ] || fail "cannot get kernel $name: $suite has no linux-image-amd64"
     # shellcheck disable=SC2086 # one word for each package
     (cd "$folder/deb" && debian_apt download $packages </dev/null) ||
-        fail "cannot get kernel $name: these packages are not to be had: $packages"
+        fail "cannot get kernel $name: cannot download $packages"
     unpack_kernel "$folder"
     say "kernel $name: $(cat "$folder/version")"
 }
 
-# Sets version last: a folder with it is complete.
+# Writes `version` last: a folder that has it is complete.
 unpack_kernel() {
     local folder=$1 name deb unpacked version kind kept
     name=$(basename "$folder")

@@ -1,14 +1,14 @@
-# The guest: QEMU without KVM, and the network around it. Sourced.
+# Runs the guest in QEMU without KVM, and makes the network around it. Sourced.
 #
 #   rx0, under test ── hub, or bridge between taps ── tx0, which sends
 #
-# Only virtio has several queues, and they take taps: these and the bridge are in a namespace of the
-# test's own. All other models are joined by a hub within QEMU.
+# Only virtio has several queues, which need taps: the taps and a bridge are in the test's own
+# namespace. The other models are connected by a hub within QEMU.
 
 readonly queues=4
 readonly receiver_mac=52:54:00:00:00:01 sender_mac=52:54:00:00:00:02
 
-# model_device MODEL: the QEMU device of the interface under test.
+# model_device MODEL: prints the QEMU device of the interface under test.
 model_device() {
     local virtio="virtio-net-pci,mq=on,vectors=$((2 * queues + 2)),rss=on,hash=on,host_mtu=9000"
     case $1 in
@@ -24,16 +24,16 @@ make_network() {
     namespace=xfan-vm-$$
     ip netns add "$namespace"
     inside sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
-    # A bridge that floods all frames, and keeps none.
+    # The bridge floods all frames, and consumes none itself (no snooping, no STP).
     inside ip link add br0 type bridge mcast_snooping 0 stp_state 0
-    # A machine without br_netfilter has no such setting.
+    # The setting does not exist without br_netfilter.
     inside sysctl -qw net.bridge.bridge-nf-call-iptables=0 2>/dev/null || true
     inside ip tuntap add dev rx0 mode tap multi_queue
     inside ip tuntap add dev tx0 mode tap
     local tap
     for tap in rx0 tx0; do
-        # What a guest has no buffers for waits here, as in QEMU's hubs: the guest could
-        # not count it.
+        # Packets that the guest has no buffers for wait in the tap's queue, as in QEMU's hubs. If
+        # the tap dropped them, the guest could not count them.
         inside ip link set dev "$tap" mtu 9000 txqueuelen 10000 master br0
         inside ip link set dev "$tap" type bridge_slave learning off
         inside ip link set dev "$tap" up
@@ -43,13 +43,13 @@ make_network() {
 
 inside() { ip netns exec "$namespace" "$@"; }
 
-# Of a boot, under load; it takes some 6.
+# The time that a boot may take on a busy machine (some 6 s otherwise), and the most attempts.
 readonly boot_seconds=120 boots=3
 
-# run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: WORDS go to the guest's command line. What
-# the tests print goes to LOG, and what the kernel prints to LOG with .console for its ending. A
-# guest that never gets as far as its first process, as happens under TCG when the machine is busy,
-# is booted anew: nothing of xfan's has run by then.
+# run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: adds WORDS to the guest's kernel command
+# line. The output of the tests goes to LOG, the kernel's console to the same path with the
+# extension .console. Under TCG on a busy machine a guest sometimes never starts its first process.
+# The function then boots it again, since no part of xfan has run yet.
 run_guest() {
     local boot status=0
     for boot in $(seq $boots); do
@@ -68,7 +68,7 @@ run_guest() {
     return "$status"
 }
 
-# Ends the guest if it prints nothing to LOG in time.
+# watch_boot LOG: kills the guest if it prints nothing to LOG in time.
 watch_boot() {
     sleep $boot_seconds &
     trap "kill $! 2>/dev/null; exit" TERM
@@ -98,7 +98,8 @@ boot_guest() {
             ;;
         *) network=(-netdev hubport,id=rx0,hubid=0 -netdev hubport,id=tx0,hubid=0) ;;
     esac
-    # Its own process, not a function's shell: it is to get the signal.
+    # Start the command directly, not through the function `inside`: $! must be its process, which
+    # gets the signal.
     ip netns exec "$namespace" timeout --kill-after=5 "$seconds" qemu-system-x86_64 \
         -machine q35 -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus${numa[0]:+,sockets=2}" -m "${memory}M" "${numa[@]}" \
         -nodefaults -no-user-config -no-reboot -display none \

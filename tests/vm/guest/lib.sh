@@ -1,10 +1,10 @@
-# What the scenarios have in common. For busybox' sh.
+# Functions for the scenarios. For busybox sh.
 #
-# A scenario prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why` for each thing it looks at; all
-# else is for people.
-# $iface is the interface under test. tx0, in the namespace `peer`, sends to it.
+# A scenario prints `ok NAME`, `FAIL NAME: why` or `skip NAME: why` for each check. scripts/test-vm
+# evaluates these lines only. $iface is the interface under test. tx0, in the namespace `peer`,
+# sends to it.
 
-# The shell would take busybox' own tools before those in /bin.
+# busybox sh would run its own applets instead of these programs in /bin.
 ip() { /bin/ip "$@"; }
 ping() { /bin/ping "$@"; }
 peer() { /bin/ip netns exec peer "$@"; }
@@ -13,7 +13,7 @@ say() { echo "== $* ($(cut -d' ' -f1 /proc/uptime) s)"; }
 ok() { echo "ok $scenario: $*"; }
 fault() { echo "FAIL $scenario: $*"; }
 skip() { echo "skip $scenario: $*"; }
-# run COMMAND...: shows a command and what it says.
+# run COMMAND...: prints a command, its output and its exit status.
 run() {
     echo "\$ $*"
     "$@" 2>&1
@@ -41,7 +41,7 @@ name_interface() {
         [ "$(cat "$folder/address")" != "$1" ] || ip link set dev "${folder##*/}" name "$2"
     done
 }
-# Names the interfaces and sets them up as README says for a real one.
+# Names the interfaces and sets them up as the README describes for a real one.
 make_interfaces() {
     name_interface $receiver_mac rx0
     name_interface $sender_mac tx0
@@ -66,7 +66,8 @@ make_interfaces() {
     ethtool -l $iface 2>/dev/null
     ip link show dev $iface
 }
-# No ARP, so that every packet that passes is one of the test's. Who goes down, forgets it.
+# Sets permanent neighbour entries, so that no ARP packet passes and every packet that passes is one
+# of the test's. An interface that goes down loses its entries.
 avoid_arp() {
     ip neigh replace 10.9.0.2 lladdr $sender_mac dev $iface nud permanent
     peer ip neigh replace 10.9.0.1 lladdr $receiver_mac dev tx0 nud permanent
@@ -85,14 +86,14 @@ make_bond() {
     ip link set dev bond0 up promisc on
 }
 
-# start [ARGUMENT...]: starts xfan with two xfan-flow, and waits until it runs. One that does not is
-# a fault.
+# start [ARGUMENT...]: starts xfan with two xfan-flow workers, and waits until it runs. It is a
+# fault if xfan does not start.
 start() {
     try_start "$@" && return
     fault "xfan $*: it does not start, exit $code: $(tail -n 1 /tmp/log)"
     return 1
 }
-# As start, but it may be refused; $code is its exit code then.
+# As start, but xfan may refuse to start; $code is then its exit code.
 try_start() {
     rm -rf /tmp/flows /tmp/report
     mkdir -m 1777 /tmp/flows
@@ -118,7 +119,8 @@ start_with() {
     cat /tmp/xfan.toml
     try_start -c /tmp/xfan.toml
 }
-# refused NAME CODES TEXT: that xfan ended with one of these codes, and said this (a pattern).
+# refused NAME CODES PATTERN: checks that xfan ended with one of these codes, and that its last line
+# matches PATTERN.
 refused() {
     case $2 in
         *$code*) ;;
@@ -130,7 +132,7 @@ refused() {
         fault "$1: the refusal does not say $3: $(tail -n 1 /tmp/log)"
     fi
 }
-# What xfan said since the last call.
+# Prints what xfan has logged since the last call.
 told() {
     tail -n "+$((told + 1))" /tmp/log
     told=$(wc -l </tmp/log)
@@ -153,7 +155,7 @@ take_report() {
     xfan stats --socket $socket >/tmp/stats 2>&1
     xfan stats --socket $socket --json >/tmp/report 2>&1
 }
-# What the counters are once they stay so; times and rates change always.
+# Prints the counters without times and rates, which always change.
 counters() { xfan stats --socket $socket | grep -E '^(xdp|kernel|packets|frames|default)' | sed 's/ *[0-9]*%$//'; }
 settle() {
     before=
@@ -165,14 +167,14 @@ settle() {
     done
     take_report
 }
-# traffic NAME CAPTURE: sends it, stops xfan, and checks that it all arrived.
+# traffic NAME CAPTURE: sends a capture, stops xfan, and checks that all packets arrived.
 traffic() {
     carrier
     send "$2"
     stop "$1"
     check "$1" "$2"
 }
-# stop NAME: ends xfan and says how it ended.
+# stop NAME: stops xfan and checks that it ends with 0.
 stop() {
     settle
     kill -TERM $primary
@@ -191,7 +193,7 @@ check() {
     name=$1 options=
     shift
     [ "$1" != --losses ] || { options=--losses && shift; }
-    # The kernel removes the tag before a packet reaches the bond, and the XDP program on it.
+    # The kernel removes the outer VLAN tag before a packet reaches the bond and its XDP program.
     [ $iface != bond0 ] || options="$options --untagged"
     captures=
     for capture in "$@"; do
@@ -206,7 +208,7 @@ check() {
         fault "$name: $(cat /tmp/verdict)"
     fi
 }
-# clean NAME: whether the interface is as before, and nothing of xfan's is left.
+# clean NAME: checks that xfan has left nothing behind, and that the interface works as before.
 clean() {
     left=$(ip -d link show dev $iface | grep -o 'prog/xdp.*')
     left="$left$(ls /run/xfan 2>/dev/null)"

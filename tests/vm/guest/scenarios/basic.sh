@@ -1,4 +1,4 @@
-# Start, mixed traffic, stop; then the same again, with a real capture if there is one.
+# Starts, sends mixed traffic, stops; then again, with a real capture if there is one.
 real=
 [ ! -f /captures/tcpreplay__test.pcap ] || real=tcpreplay__test
 if start; then

@@ -1,15 +1,15 @@
-# The end-to-end tests, and scripts/quickstart, with this kernel.
+# Runs the end-to-end tests and scripts/quickstart on this kernel.
 programs=$(cat /vm/programs)
 checkout=$(cat /vm/checkout)
 cd "$checkout" || return
-# Who opens /dev/net/tun expects it to be there.
+# Some tests open /dev/net/tun.
 modprobe tun
 export XFAN_REQUIRE_E2E=1 RUST_BACKTRACE=0 TMPDIR=/tmp
 
-# Tests of a quarter of an hour and more here.
+# Tests that take a quarter of an hour or more in the guest.
 too_long=membership::ten_thousand_joins_leave_nothing_behind
 
-# Prints why a test executable cannot run here, if it cannot.
+# unable EXECUTABLE: prints why it cannot run in the guest; nothing if it can.
 unable() {
     case $1 in
         capi-* | header-*) echo "it needs a C compiler, and the guest has none" ;;

@@ -1,4 +1,4 @@
-# The MTU is raised while xfan runs, and packets come that fit no frame.
+# The MTU is raised while xfan runs, and packets arrive that do not fit a frame.
 peer ip link set dev tx0 mtu 3000
 if start; then
     carrier

@@ -1,4 +1,4 @@
-# The primary gets no CPU while packets come: each packet that is lost is in some counter.
+# The primary is stopped (SIGSTOP) while packets arrive: some counter must have each lost packet.
 overrun() {
     name="rx_ring = 64${1:+, $1}"
     if start_with 'rx_ring = 64' "$@"; then
@@ -17,7 +17,7 @@ overrun() {
                 skip "$name: QEMU's igb counts nowhere what it drops for a queue without buffers"
                 ;;
             *zero-copy)
-                # A NIC without buffers makes QEMU's network wait: nothing is lost.
+                # If the NIC has no buffers, QEMU queues the packets: none is lost.
                 check "$name" mixed
                 ;;
             *)

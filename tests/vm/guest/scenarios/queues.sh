@@ -35,7 +35,7 @@ if start; then
         fi
         send mixed
         stop "2 queues, then 4"
-        # Packets of the new queues pass, and are counted so.
+        # Packets of the new queues pass to the kernel, and are counted as passed.
         check "2 queues, then 4" --losses mixedx2
     else
         stop "2 queues, then 4"

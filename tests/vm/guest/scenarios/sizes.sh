@@ -1,2 +1,2 @@
-# Frames of all sizes arrive whole.
+# Frames of all sizes must arrive complete.
 start && traffic "all sizes" sizes

@@ -1,4 +1,4 @@
-# How xfan starts: on an interface that is down, with large MTUs, and in each mode.
+# Starts xfan on an interface that is down, with large MTUs, and in each mode.
 run ip link set dev $iface down
 if start; then
     run ip link set dev $iface up
@@ -7,7 +7,7 @@ fi
 run ip link set dev $iface up
 carrier
 
-# The largest that fits a frame, and one more, for frames of 2048 and of 4096 bytes.
+# The largest MTU that fits a frame, and one more byte, for frames of 2048 and of 4096 bytes.
 for mtu in 1766 1770 1771 3818 3819 9000; do
     if ! run ip link set dev $iface mtu $mtu; then
         skip "mtu $mtu: more than the driver can"
@@ -22,8 +22,8 @@ carrier
 
 if start_with 'frame_size = 4096'; then traffic "frames of 4096 bytes" sizes; else fault "frames of 4096 bytes: $(tail -n 1 /tmp/log)"; fi
 
-# mode SETTING WORD MODELS: a mode that was asked for is had on these models, and refused on all
-# others.
+# asked SETTING WORD MODELS: checks that with SETTING xfan runs in a mode that contains WORD on
+# these models (`all`: on every model), and refuses to start on all others.
 asked() {
     case " $3 " in
         *" $vm_model "* | " all ")

@@ -1,6 +1,6 @@
 # Interfaces on top of the NIC: a VLAN, a bond, a bridge.
 [ "$vm_model" != bond ] || { skip "rx0 is in a bond already"; return; }
-# either NAME CAPTURE: xfan takes the interface and gets everything, or refuses it and says why.
+# either NAME CAPTURE: xfan must receive all packets on the interface, or refuse it and say why.
 either() {
     if try_start; then traffic "$1" "$2"; else refused "$1" "1 4 5" "$iface"; fi
 }

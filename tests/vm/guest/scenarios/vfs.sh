@@ -1,4 +1,4 @@
-# Virtual functions take queues from the NIC, so that zero-copy may work for some of its queues only.
+# Virtual functions take queues from the NIC, so zero-copy may work for some of its queues only.
 device=/sys/class/net/rx0/device
 if ! [ -e $device/sriov_numvfs ]; then
     skip "rx0 has no virtual functions"
