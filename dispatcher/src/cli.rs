@@ -100,7 +100,7 @@ pub struct EventsFlags {
     #[command(flatten)]
     pub primary: PrimaryFlags,
 
-    /// Go on with what happens from now on, until the primary ends
+    /// Continue with new events until the primary ends
     #[arg(long)]
     pub follow: bool,
 
@@ -140,7 +140,7 @@ pub enum WorkersAction {
         #[command(flatten)]
         order: OrderFlags,
     },
-    /// Have one finish what it has, and leave
+    /// Let one finish its packets, and stop it
     ///
     /// It gets no new packets: its flows go to the others. It stays away until `restart`.
     Drain(MemberFlags),
@@ -148,7 +148,7 @@ pub enum WorkersAction {
     ///
     /// Also one that has failed, or that was drained.
     Restart(MemberFlags),
-    /// Drain one, and leave its place to whoever comes
+    /// Drain one, and free its place
     Remove(MemberFlags),
 }
 

@@ -41,7 +41,7 @@ fn owned(result: libc::c_long) -> OwnedFd {
 }
 
 fn bpf<T>(command: libc::c_int, mut attributes: T) {
-    // SAFETY: both callers pass the attributes of their command, and the size is theirs.
+    // SAFETY: both callers pass the attributes that their command reads, with their size.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attributes, size_of_val(&attributes)) };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
