@@ -48,8 +48,7 @@ pub struct LaneCounters {
     pub frame_owner: Counter,
     /// Packets in which no 5-tuple could be read; they are delivered all the same.
     pub unparsed: Counter,
-    /// Packets of which the frame holds less than their IP length says; they are delivered all the
-    /// same.
+    /// Packets shorter than their IP length; they are delivered like all others.
     pub cut: Counter,
     /// Batches that held packets.
     pub batches: Counter,

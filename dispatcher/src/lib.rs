@@ -1,9 +1,15 @@
 //! The primary of xfan: it owns an interface's AF_XDP sockets, and dispatches packets to worker processes.
 //!
-//! As packets go: [`port`] takes the interface in a [`mode`], [`xsk`] its sockets, [`umem`] the packet memory; a [`lane`] for each queue
-//! receives ([`source`]), hashes and steers ([`steer`]), and keeps book of [`frames`]. Beside them: [`primary`] is the control
-//! thread, with [`members`], their [`life`] and [`journal`], their processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its [`access`], the [`watch`]
-//! over the interface, and the [`report`]. Before all that: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which puts it together.
+//! The way of a packet: a [`port`] attaches to the interface in a [`mode`]; [`xsk`] has its
+//! sockets, [`umem`] the packet memory. A [`lane`] for each queue receives packets ([`source`]),
+//! hashes and steers them ([`steer`]), and accounts for [`frames`].
+//!
+//! The control thread is [`primary`]. It handles [`members`], their [`life`] and [`journal`], their
+//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its
+//! [`access`], the [`watch`] over the interface, and the [`report`].
+//!
+//! The start: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which calls
+//! them.
 
 pub mod access;
 pub mod cli;

@@ -78,9 +78,9 @@ pub struct Primary {
     last_refusal: Option<Instant>,
     /// The start is over: all workers had attached.
     open: bool,
-    /// Watches the interface; none before [`run`](Self::run).
+    /// Watches the interface; `None` before [`run`](Self::run).
     watch: Option<Watch>,
-    /// Whether packets arrive that were redirected: of the lanes, in order.
+    /// For each lane, in order: whether redirected packets arrive.
     arrivals: Vec<Arrivals>,
     next_reading: Instant,
     /// They come: there is somebody to take them, or they are to be dropped.
@@ -268,7 +268,7 @@ impl Primary {
         }
     }
 
-    /// How packets come in, for people.
+    /// The mode, for logs and reports.
     fn mode(&self) -> String {
         self.port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode)
     }
@@ -469,10 +469,10 @@ fn random_token() -> std::io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Random bytes from the kernel. Takes no descriptor.
+/// Random bytes from the kernel. Needs no descriptor.
 ///
 /// # Errors
-/// Whatever getrandom(2) says.
+/// The errors of getrandom(2).
 pub fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;

@@ -35,10 +35,10 @@ struct Moment {
 }
 
 impl Moment {
-    /// Now, from the quickest of a few attempts, or the first that takes no more than
-    /// `ticks_enough`: a thread may lose its core between two readings. The counter is read after
-    /// the clock, so what is reckoned from the moment may be behind the clock by the time in
-    /// between, and is never ahead of it.
+    /// Reads both now. Takes the quickest of a few attempts, or the first that takes no more than
+    /// `ticks_enough`: a thread may lose its core between two readings. It reads the counter after
+    /// the clock. So a time computed from the moment may be late by the time in between, but is
+    /// never ahead of the clock.
     fn now(ticks_enough: u64) -> Self {
         let (mut least, mut moment) = (u64::MAX, Moment { ticks: 0, ns: 0 });
         for _ in 0..8 {
@@ -76,26 +76,27 @@ pub fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks as f64 / ticks_per_ns()) as u64
 }
 
-/// How long a [`CoarseClock`] reckons from one look at the kernel's clock: in that time they part
-/// by half a microsecond, if the kernel's clock is adjusted as quickly as it may be (500 parts in a
-/// million).
+/// How long a [`CoarseClock`] interpolates between two readings of the kernel's clock. In that time
+/// the two differ by half a microsecond at most, since the kernel adjusts its clock by at most 500
+/// parts per million.
 const COARSE_NS: u64 = 1_000_000;
 
-/// `CLOCK_MONOTONIC` by way of [`ticks`], for a thread that has read them anyway: asks the kernel's
-/// clock only every millisecond, is less than a microsecond off it, and never goes back.
+/// `CLOCK_MONOTONIC`, interpolated by [`ticks`], for a thread that reads them anyway. It reads the
+/// kernel's clock once per millisecond, differs from it by less than a microsecond, and never goes
+/// back.
 #[derive(Debug)]
 pub struct CoarseClock {
     asked: Moment,
-    /// The latest time it has told, in nanoseconds.
+    /// The latest time returned, in nanoseconds.
     told: u64,
-    /// Ticks after which to ask again.
+    /// Ticks after which to read the kernel's clock again.
     limit: u64,
     /// Nanoseconds per tick, times 2³².
     scale: u64,
 }
 
 impl CoarseClock {
-    /// A clock that is right.
+    /// A clock set by the kernel's.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // small, positive
     pub fn new() -> Self {
         let rate = ticks_per_ns();
@@ -130,25 +131,25 @@ impl Default for CoarseClock {
     }
 }
 
-/// A unit of receive times in descriptors, as a power of two: 1,024 ns.
+/// The unit of receive times in descriptors, as a power of two: 1,024 ns.
 const STAMP_SHIFT: u32 = 10;
-/// How far a receive time may be ahead of the clock of whoever reads it.
+/// How far a receive time may be ahead of the reader's clock.
 const STAMP_AHEAD_NS: u64 = 1_000_000_000;
 
-/// A time as a descriptor has it: the low 32 bits of the units of 1,024 ns. They repeat after 73
-/// minutes.
+/// A time as it stands in a descriptor: the low 32 bits of its number of 1,024 ns units. They wrap
+/// after 73 minutes.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation)] // the low bits are wanted
 pub fn stamp(ns: u64) -> u32 {
     (ns >> STAMP_SHIFT) as u32
 }
 
-/// The time in nanoseconds that a descriptor has, for a reader whose clock shows `now`: rounded
-/// down to 1,024 ns, and right if it is not older than 73 minutes and not more than a second ahead
-/// of `now`.
+/// The time in nanoseconds of a descriptor's stamp, for a reader whose clock shows `now`. It is
+/// rounded down to 1,024 ns. It is right if it is at most 73 minutes old, and at most one second
+/// ahead of `now`.
 ///
-/// Two threads' clocks differ, if only a little. A reader that took a time ahead of its own for one
-/// of 73 minutes ago would see times that jump.
+/// The clocks of two threads differ slightly. Without the second ahead, a time just ahead of the
+/// reader's clock would become one of 73 minutes ago.
 #[inline]
 pub fn stamped_ns(stamp: u32, now: u64) -> u64 {
     let latest = now.saturating_add(STAMP_AHEAD_NS) >> STAMP_SHIFT;

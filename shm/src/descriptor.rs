@@ -40,7 +40,7 @@ impl Descriptor {
     /// Flag: another worker had this packet before, and may have read it, but is gone without having committed it.
     pub const REDELIVERED: u8 = 2;
 
-    /// Flag: the frame holds less than the packet: its IP length goes on beyond the frame.
+    /// Flag: the packet was cut: its IP length extends beyond the frame.
     pub const CUT: u8 = 4;
 
     /// A descriptor of these fields; `flags` of 7 bits.

@@ -4,10 +4,10 @@
 //!
 //! - Ethernet, up to two VLAN tags (802.1Q, 802.1ad), IPv4 or IPv6; IPv6 extension headers are walked.
 //! - Ports are those of TCP, UDP, UDP-Lite, SCTP and DCCP. Other protocols have ports 0.
-//! - A packet ends where its IP header says, or its frame if that is sooner: what follows is
-//!   padding, or a trailer of the link, and never ports. IPv6 with a payload length of 0 is empty,
-//!   unless a jumbo payload option (RFC 2675) says its length. IPv4 with a total length of 0, which
-//!   segmentation offload leaves behind, ends with its frame.
+//! - A packet ends where its IP header says, or at the end of its frame if that comes first. Bytes
+//!   beyond are padding or a trailer, and never read as ports. IPv6 with a payload length of 0 is
+//!   empty, unless a jumbo payload option (RFC 2675) gives the length. IPv4 with a total length of
+//!   0, which segmentation offload leaves behind, ends with its frame.
 //! - A fragment (also the first) has ports 0: only so do all fragments of a datagram have the same key.
 //! - VLAN tags are not part of the key, so a mirrored flow whose directions carry different tags is one flow.
 
@@ -35,10 +35,10 @@ pub const UDP_LITE: u8 = 136;
 
 /// Most IPv6 extension headers that are walked; what follows them is left unread.
 const MAX_EXTENSION_HEADERS: usize = 8;
-/// Most IPv6 hop-by-hop options that are looked at in search of a jumbo payload's length; as in the
-/// XDP program.
+/// The most IPv6 hop-by-hop options to read in search of a jumbo payload's length, as in the XDP
+/// program.
 const MAX_OPTIONS: usize = 8;
-/// The IPv6 extension header that options for every router stand in.
+/// The IPv6 hop-by-hop options header.
 const HOP_BY_HOP: u8 = 0;
 
 /// A directed 5-tuple.
@@ -151,9 +151,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// Whether an Ethernet frame holds less than the IP packet in it: the length that its IP header
-/// gives, or the header itself, goes on beyond the frame. Either it was cut on its way, or whoever
-/// delivered the frame cut it.
+/// Whether an Ethernet frame is shorter than the IP packet in it: the IP header, or the length that
+/// it gives, extends beyond the frame. The packet was cut on the wire or by the driver.
 pub fn is_cut(frame: &[u8]) -> bool {
     let Some((ethertype, offset)) = ethertype(frame) else { return false };
     let datagram = &frame[offset..];
@@ -188,8 +187,8 @@ pub fn ethertype(frame: &[u8]) -> Option<(u16, usize)> {
     Some((u16::from_be_bytes(*frame.get(at..)?.first_chunk()?), at + 2))
 }
 
-/// The payload length of an IPv6 packet whose header says 0, by its hop-by-hop options; 0 without a
-/// jumbo payload option.
+/// The payload length that the hop-by-hop options give for an IPv6 packet whose header has length
+/// 0; 0 without a jumbo payload option.
 fn jumbo_length(next: u8, payload: &[u8]) -> usize {
     const PAD_1: u8 = 0;
     const JUMBO_PAYLOAD: u8 = 0xc2;

@@ -183,15 +183,14 @@ impl<'b> Packet<'b> {
         self.batch.worker.ports().get(self.port()).map_or("?", String::as_str)
     }
 
-    /// When the dispatcher received it, on the clock `CLOCK_MONOTONIC`: a multiple of 1,024 ns, up
-    /// to 2 µs early. All packets of one batch of the dispatcher, 64 at most, have one time. Within
-    /// a lane times never decrease, but for packets that come again
-    /// ([`is_redelivered`](Self::is_redelivered)) and keep theirs; those of two lanes are not in
-    /// order.
+    /// When the dispatcher received it, by `CLOCK_MONOTONIC`: a multiple of 1,024 ns, up to 2 µs
+    /// early. All packets of one batch of the dispatcher, 64 at most, have the same time. Within a
+    /// lane times never decrease, except that redelivered packets keep theirs
+    /// ([`is_redelivered`](Self::is_redelivered)). Between lanes there is no order.
     ///
-    /// The packet carries the low bits; the rest follows from the clock, read once when this is
-    /// first asked in a batch. So the time is right if the packet has waited for less than 73
-    /// minutes, and a multiple of 73.3 minutes late otherwise.
+    /// The packet carries the low bits. The first call in a batch reads the clock to complete them.
+    /// So the time is right if the packet has waited for less than 73 minutes. Otherwise it is late
+    /// by a multiple of 73.3 minutes.
     #[inline]
     pub fn time(&self) -> Duration {
         Duration::from_nanos(stamped_ns(self.descriptor.time, self.batch.now()))
@@ -204,8 +203,8 @@ impl<'b> Packet<'b> {
         self.descriptor.flags & Descriptor::UNPARSED == 0
     }
 
-    /// Whether [`data`](Self::data) is not the whole packet: its IP length is longer. It was cut on
-    /// its way to this host, or by the network card's driver; the dispatcher counts and reports
+    /// Whether [`data`](Self::data) is shorter than the packet's IP length. The packet was cut on
+    /// its way to this host, or by the network card's driver. The dispatcher counts and reports
     /// that.
     #[inline]
     pub fn is_cut(&self) -> bool {

@@ -150,7 +150,7 @@ impl SteerProgram {
         Ok(())
     }
 
-    /// Whether another program is in the place of this one, which is not attached yet.
+    /// Fails if another program is attached to the interface. This one is not attached yet.
     ///
     /// # Errors
     ///

@@ -46,12 +46,12 @@ pub struct FrameBudget {
     pub umem_bytes: u64,
 }
 
-/// What the NIC and the mode have to say about the sizes.
+/// The sizes that the mode and the NIC set.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
     /// Bytes of a frame.
     pub frame_size: u32,
-    /// Frames that the NIC takes for its own ring; 0 where it takes none, as in copy mode.
+    /// Frames that the NIC takes for its own ring; 0 if it takes none, as in copy mode.
     pub nic_ring: u32,
 }
 
@@ -157,7 +157,7 @@ impl FrameBudget {
         Sizes { frame_size, nic_ring }: Sizes,
     ) -> Result<Self, BudgetError> {
         let &Config { rx_ring, batch, .. } = config;
-        // Drivers fill their ring at once, and some never recover from finding too few frames for it.
+        // Drivers fill their ring at once. With too few frames, some never recover.
         let rx_ring = rx_ring.max(nic_ring.next_power_of_two().min(RX_RING_LIMIT));
         let lent = (places as u64).saturating_mul(u64::from(ring_slots));
         let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);

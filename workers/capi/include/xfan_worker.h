@@ -48,8 +48,8 @@
 #define XFAN_PACKET_REDELIVERED 2
 
 /**
- * Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this
- * host, or by the network card's driver.
+ * Of a packet: its data is shorter than its IP length. It was cut on its way to this host, or by
+ * the network card's driver.
  */
 #define XFAN_PACKET_CUT 4
 

@@ -28,8 +28,8 @@ pub const XFAN_PACKET_UNPARSED: u8 = 1;
 /// Of a packet: another worker had it before, and is gone without having committed it. It may have done with
 /// it what this one is about to do.
 pub const XFAN_PACKET_REDELIVERED: u8 = 2;
-/// Of a packet: its data is not all of it, its IP length is longer. It was cut on its way to this
-/// host, or by the network card's driver.
+/// Of a packet: its data is shorter than its IP length. It was cut on its way to this host, or by
+/// the network card's driver.
 pub const XFAN_PACKET_CUT: u8 = 4;
 
 /// A worker.
