@@ -142,7 +142,7 @@ impl Interface {
             // The driver has no channels. /sys lists the queues, if it shows this namespace.
             _ => sysfs(name, index).and_then(|folder| sysfs_queues(&folder)).unwrap_or(1),
         };
-        // Good to know, no more.
+        // Optional: a driver may fail to report it.
         let rx_ring = rx_ring(&socket, name).unwrap_or(0);
         Ok(Self {
             name: name.to_owned(),
@@ -181,8 +181,9 @@ impl Interface {
         sysfs(&self.name, self.index)
     }
 
-    /// Whether its packets come in by interfaces of their own below it, and native XDP runs there: a bond, or a Hyper-V
-    /// interface with a virtual function. The kernel then drops what is redirected to a socket of this interface.
+    /// Whether it receives packets through interfaces below it, where native XDP runs: a bond, or a
+    /// Hyper-V interface with a virtual function. The kernel then drops packets that native XDP
+    /// redirects to a socket of this interface.
     #[must_use]
     pub fn is_fed_from_below(&self) -> bool {
         match self.driver.as_str() {
@@ -192,7 +193,7 @@ impl Interface {
         }
     }
 
-    /// The names of the interfaces directly below it; none where `/sys` does not show them.
+    /// The names of the interfaces directly below it; empty if `/sys` does not show them.
     #[must_use]
     pub fn lower(&self) -> Vec<String> {
         let entries =

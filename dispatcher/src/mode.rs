@@ -91,17 +91,18 @@ pub enum ModeError {
          set xdp_mode to \"native\" or \"auto\", or bind_mode to \"copy\" or \"auto\""
     )]
     GenericZeroCopy,
-    /// The kernel runs the program on the interfaces below, whose packets no socket of this one may get.
+    /// Native mode or zero-copy on an interface that receives packets through others. The kernel
+    /// runs the program on those, and a socket of this interface does not get their packets.
     #[error(
-        "the packets of {interface} come in by {below}: the kernel drops what native XDP there sends to a socket bound to \
-         {interface}, and counts it nowhere. Run xfan on {below}, or set `xdp_mode = \"generic\"` and \
-         `bind_mode = \"copy\"`",
+        "neither native XDP nor zero-copy works on {interface}, which receives packets through {below}: the kernel drops \
+         packets that native XDP there redirects to a socket of {interface}, and does not count them. Run xfan on {below}, \
+         or set `xdp_mode = \"generic\"` and `bind_mode = \"copy\"`",
         below = below_of(below)
     )]
     FedFromBelow {
         /// The interface.
         interface: String,
-        /// Those below it, as far as they are known.
+        /// The interfaces below it, as far as they are known.
         below: Vec<String>,
     },
 }
@@ -117,7 +118,7 @@ impl ModeError {
     }
 }
 
-/// The interfaces below one, for people.
+/// The names of the interfaces below, for a message.
 fn below_of(below: &[String]) -> String {
     if below.is_empty() { "the interfaces below it".to_owned() } else { below.join(", ") }
 }
@@ -157,7 +158,7 @@ pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeEr
         let (interface, below) = (&interface.name, below_of(&interface.lower()));
         tracing::warn!(
             interface,
-            "its packets come in by {below}, so it gets generic XDP; for native XDP run xfan on {below}"
+            "it receives packets through {below}, so xfan uses generic XDP; for native XDP run xfan on {below}"
         );
     }
     let hopeless = WITHOUT_ZERO_COPY.contains(&interface.driver.as_str());

@@ -136,7 +136,7 @@ impl Port {
         self.attach_generic()
     }
 
-    /// Attaches in generic mode, and turns GRO and LRO off first: generic XDP runs after GRO, and
+    /// Turns GRO and LRO off, on interfaces below too, and attaches in generic mode. Generic XDP
     /// would see merged packets, which fit no frame.
     fn attach_generic(&mut self) -> Result<(), PortError> {
         let (index, name) = (self.interface.index, self.interface.name.as_str());

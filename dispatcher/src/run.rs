@@ -124,11 +124,13 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
         };
         let last = modes.peek().is_none();
-        // Until the primary listens to them; before its lanes are made, which inherit it.
+        // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
         put_off_signals(true)?;
         let primary = match start.primary(mode) {
             Err(error) if !last && next_may_do(&error) => {
-                tracing::warn!("no zero-copy: {error}. The kernel copies each packet");
+                tracing::warn!(
+                    "no zero-copy: {error}. Trying copy mode, in which the kernel copies each packet"
+                );
                 continue;
             }
             primary => primary?,
@@ -149,13 +151,13 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     }
 }
 
-/// Whether a mode could not be used for what the next one needs not: zero-copy, or larger frames and
-/// enough of them for the NIC's own ring.
+/// Whether a mode failed for something that the next mode does not need: zero-copy, larger frames,
+/// or enough frames for the NIC's own ring.
 fn next_may_do(error: &RunError) -> bool {
     matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
 }
 
-/// What a start has found out, whatever the mode.
+/// What a start needs in every mode.
 struct Start<'a> {
     config: &'a Config,
     interface: Interface,

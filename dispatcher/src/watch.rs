@@ -35,10 +35,10 @@ pub use conditions::{Change, Expected, Level, Notice, unaccounted};
 const PERIOD: Duration = Duration::from_secs(1);
 /// How long the first look may take.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a link may take to come back that was reset as the program was attached.
+/// How long a link may take to come back after attaching the program has reset it.
 const RESET: Duration = Duration::from_secs(6);
 
-/// Whether the other end of an interface's cable is there; `false` also where that cannot be read.
+/// Whether an interface has a carrier; `false` also if that cannot be read.
 pub fn has_carrier(index: u32) -> bool {
     LinkSocket::of(index).and_then(|mut link| link.ask()).is_ok_and(|link| link.carrier)
 }
@@ -55,7 +55,7 @@ pub struct Watch {
     waiting: bool,
     next: Instant,
     seen: Option<Seen>,
-    /// Until then a carrier that is gone may be about to return.
+    /// Until this time a missing carrier is not reported: the link may still be resetting.
     carrier_due: Option<Instant>,
     told: conditions::Told,
     of_interface: Differences,
@@ -98,13 +98,13 @@ impl Looker {
 }
 
 impl Watch {
-    /// Begins to watch an interface of the calling thread's network namespace. Its counters count
-    /// from now on: by now the program should be attached and the sockets bound, since that resets
-    /// the counters of some drivers. Many reset the link for it, too: if it `had_carrier` before,
-    /// that it has none is not said at once.
+    /// Begins to watch an interface of the calling thread's network namespace. Counters start at
+    /// zero now. Attach the program and bind the sockets first, since both reset the counters of
+    /// some drivers. Many drivers also reset the link: if the interface `had_carrier` before, a
+    /// missing carrier is not reported at once.
     ///
     /// # Errors
-    /// There are no descriptors or threads left.
+    /// No descriptor or thread is left.
     pub fn begin(interface: &Interface, expected: Expected, had_carrier: bool) -> io::Result<Self> {
         let index = interface.index;
         let mut looker =

@@ -52,19 +52,19 @@ fn set_offload(name: &str, offload: Offload, on: bool) -> Result<(), InterfaceEr
     let failed = |source| InterfaceError::Offload { offload, on, name: name.to_owned(), source };
     let socket = socket().map_err(failed)?;
     write(&socket, name, offload, on).map_err(failed)?;
-    // A driver may say yes and keep its setting.
+    // A driver may report success without changing the setting.
     match read(&socket, name, offload).map_err(failed)? == on {
         true => Ok(()),
         false => Err(failed(io::Error::other("the driver does not change it"))),
     }
 }
 
-/// GRO and LRO turned off, as far as they were on. Dropping it turns them on again, whatever the
-/// interfaces are called then.
+/// Keeps GRO and LRO off. Dropping it turns on again those that were on, even if an interface has
+/// been renamed.
 ///
-/// The kernel merges no packets (GRO) of an interface with a program in generic mode
-/// (`netif_elide_gro`). It does for the interfaces below it, whose packets it takes: the ports of a
-/// bond or a bridge, and what a VLAN or a macvlan lies on.
+/// The kernel skips GRO on an interface with a program in generic mode (`netif_elide_gro`). But it
+/// does not skip GRO on the interfaces below, through which that interface receives packets: the
+/// ports of a bond or a bridge, and the interface under a VLAN or a macvlan.
 #[derive(Debug)]
 pub struct NoMerging {
     done: Vec<Done>,
@@ -75,7 +75,7 @@ pub struct NoMerging {
 struct Done {
     index: u32,
     offload: Offload,
-    /// For people.
+    /// Its name, for messages; with the interface's, if that is one below.
     what: String,
 }
 
@@ -87,7 +87,8 @@ impl NoMerging {
     /// One of them is on and cannot be turned off, or a query fails.
     pub fn of(interface: &Interface) -> Result<Self, InterfaceError> {
         let mut no_merging = NoMerging { done: Vec::new() };
-        // Those below first: some interfaces have an offload on as long as the one below has.
+        // The interfaces below come first: some interfaces keep an offload on while one below has
+        // it.
         let mut all = Vec::new();
         below(interface, &mut all);
         for interface in all.iter().rev() {
@@ -118,16 +119,16 @@ impl NoMerging {
         Ok(())
     }
 
-    /// What was turned off.
+    /// The offloads that were turned off.
     pub fn names(&self) -> Vec<&str> {
         self.done.iter().map(|done| done.what.as_str()).collect()
     }
 }
 
-/// All interfaces below one, as far as `/sys` shows them, and each before those below it.
+/// Collects all interfaces below one that `/sys` shows; each comes before those below it.
 fn below(interface: &Interface, all: &mut Vec<Interface>) {
     for name in interface.lower() {
-        // One that is no Ethernet device, or is gone by now, merges nothing.
+        // An interface that is not an Ethernet device, or is gone by now, merges nothing.
         if let Ok(lower) = Interface::find(&name)
             && !all.iter().any(|known| known.index == lower.index)
         {

@@ -12,7 +12,7 @@ use crate::watch::{ArrivalsChange, Change, Level, Notice, Watch, unaccounted};
 const PERIOD: Duration = Duration::from_secs(1);
 
 impl Primary {
-    /// Opens what is needed to watch the interface, so that nothing has to be opened later.
+    /// Opens all descriptors for watching the interface, so that none has to be opened later.
     pub(super) fn begin_watching(&mut self, had_carrier: bool) -> std::io::Result<()> {
         let Some(port) = &self.port else { return Ok(()) };
         self.watch = Some(Watch::begin(&port.interface, port.expected(), had_carrier)?);

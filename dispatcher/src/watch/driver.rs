@@ -35,7 +35,7 @@ pub struct Driver {
 /// Offloads that change packets before the XDP program sees them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// The NIC or its driver does (LRO, hardware GRO).
+    /// The NIC or its driver merges packets (LRO, hardware GRO).
     pub lro: bool,
     /// The NIC strips VLAN tags.
     pub rxvlan: bool,
