@@ -1,7 +1,7 @@
 //! Reads and writes captures: pcap and pcapng, gzipped or not, byte for byte.
 //!
-//! No crate does it: pcap-file rejects valid files (a time zone, options without an end mark), and
-//! pcap-parser does not report why it cannot read a file.
+//! The reader is our own: the crate pcap-file rejects valid files (a time zone, options without an
+//! end mark), and pcap-parser does not report why it cannot read a file.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Read};
