@@ -51,9 +51,8 @@ impl PortError {
             Self::Attach(AttachError::Privilege { .. }) | Self::Load(LoadError::Privilege { .. }) => {
                 Exit::Permission
             }
-            Self::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. }) => {
-                Exit::Interface
-            }
+            Self::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. })
+            | Self::Bind(BindError::NoZeroCopy { .. }) => Exit::Interface,
             Self::Interface(error) => error.exit(),
             _ => Exit::Failure,
         }
@@ -126,7 +125,7 @@ impl Port {
                 Err(error @ AttachError::NoNativeMode { .. }) if self.mode.xdp == ModeChoice::Auto => {
                     tracing::warn!(
                         interface = name,
-                        "{error}. Attached in generic mode, in which the kernel first allocates a socket buffer for \
+                        "{error}. Attaching in generic mode, in which the kernel first allocates a socket buffer for \
                          every packet"
                     );
                 }

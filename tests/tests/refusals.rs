@@ -16,7 +16,6 @@ use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
 use xfan_tests::veth::{Veth, VethConfig};
 
-const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
 const PERMISSION: i32 = 3;
 const INTERFACE: i32 = 4;
@@ -259,7 +258,7 @@ fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0));
     let warning =
-        exit.stderr.iter().find(|line| line.contains("Attached in generic mode")).expect("a warning");
+        exit.stderr.iter().find(|line| line.contains("Attaching in generic mode")).expect("a warning");
     assert!(warning.contains("Peer MTU is too large to set XDP"), "{warning}");
 }
 
@@ -281,7 +280,7 @@ fn zero_copy_that_the_driver_cannot_do() {
     let exit = launch(&namespace).config("bind_mode = 'zero-copy'").unwrap().run().unwrap();
     let message = "xfan: queue 0 of rx0 cannot be bound in zero-copy mode (Operation not supported (os error 95)): the \
                    driver or the device does not support it";
-    assert_refused_without_trace(&namespace, &exit, FAILURE, message);
+    assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
 }
 
 #[test]
