@@ -44,7 +44,7 @@ make_network() {
 inside() { ip netns exec "$namespace" "$@"; }
 
 # The time that a boot may take on a busy machine (some 6 s otherwise), and the most attempts.
-readonly boot_seconds=120 boots=3
+readonly boot_seconds=60 boots=5
 
 # run_guest KERNEL MODEL INITRAMFS SECONDS LOG WORDS...: adds WORDS to the guest's kernel command
 # line. The output of the tests goes to LOG, the kernel's console to the same path with the
