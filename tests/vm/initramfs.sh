@@ -42,8 +42,8 @@ make_initramfs() {
             mkdir -p "$folder$(dirname "$library")"
             cp -L "$library" "$folder$library"
         done
-    printf '%s\n' root:x:0:0::/root:/bin/sh nobody:x:65534:65534::/:/bin/sh >"$folder/etc/passwd"
-    printf '%s\n' root:x:0: nogroup:x:65534: >"$folder/etc/group"
+    printf '%s\n' root:x:0:0::/root:/bin/sh daemon:x:1:1::/:/bin/sh nobody:x:65534:65534::/:/bin/sh >"$folder/etc/passwd"
+    printf '%s\n' root:x:0: daemon:x:1: nogroup:x:65534: >"$folder/etc/group"
     printf '%s\n' 'passwd: files' 'group: files' >"$folder/etc/nsswitch.conf"
     add_modules "$kernel/modules/lib/modules/$version" "$folder/lib/modules/$version"
     depmod -b "$folder" "$version"
