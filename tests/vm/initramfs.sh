@@ -8,7 +8,7 @@ readonly modules=(
     veth bonding bridge 8021q tun dummy ipip  # interfaces that tests make
     xsk_diag af_packet_diag                   # ss --xdp
 )
-readonly tools=(ip ethtool ss ping)
+readonly tools=(ip ethtool ss ping install)
 readonly programs=(xfan xfan-flow xfan-count xfan-replay xfan-verify)
 
 # make_initramfs KERNEL FILE [TEST...]: with test executables, the guest also gets the checkout and

@@ -2,8 +2,11 @@
 programs=$(cat /vm/programs)
 checkout=$(cat /vm/checkout)
 cd "$checkout" || return
-# Some tests open /dev/net/tun.
+# Some tests open /dev/net/tun, and tests that run at once must not load veth at once.
 modprobe tun
+modprobe veth
+# Namespaces have no interfaces but those that a test makes in them.
+sysctl -qw net.core.fb_tunnels_only_for_init_net=1
 export XFAN_REQUIRE_E2E=1 RUST_BACKTRACE=0 TMPDIR=/tmp
 
 # Tests that take a quarter of an hour or more in the guest.
