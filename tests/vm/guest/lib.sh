@@ -165,6 +165,8 @@ settle() {
         before=$now
         sleep 0.3
     done
+    # xfan reads the counters of the NIC once a second.
+    sleep 2
     take_report
 }
 # traffic NAME CAPTURE: sends a capture, stops xfan, and checks that all packets arrived.
