@@ -246,7 +246,7 @@ fn names() -> Vec<String> {
 }
 
 /// A socket to ask about interfaces of the calling thread's namespace.
-fn socket() -> io::Result<OwnedFd> {
+pub(crate) fn socket() -> io::Result<OwnedFd> {
     Ok(socket::socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 

@@ -11,9 +11,8 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use crate::interface::{channels, ethtool, optional};
+use crate::interface::{channels, ethtool, optional, socket};
 
 /// As in linux/ethtool.h.
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
@@ -47,8 +46,7 @@ impl Driver {
     /// # Errors
     /// The errors of socket(2).
     pub fn open() -> io::Result<Self> {
-        let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        Ok(Driver { socket })
+        Ok(Driver { socket: socket()? })
     }
 
     /// RX queues in use; `None`: the driver does not report them.

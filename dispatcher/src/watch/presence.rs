@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use crate::interface::socket;
 
 /// An interface, followed by its index. It keeps one descriptor open, so that a query needs no new
 /// one.
@@ -19,7 +19,7 @@ impl Presence {
     /// # Errors
     /// The errors of socket(2).
     pub fn of(index: u32) -> io::Result<Self> {
-        let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        let socket = socket()?;
         Ok(Presence { socket, index: libc::c_int::try_from(index).map_err(io::Error::other)? })
     }
 
