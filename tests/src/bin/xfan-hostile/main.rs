@@ -1,0 +1,152 @@
+//! A worker that misbehaves, for tests. It speaks the protocol itself, without the SDK, since no SDK would do these things.
+//!
+//! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`.
+
+mod place;
+mod probe;
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::getppid;
+use xfan_shm::layout::VERSION;
+use xfan_shm::protocol::{self, ENV_MEMBER, MAX_REPLY, Reply};
+
+use crate::place::{Place, ask, member, token};
+use crate::probe::{descriptors, probe_places, probe_processes, probe_segments, probe_self};
+
+/// Between two looks, or two rounds of noise.
+const PAUSE: Duration = Duration::from_millis(2);
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// A worker that misbehaves. Each way waits for SIGTERM in the end, unless it says otherwise.
+#[derive(Parser)]
+enum Way {
+    /// Never takes a packet, and ignores SIGTERM.
+    Deaf {
+        /// Goes to its parent's process group, and does not want to hear of its end.
+        #[arg(long)]
+        hidden: bool,
+    },
+    /// At SIGUSR1 ends with status 0, and leaves a child that keeps its connection for a while.
+    Fork,
+    /// At SIGUSR1 attaches and hangs up, again and again.
+    Again,
+    /// Survives its primary, and then speaks another version of the protocol.
+    Relic,
+    /// Speaks another version of the protocol.
+    Version { version: u32 },
+    /// Tries all that a worker must not be able to do, and prints what came of each.
+    Probe,
+    /// At SIGUSR1 fills its own segment with noise, again and again, until SIGTERM.
+    Noise { seed: u64 },
+    /// At SIGUSR1 stuffs its doorbell so that who rings it blocks, if it can, and claims to sleep.
+    Jam,
+}
+
+fn main() -> ExitCode {
+    let way = Way::parse();
+    if std::env::var(ENV_MEMBER).is_ok_and(|member| !member.ends_with("/0")) {
+        let count = std::env::current_exe().unwrap_or_default().with_file_name("xfan-count");
+        eprintln!("xfan-hostile: {}", Command::new(count).exec());
+        return ExitCode::FAILURE;
+    }
+    match run(&way) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xfan-hostile: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(way: &Way) -> Outcome<()> {
+    // Before anything is opened.
+    let inherited = descriptors("self")?;
+    let waited = [Signal::SIGTERM, Signal::SIGUSR1].into_iter().collect::<SigSet>();
+    waited.thread_block()?;
+    // Held until the end: whoever hangs up is out.
+    let _place = match way {
+        Way::Version { version } => {
+            return ask(*version, member(), token())
+                .map(|_| eprintln!("xfan-hostile: attached all the same"));
+        }
+        Way::Again => {
+            let place = Place::take()?;
+            waited.wait()?;
+            drop(place);
+            // It is not known to have gone when it comes again.
+            loop {
+                drop(Place::take());
+            }
+        }
+        Way::Relic => {
+            let place = Place::take()?;
+            // The end of the connection.
+            let _ = protocol::receive::<Reply>(&place.control, MAX_REPLY);
+            loop {
+                // Until the next one has answered.
+                match ask(VERSION + 1, member(), token()) {
+                    Err(error) if !error.to_string().contains("protocol version") => {
+                        std::thread::sleep(PAUSE);
+                    }
+                    answer => return answer.map(drop),
+                }
+            }
+        }
+        Way::Fork => {
+            let _place = Place::take()?;
+            waited.wait()?;
+            // SAFETY: there is one thread.
+            if let nix::unistd::ForkResult::Child = unsafe { nix::unistd::fork() }? {
+                nix::sys::prctl::set_pdeathsig(None)?;
+                std::thread::sleep(Duration::from_secs(3));
+            }
+            return Ok(());
+        }
+        Way::Deaf { hidden } => {
+            if *hidden {
+                let group = nix::unistd::getpgid(Some(getppid()))?;
+                nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), group)?;
+                nix::sys::prctl::set_pdeathsig(None)?;
+            }
+            let _place = Place::take()?;
+            loop {
+                std::thread::sleep(Duration::MAX);
+            }
+        }
+        Way::Probe => {
+            let place = Place::take()?;
+            let mut report = BTreeMap::from([("descriptors at start".to_owned(), inherited.join(" "))]);
+            probe_self(&mut report)?;
+            probe_segments(&place, &mut report);
+            probe_processes(&mut report)?;
+            probe_places(&mut report);
+            println!("{}", serde_json::to_string(&report)?);
+            place
+        }
+        Way::Noise { seed } => {
+            let place = Place::take()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                return place.make_noise(*seed);
+            }
+            return Ok(());
+        }
+        Way::Jam => {
+            let place = Place::take()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                place.jam()?;
+                println!("jammed");
+            }
+            place
+        }
+    };
+    while waited.wait()? != Signal::SIGTERM {}
+    Ok(())
+}

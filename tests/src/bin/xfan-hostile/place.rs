@@ -1,0 +1,105 @@
+//! The conversation with the dispatcher, and the place that it gives.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use xfan_shm::layout::{Geometry, Up, VERSION};
+use xfan_shm::protocol::{
+    self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, MAX_REPLY, Reply, Request,
+};
+use xfan_shm::segment::Mapping;
+
+use crate::{Outcome, PAUSE};
+
+pub fn member() -> Option<String> {
+    std::env::var(ENV_MEMBER).ok()
+}
+
+pub fn token() -> Option<String> {
+    std::env::var(ENV_TOKEN).ok()
+}
+
+/// A connection to the dispatcher.
+pub fn dial() -> Outcome<OwnedFd> {
+    let path = std::env::var_os(ENV_SOCKET).ok_or("no socket")?;
+    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(control.as_raw_fd(), &UnixAddr::new(path.as_os_str())?)?;
+    Ok(control)
+}
+
+/// Asks to attach, on a connection of its own. The error is the refusal.
+pub fn ask(
+    version: u32,
+    member: Option<String>,
+    token: Option<String>,
+) -> Outcome<(OwnedFd, Attached, Vec<OwnedFd>)> {
+    let control = dial()?;
+    let attach = Attach { version, group: None, member, token, program: "hostile".into() };
+    protocol::send(&control, &Request::Attach(attach), &[])?;
+    match protocol::receive(&control, MAX_REPLY)? {
+        (Reply::Attached(attached), fds) => Ok((control, attached, fds)),
+        (Reply::Refused(refusal), _) => Err(refusal.message.into()),
+        (Reply::Stats(_) | Reply::Events(_) | Reply::Ordered(_), _) => Err("statistics".into()),
+    }
+}
+
+/// A place that was taken.
+pub struct Place {
+    pub control: OwnedFd,
+    pub geometry: Geometry,
+    pub umem_bytes: usize,
+    pub umem: OwnedFd,
+    pub down: OwnedFd,
+    pub up: OwnedFd,
+    pub doorbell: OwnedFd,
+}
+
+impl Place {
+    pub fn take() -> Outcome<Self> {
+        let (control, attached, fds) = ask(VERSION, member(), token())?;
+        let [umem, down, up, doorbell] = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds)
+            .map_err(|_| "other descriptors than expected")?;
+        let umem_bytes = usize::try_from(attached.umem_bytes)?;
+        Ok(Place { control, geometry: attached.geometry, umem_bytes, umem, down, up, doorbell })
+    }
+
+    /// Writes noise over its own segment, headers and all, until SIGTERM.
+    pub fn make_noise(&self, seed: u64) -> Outcome<()> {
+        let segment = Mapping::read_write(&self.up, self.geometry.up_bytes())?;
+        let mut state = seed;
+        loop {
+            for word in 0..segment.length() / 8 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                // SAFETY: in bounds and aligned: mappings begin at a page; the segment is ours to write.
+                unsafe { segment.address().cast::<u64>().add(word).write_volatile(state ^ state >> 29) };
+            }
+            if pending_signals()?.contains(Signal::SIGTERM) {
+                return Ok(());
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Has whoever rings the doorbell block, if the descriptor allows it, and claims to sleep, so that it is rung.
+    pub fn jam(&self) -> Outcome<()> {
+        let up = Up::open(&self.up, self.geometry)?;
+        let fd = self.doorbell.as_raw_fd();
+        // SAFETY: no pointers.
+        unsafe { libc::fcntl(fd, libc::F_SETFL, 0) };
+        let full = (u64::MAX - 1).to_ne_bytes();
+        // SAFETY: the buffer is as long as said.
+        unsafe { libc::write(fd, full.as_ptr().cast(), full.len()) };
+        up.epoch().store(1, std::sync::atomic::Ordering::Release);
+        Ok(())
+    }
+}
+
+fn pending_signals() -> Outcome<SigSet> {
+    let mut set = std::mem::MaybeUninit::uninit();
+    // SAFETY: the pointer leads to room for a set.
+    Errno::result(unsafe { libc::sigpending(set.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded and has filled the set.
+    Ok(unsafe { SigSet::from_sigset_t_unchecked(set.assume_init()) })
+}

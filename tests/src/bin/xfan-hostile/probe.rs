@@ -1,0 +1,191 @@
+//! What a worker must not be able to do, tried, and what came of each.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::getppid;
+use xfan_shm::layout::{Geometry, VERSION};
+use xfan_shm::protocol::{self, MAX_REPLY, Reply, Request};
+use xfan_shm::segment::Mapping;
+
+use crate::place::{Place, ask, dial, member, token};
+use crate::{Outcome, PAUSE};
+
+/// The descriptors of a process that were open before it was looked.
+pub fn descriptors(process: &str) -> io::Result<Vec<String>> {
+    let folder = format!("/proc/{process}/fd");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&folder)? {
+        let name = entry?.file_name();
+        // The one that lists them leads to the folder itself.
+        let target = fs::read_link(format!("{folder}/{}", name.display())).unwrap_or_default();
+        if !target.ends_with("fd") {
+            names.push(name.to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Name of the error, or `done`.
+fn said<T>(result: io::Result<T>) -> String {
+    match result {
+        Ok(_) => "done".into(),
+        Err(error) => error
+            .raw_os_error()
+            .map_or_else(|| error.to_string(), |raw| format!("{:?}", Errno::from_raw(raw))),
+    }
+}
+
+fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Rights this process has.
+pub fn probe_self(report: &mut BTreeMap<String, String>) -> Outcome<()> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    for line in status.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        if ["Uid", "Gid", "Groups", "NoNewPrivs"].contains(&key)
+            || (key.starts_with("Cap") && key != "CapBnd")
+        {
+            report.insert(format!("status {key}"), value.split_whitespace().collect::<Vec<_>>().join(" "));
+        }
+    }
+    Ok(())
+}
+
+/// All ways to change a segment.
+pub fn probe_segments(place: &Place, report: &mut BTreeMap<String, String>) {
+    let Geometry { .. } = place.geometry;
+    let (down, up) = (place.geometry.down_bytes(), place.geometry.up_bytes());
+    for (name, fd, length) in
+        [("umem", &place.umem, place.umem_bytes), ("down", &place.down, down), ("up", &place.up, up)]
+    {
+        let mut tell = |what: &str, outcome: String| report.insert(format!("{name} {what}"), outcome);
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let c_path = CString::new(path.clone()).unwrap_or_default();
+        let raw = fd.as_raw_fd();
+        tell("map writable", said(Mapping::read_write(fd, length)));
+        tell("make a mapping writable", said(make_writable(fd.as_fd(), length)));
+        tell("open for writing", said(OpenOptions::new().write(true).open(&path)));
+        tell("open for both", said(OpenOptions::new().read(true).write(true).open(&path)));
+        // SAFETY: no pointers but to a string that ends in a null byte, and to a buffer as long as said.
+        unsafe {
+            tell("shrink", said(checked(libc::ftruncate(raw, 0))));
+            tell("grow", said(checked(libc::ftruncate(raw, 1 << 40))));
+            tell("shrink by path", said(checked(libc::truncate(c_path.as_ptr(), 0))));
+            tell("change the mode", said(checked(libc::fchmod(raw, 0o666))));
+            tell("change the mode by path", said(checked(libc::chmod(c_path.as_ptr(), 0o666))));
+            tell(
+                "grow by writing beyond the end",
+                said(checked(libc::posix_fallocate(raw, 0, 1 << 40)).and_then(errno_of)),
+            );
+            if name != "up" {
+                tell("take pages away", said(take_away(fd.as_fd(), length)));
+                let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                tell("punch a hole", said(checked(libc::fallocate(raw, punch, 0, 4096))));
+                let wrote = libc::pwrite(raw, b"x".as_ptr().cast(), 1, 0);
+                tell("write", said(checked(libc::c_int::try_from(wrote).unwrap_or(0))));
+                let seals = libc::F_SEAL_WRITE;
+                tell("seal", said(checked(libc::fcntl(raw, libc::F_ADD_SEALS, seals))));
+            }
+        }
+    }
+}
+
+/// posix_fallocate returns its error.
+fn errno_of(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
+}
+
+/// Maps read-only, then asks for more.
+fn make_writable(fd: BorrowedFd<'_>, length: usize) -> io::Result<libc::c_int> {
+    let mapping = Mapping::read_only(fd, length)?;
+    let address = mapping.address().as_ptr().cast();
+    // SAFETY: the range is that of our own mapping, of which nobody has a reference.
+    checked(unsafe { libc::mprotect(address, length, libc::PROT_READ | libc::PROT_WRITE) })
+}
+
+/// Asks the kernel to take the first page away, which is to write zeros.
+fn take_away(fd: BorrowedFd<'_>, length: usize) -> io::Result<libc::c_int> {
+    let mapping = Mapping::read_only(fd, length)?;
+    // SAFETY: as above.
+    checked(unsafe { libc::madvise(mapping.address().as_ptr().cast(), 4096, libc::MADV_REMOVE) })
+}
+
+/// The primary and the other members, through /proc and by signals.
+pub fn probe_processes(report: &mut BTreeMap<String, String>) -> Outcome<()> {
+    let primary = getppid();
+    let mut tell = |what: &str, outcome: String| report.insert(what.to_owned(), outcome);
+    tell("primary list descriptors", said(descriptors(&primary.to_string())));
+    tell("primary list mappings", said(fs::read_dir(format!("/proc/{primary}/map_files"))));
+    tell("primary read memory", said(File::open(format!("/proc/{primary}/mem"))));
+    tell("primary read environment", said(File::open(format!("/proc/{primary}/environ"))));
+    // SAFETY: the pointers are null, as ptrace(2) and pidfd_getfd(2) have it for these.
+    unsafe {
+        let none = ptr::null_mut::<libc::c_void>();
+        let traced = libc::ptrace(libc::PTRACE_ATTACH, primary.as_raw(), none, none);
+        tell("primary trace", said(checked(libc::c_int::try_from(traced).unwrap_or(0))));
+        let pidfd = libc::syscall(libc::SYS_pidfd_open, primary.as_raw(), 0);
+        let taken = libc::syscall(libc::SYS_pidfd_getfd, pidfd, 3, 0);
+        tell("primary take a descriptor", said(checked(libc::c_int::try_from(taken).unwrap_or(0))));
+    }
+    tell("primary kill", said(kill(primary, Signal::SIGKILL).map_err(io::Error::from)));
+
+    // A user's other processes may be looked at, but what they have mapped or open is not to be had from there.
+    let peer = peer()?;
+    for segment in ["down", "up"] {
+        let name = format!("memfd:xfan-{segment}");
+        let range = loop {
+            // It maps them a little after it is said to run.
+            let maps = fs::read_to_string(format!("/proc/{peer}/maps"))?;
+            if let Some(line) = maps.lines().find(|line| line.contains(&name)) {
+                break line.split_whitespace().next().unwrap_or_default().to_owned();
+            }
+            std::thread::sleep(PAUSE);
+        };
+        let opened = OpenOptions::new().write(true).open(format!("/proc/{peer}/map_files/{range}"));
+        tell(&format!("peer open {segment}"), said(opened));
+    }
+    Ok(())
+}
+
+/// The process of another member, once it has attached.
+fn peer() -> Outcome<u64> {
+    let control = dial()?;
+    loop {
+        protocol::send(&control, &Request::Stats, &[])?;
+        let (Reply::Stats(report), _) = protocol::receive(&control, MAX_REPLY)? else {
+            return Err("no report".into());
+        };
+        let member = &report["groups"][0]["members"][1];
+        if member["state"] == "running" {
+            return member["pid"].as_u64().ok_or_else(|| "no pid".into());
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Places that are not ours.
+pub fn probe_places(report: &mut BTreeMap<String, String>) {
+    let other = || Some("default/1".to_owned());
+    for (what, member, token) in [
+        ("other's place without a token", other(), None),
+        ("other's place with our token", other(), token()),
+        ("our place without a token", member(), None),
+        ("our place again", member(), token()),
+        ("any place", None, None),
+        ("a place that is not there", Some("default/9".to_owned()), None),
+    ] {
+        let answer = ask(VERSION, member, token);
+        report
+            .insert(format!("take {what}"), answer.map_or_else(|error| error.to_string(), |_| "done".into()));
+    }
+}
