@@ -11,6 +11,7 @@
 //! | [`protocol`] | the conversation on the control socket |
 //! | [`flow`] | which packets belong together |
 //! | [`clock`] | time stamps and busy time |
+//! | [`limits`] | which limit of open files was reached |
 //!
 //! Two processes write no word in common: the dispatcher writes a worker's *down* segment, the worker its
 //! *up* segment, and each maps the other's read-only.
@@ -25,6 +26,8 @@ pub mod doorbell;
 pub mod flow;
 #[cfg(not(loom))]
 pub mod layout;
+#[cfg(not(loom))]
+pub mod limits;
 #[cfg(all(test, loom))]
 mod models;
 #[cfg(not(loom))]

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::layout::Geometry;
+use crate::limits::explained;
 
 /// Where the primary of an interface listens, unless its configuration says otherwise.
 #[must_use]
@@ -169,7 +170,7 @@ pub enum ProtocolError {
     #[error("{}", .0.message)]
     Refused(Refusal),
     /// The system call failed.
-    #[error("control socket: {0}")]
+    #[error("control socket: {}", explained(.0))]
     Io(#[from] io::Error),
 }
 
@@ -315,6 +316,10 @@ fn receive_bytes(
         }
         // SAFETY: as for the first header.
         header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    // Fewer than there was room for: this process may have no more open.
+    if message.msg_flags & libc::MSG_CTRUNC != 0 && fds.len() < ATTACHED_FDS {
+        return Err(Errno::EMFILE.into());
     }
     Ok((length, message.msg_flags & libc::MSG_TRUNC != 0, fds))
 }

@@ -12,6 +12,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::{TimeVal, TimeValLike};
 use xfan_shm::clock;
 use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
+use xfan_shm::limits::explained;
 use xfan_shm::protocol::{
     self, Attach, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
 };
@@ -51,7 +52,7 @@ pub enum AttachError {
     )]
     Permission(PathBuf),
     /// Connecting failed otherwise.
-    #[error("cannot connect to {0}: {1}")]
+    #[error("cannot connect to {}: {}", .0.display(), explained(.1))]
     Connect(PathBuf, #[source] io::Error),
     /// The dispatcher said no, and why.
     #[error("the dispatcher refused this worker: {message}")]
@@ -79,7 +80,7 @@ pub enum AttachError {
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The packet memory cannot be mapped.
-    #[error("cannot map the packet memory: {0}")]
+    #[error("cannot map the packet memory: {}", explained(.0))]
     Umem(#[source] io::Error),
     /// The thread cannot run where the dispatcher wants it.
     #[error(
@@ -94,7 +95,7 @@ pub enum AttachError {
     #[error("told to leave while there was no dispatcher")]
     Leaving,
     /// The signal handlers cannot be installed.
-    #[error("cannot install handlers for SIGTERM and SIGINT: {0}")]
+    #[error("cannot install handlers for SIGTERM and SIGINT: {}", explained(.0))]
     Signals(#[source] io::Error),
 }
 
