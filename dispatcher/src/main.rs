@@ -14,6 +14,7 @@ use xfan::placement::place;
 use xfan::run::{RunError, run};
 use xfan::topology::Machine;
 use xfan::{control, journal, report, topology};
+use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrder};
 
 fn main() -> ExitCode {
@@ -38,7 +39,7 @@ type Ended = Result<(), (Exit, String)>;
 
 fn failed(error: impl Into<RunError>) -> (Exit, String) {
     let error = error.into();
-    (error.exit(), error.to_string())
+    (error.exit(), explained(error))
 }
 
 fn run_primary(flags: &Flags) -> Ended {

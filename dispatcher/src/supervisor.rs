@@ -131,6 +131,7 @@ impl Process {
             .process_group(0);
         let unprivileged = !user.is_root();
         let survive = command.survive;
+        let descriptors = sys::original_descriptor_limit();
         if survive {
             process.env(ENV_SURVIVE, SURVIVAL.as_secs().to_string());
         }
@@ -150,7 +151,8 @@ impl Process {
                 if !survive {
                     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 }
-                sys::close_on_exec_from(3)
+                sys::close_on_exec_from(3)?;
+                sys::set_descriptor_limit(descriptors)
             });
         }
         let child = process.spawn().map_err(|source| {

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -91,6 +93,33 @@ fn close_on_exec_one_by_one(first: u32) -> io::Result<()> {
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
     Ok(())
+}
+
+/// More descriptors than a primary ever has open. No more are asked for: before Linux 5.11 all that are possible are looked at
+/// whenever a worker is started.
+const DESCRIPTORS: u64 = 1 << 16;
+
+/// Soft and hard limit of open files before [`raise_descriptor_limit`].
+static ORIGINAL_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Raises this process' limit of open files as far as it may, to 65,536 at most, and returns what it is then.
+pub fn raise_descriptor_limit() -> u64 {
+    let (soft, hard) = original_descriptor_limit();
+    let most = soft.max(hard.min(DESCRIPTORS));
+    if set_descriptor_limit((most, hard)).is_ok() { most } else { soft }
+}
+
+/// The soft and hard limit of open files that this process was started with: what its workers get.
+pub fn original_descriptor_limit() -> (u64, u64) {
+    *ORIGINAL_LIMIT.get_or_init(|| getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 4096)))
+}
+
+/// Sets the soft and hard limit of open files. Async-signal-safe.
+///
+/// # Errors
+/// Whatever setrlimit(2) says.
+pub fn set_descriptor_limit((soft, hard): (u64, u64)) -> io::Result<()> {
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?)
 }
 
 /// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::UnixCredentials;
 use xfan_shm::layout::VERSION;
+use xfan_shm::limits::explained;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
 use super::{Primary, PrimaryError};
@@ -80,7 +81,7 @@ impl Primary {
                 ),
             ));
         }
-        let fail = |error: &dyn std::fmt::Display| refused(RefusalCode::Closing, error.to_string());
+        let fail = |error: &dyn std::fmt::Display| refused(RefusalCode::Closing, explained(error));
         let memory = self.memory.read_only_fd().try_clone_to_owned().map_err(|error| fail(&error))?;
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
         let member = &mut self.members[place];
