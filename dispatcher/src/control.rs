@@ -4,26 +4,30 @@
 //! primary, which gets them as [`Event`]s, and which goes on whatever a peer makes its connection wait for.
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect, listen,
     setsockopt, socket, sockopt,
 };
+use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::unistd::Gid;
+use nix::unistd::{fchownat, geteuid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use xfan_shm::limits::explained;
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
 use crate::access::{Access, Standing, peer_of};
+use crate::folder::{Folder, FolderError, kind, set_mode};
 use crate::sys;
 
 /// Connections at a time: those of all users, of each of them, and those of root, which nobody else can use up.
@@ -102,6 +106,9 @@ pub enum ControlError {
     /// Something else is there.
     #[error("{0} exists and is no socket: remove it, or choose another control socket with --socket")]
     NotASocket(PathBuf),
+    /// Its folder is not to be trusted, or not to be had.
+    #[error("no control socket: {0}")]
+    Folder(#[from] FolderError),
     /// Anything else.
     #[error("cannot listen on {path}: {source}")]
     Io {
@@ -144,6 +151,8 @@ fn count(counter: &AtomicU64) {
 pub struct Listener {
     fd: OwnedFd,
     path: PathBuf,
+    folder: Folder,
+    name: OsString,
     inode: u64,
     access: Access,
     counters: Arc<ControlCounters>,
@@ -160,17 +169,18 @@ impl Listener {
     /// [`ControlError`]
     pub fn bind(path: &Path, access: Access) -> Result<Self, ControlError> {
         let fail = |source: io::Error| ControlError::Io { path: path.to_owned(), source };
-        if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
-            std::fs::create_dir(parent).map_err(fail)?;
-        }
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(fail(io::ErrorKind::InvalidInput.into()));
+        };
+        let folder = Folder::open(parent)?;
         let address = UnixAddr::new(path).map_err(|errno| fail(errno.into()))?;
-        if let Ok(found) = std::fs::symlink_metadata(path) {
-            if !found.file_type().is_socket() {
+        if let Ok(found) = folder.look(name) {
+            if kind(&found) != SFlag::S_IFSOCK {
                 return Err(ControlError::NotASocket(path.to_owned()));
             }
             let probe = seqpacket(SockFlag::SOCK_NONBLOCK).map_err(|errno| fail(errno.into()))?;
             match connect(probe.as_raw_fd(), &address) {
-                Err(nix::errno::Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(fail)?,
+                Err(nix::errno::Errno::ECONNREFUSED) => folder.remove(name).map_err(fail)?,
                 Err(nix::errno::Errno::ENOENT) => {}
                 _ => return Err(ControlError::Occupied(path.to_owned())),
             }
@@ -180,18 +190,24 @@ impl Listener {
             // Kernels before 6.16 cannot; there a peer can stop the thread of all connections, by a descriptor whose
             // closing blocks.
             let _ = sys::refuse_descriptors(fd.as_fd());
+            // The file gets no more than this, whatever the umask.
+            fchmod(&fd, Mode::from_bits_truncate(access.mode))?;
             bind(fd.as_raw_fd(), &address)?;
-            let inode = std::fs::symlink_metadata(path)?.ino();
+            let inode = folder.look(name)?.st_ino;
             // From here on, a failure removes the file.
-            let (mode, owner, group) = (access.mode, access.owner.as_raw(), access.group.map(Gid::as_raw));
-            let listener = Listener { fd, path: path.to_owned(), inode, access, counters: Arc::default() };
+            let (path, name, counters) = (path.to_owned(), name.to_owned(), Arc::default());
+            let listener = Listener { fd, path, folder, name, inode, access, counters };
             // Nobody can connect before `listen`.
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-            std::os::unix::fs::chown(path, Some(owner), group)?;
+            hand_over(&listener.folder, &listener.name, &listener.access)?;
             listen(&listener.fd, Backlog::MAXCONN)?;
             Ok(listener)
         };
         listening().map_err(fail)
+    }
+
+    /// The folder of the socket, and its name there.
+    pub fn place(&self) -> (&Folder, &OsStr) {
+        (&self.folder, &self.name)
     }
 
     /// Path of the socket.
@@ -219,7 +235,7 @@ impl Listener {
                     () = events.closed() => {}
                     result = accept_all(fd, &access, &counters, &events) => {
                         if let Err(error) = result {
-                            tracing::error!(%error, "the control socket accepts no connections");
+                            tracing::error!("the control socket accepts no connections: {}", explained(error));
                         }
                     }
                 }
@@ -232,10 +248,23 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         // Not if somebody has put another in its place.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
+        if self.folder.look(&self.name).is_ok_and(|found| found.st_ino == self.inode) {
+            let _ = self.folder.remove(&self.name);
         }
     }
+}
+
+/// Gives the file of a socket that this process has just bound its mode and owner, and no other file, should one be there by
+/// now.
+fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
+    let file = folder.open_file(name, OFlag::O_PATH, 0)?;
+    let found = fstat(&file)?;
+    if kind(&found) != SFlag::S_IFSOCK || found.st_uid != geteuid().as_raw() {
+        return Err(io::Error::other("another file has taken the socket's place"));
+    }
+    set_mode(&file, access.mode)?;
+    fchownat(&file, "", Some(access.owner), access.group, AtFlags::AT_EMPTY_PATH)?;
+    Ok(())
 }
 
 fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
@@ -253,16 +282,24 @@ async fn accept_all(
 ) -> io::Result<()> {
     let listener = sys::watched(listener, Interest::READABLE)?;
     let mut room = Room::default();
+    let mut told = None;
     for id in 0.. {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
             let socket = accept(listener)?;
             let peer = peer_of(&socket)?;
             Ok((socket, peer))
         });
-        let Ok((socket, peer)) = accepted.await else {
-            // No descriptors left, most likely: others will be closed.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            continue;
+        let (socket, peer) = match accepted.await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // No descriptors left, most likely: others will be closed.
+                if told.is_none_or(|told: Instant| told.elapsed() >= Duration::from_secs(60)) {
+                    told = Some(Instant::now());
+                    tracing::warn!("the control socket cannot accept a connection: {}", explained(error));
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
         };
         count(&counters.connections);
         // Whoever it is hears of it or sees the end.
@@ -446,5 +483,33 @@ pub fn ask(path: &Path, request: &Request) -> Result<Reply, ProtocolError> {
     match reply {
         Reply::Refused(refusal) => Err(ProtocolError::Refused(refusal)),
         reply => Ok(reply),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ControlAccess, WorkerUser};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    #[test]
+    fn a_link_in_place_of_the_socket_leads_nowhere() {
+        let temporary = tempfile::tempdir().unwrap();
+        let path = temporary.path().join("folder/x.sock");
+        let folder = Folder::open(path.parent().unwrap()).unwrap();
+        let mut access =
+            Access::find(&ControlAccess::default(), &WorkerUser::find(Some("root")).unwrap()).unwrap();
+        (access.mode, access.owner) = (0o666, 4711.into());
+        let target = temporary.path().join("target");
+        std::fs::write(&target, "root's alone").unwrap();
+        std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let before = std::fs::metadata(&target).unwrap();
+        // Before the start …
+        symlink(&target, &path).unwrap();
+        assert!(matches!(Listener::bind(&path, access.clone()), Err(ControlError::NotASocket(_))));
+        // … and at the worst time, between bind and what follows.
+        assert!(hand_over(&folder, OsStr::new("x.sock"), &access).is_err());
+        let after = std::fs::metadata(&target).unwrap();
+        assert_eq!((after.mode(), after.uid()), (before.mode(), before.uid()));
     }
 }

@@ -5,8 +5,8 @@
 //! hashes and steers them ([`steer`]), and accounts for [`frames`].
 //!
 //! The control thread is [`primary`]. It handles [`members`], their [`life`] and [`journal`], their
-//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket and its
-//! [`access`], the [`watch`] over the interface, and the [`report`].
+//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket, its
+//! [`access`] and its [`folder`], the [`watch`] over the interface, and the [`report`].
 //!
 //! The start: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which calls
 //! them.
@@ -17,6 +17,7 @@ pub mod config;
 pub mod control;
 pub mod counters;
 pub mod exit;
+pub mod folder;
 pub mod frames;
 pub mod interface;
 pub mod journal;

@@ -30,6 +30,7 @@ use crate::port::Port;
 use crate::report::{self, Report};
 use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
+use crate::survivors::Note;
 use crate::sys;
 use crate::umem::PacketMemory;
 use crate::watch::{Arrivals, Watch, has_carrier};
@@ -170,10 +171,13 @@ impl Primary {
         let mut terminated = signal(SignalKind::terminate())?;
         // They may have been put off until now.
         sys::put_off_signals(false)?;
+        let note = Note::beside(listener.place());
+        note.remove_unfinished();
         if let Some(command) = workers {
             self.spawner = Some(Spawner {
                 command: command.clone(),
                 socket: listener.path().to_owned(),
+                note,
                 events: events.0.clone(),
             });
             self.start_workers()?;

@@ -10,6 +10,7 @@ use crate::access::Access;
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
 use crate::control::{ControlError, Listener};
 use crate::exit::Exit;
+use crate::folder::FolderError;
 use crate::interface::{Interface, InterfaceError};
 use crate::lane::LaneConfig;
 use crate::lanes::{LaneHandle, LaneParts};
@@ -21,7 +22,7 @@ use crate::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
 use crate::privileges::{PrivilegeError, check_privileges};
 use crate::steer::HashKey;
 use crate::supervisor::WorkerCommand;
-use crate::sys::put_off_signals;
+use crate::sys::{self, put_off_signals};
 use crate::topology::{Machine, TopologyError};
 use crate::xsk::BindError;
 
@@ -50,6 +51,16 @@ pub enum RunError {
         interface: String,
         lanes: u32,
     },
+    #[error(
+        "{needed} file descriptors are needed for {lanes} lanes and {workers} workers, but RLIMIT_NOFILE of this process is \
+         {limit} (ulimit -n, LimitNOFILE=): raise it, or have fewer queues or workers"
+    )]
+    Descriptors {
+        needed: u64,
+        lanes: usize,
+        workers: usize,
+        limit: u64,
+    },
     #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
     Imbalance(Vec<String>),
     #[error("packets were lost that are in no counter: {}", .0.join("; "))]
@@ -68,14 +79,18 @@ impl RunError {
             RunError::Topology(error) => error.exit(),
             RunError::Placement(error) => error.exit(),
             RunError::Budget(error) => error.exit(),
-            RunError::Control(ControlError::NotASocket(_)) => Exit::Usage,
+            RunError::Control(
+                ControlError::NotASocket(_) | ControlError::Folder(FolderError::Shared { .. }),
+            ) => Exit::Usage,
             RunError::Port(error) => error.exit(),
             RunError::Control(ControlError::Occupied(_)) => Exit::Busy,
             RunError::TooManyLanes { .. } => Exit::Usage,
             RunError::Primary(error) => error.exit(),
-            RunError::Control(_) | RunError::Io(_) | RunError::Imbalance(_) | RunError::Unaccounted(_) => {
-                Exit::Failure
-            }
+            RunError::Control(_)
+            | RunError::Io(_)
+            | RunError::Descriptors { .. }
+            | RunError::Imbalance(_)
+            | RunError::Unaccounted(_) => Exit::Failure,
         }
     }
 }
@@ -88,8 +103,15 @@ impl RunError {
 /// # Errors
 /// [`RunError`]. Everything is taken down again in either case.
 pub fn run(config: &Config) -> Result<Outcome, RunError> {
+    let descriptors = sys::raise_descriptor_limit();
     let interface = Interface::find(&config.interface)?;
     let queues = interface.select(&config.queues)?;
+    // Libraries call a lack of descriptors by other names.
+    let needed = descriptors_needed(queues.len(), config.workers);
+    if needed > descriptors {
+        let (lanes, workers) = (queues.len(), config.workers);
+        return Err(RunError::Descriptors { needed, lanes, workers, limit: descriptors });
+    }
     let modes = modes(config, &interface)?;
     check_privileges()?;
     let user = WorkerUser::find(config.user.as_deref())?;
@@ -149,6 +171,12 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             error => return Ok(Outcome { error, ..outcome }),
         }
     }
+}
+
+/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane and worker; and those it has for a moment while
+/// it starts a worker or answers an operator.
+fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
+    48 + 4 * (lanes as u64 + workers as u64)
 }
 
 /// Whether a mode failed for something that the next mode does not need: zero-copy, larger frames,

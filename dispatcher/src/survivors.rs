@@ -4,14 +4,17 @@
 //! ordered end takes away. The note holds their tokens, and who stands in it may be killed: it is root's alone, and what is in it is
 //! believed only where the kernel says the same of the process.
 
-use std::fs::{self, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::OFlag;
 
 use serde::{Deserialize, Serialize};
 
+use crate::folder::Folder;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::sys;
 
@@ -69,21 +72,24 @@ fn facts(pid: u32) -> Option<Facts> {
     Some(Facts { began: process.stat().ok()?.starttime, uid })
 }
 
-/// A path whose last part goes on with `more`.
-fn with_more(path: &Path, more: &str) -> PathBuf {
-    let mut path = path.as_os_str().to_owned();
-    path.push(more);
-    path.into()
-}
-
 /// The note beside a control socket.
 #[derive(Clone, Debug)]
-pub struct Note(PathBuf);
+pub struct Note {
+    folder: Folder,
+    name: OsString,
+    /// What is written before it gets that name.
+    new: OsString,
+}
 
 impl Note {
-    /// Of the primary that listens on this socket: `/run/xfan/eth1.sock.workers` beside `/run/xfan/eth1.sock`.
-    pub fn beside(socket: &Path) -> Self {
-        Note(with_more(socket, ".workers"))
+    /// Of the primary whose socket has this name in its folder: `eth1.sock.workers` beside `eth1.sock`.
+    pub fn beside((folder, socket): (&Folder, &OsStr)) -> Self {
+        let with = |more| {
+            let mut name = socket.to_owned();
+            name.push(more);
+            name
+        };
+        Note { folder: folder.clone(), name: with(".workers"), new: with(".workers.new") }
     }
 
     /// Writes who runs now. Whoever reads sees the note as it was or as it is.
@@ -91,11 +97,15 @@ impl Note {
     /// # Errors
     /// Whatever the file system says.
     pub fn write(&self, survivors: &[Survivor]) -> io::Result<()> {
-        let new = with_more(&self.0, ".new");
-        self.forget(&new);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(survivors)?)?;
-        fs::rename(&new, &self.0)
+        self.remove_unfinished();
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+        let mut file = File::from(self.folder.open_file(&self.new, flags, 0o600)?);
+        let written = file.write_all(&serde_json::to_vec(survivors)?);
+        let written = written.and_then(|()| self.folder.rename(&self.new, &self.name));
+        if written.is_err() {
+            self.remove_unfinished();
+        }
+        written
     }
 
     /// Who stands in it; nobody if there is none.
@@ -105,13 +115,9 @@ impl Note {
     pub fn read(&self) -> io::Result<Vec<Survivor>> {
         /// More than the note of 64 workers.
         const LIMIT: u64 = 4 << 20;
-        let file = match OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(&self.0)
-        {
+        let file = match self.folder.open_file(&self.name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            file => file?,
+            file => File::from(file?),
         };
         let metadata = file.metadata()?;
         if !metadata.is_file()
@@ -125,22 +131,26 @@ impl Note {
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// Takes it away.
+    /// Takes it away, and what a primary may have left of one.
     pub fn remove(&self) {
-        self.forget(&self.0);
+        self.forget(&self.name);
+        self.remove_unfinished();
     }
 
-    fn forget(&self, path: &Path) {
-        if let Err(error) = fs::remove_file(path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %path.display(), "cannot be removed: {error}");
+    /// Takes away what a primary left that was killed while it wrote.
+    pub fn remove_unfinished(&self) {
+        self.forget(&self.new);
+    }
+
+    fn forget(&self, name: &OsStr) {
+        if let Err(error) = self.folder.remove(name) {
+            tracing::warn!(file = %name.display(), "cannot be removed: {error}");
         }
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.0
+    /// Its name in the socket's folder.
+    pub fn name(&self) -> &OsStr {
+        &self.name
     }
 }
 
@@ -150,11 +160,12 @@ mod tests {
 
     use super::*;
 
-    fn note(name: &str) -> (PathBuf, Note) {
-        let folder = std::env::temp_dir().join(format!("xfan-note-{}-{name}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let note = Note::beside(&folder.join("eth1.sock"));
-        (folder, note)
+    /// A note, and where it lies.
+    fn note() -> (tempfile::TempDir, Note, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let note = Note::beside((&Folder::open(folder.path()).unwrap(), OsStr::new("eth1.sock")));
+        let path = folder.path().join("eth1.sock.workers");
+        (folder, note, path)
     }
 
     fn survivor(pid: u32, began: u64) -> Survivor {
@@ -164,36 +175,50 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_until_it_is_taken_away() {
-        let (folder, note) = note("write");
+        let (_folder, note, path) = note();
         assert_eq!(note.read().unwrap(), []);
         for began in [1, 2] {
             note.write(&[survivor(7, began)]).unwrap();
             assert_eq!(note.read().unwrap(), [survivor(7, began)]);
         }
-        assert_eq!(note.path(), folder.join("eth1.sock.workers"));
-        assert_eq!(fs::metadata(note.path()).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         note.remove();
         note.remove();
         assert_eq!(note.read().unwrap(), []);
-        fs::remove_dir(folder).unwrap();
     }
 
     #[test]
     fn what_others_may_have_written_is_not_believed() {
-        let (folder, note) = note("doubt");
-        fs::write(note.path(), "no JSON").unwrap();
-        fs::set_permissions(note.path(), fs::Permissions::from_mode(0o600)).unwrap();
+        let (folder, note, path) = note();
+        let folder = folder.path();
+        fs::write(&path, "no JSON").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         assert!(note.read().is_err());
         note.write(&[survivor(7, 1)]).unwrap();
-        fs::set_permissions(note.path(), fs::Permissions::from_mode(0o620)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
         assert_eq!(note.read().unwrap_err().to_string(), "it is not this user's alone");
-        fs::rename(note.path(), folder.join("elsewhere")).unwrap();
-        std::os::unix::fs::symlink(folder.join("elsewhere"), note.path()).unwrap();
+        fs::rename(&path, folder.join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(folder.join("elsewhere"), &path).unwrap();
         assert!(note.read().is_err());
-        fs::remove_file(note.path()).unwrap();
-        nix::unistd::mkfifo(note.path(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(note.read().is_err());
-        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_primary_left_is_cleaned_and_links_are_not_followed() {
+        let (folder, note, path) = note();
+        let (target, new) = (folder.path().join("target"), folder.path().join("eth1.sock.workers.new"));
+        fs::write(&target, "as it was").unwrap();
+        for _ in 0..2 {
+            std::os::unix::fs::symlink(&target, &new).unwrap();
+            note.write(&[survivor(7, 1)]).unwrap();
+            assert!(!new.exists() && fs::symlink_metadata(&path).unwrap().is_file());
+        }
+        fs::write(&new, "half").unwrap();
+        note.remove();
+        assert!(!new.exists() && !path.exists());
+        assert_eq!(fs::read_to_string(&target).unwrap(), "as it was");
     }
 
     #[test]

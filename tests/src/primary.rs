@@ -23,9 +23,14 @@ pub struct Primary {
     folder: Folder,
 }
 
-/// A new folder that workers of any user may write to, removed when dropped.
+/// A new folder that workers of any user may write to, removed when dropped; beside it one for the control socket, which none may
+/// write to, and which the dispatcher has to make.
 #[derive(Debug)]
-pub struct Folder(tempfile::TempDir);
+pub struct Folder {
+    /// Belongs to who runs the tests, as do the folders above.
+    whole: tempfile::TempDir,
+    shared: PathBuf,
+}
 
 impl Folder {
     /// Makes it.
@@ -33,19 +38,27 @@ impl Folder {
     /// # Errors
     /// Whatever the file system says.
     pub fn new() -> std::io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("xfan-t-").tempdir()?;
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777))?;
-        Ok(Folder(folder))
+        let whole = tempfile::Builder::new().prefix("xfan-t-").tempdir()?;
+        std::fs::set_permissions(whole.path(), std::fs::Permissions::from_mode(0o755))?;
+        let shared = whole.path().join("shared");
+        std::fs::create_dir(&shared)?;
+        std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o777))?;
+        Ok(Folder { whole, shared })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        &self.shared
     }
 
     /// A path in it.
     pub fn join(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.shared.join(name)
+    }
+
+    /// The control socket beside it.
+    pub fn socket(&self) -> PathBuf {
+        self.whole.path().join("run/xfan.sock")
     }
 }
 
@@ -75,6 +88,11 @@ impl<'a> Launch<'a> {
     /// Its folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.socket()
     }
 
     /// Adds arguments for `xfan run`, separated by blanks.
@@ -144,10 +162,7 @@ impl<'a> Launch<'a> {
     /// `xfan` is not built.
     pub fn command(&self) -> Result<Command, ProcessError> {
         let mut command = self.namespace.command(binary("xfan")?);
-        command
-            .args(["run", "-i", "rx0", "--socket"])
-            .arg(self.folder.join("xfan.sock"))
-            .args(&self.arguments);
+        command.args(["run", "-i", "rx0", "--socket"]).arg(self.socket()).args(&self.arguments);
         if !self.command.is_empty() {
             command.arg("--").args(&self.command);
         }
@@ -161,7 +176,17 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// `xfan` is not built or does not start.
     pub fn spawn(self) -> Result<Primary, ProcessError> {
-        Ok(Primary { process: Process::spawn(self.command()?)?, folder: self.folder })
+        self.spawn_with(|_| {})
+    }
+
+    /// As [`spawn`](Self::spawn), with a command that `change` has changed.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_with(self, change: impl FnOnce(&mut Command)) -> Result<Primary, ProcessError> {
+        let mut command = self.command()?;
+        change(&mut command);
+        Ok(Primary { process: Process::spawn(command)?, folder: self.folder })
     }
 
     /// Starts it and waits for its end: for what is to be refused.
@@ -199,10 +224,10 @@ impl<'a> Launch<'a> {
 impl Primary {
     /// The control socket.
     pub fn socket(&self) -> PathBuf {
-        self.folder.join("xfan.sock")
+        self.folder.socket()
     }
 
-    /// The folder of its socket and its workers' output.
+    /// The folder of its workers' output.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }

@@ -93,7 +93,7 @@ fn a_secondary_says_when_there_is_no_primary_or_waits_for_it() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let folder = Folder::new().unwrap();
-    let socket = folder.join("xfan.sock");
+    let socket = folder.socket();
     let exit = example("secondary", &socket, "").wait();
     assert_eq!((exit.code, exit.stdout.len()), (Some(1), 0));
     let said = format!("secondary: no dispatcher listens on {}: start one with", socket.display());

@@ -49,7 +49,7 @@ fn wait_until_nothing_is_left(namespace: &Netns) {
 fn assert_nothing_is_left(namespace: &Netns, folder: &Folder) {
     assert_eq!(leftovers::processes_in(namespace), Vec::<String>::new());
     assert_eq!(leftovers::xdp_program(namespace, "rx0").unwrap(), None);
-    assert!(!folder.join("xfan.sock").exists());
+    assert!(!folder.socket().exists());
 }
 
 fn assert_ended_well(exit: &Exit) {
@@ -234,7 +234,7 @@ fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
     while !knock() {}
 
     // The next one takes its place at once, socket file and all.
-    assert!(folder.join("xfan.sock").exists());
+    assert!(folder.socket().exists());
     let primary = start(&receiver, folder);
     assert!(!knock());
     assert_balanced(&primary.report_after(1, true), 1);
@@ -301,13 +301,13 @@ fn without_any_worker_left_it_ends_and_says_so() {
     for member in &primary.report().groups[0].members {
         kill(Pid::from_raw(i32::try_from(member.pid).unwrap()), Signal::SIGKILL).unwrap();
     }
-    let folder = primary.folder().to_owned();
+    let socket = primary.socket();
     let exit = primary.process.wait();
     assert_eq!(exit.code, Some(6), "{exit:#?}");
     let stderr = exit.stderr.join("\n");
     assert!(stderr.contains("xfan: no worker is left: the last one, default/"), "{stderr}");
     assert!(stderr.contains("ended (signal: 9 (SIGKILL))"), "{stderr}");
-    assert!(!folder.join("xfan.sock").exists());
+    assert!(!socket.exists());
     wait_until_nothing_is_left(&namespace);
 }
 

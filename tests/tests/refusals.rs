@@ -211,14 +211,14 @@ fn a_control_socket_where_a_file_is() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let launch = launch(&namespace);
-    let path = launch.folder().join("xfan.sock");
+    let path = launch.socket();
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
     std::fs::write(&path, "precious").unwrap();
-    let folder = launch.folder().to_owned();
     let command = launch.command().unwrap();
     let exit = Process::spawn(command).unwrap().wait();
     let message = format!(
         "xfan: {} exists and is no socket: remove it, or choose another control socket with --socket",
-        folder.join("xfan.sock").display()
+        path.display()
     );
     assert_refused_without_trace(&namespace, &exit, USAGE, &message);
     assert_eq!(std::fs::read_to_string(path).unwrap(), "precious");

@@ -160,7 +160,7 @@ impl Primary {
             }
         }
         if let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) {
-            spawner.note().remove();
+            spawner.note.remove();
         }
         if let Some(watch) = &mut self.watch {
             watch.count_now(LOOK);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::sync::mpsc;
+use xfan_shm::limits::explained;
 
 use super::{Primary, PrimaryError, random_token};
 use crate::config::OnEmpty;
@@ -22,6 +23,8 @@ use crate::sys;
 pub(super) struct Spawner {
     pub(super) command: WorkerCommand,
     pub(super) socket: PathBuf,
+    /// Where the workers are written down.
+    pub(super) note: Note,
     pub(super) events: mpsc::UnboundedSender<Event>,
 }
 
@@ -40,11 +43,6 @@ pub struct Care {
 }
 
 impl Spawner {
-    /// Where the workers are written down.
-    pub(super) fn note(&self) -> Note {
-        Note::beside(&self.socket)
-    }
-
     /// Sends an event to the primary, later.
     fn later(&self, delay: Duration, event: Event) {
         let events = self.events.clone();
@@ -76,9 +74,13 @@ impl Primary {
     /// Takes workers in that an earlier primary started, as far as they are what this one would start; others have to end.
     fn adopt_survivors(&mut self) -> Result<(), PrimaryError> {
         let Some(spawner) = &self.spawner else { return Ok(()) };
-        let (command, note) = (spawner.command.clone(), spawner.note());
+        let (command, note) = (spawner.command.clone(), spawner.note.clone());
         let survivors = note.read().unwrap_or_else(|error| {
-            tracing::warn!(path = %note.path().display(), "workers of an earlier primary cannot be found: {error}");
+            tracing::warn!(
+                path = format!("{}.workers", spawner.socket.display()),
+                "workers of an earlier primary cannot be found: {}",
+                explained(error)
+            );
             Vec::new()
         });
         note.remove();
@@ -160,9 +162,12 @@ impl Primary {
             survivor
         };
         let survivors: Vec<_> = self.members.iter().filter_map(survivor).collect();
-        if let Err(error) = spawner.note().write(&survivors) {
-            let path = spawner.note().path().display().to_string();
-            tracing::warn!(path, "cannot be written: the next primary will not find the workers: {error}");
+        if let Err(error) = spawner.note.write(&survivors) {
+            tracing::warn!(
+                path = format!("{}.workers", spawner.socket.display()),
+                "cannot be written: the next primary will not find the workers: {}",
+                explained(error)
+            );
         }
     }
 
@@ -243,7 +248,7 @@ impl Primary {
         match self.start_worker(place) {
             Err(error @ (PrimaryError::Spawn(_) | PrimaryError::Io(_))) => {
                 // The program may come back: an upgrade replaces it. So may descriptors.
-                tracing::error!(member = self.members[place].id, "{error}");
+                tracing::error!(member = self.members[place].id, "{}", explained(&error));
                 self.restart_or_not(place, false);
                 self.check_any_left(place, error.to_string())
             }

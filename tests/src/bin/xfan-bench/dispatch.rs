@@ -169,7 +169,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
     let access = Access::find(&ControlAccess::default(), &user)?;
-    let listener = Listener::bind(&folder.join("bench.sock"), access)?;
+    let listener = Listener::bind(&folder.socket(), access)?;
     let (second, policy) = (Duration::from_secs(1), Policy::No);
     let restart = Restart { policy, delay: second, limit_burst: 1, limit_interval: second };
     let primary = Primary::new(

@@ -1,0 +1,308 @@
+//! The folder of the control socket: all that the primary makes in the file system lies in it.
+//!
+//! A name in a folder that others may write to is whatever they have put there: a link to a file of root's,
+//! or a socket of their own. So the way to the folder is walked from `/`, one descriptor after the other,
+//! and everything in it is reached from the last of these: what was checked is what is used.
+
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat, readlinkat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, User, geteuid, unlinkat};
+
+/// Mode of a folder that xfan makes: workers of another user have to enter it.
+const MODE: u32 = 0o755;
+
+/// Links on the way to a folder; the kernel follows as many.
+const MAX_LINKS: usize = 40;
+
+/// A folder that only root and the primary's user can change.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    fd: Arc<OwnedFd>,
+}
+
+/// A folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// Others may change what is in it.
+    #[error(
+        "folder {} (owner {owner}, mode {mode:04o}) can be written to by others than root and the user that xfan runs \
+         as, who could put files of their own in place of xfan's: let it belong to root (chown root {0}) and take \
+         write access from all others (chmod go-w {0}), or choose a socket in another folder with --socket",
+        path.display()
+    )]
+    Shared {
+        /// Where it is.
+        path: PathBuf,
+        /// Name of its owner.
+        owner: String,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// It cannot be made or entered.
+    #[error("folder {path}: {source}", path = path.display())]
+    Io {
+        /// Where it is.
+        path: PathBuf,
+        /// What the kernel says.
+        source: io::Error,
+    },
+}
+
+impl Folder {
+    /// Opens a folder, and makes it if it alone of its path is missing. The folder, and every folder and link
+    /// on the way, has to belong to root or this process' user. No other user may be able to write to the
+    /// folder, nor to one above unless that is sticky, as `/tmp` is: there nobody can replace it. The folder
+    /// itself may not be sticky instead: there others could not replace a file, but be first to make it.
+    ///
+    /// # Errors
+    /// [`FolderError`]
+    pub fn open(path: &Path) -> Result<Self, FolderError> {
+        let mut rest: VecDeque<OsString> = parts(path).collect();
+        let (mut fd, mut at) = (root()?, PathBuf::from("/"));
+        let mut links = 0;
+        check(&fd, &at, rest.is_empty())?;
+        while let Some(name) = rest.pop_front() {
+            let here = at.join(&name);
+            let fail = |errno: Errno| FolderError::Io { path: here.clone(), source: errno.into() };
+            let look = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let next = match openat(&fd, name.as_os_str(), look, Mode::empty()) {
+                Err(Errno::ENOENT) if rest.is_empty() => make(&fd, &name),
+                next => next,
+            }
+            .map_err(fail)?;
+            let kind = kind(&fstat(&next).map_err(fail)?);
+            if kind == SFlag::S_IFLNK {
+                check(&next, &here, false)?;
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(fail(Errno::ELOOP));
+                }
+                let target = PathBuf::from(readlinkat(&next, "").map_err(fail)?);
+                if target.is_absolute() {
+                    (fd, at) = (root()?, "/".into());
+                }
+                for part in parts(&target).rev() {
+                    rest.push_front(part);
+                }
+                continue;
+            }
+            if kind != SFlag::S_IFDIR {
+                return Err(fail(Errno::ENOTDIR));
+            }
+            (fd, at) = (next, here);
+            check(&fd, &at, rest.is_empty())?;
+        }
+        Ok(Folder { fd: Arc::new(fd) })
+    }
+
+    /// Opens a file in it, never what a link points to; one that is made gets exactly this mode, whatever the umask.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn open_file(&self, name: &OsStr, flags: OFlag, mode: u32) -> io::Result<OwnedFd> {
+        let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(&self.fd, name, flags, Mode::from_bits_truncate(mode))?;
+        if flags.contains(OFlag::O_CREAT) {
+            fchmod(&fd, Mode::from_bits_truncate(mode))?;
+        }
+        Ok(fd)
+    }
+
+    /// What is there by this name.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn look(&self, name: &OsStr) -> io::Result<FileStat> {
+        Ok(fstatat(&self.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)?)
+    }
+
+    /// Renames a file; one that has the new name is replaced.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        Ok(renameat(&self.fd, from, &self.fd, to)?)
+    }
+
+    /// Removes a file, if it is there.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn remove(&self, name: &OsStr) -> io::Result<()> {
+        match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
+            Err(Errno::ENOENT) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}
+
+/// The kind of a file, such as `S_IFDIR`.
+pub fn kind(file: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(file.st_mode) & SFlag::S_IFMT
+}
+
+/// Sets the mode of the very file behind a descriptor, also one that was opened by `O_PATH`.
+///
+/// # Errors
+/// Whatever the kernel says, for example when /proc is not mounted.
+pub fn set_mode(fd: &OwnedFd, mode: u32) -> io::Result<()> {
+    fs::set_permissions(format!("/proc/self/fd/{}", fd.as_raw_fd()), Permissions::from_mode(mode))
+}
+
+fn root() -> Result<OwnedFd, FolderError> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open("/", flags, Mode::empty())
+        .map_err(|errno| FolderError::Io { path: "/".into(), source: errno.into() })
+}
+
+/// The parts of a path; `..` is one of them, since what is above a link is above its target.
+fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
+    path.components().filter_map(|part| match part {
+        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
+/// Makes a folder, and opens it.
+fn make(parent: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
+    match mkdirat(parent, name, Mode::from_bits_truncate(MODE)) {
+        Ok(()) => {
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let fd = openat(parent, name, flags, Mode::empty())?;
+            // The umask may have taken what workers need.
+            fchmod(&fd, Mode::from_bits_truncate(MODE))?;
+        }
+        Err(Errno::EEXIST) => {} // another primary was quicker
+        Err(errno) => return Err(errno),
+    }
+    openat(parent, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+}
+
+/// Whether a folder or a link on the way to one is root's or this user's, and no other's to change.
+fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
+    let found = fstat(fd).map_err(|errno| FolderError::Io { path: path.into(), source: errno.into() })?;
+    let ours = found.st_uid == 0 || found.st_uid == geteuid().as_raw();
+    let link = kind(&found) == SFlag::S_IFLNK; // its mode means nothing
+    let others_write = found.st_mode & 0o022 != 0 && !link;
+    let sticky = found.st_mode & libc::S_ISVTX != 0;
+    if ours && (!others_write || sticky && !last) {
+        return Ok(());
+    }
+    let owner = User::from_uid(found.st_uid.into()).ok().flatten();
+    let owner = owner.map_or_else(|| found.st_uid.to_string(), |user| user.name);
+    Err(FolderError::Shared { path: path.into(), owner, mode: found.st_mode & 0o7777 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_to_is_refused() {
+        let temporary = tempfile::tempdir().unwrap();
+        let (above, folder) = (temporary.path().join("above"), temporary.path().join("above/folder"));
+        fs::create_dir_all(&folder).unwrap();
+        chmod(&above, 0o755);
+        for (mode, usable) in [(0o755, true), (0o700, true), (0o775, false), (0o757, false), (0o1777, false)]
+        {
+            chmod(&folder, mode);
+            let opened = Folder::open(&folder);
+            assert_eq!(opened.is_ok(), usable, "{mode:o}");
+            if let Err(error) = opened {
+                let text = error.to_string();
+                let owner = User::from_uid(geteuid()).unwrap().unwrap().name;
+                let path = folder.display();
+                assert!(
+                    text.starts_with(&format!("folder {path} (owner {owner}, mode {mode:04o}) can")),
+                    "{text}"
+                );
+                assert!(text.contains(&format!("(chmod go-w {path})")), "{text}");
+            }
+        }
+        chmod(&folder, 0o755);
+        for (mode, usable) in [(0o777, false), (0o775, false), (0o1777, true), (0o711, true)] {
+            chmod(&above, mode);
+            assert_eq!(Folder::open(&folder).is_ok(), usable, "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn of_a_path_only_the_last_part_is_made() {
+        let temporary = tempfile::tempdir().unwrap();
+        let new = temporary.path().join("new");
+        assert!(Folder::open(&new.join("newer")).is_err() && !new.exists());
+        Folder::open(&new).unwrap();
+        assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o755);
+        fs::write(new.join("file"), "").unwrap();
+        let error = Folder::open(&new.join("file")).unwrap_err().to_string();
+        assert!(error.ends_with("/new/file: Not a directory (os error 20)"), "{error}");
+    }
+
+    #[test]
+    fn links_lead_where_they_lead_and_what_is_there_counts() {
+        let temporary = tempfile::tempdir().unwrap();
+        let at = |name: &str| temporary.path().join(name);
+        fs::create_dir_all(at("a/b")).unwrap();
+        symlink("a/../a/b", at("relative")).unwrap();
+        symlink(at("relative"), at("absolute")).unwrap();
+        symlink("itself", at("itself")).unwrap();
+        for link in ["relative", "absolute"] {
+            let folder = Folder::open(&at(link)).unwrap();
+            let found = fstat(&*folder.fd).unwrap();
+            assert_eq!(found.st_ino, fs::metadata(at("a/b")).unwrap().ino());
+        }
+        assert!(Folder::open(&at("itself")).unwrap_err().to_string().contains("symbolic links"));
+        chmod(&at("a/b"), 0o777);
+        assert!(matches!(Folder::open(&at("absolute")), Err(FolderError::Shared { .. })));
+    }
+
+    #[test]
+    fn a_link_of_another_user_is_refused() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let temporary = tempfile::tempdir().unwrap();
+        let (folder, link) = (temporary.path().join("folder"), temporary.path().join("link"));
+        fs::create_dir(&folder).unwrap();
+        symlink(&folder, &link).unwrap();
+        assert!(Folder::open(&link).is_ok());
+        std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
+        assert!(matches!(Folder::open(&link), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+        std::os::unix::fs::chown(&folder, Some(4711), None).unwrap();
+        assert!(matches!(Folder::open(&folder), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+    }
+
+    #[test]
+    fn files_are_not_reached_through_links_and_get_their_mode() {
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&temporary.path().join("folder")).unwrap();
+        let (target, name) = (temporary.path().join("target"), OsStr::new("name"));
+        fs::write(&target, "as it was").unwrap();
+        symlink(&target, temporary.path().join("folder/name")).unwrap();
+        for flags in [OFlag::O_RDONLY, OFlag::O_WRONLY | OFlag::O_CREAT] {
+            let error = folder.open_file(name, flags, 0o600).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
+        }
+        assert_eq!(kind(&folder.look(name).unwrap()), SFlag::S_IFLNK);
+        folder.remove(name).unwrap();
+        folder.remove(name).unwrap();
+        folder.open_file(name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL, 0o666).unwrap();
+        assert_eq!(folder.look(name).unwrap().st_mode & 0o7777, 0o666, "whatever the umask");
+        assert_eq!(fs::read_to_string(&target).unwrap(), "as it was");
+    }
+}
