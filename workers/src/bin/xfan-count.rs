@@ -1,10 +1,12 @@
 //! `xfan-count`: reads the headers of every packet and counts. The shortest worker, and the one to measure with.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use signal_hook::consts::SIGHUP;
 use xfan_worker::{AttachError, Packet, Received, RecvError, Worker};
 
 /// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it ends.
@@ -63,6 +65,8 @@ impl Totals {
 }
 
 fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::error::Error>> {
+    // It has no file to open anew; the signal is not to end it.
+    signal_hook::flag::register(SIGHUP, Default::default())?;
     let mut builder = Worker::builder().leave_on_signals();
     if let Some(socket) = &arguments.attach {
         builder = builder.socket(socket);
@@ -110,11 +114,13 @@ fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::
 
 fn main() -> ExitCode {
     let (arguments, mut totals) = (Arguments::parse(), Totals::default());
-    let result = count(&arguments, &mut totals);
+    let mut result = count(&arguments, &mut totals);
     if !totals.member.is_empty() {
-        println!("{}", serde_json::json!(totals));
+        let printed = writeln!(io::stdout(), "{}", serde_json::json!(totals));
+        result = result.and(printed.map_err(|error| format!("cannot print the totals: {error}").into()));
     }
     let Err(error) = result else { return ExitCode::SUCCESS };
-    eprintln!("xfan-count: {error}");
+    // Standard error may be on the same full disk.
+    let _ = io::stderr().write_all(format!("xfan-count: {error}\n").as_bytes());
     ExitCode::FAILURE
 }

@@ -1,7 +1,8 @@
 //! `xfan-flow`: writes one line of JSON for each flow.
 //!
 //! A flow ends when it has been idle for long enough, when the table is full and it is the longest idle, or when the
-//! worker ends. Nothing is lost silently: every packet is in a record, or counted as `packets_unparsed`.
+//! worker ends. Nothing is lost silently: every packet is in a record, or counted as `packets_unparsed`, or, when records
+//! could not be written, as `packets_lost`.
 
 mod community_id;
 mod flow_id;
@@ -11,21 +12,27 @@ mod record;
 mod table;
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
+use signal_hook::consts::SIGHUP;
 use xfan_worker::{AttachError, CounterError, Received, RecvError, Worker};
 
 use crate::meter::Meter;
-use crate::output::{Output, OutputError};
+use crate::output::Output;
 use crate::table::FlowTable;
 
 /// Writes flow records: a worker of the xfan packet dispatcher.
 ///
 /// One JSON object per line: community_id proto src sport dst dport packets bytes first last tcp_flags member.
 /// Of ICMP, sport and dport are the type of a message and that of its answer, or its code if nothing answers it.
+///
+/// On SIGHUP the output file is opened anew. While it cannot be written to, up to 16 MiB of records wait in memory.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -56,13 +63,22 @@ fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("xfan-flow: {error}");
+            say(&format!("xfan-flow: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
+/// Writes a line to standard error, in one piece. That may be on the same full disk as the records: no line is better than no
+/// worker.
+fn say(line: &str) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    // From the first moment on: the signal is not to end it.
+    let reopen = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGHUP, reopen.clone())?;
     let mut builder = Worker::builder().leave_on_signals();
     if let Some(socket) = &arguments.attach {
         builder = builder.socket(socket);
@@ -80,21 +96,30 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut meter = Meter::new(&mut worker, table, output)?;
 
     let patience = arguments.reconnect.then_some(Duration::MAX).or(worker.survival());
-    let end = receive(&mut worker, &mut meter, patience);
-    if let Err(End::Output(error)) = end {
-        return Err(error.into()); // nowhere to write the rest to
-    }
-    let totals = meter.finish()?;
-    eprintln!(
-        "xfan-flow {}: packets in flows {}, flows written {} (expired {}, evicted {}), packets of no flow {} (not IP, or cut off)",
+    let end = receive(&mut worker, &mut meter, patience, &reopen);
+    let (totals, written) = meter.finish();
+    let records = totals.records;
+    say(&format!(
+        "xfan-flow {}: packets in flows {}, flows written {} (expired {}, evicted {}), packets of no flow {} (not IP, or cut off), \
+         records lost {} of {} packets (waiting at the end {})",
         worker.member(),
         totals.packets,
-        totals.written,
+        records.written,
         totals.expired,
         totals.evicted,
-        totals.unparsed
-    );
-    Ok(end?)
+        totals.unparsed,
+        records.lost,
+        records.packets_lost,
+        totals.waited
+    ));
+    end?;
+    written?;
+    if records.lost > 0 {
+        return Err(
+            format!("{} flow records of {} packets are lost", records.lost, records.packets_lost).into()
+        );
+    }
+    Ok(())
 }
 
 /// Why receiving ended before its time.
@@ -106,13 +131,19 @@ enum End {
     Attach(#[from] AttachError),
     #[error(transparent)]
     Counter(#[from] CounterError),
-    #[error(transparent)]
-    Output(#[from] OutputError),
 }
 
-/// Until the end; with `patience` also beyond the dispatcher's.
-fn receive(worker: &mut Worker, meter: &mut Meter, patience: Option<Duration>) -> Result<(), End> {
-    loop {
+/// Until the end, or until nobody reads the records; with `patience` also beyond the dispatcher's end.
+fn receive(
+    worker: &mut Worker,
+    meter: &mut Meter,
+    patience: Option<Duration>,
+    reopen: &AtomicBool,
+) -> Result<(), End> {
+    while !meter.is_in_vain() {
+        if reopen.swap(false, Ordering::Relaxed) {
+            meter.reopen();
+        }
         let received = match (worker.recv(Duration::from_millis(500)), patience) {
             (Err(RecvError::PrimaryGone), Some(patience)) => {
                 match worker.reattach(patience) {
@@ -126,11 +157,12 @@ fn receive(worker: &mut Worker, meter: &mut Meter, patience: Option<Duration>) -
         };
         match received {
             Received::Packets(batch) => {
-                meter.add(&batch)?;
+                meter.add(&batch);
                 batch.commit();
             }
-            Received::Idle => meter.idle()?,
+            Received::Idle => meter.idle(),
             Received::Closed => return Ok(()),
         }
     }
+    Ok(())
 }

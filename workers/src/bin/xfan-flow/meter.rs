@@ -6,7 +6,7 @@ use xfan_shm::clock::monotonic_ns;
 use xfan_worker::flow::Packet;
 use xfan_worker::{Batch, Counter, CounterError, Worker};
 
-use crate::output::{Output, OutputError};
+use crate::output::{Counts, Output, OutputError};
 use crate::record::Record;
 use crate::table::{Flow, FlowTable};
 
@@ -37,8 +37,10 @@ pub struct Totals {
     pub expired: u64,
     /// Flows that had to make room.
     pub evicted: u64,
-    /// Flows written out, for whatever reason.
-    pub written: u64,
+    /// What became of the records of flows that are over.
+    pub records: Counts,
+    /// Of the records lost, those that waited to be written at the end.
+    pub waited: u64,
 }
 
 struct Published {
@@ -46,6 +48,9 @@ struct Published {
     expired: Counter,
     evicted: Counter,
     unparsed: Counter,
+    records_waiting: Counter,
+    records_lost: Counter,
+    packets_lost: Counter,
 }
 
 impl Published {
@@ -55,6 +60,9 @@ impl Published {
             expired: worker.counter("flows_expired")?,
             evicted: worker.counter("flows_evicted")?,
             unparsed: worker.counter("packets_unparsed")?,
+            records_waiting: worker.counter("records_waiting")?,
+            records_lost: worker.counter("records_lost")?,
+            packets_lost: worker.counter("packets_lost")?,
         })
     }
 }
@@ -82,10 +90,7 @@ impl Meter {
     }
 
     /// Counts the packets of a batch.
-    ///
-    /// # Errors
-    /// [`OutputError`]
-    pub fn add(&mut self, batch: &Batch<'_>) -> Result<(), OutputError> {
+    pub fn add(&mut self, batch: &Batch<'_>) {
         let mut now = Duration::ZERO;
         for packet in batch {
             now = packet.time();
@@ -95,7 +100,7 @@ impl Meter {
                     self.totals.packets += 1;
                     if let Some(flow) = self.table.add(&parsed, data.len(), nanoseconds(now)) {
                         self.totals.evicted += 1;
-                        self.write(&flow)?;
+                        self.write(&flow);
                     }
                 }
                 None => self.totals.unparsed += 1,
@@ -103,47 +108,53 @@ impl Meter {
         }
         self.publish();
         // By the packets' time: while there is a backlog, the packet that keeps a flow alive may still be in a ring.
-        self.round(now)
+        self.round(now);
     }
 
     /// Nothing came: only time goes on.
-    ///
-    /// # Errors
-    /// [`OutputError`]
-    pub fn idle(&mut self) -> Result<(), OutputError> {
-        self.round(Duration::from_nanos(monotonic_ns()))
+    pub fn idle(&mut self) {
+        self.round(Duration::from_nanos(monotonic_ns()));
     }
 
-    /// Writes out all flows.
-    ///
-    /// # Errors
-    /// [`OutputError`]
-    pub fn finish(&mut self) -> Result<Totals, OutputError> {
-        while let Some(flow) = self.table.remove_oldest() {
-            self.write(&flow)?;
-        }
+    /// Opens the output anew.
+    pub fn reopen(&mut self) {
+        self.output.reopen();
         self.publish();
-        self.output.flush()?;
-        Ok(self.totals)
     }
 
-    fn round(&mut self, now: Duration) -> Result<(), OutputError> {
+    /// Whether there is nobody to write records for.
+    pub fn is_in_vain(&self) -> bool {
+        self.output.is_broken()
+    }
+
+    /// Writes out all flows. What cannot be written is counted as lost, and an error.
+    pub fn finish(&mut self) -> (Totals, Result<(), OutputError>) {
+        while let Some(flow) = self.table.remove_oldest() {
+            self.write(&flow);
+        }
+        let lost = self.output.counts().lost;
+        let result = self.output.finish();
+        self.publish();
+        let records = self.output.counts();
+        (Totals { records, waited: records.lost - lost, ..self.totals }, result)
+    }
+
+    fn round(&mut self, now: Duration) {
         if now < self.next_round {
-            return Ok(());
+            return;
         }
         self.next_round = now + ROUND;
         self.epoch = epoch();
         while let Some(flow) = self.table.expire(nanoseconds(now)) {
             self.totals.expired += 1;
-            self.write(&flow)?;
+            self.write(&flow);
         }
+        self.output.flush();
         self.publish();
-        self.output.flush()
     }
 
-    fn write(&mut self, flow: &Flow) -> Result<(), OutputError> {
-        self.totals.written += 1;
-        self.output.write(&Record::new(flow, self.epoch, &self.member))
+    fn write(&mut self, flow: &Flow) {
+        self.output.write(&Record::new(flow, self.epoch, &self.member), flow.packets);
     }
 
     fn publish(&mut self) {
@@ -151,6 +162,10 @@ impl Meter {
         self.published.expired.set(self.totals.expired);
         self.published.evicted.set(self.totals.evicted);
         self.published.unparsed.set(self.totals.unparsed);
+        let Counts { waiting, lost, packets_lost, .. } = self.output.counts();
+        self.published.records_waiting.set(waiting);
+        self.published.records_lost.set(lost);
+        self.published.packets_lost.set(packets_lost);
     }
 }
 
