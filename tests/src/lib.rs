@@ -5,6 +5,7 @@
 //! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
 //! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it; [`primary`]: a dispatcher in it.
 //! - [`balance`]: do its numbers add up; [`leftovers`]: what is still there after its end.
+//! - [`tmpfs`]: a disk that is full.
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
 //!   read with etherparse, so that it shares no code with what is tested.
 //! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
@@ -26,6 +27,7 @@ pub mod process;
 pub mod receiver;
 pub mod replay;
 pub mod require;
+pub mod tmpfs;
 pub mod traffic;
 pub mod tx;
 pub mod veth;
