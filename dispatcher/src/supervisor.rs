@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
 
 use crate::config::WorkerUser;
@@ -58,7 +59,7 @@ pub enum SpawnError {
         source: io::Error,
     },
     /// Anything else.
-    #[error("cannot start worker command `{program}`: {source}")]
+    #[error("cannot start worker command `{program}`: {}", explained(source))]
     Other {
         /// As given.
         program: String,

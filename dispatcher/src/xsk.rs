@@ -92,7 +92,7 @@ impl BindError {
             (_, Some(libc::EBUSY)) => BindError::Busy { interface, queue },
             // The mode does not cause these errors: the next mode would fail in the same way.
             (CopyMode::Copy, _)
-            | (_, None | Some(libc::ENODEV | libc::EPERM | libc::EACCES | libc::EMFILE)) => {
+            | (_, None | Some(libc::ENODEV | libc::EPERM | libc::EACCES | libc::EMFILE | libc::ENFILE)) => {
                 BindError::Other { interface, queue, source }
             }
             (CopyMode::ZeroCopy, _) => BindError::NoZeroCopy { interface, queue, source },

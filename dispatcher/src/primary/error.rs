@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use xfan_shm::limits::explained;
+
 use crate::exit::Exit;
 use crate::supervisor::SpawnError;
 
@@ -68,7 +70,7 @@ pub enum PrimaryError {
     #[error(transparent)]
     Port(#[from] crate::port::PortError),
     /// The runtime failed.
-    #[error("control thread: {0}")]
+    #[error("control thread: {}", explained(.0))]
     Io(#[from] std::io::Error),
 }
 

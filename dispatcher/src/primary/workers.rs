@@ -248,7 +248,7 @@ impl Primary {
         match self.start_worker(place) {
             Err(error @ (PrimaryError::Spawn(_) | PrimaryError::Io(_))) => {
                 // The program may come back: an upgrade replaces it. So may descriptors.
-                tracing::error!(member = self.members[place].id, "{}", explained(&error));
+                tracing::error!(member = self.members[place].id, "{error}");
                 self.restart_or_not(place, false);
                 self.check_any_left(place, error.to_string())
             }
