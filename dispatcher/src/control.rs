@@ -254,8 +254,8 @@ impl Drop for Listener {
     }
 }
 
-/// Gives the file of a socket that this process has just bound its mode and owner, and no other file, should one be there by
-/// now.
+/// Gives the file of a socket that this process has just bound its mode and owner, and no other
+/// file, should one be there by now.
 fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
     let file = folder.open_file(name, OFlag::O_PATH, 0)?;
     let found = fstat(&file)?;

@@ -1,8 +1,9 @@
 //! The folder of the control socket: all that the primary makes in the file system lies in it.
 //!
-//! A name in a folder that others may write to is whatever they have put there: a link to a file of root's,
-//! or a socket of their own. So the way to the folder is walked from `/`, one descriptor after the other,
-//! and everything in it is reached from the last of these: what was checked is what is used.
+//! A name in a folder that others may write to is whatever they have put there: a link to a file of
+//! root's, or a socket of their own. So the way to the folder is walked from `/`, one descriptor
+//! after the other, and everything in it is reached from the last of these: what was checked is
+//! what is used.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -59,10 +60,11 @@ pub enum FolderError {
 }
 
 impl Folder {
-    /// Opens a folder, and makes it if it alone of its path is missing. The folder, and every folder and link
-    /// on the way, has to belong to root or this process' user. No other user may be able to write to the
-    /// folder, nor to one above unless that is sticky, as `/tmp` is: there nobody can replace it. The folder
-    /// itself may not be sticky instead: there others could not replace a file, but be first to make it.
+    /// Opens a folder, and makes it if it alone of its path is missing. The folder, and every
+    /// folder and link on the way, has to belong to root or this process' user. No other user may
+    /// be able to write to the folder, nor to one above unless that is sticky, as `/tmp` is: there
+    /// nobody can replace it. The folder itself may not be sticky instead: there others could not
+    /// replace a file, but be first to make it.
     ///
     /// # Errors
     /// [`FolderError`]
@@ -105,7 +107,8 @@ impl Folder {
         Ok(Folder { fd: Arc::new(fd) })
     }
 
-    /// Opens a file in it, never what a link points to; one that is made gets exactly this mode, whatever the umask.
+    /// Opens a file in it, never what a link points to; one that is made gets exactly this mode,
+    /// whatever the umask.
     ///
     /// # Errors
     /// Whatever the kernel says.

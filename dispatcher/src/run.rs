@@ -173,8 +173,8 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     }
 }
 
-/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane and worker; and those it has for a moment while
-/// it starts a worker or answers an operator.
+/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane and worker; and
+/// those it has for a moment while it starts a worker or answers an operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
     48 + 4 * (lanes as u64 + workers as u64)
 }

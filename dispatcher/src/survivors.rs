@@ -82,7 +82,8 @@ pub struct Note {
 }
 
 impl Note {
-    /// Of the primary whose socket has this name in its folder: `eth1.sock.workers` beside `eth1.sock`.
+    /// Of the primary whose socket has this name in its folder: `eth1.sock.workers` beside
+    /// `eth1.sock`.
     pub fn beside((folder, socket): (&Folder, &OsStr)) -> Self {
         let with = |more| {
             let mut name = socket.to_owned();

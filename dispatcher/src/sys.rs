@@ -95,14 +95,15 @@ fn close_on_exec_one_by_one(first: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// More descriptors than a primary ever has open. No more are asked for: before Linux 5.11 all that are possible are looked at
-/// whenever a worker is started.
+/// More descriptors than a primary ever has open. No more are asked for: before Linux 5.11 all that
+/// are possible are looked at whenever a worker is started.
 const DESCRIPTORS: u64 = 1 << 16;
 
 /// Soft and hard limit of open files before [`raise_descriptor_limit`].
 static ORIGINAL_LIMIT: OnceLock<(u64, u64)> = OnceLock::new();
 
-/// Raises this process' limit of open files as far as it may, to 65,536 at most, and returns what it is then.
+/// Raises this process' limit of open files as far as it may, to 65,536 at most, and returns what
+/// it is then.
 pub fn raise_descriptor_limit() -> u64 {
     let (soft, hard) = original_descriptor_limit();
     let most = soft.max(hard.min(DESCRIPTORS));

@@ -4,8 +4,8 @@ use std::fmt::Display;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// An error's text. Where the kernel gave no descriptor, the text also names the limit, its value and
-/// what raises it. This goes by the text: other crates keep no more of some errors.
+/// An error's text. Where the kernel gave no descriptor, the text also names the limit, its value
+/// and what raises it. This goes by the text: other crates keep no more of some errors.
 pub fn explained(error: impl Display) -> String {
     let text = error.to_string();
     if text.contains("RLIMIT_NOFILE") || text.contains("fs.file-max") {

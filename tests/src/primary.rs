@@ -23,8 +23,8 @@ pub struct Primary {
     folder: Folder,
 }
 
-/// A new folder that workers of any user may write to, removed when dropped; beside it one for the control socket, which none may
-/// write to, and which the dispatcher has to make.
+/// A new folder that workers of any user may write to, removed when dropped; beside it one for the
+/// control socket, which none may write to, and which the dispatcher has to make.
 #[derive(Debug)]
 pub struct Folder {
     /// Belongs to who runs the tests, as do the folders above.

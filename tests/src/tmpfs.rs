@@ -1,4 +1,5 @@
-//! A disk that can be full: a small file system in memory, which only the test that mounts it and its processes see.
+//! A disk that can be full: a small file system in memory, which only the test that mounts it and
+//! its processes see.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -11,8 +12,8 @@ use std::path::{Path, PathBuf};
 pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// Mounts one of so many KiB on a folder, in a mount namespace that the calling thread and what it starts are in from
-    /// now on.
+    /// Mounts one of so many KiB on a folder, in a mount namespace that the calling thread and what
+    /// it starts are in from now on.
     ///
     /// # Errors
     /// The caller is not root, or there is no such folder.

@@ -1,4 +1,5 @@
-//! Files and descriptors: whose they are, what a full disk and a low limit do, and what is left of them.
+//! Files and descriptors: whose they are, what a full disk and a low limit do, and what is left of
+//! them.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -197,7 +198,8 @@ fn a_limit_of_descriptors_that_does_not_suffice_is_named() {
     }
 }
 
-/// Connections beyond what a low limit has room for: the primary says which limit it is, once, and goes on.
+/// Connections beyond what a low limit has room for: the primary says which limit it is, once, and
+/// goes on.
 #[test]
 fn connections_beyond_the_limit_of_descriptors_wait_and_it_is_named() {
     let _watchdog = e2e_or_skip!();
@@ -290,7 +292,10 @@ fn a_low_soft_limit_is_raised_for_the_primary_alone() {
 /// Frames of as many flows, of which `first` is the number of the first.
 fn frames(first: u32, count: u32) -> Vec<Vec<u8>> {
     let server: SocketAddr = "10.9.255.255:53".parse().unwrap();
-    let client = |flow: u32| SocketAddr::from(([10, 8, (flow >> 8) as u8, (flow & 0xff) as u8], 4000));
+    let client = |flow: u32| {
+        let [_, _, high, low] = flow.to_be_bytes();
+        SocketAddr::from(([10, 8, high, low], 4000))
+    };
     (first..first + count).map(|flow| traffic::udp(client(flow), server, &[7; 30])).collect()
 }
 
@@ -319,7 +324,8 @@ fn packets_in(path: &Path) -> u64 {
     text.lines().map(|line| record(line).packets).sum()
 }
 
-/// `xfan-flow` on a disk with room for some 100 records, to which 350 flows of one packet each have come.
+/// `xfan-flow` on a disk with room for some 100 records, to which 350 flows of one packet each have
+/// come.
 fn on_a_full_disk(namespace: &Netns) -> (Primary, Tmpfs, PathBuf) {
     let launch = Launch::on(namespace).unwrap().with("-n 1");
     let launch = launch.worker("xfan-flow", "--output FOLDER/disk/flows --idle-timeout 1ms").unwrap();

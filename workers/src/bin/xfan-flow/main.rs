@@ -1,8 +1,8 @@
 //! `xfan-flow`: writes one line of JSON for each flow.
 //!
 //! A flow ends when it has been idle for long enough, when the table is full and it is the longest idle, or when the
-//! worker ends. Nothing is lost silently: every packet is in a record, or counted as `packets_unparsed`, or, when records
-//! could not be written, as `packets_lost`.
+//! worker ends. Nothing is lost silently: every packet is in a record, or counted as
+//! `packets_unparsed`, or, when records could not be written, as `packets_lost`.
 
 mod community_id;
 mod flow_id;
@@ -32,7 +32,8 @@ use crate::table::FlowTable;
 /// One JSON object per line: community_id proto src sport dst dport packets bytes first last tcp_flags member.
 /// Of ICMP, sport and dport are the type of a message and that of its answer, or its code if nothing answers it.
 ///
-/// On SIGHUP the output file is opened anew. While it cannot be written to, up to 16 MiB of records wait in memory.
+/// On SIGHUP the output file is opened anew. While it cannot be written to, up to 16 MiB of records
+/// wait in memory.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -69,8 +70,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes a line to standard error, in one piece. That may be on the same full disk as the records: no line is better than no
-/// worker.
+/// Writes a line to standard error, in one piece. That may be on the same full disk as the records:
+/// no line is better than no worker.
 fn say(line: &str) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
@@ -133,7 +134,8 @@ enum End {
     Counter(#[from] CounterError),
 }
 
-/// Until the end, or until nobody reads the records; with `patience` also beyond the dispatcher's end.
+/// Until the end, or until nobody reads the records; with `patience` also beyond the dispatcher's
+/// end.
 fn receive(
     worker: &mut Worker,
     meter: &mut Meter,

@@ -1,7 +1,8 @@
 //! Where the records go: a file, or standard output, one line each.
 //!
-//! Records wait in memory until they are written: for the next [`flush`](Output::flush), or, when the disk is full,
-//! until there is room. A regular file always ends with a whole record; what a full disk has taken of one is cut off.
+//! Records wait in memory until they are written: for the next [`flush`](Output::flush), or, when
+//! the disk is full, until there is room. A regular file always ends with a whole record; what a
+//! full disk has taken of one is cut off.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -122,8 +123,9 @@ impl Output {
         Ok(output)
     }
 
-    /// Takes one record of so many packets, and writes it some time before the next [`flush`](Self::flush) has
-    /// returned, if that can be. A record for which there is no room is lost, and counted.
+    /// Takes one record of so many packets, and writes it some time before the next
+    /// [`flush`](Self::flush) has returned, if that can be. A record for which there is no room is
+    /// lost, and counted.
     pub fn write(&mut self, record: &impl Serialize, packets: u64) {
         let start = self.bytes.len();
         // One too large for memory would end the process; one that is no JSON cannot be.
@@ -143,8 +145,8 @@ impl Output {
         }
     }
 
-    /// Writes what waits, as far as it can be. Says on standard error when that begins to fail, and when it works
-    /// again.
+    /// Writes what waits, as far as it can be. Says on standard error when that begins to fail, and
+    /// when it works again.
     pub fn flush(&mut self) {
         match self.try_flush() {
             Ok(()) => {
@@ -164,8 +166,9 @@ impl Output {
         }
     }
 
-    /// Opens the file anew, which may have been renamed; the records that wait go to the new one. If it cannot be
-    /// opened, the old one is kept, and standard error says so. Standard output stays what it is.
+    /// Opens the file anew, which may have been renamed; the records that wait go to the new one.
+    /// If it cannot be opened, the old one is kept, and standard error says so. Standard output
+    /// stays what it is.
     pub fn reopen(&mut self) {
         let Some(path) = self.path.clone() else { return };
         // What has been begun is ended in the same file.
@@ -267,8 +270,8 @@ impl Output {
         }
     }
 
-    /// Takes back what the file has of a record that does not fit, if that is still its end. Otherwise the rest
-    /// follows once it can be written, as in a pipe.
+    /// Takes back what the file has of a record that does not fit, if that is still its end.
+    /// Otherwise the rest follows once it can be written, as in a pipe.
     fn cut_begun(&mut self) {
         if self.begun == 0 || self.path.is_none() {
             return;
@@ -289,8 +292,8 @@ impl Output {
         }
     }
 
-    /// Sees to it that what is appended begins a line. A process that was killed while it wrote may have left a part of
-    /// a record, which is cut off; a line that is none is ended.
+    /// Sees to it that what is appended begins a line. A process that was killed while it wrote may
+    /// have left a part of a record, which is cut off; a line that is none is ended.
     fn repair(&mut self) -> io::Result<()> {
         if self.path.is_none() || !self.file.metadata()?.is_file() {
             return Ok(());
@@ -355,8 +358,8 @@ impl Output {
     }
 }
 
-/// Does something to a file while no other worker has it open, nor can open it; `None`: one has. Each holds a shared
-/// lock for that, which nobody ever waits for.
+/// Does something to a file while no other worker has it open, nor can open it; `None`: one has.
+/// Each holds a shared lock for that, which nobody ever waits for.
 fn if_alone<T>(file: &File, work: impl FnOnce() -> io::Result<T>) -> io::Result<Option<T>> {
     let result = if file.try_lock().is_ok() { work().map(Some) } else { Ok(None) };
     let _ = file.try_lock_shared();
