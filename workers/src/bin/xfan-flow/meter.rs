@@ -157,15 +157,16 @@ impl Meter {
         self.output.write(&Record::new(flow, self.epoch, &self.member), flow.packets);
     }
 
+    /// What became of the records first: whoever sees how many flows have expired sees that as well.
     fn publish(&mut self) {
-        self.published.active.set(self.table.len() as u64);
-        self.published.expired.set(self.totals.expired);
-        self.published.evicted.set(self.totals.evicted);
-        self.published.unparsed.set(self.totals.unparsed);
         let Counts { waiting, lost, packets_lost, .. } = self.output.counts();
         self.published.records_waiting.set(waiting);
         self.published.records_lost.set(lost);
         self.published.packets_lost.set(packets_lost);
+        self.published.active.set(self.table.len() as u64);
+        self.published.evicted.set(self.totals.evicted);
+        self.published.unparsed.set(self.totals.unparsed);
+        self.published.expired.set(self.totals.expired);
     }
 }
 
