@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 
-/// The condition holds if between each two of this many successive readings …
+/// The condition begins if between each two of this many successive readings …
 const READINGS: usize = 4;
-/// … at least this many packets came in, and the program saw none.
+/// … at least this many packets came in, and the program saw none. It ends when the program sees one.
 const PACKETS: u64 = 10;
 
 /// Compares the packets that came in with those that the program saw.
@@ -15,6 +15,7 @@ const PACKETS: u64 = 10;
 pub struct Unseen {
     /// Packets that came in, dropped ones included; packets the program saw.
     readings: VecDeque<(u64, u64)>,
+    is_so: bool,
 }
 
 impl Unseen {
@@ -24,15 +25,17 @@ impl Unseen {
             self.readings.pop_front();
         }
         self.readings.push_back((came_in, seen));
+        let mut pairs = self.readings.iter().zip(self.readings.iter().skip(1));
+        if pairs.clone().any(|(earlier, later)| later.1 != earlier.1) {
+            self.is_so = false;
+        } else if self.readings.len() == READINGS {
+            self.is_so |= pairs.all(|(earlier, later)| later.0 >= earlier.0.saturating_add(PACKETS));
+        }
     }
 
-    /// Whether packets come in all the time, and the program sees none.
+    /// Whether packets came in all the time, and the program has seen none since.
     pub fn is_so(&self) -> bool {
-        let pairs = self.readings.iter().zip(self.readings.iter().skip(1));
-        self.readings.len() == READINGS
-            && pairs
-                .into_iter()
-                .all(|(earlier, later)| later.0 >= earlier.0.saturating_add(PACKETS) && later.1 == earlier.1)
+        self.is_so
     }
 }
 
@@ -61,6 +64,9 @@ mod tests {
             ((1000, 100), false),
             ((2000, 100), false),
             ((3000, 100), true),
+            ((4000, 100), true),
+            // That no packet comes in proves nothing.
+            ((4000, 100), true),
             ((4000, 100), true),
             // The queues receive again.
             ((5000, 101), false),

@@ -8,8 +8,8 @@ if start; then
     run ip link set dev $iface up
     carrier
     sleep 1
-    send mixed
+    send mixed 2
     stop "link down and up"
-    check "link down and up" mixedx2
+    check "link down and up" mixedx3
     clean "link down and up"
 fi

@@ -12,9 +12,9 @@ if start; then
             fault "mtu 3000: xfan does not say that large packets will be lost"
         fi
         send jumbo
-        send mixed
+        send mixed 2
         stop "mtu 3000"
-        check "mtu 3000" --losses mixedx2 jumbo
+        check "mtu 3000" --losses mixedx3 jumbo
     else
         skip "mtu 3000: the driver refuses it while xfan runs"
         stop "mtu 1500"
