@@ -1,9 +1,12 @@
 //! The control socket: who connects, what they say, when they hang up.
 //!
-//! A connection is a task that only moves messages, on a thread of its own: what they mean is decided in one place, the
-//! primary, which gets them as [`Event`]s, and which goes on whatever a peer makes its connection wait for.
+//! A connection is a task that only moves messages, on a thread of its own: what they mean is
+//! decided in one place, the primary, which gets them through its [inbox](crate::inbox), and which
+//! goes on whatever a peer makes its connection wait for.
 
-use std::collections::HashMap;
+mod connection;
+mod room;
+
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -14,88 +17,27 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind, connect, listen,
-    setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, setsockopt, socket,
+    sockopt,
 };
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::{fchownat, geteuid};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use xfan_shm::limits::explained;
-use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
+use xfan_shm::protocol::{self, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
-use crate::access::{Access, Standing, peer_of};
+use crate::access::{Access, peer_of};
 use crate::folder::{Folder, FolderError, kind, set_mode};
+use crate::inbox::Outbox;
 use crate::sys;
+use connection::Shared;
+use room::{Limits, Room};
 
-/// Connections at a time: those of all users, of each of them, and those of root, which nobody else can use up.
-const MAX_CONNECTIONS: usize = 256;
-const MAX_USER_CONNECTIONS: usize = 128;
-const MAX_ROOT_CONNECTIONS: usize = 64;
+pub use connection::{Channel, Connection, ConnectionId, Connections, pair};
 
 /// How long a tool waits for the primary's answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Number of a connection, never used again.
-pub type ConnectionId = u64;
-
-/// A connection, as the primary knows it.
-#[derive(Clone, Debug)]
-pub struct Connection {
-    /// Its number.
-    pub id: ConnectionId,
-    /// Whom it was admitted as.
-    pub standing: Standing,
-    end: Arc<Notify>,
-}
-
-impl Connection {
-    /// Hangs up.
-    pub fn end(&self) {
-        self.end.notify_one();
-    }
-}
-
-/// What the primary has to deal with.
-#[derive(Debug)]
-pub enum Event {
-    /// A message arrived.
-    Request {
-        /// From where.
-        connection: Connection,
-        /// From whom.
-        peer: UnixCredentials,
-        /// What they want.
-        request: Request,
-        /// Where the answer goes.
-        answer: oneshot::Sender<Answer>,
-    },
-    /// A connection ended.
-    HangUp(ConnectionId),
-    /// The process of the member in this place ended.
-    Exited(usize),
-    /// It is time to start the process of the member in this place again.
-    Restart(usize),
-    /// The process of the member in this place, with this id, was to attach by now.
-    StartTimeout(usize, u32),
-}
-
-/// An answer, and the descriptors that go with it. `None`: nothing to say.
-#[derive(Debug, Default)]
-pub struct Answer {
-    /// The message.
-    pub reply: Option<Reply>,
-    /// Descriptors.
-    pub fds: Vec<OwnedFd>,
-}
-
-impl From<Reply> for Answer {
-    fn from(reply: Reply) -> Self {
-        Answer { reply: Some(reply), fds: Vec::new() }
-    }
-}
 
 /// The socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -220,20 +162,22 @@ impl Listener {
         self.counters.clone()
     }
 
-    /// Accepts connections, on a thread of their own, and reports what happens on them, until the receiver of events is
-    /// gone.
+    /// Accepts connections, on a thread of their own, and reports what happens on them, until the
+    /// inbox is gone. `inherited`: all workers inherit their connections.
     ///
     /// # Errors
     /// If the thread cannot be made.
-    pub fn serve(&self, events: mpsc::UnboundedSender<Event>) -> io::Result<()> {
+    pub fn serve(&self, outbox: Outbox, inherited: bool) -> io::Result<Connections> {
         let fd = self.fd.try_clone()?;
-        let (access, counters) = (self.access.clone(), self.counters.clone());
+        let access = self.access.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let shared = Shared { next: Arc::default(), counters: self.counters.clone(), outbox };
+        let connections = Connections { runtime: runtime.handle().clone(), shared: shared.clone() };
         std::thread::Builder::new().name("control".into()).spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    () = events.closed() => {}
-                    result = accept_all(fd, &access, &counters, &events) => {
+                    () = shared.outbox.closed() => {}
+                    result = accept_all(fd, &access, Limits::new(inherited), &shared) => {
                         if let Err(error) = result {
                             tracing::error!("the control socket accepts no connections: {}", explained(error));
                         }
@@ -241,7 +185,7 @@ impl Listener {
                 }
             });
         })?;
-        Ok(())
+        Ok(connections)
     }
 }
 
@@ -274,16 +218,12 @@ fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
 }
 
 /// Accepts connections for ever.
-async fn accept_all(
-    listener: OwnedFd,
-    access: &Access,
-    counters: &Arc<ControlCounters>,
-    events: &mpsc::UnboundedSender<Event>,
-) -> io::Result<()> {
+async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: &Shared) -> io::Result<()> {
+    let counters = &shared.counters;
     let listener = sys::watched(listener, Interest::READABLE)?;
-    let mut room = Room::default();
+    let mut room = Room::new(limits);
     let mut told = None;
-    for id in 0.. {
+    loop {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
             let socket = accept(listener)?;
             let peer = peer_of(&socket)?;
@@ -315,134 +255,12 @@ async fn accept_all(
             let _ = refuse(RefusalCode::Forbidden, message);
             continue;
         };
-        match room.take(peer.uid()) {
-            Ok(place) => {
-                let connection = Connection { id, standing, end: Arc::default() };
-                tokio::spawn(carry(connection, peer, socket, place, counters.clone(), events.clone()));
-            }
+        match room.take(peer.uid(), standing) {
+            Ok(place) => shared.serve(standing, peer, socket, place),
             Err(message) => {
                 count(&counters.too_many);
                 let _ = refuse(RefusalCode::Occupied, message);
             }
-        }
-    }
-    Ok(())
-}
-
-/// Who has how many connections.
-struct Room {
-    root: Arc<Semaphore>,
-    others: Arc<Semaphore>,
-    /// Only of users who were admitted: there are no more than the system has.
-    users: HashMap<u32, Arc<Semaphore>>,
-}
-
-impl Default for Room {
-    fn default() -> Self {
-        Room {
-            root: Arc::new(Semaphore::new(MAX_ROOT_CONNECTIONS)),
-            others: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            users: HashMap::new(),
-        }
-    }
-}
-
-impl Room {
-    /// A connection's place, or why there is none. It is free again when what this returns is dropped.
-    fn take(&mut self, uid: u32) -> Result<Vec<OwnedSemaphorePermit>, String> {
-        let own = self.users.entry(uid).or_insert_with(|| Arc::new(Semaphore::new(MAX_USER_CONNECTIONS)));
-        let limits: &[_] = if uid == 0 {
-            &[(&self.root, MAX_ROOT_CONNECTIONS, "of root")]
-        } else {
-            &[(&*own, MAX_USER_CONNECTIONS, "of this user"), (&self.others, MAX_CONNECTIONS, "of all users")]
-        };
-        let take = |&(places, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
-            let message = || format!("there are {limit} connections {whose}, which is the limit: close some");
-            places.clone().try_acquire_owned().map_err(|_| message())
-        };
-        limits.iter().map(take).collect()
-    }
-}
-
-/// A connection from its beginning to its end.
-async fn carry(
-    connection: Connection,
-    peer: UnixCredentials,
-    socket: OwnedFd,
-    _place: Vec<OwnedSemaphorePermit>,
-    counters: Arc<ControlCounters>,
-    events: mpsc::UnboundedSender<Event>,
-) {
-    let id = connection.id;
-    let end = connection.end.clone();
-    tokio::select! {
-        () = end.notified() => {}
-        result = converse(connection, peer, socket, &counters, &events) => {
-            if let Err(error) = result {
-                tracing::debug!(connection = id, %error, "connection ended");
-            }
-        }
-    }
-    let _ = events.send(Event::HangUp(id));
-}
-
-/// Carries one connection's messages until it ends.
-async fn converse(
-    connection: Connection,
-    peer: UnixCredentials,
-    socket: OwnedFd,
-    counters: &ControlCounters,
-    events: &mpsc::UnboundedSender<Event>,
-) -> Result<(), ProtocolError> {
-    let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
-    loop {
-        let request = loop {
-            let mut ready = socket.readable().await?;
-            match protocol::receive::<Request>(socket.get_ref(), MAX_REQUEST) {
-                Err(error) if error.would_block() => ready.clear_ready(),
-                result => break result.map(|(request, _)| request),
-            }
-        };
-        let answer = match request {
-            Ok(request) => {
-                let (answer, answered) = oneshot::channel();
-                let connection = connection.clone();
-                if events.send(Event::Request { connection, peer, request, answer }).is_err() {
-                    return Ok(());
-                }
-                answered.await.unwrap_or_default()
-            }
-            Err(ProtocolError::Closed) => return Ok(()),
-            Err(error) => {
-                count(&counters.malformed);
-                let refusal = Refusal { code: RefusalCode::Malformed, message: error.to_string() };
-                let _ = protocol::send(socket.get_ref(), &Reply::Refused(refusal), &[]);
-                return Err(error);
-            }
-        };
-        let Some(reply) = &answer.reply else { continue };
-        reply_on(&socket, reply, &answer.fds).await?;
-        if matches!(reply, Reply::Refused(_)) {
-            return Ok(());
-        }
-    }
-}
-
-/// Sends a reply, once there is room for it.
-async fn reply_on(socket: &AsyncFd<OwnedFd>, reply: &Reply, fds: &[OwnedFd]) -> Result<(), ProtocolError> {
-    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-    let mut enlarged = false;
-    loop {
-        let mut ready = socket.writable().await?;
-        match protocol::send(socket.get_ref(), reply, &fds) {
-            Err(error) if error.would_block() => ready.clear_ready(),
-            // A report of many members. No more room than that: whoever never reads fills all there is.
-            Err(error) if error.is_too_long() && !enlarged => {
-                enlarged = true;
-                let bytes = serde_json::to_vec(reply)?.len().min(MAX_REPLY);
-                setsockopt(socket.get_ref(), sockopt::SndBufForce, &bytes).map_err(io::Error::from)?;
-            }
-            result => return result,
         }
     }
 }

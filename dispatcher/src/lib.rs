@@ -5,8 +5,9 @@
 //! hashes and steers them ([`steer`]), and accounts for [`frames`].
 //!
 //! The control thread is [`primary`]. It handles [`members`], their [`life`] and [`journal`], their
-//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket, its
-//! [`access`] and its [`folder`], the [`watch`] over the interface, and the [`report`].
+//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket, its [`access`],
+//! its [`folder`] and its [`inbox`], the [`watch`] over the interface, and the [`report`]. A
+//! [`rate_limit`] keeps users from flooding log and journal.
 //!
 //! The start: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which calls
 //! them.
@@ -19,6 +20,7 @@ pub mod counters;
 pub mod exit;
 pub mod folder;
 pub mod frames;
+pub mod inbox;
 pub mod interface;
 pub mod journal;
 pub mod lane;
@@ -30,6 +32,7 @@ pub mod placement;
 pub mod port;
 pub mod primary;
 pub mod privileges;
+pub mod rate_limit;
 pub mod report;
 pub mod restart;
 pub mod run;

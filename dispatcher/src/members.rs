@@ -11,10 +11,10 @@ use xfan_shm::layout::{COUNTERS, Down, Geometry, LayoutError, Phase, SharedRing,
 use xfan_shm::ring::Producer;
 use xfan_shm::segment;
 
-use crate::control::Connection;
+use crate::control::{Channel, Connection};
 use crate::counters::{Counter, MemberCounters};
 use crate::lane::MemberLink;
-use crate::life::{Life, State};
+use crate::life::{Change, Life, State};
 use crate::primary::{Overdue, Purpose};
 use crate::report;
 use crate::restart::Starts;
@@ -33,6 +33,10 @@ pub struct Member {
     pub token: Option<String>,
     /// The process started for it.
     pub process: Option<Process>,
+    /// The connection that this process inherited.
+    pub channel: Option<Channel>,
+    /// A worker that was given segments and has not said that it is ready: no lane knows it.
+    pub joining: Option<Joining>,
     /// The worker attached to it.
     pub session: Option<Session>,
     /// Name of its program, once known.
@@ -104,6 +108,31 @@ pub struct Session {
     doorbell: Arc<OwnedFd>,
 }
 
+/// A worker that has been given segments, and has yet to map them.
+#[derive(Debug)]
+pub struct Joining {
+    session: Session,
+    /// Its writable segment, to be sealed.
+    up_fd: OwnedFd,
+    links: Vec<MemberLink>,
+    /// Name of its program.
+    pub program: String,
+    /// When it is hung up on.
+    pub deadline: Instant,
+}
+
+impl Joining {
+    /// Its connection.
+    pub fn connection(&self) -> &Connection {
+        &self.session.connection
+    }
+
+    /// Process id of its worker, as the kernel says.
+    pub fn pid(&self) -> u32 {
+        self.session.pid
+    }
+}
+
 /// What a worker is handed, beside the packet memory.
 #[derive(Debug)]
 pub struct Handover {
@@ -124,6 +153,12 @@ pub enum SessionError {
     /// They are not as they should be.
     #[error("cannot make a worker's segments: {0}")]
     Layout(#[from] LayoutError),
+    /// The worker's segment cannot be sealed.
+    #[error(
+        "the worker's own segment cannot be sealed against further writers: {0}. A worker must not seal it itself, and the \
+         kernel must be Linux 5.1 or later"
+    )]
+    Seal(#[source] io::Error),
 }
 
 impl Member {
@@ -135,6 +170,8 @@ impl Member {
             life: Life::new(Instant::now()),
             token: None,
             process: None,
+            channel: None,
+            joining: None,
             session: None,
             program: String::new(),
             starts: Starts::default(),
@@ -153,16 +190,18 @@ impl Member {
         }
     }
 
-    /// Makes the segments of a session. Returns the lanes' links, in order, and what the worker is handed.
+    /// Makes the segments of a session to come. Returns what the worker is handed.
     ///
     /// # Errors
     /// [`SessionError`]
-    pub fn begin_session(
+    pub fn begin_joining(
         &mut self,
         connection: Connection,
         pid: u32,
+        program: String,
         geometry: Geometry,
-    ) -> Result<(Vec<MemberLink>, Handover), SessionError> {
+        deadline: Instant,
+    ) -> Result<Handover, SessionError> {
         let down_fd = segment::create("xfan-down", geometry.down_bytes())?;
         let up_fd = segment::create("xfan-up", geometry.up_bytes())?;
         let down = Down::create(&down_fd, geometry)?;
@@ -179,10 +218,56 @@ impl Member {
                 counters: counters.clone(),
             })
             .collect();
-        let handover = Handover { down: segment::reopen_read_only(&down_fd)?, up: up_fd, doorbell: sleeper };
-        self.session = Some(Session { connection, pid, down, up, doorbell });
+        let handover = Handover {
+            down: segment::reopen_read_only(&down_fd)?,
+            up: up_fd.try_clone()?,
+            doorbell: sleeper,
+        };
+        let session = Session { connection, pid, down, up, doorbell };
+        self.joining = Some(Joining { session, up_fd, links, program, deadline });
+        Ok(handover)
+    }
+
+    /// The worker that was joining has mapped its segments. From here on it cannot take pages of
+    /// them away from the lanes. Returns the lanes' links, in order, and whether the segments could
+    /// be locked.
+    ///
+    /// # Errors
+    /// [`SessionError::Seal`]; then nobody is joining any more.
+    pub fn begin_session(
+        &mut self,
+        joining: Joining,
+    ) -> Result<(Vec<MemberLink>, io::Result<()>), SessionError> {
+        let Joining { session, up_fd, links, program, .. } = joining;
+        segment::seal_against_further_writers(&up_fd).map_err(SessionError::Seal)?;
+        // What it took away before is back when this returns, also if it cannot be locked.
+        let locked = [session.up.lock(), session.down.lock()].into_iter().collect();
+        self.session = Some(session);
+        self.program = program;
         self.taken = true;
-        Ok((links, handover))
+        Ok((links, locked))
+    }
+
+    /// Whether a worker may take the place: it is neither leaving nor down for good.
+    pub fn may_attach(&self) -> bool {
+        self.state().after(Change::Attach).is_some()
+            && self.leaving.is_none()
+            && (self.token.is_none() || self.process.is_some())
+    }
+
+    /// Hangs up on a worker that has not said that it is ready. Whether there was one.
+    pub fn end_joining(&mut self) -> bool {
+        let joining = self.joining.take();
+        if let Some(joining) = &joining {
+            joining.connection().end();
+        }
+        joining.is_some()
+    }
+
+    /// The connection of its worker, joined or not.
+    pub fn connection(&self) -> Option<&Connection> {
+        let session = self.session.as_ref().map(|session| &session.connection);
+        session.or_else(|| self.joining.as_ref().map(Joining::connection))
     }
 
     /// The state it is in.
@@ -203,7 +288,7 @@ impl Member {
 
     /// Whether nobody has the place, and xfan starts nobody for it.
     pub fn is_vacant(&self) -> bool {
-        self.token.is_none() && self.session.is_none() && self.process.is_none()
+        self.token.is_none() && self.connection().is_none() && self.process.is_none()
     }
 
     /// Whether nobody ever had the place.

@@ -3,6 +3,7 @@
 //! One thread, one owner of all state: connections, processes and signals become events, and each is dealt with to
 //! its end before the next. To a lane it speaks by commands; from a lane it reads counters.
 
+mod answer;
 mod attach;
 mod error;
 mod loss;
@@ -11,23 +12,27 @@ mod stop;
 mod watching;
 mod workers;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::oneshot;
 use xfan_shm::layout::Geometry;
-use xfan_shm::protocol::{Reply, Request};
+use xfan_shm::protocol::Request;
 
 use crate::config::OnEmpty;
-use crate::control::{Answer, ConnectionId, ControlCounters, Event, Listener};
+use crate::control::{ConnectionId, ControlCounters, Listener};
+use crate::inbox::{Answer, Event, Inbox, Next};
 use crate::journal::Journal;
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
 use crate::life::{Change, State};
 use crate::members::Member;
 use crate::port::Port;
+use crate::rate_limit::RateLimit;
 use crate::report::{self, Report};
+use crate::restart::Starts;
 use crate::steer::BucketTable;
 use crate::supervisor::{Process, WorkerCommand};
 use crate::survivors::Note;
@@ -74,9 +79,17 @@ pub struct Primary {
     unwanted: (Vec<Process>, Instant),
     control: Arc<ControlCounters>,
     journal: Journal,
-    /// Workers refused, and when the last one was.
+    /// Workers refused.
     refused: u64,
-    last_refusal: Option<Instant>,
+    /// How often refusals and orders are told.
+    limit: RateLimit,
+    /// For each user but root: how often its workers, which xfan did not start, have attached.
+    guests: BTreeMap<u32, Starts>,
+    /// What users but root want to know and wait for, and when they were last told something.
+    waiting: Vec<(Request, oneshot::Sender<Answer>)>,
+    told: Option<Instant>,
+    /// Segments could not be locked in memory, and that was told.
+    unlocked: bool,
     /// The start is over: all workers had attached.
     open: bool,
     /// Watches the interface; `None` before [`run`](Self::run).
@@ -89,9 +102,6 @@ pub struct Primary {
     table: BucketTable,
     started: Instant,
 }
-
-/// Sends the primary's own events to itself.
-type Events = (mpsc::UnboundedSender<Event>, mpsc::UnboundedReceiver<Event>);
 
 impl Primary {
     /// A primary of these parts.
@@ -125,7 +135,11 @@ impl Primary {
             control: Arc::default(),
             journal: Journal::default(),
             refused: 0,
-            last_refusal: None,
+            limit: RateLimit::default(),
+            guests: BTreeMap::new(),
+            waiting: Vec::new(),
+            told: None,
+            unlocked: false,
             open: false,
             watch: None,
             arrivals: Vec::new(),
@@ -151,13 +165,10 @@ impl Primary {
         listener: &Listener,
         workers: Option<&WorkerCommand>,
     ) -> std::io::Result<Outcome> {
-        let mut events: Events = mpsc::unbounded_channel();
+        let mut inbox = Inbox::default();
         self.control = listener.counters();
-        let result = match listener.serve(events.0.clone()) {
-            Ok(()) => self.serve(listener, workers, &mut events).await,
-            Err(error) => Err(error.into()),
-        };
-        Ok(self.stop(result, &mut events).await)
+        let result = self.serve(listener, workers, &mut inbox).await;
+        Ok(self.stop(result, &mut inbox).await)
     }
 
     /// From the start of the workers to the signal that ends it.
@@ -165,8 +176,11 @@ impl Primary {
         &mut self,
         listener: &Listener,
         workers: Option<&WorkerCommand>,
-        events: &mut Events,
+        inbox: &mut Inbox,
     ) -> Result<(), PrimaryError> {
+        // A worker that looks for the next primary has inherited its connection from another.
+        let inherited = workers.is_some_and(|workers| !workers.survive);
+        let connections = listener.serve(inbox.outbox(), inherited)?;
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
         // They may have been put off until now.
@@ -178,7 +192,8 @@ impl Primary {
                 command: command.clone(),
                 socket: listener.path().to_owned(),
                 note,
-                events: events.0.clone(),
+                outbox: inbox.outbox(),
+                connections,
             });
             self.start_workers()?;
         }
@@ -197,10 +212,14 @@ impl Primary {
                 );
             }
             tokio::select! {
-                Some(event) = events.1.recv() => self.handle(event)?,
-                _ = ticks.tick() => self.look_after()?,
+                biased;
                 _ = interrupted.recv() => return Ok(()),
                 _ = terminated.recv() => return Ok(()),
+                _ = ticks.tick() => self.look_after()?,
+                next = inbox.next() => match next {
+                    Next::Event(event) => self.handle(event)?,
+                    Next::Question(question) => self.answer(question)?,
+                },
             }
             self.open_or_shut()?;
         }
@@ -247,21 +266,6 @@ impl Primary {
     /// Deals with one event.
     fn handle(&mut self, event: Event) -> Result<(), PrimaryError> {
         match event {
-            Event::Request { connection, peer, request, answer } => {
-                let (reply, refused) = match request {
-                    Request::Stats => (self.stats(), Ok(())),
-                    Request::Attach(attach) => self.attach(connection, peer, attach),
-                    Request::Detach => {
-                        self.begin_detach(connection.id);
-                        (Answer::default(), Ok(()))
-                    }
-                    Request::Events(after) => (self.events_after(after), Ok(())),
-                    Request::Workers(order) => (self.order(&peer, &order).into(), Ok(())),
-                };
-                // Whoever asked may be gone.
-                let _ = answer.send(reply);
-                refused
-            }
             Event::HangUp(connection) => {
                 self.hang_up(connection);
                 Ok(())
@@ -275,20 +279,6 @@ impl Primary {
     /// The mode, for logs and reports.
     fn mode(&self) -> String {
         self.port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode)
-    }
-
-    fn stats(&mut self) -> Answer {
-        match serde_json::to_value(self.report()) {
-            Ok(report) => Reply::Stats(report).into(),
-            Err(_) => Answer::default(),
-        }
-    }
-
-    fn events_after(&self, number: u64) -> Answer {
-        match serde_json::to_value(self.journal.page(number)) {
-            Ok(page) => Reply::Events(page).into(),
-            Err(_) => Answer::default(),
-        }
     }
 
     /// Looks after what sends no event.
@@ -305,6 +295,7 @@ impl Primary {
                 self.leave(place, Some(Change::Die), "evicted: its consumer index made no sense");
                 // It is not let in again.
                 let member = &mut self.members[place];
+                member.channel = None;
                 if let Some(token) = &mut member.token {
                     *token = random_token()?;
                 }
@@ -316,6 +307,9 @@ impl Primary {
         }
         let now = Instant::now();
         self.release_due(now);
+        self.look_for_joining(now);
+        self.tell_suppressed(now);
+        self.tell_those_who_wait();
         if self.unwanted.1 <= now {
             // They are killed, if they still are.
             self.unwanted.0.clear();
@@ -380,17 +374,15 @@ impl Primary {
         }
     }
 
-    /// The member whose worker speaks through this connection.
+    /// The member whose worker speaks through this connection, joined or not.
     fn place_of(&self, connection: ConnectionId) -> Option<usize> {
-        self.members.iter().position(|member| {
-            member.session.as_ref().is_some_and(|session| session.connection.id == connection)
-        })
+        self.members.iter().position(|member| member.connection().is_some_and(|found| found.id == connection))
     }
 
     /// A worker wants to leave: it gets no new packets, and is told when the last is in its rings.
     fn begin_detach(&mut self, connection: ConnectionId) {
         let Some(place) = self.place_of(connection) else { return };
-        if self.members[place].state().takes_packets() {
+        if self.members[place].session.is_some() && self.members[place].state().takes_packets() {
             self.change(place, Change::Drain, "as it asked");
             self.steer();
             self.settle();
@@ -400,6 +392,11 @@ impl Primary {
 
     fn hang_up(&mut self, connection: ConnectionId) {
         let Some(place) = self.place_of(connection) else { return };
+        if self.members[place].joining.take().is_some() {
+            tracing::warn!(member = self.members[place].id, "its worker is gone before it was ready");
+            self.has_hung_up(place);
+            return;
+        }
         let draining = self.members[place].state() == State::Draining;
         let vacant = self.members[place].token.is_none();
         let told = self.members[place].leaving.is_some();
@@ -411,6 +408,18 @@ impl Primary {
             (true, false) => Some(Change::Leave),
         };
         self.leave(place, change, if draining { "" } else { "its connection ended" });
+        self.has_hung_up(place);
+        let member = &self.members[place];
+        if draining {
+            tracing::info!(member = member.id, "detached");
+        } else {
+            let (requeued, lost) = (member.requeued(), member.lost());
+            tracing::warn!(member = member.id, requeued, lost, "its worker is gone without a word");
+        }
+    }
+
+    /// The process in this place, if there is one, is to end or to attach anew; but not for ever.
+    fn has_hung_up(&mut self, place: usize) {
         let patience = self.stop_timeout;
         let member = &mut self.members[place];
         let too_often = member.attached > 1 && member.starts.too_many(&self.care.restart, Instant::now());
@@ -420,17 +429,12 @@ impl Primary {
                 self.journal.write(Some(&member.id), process.pid(), "killed", "attaches again and again");
                 // Its end is an event. It is not let in again.
                 process.kill();
+                member.channel = None;
                 member.token = random_token().ok().or(member.token.take());
             }
             // It is to end now, or to attach anew.
             Some(_) if member.overdue.is_none() => member.overdue = Some(Overdue::after(patience)),
             _ => {}
-        }
-        if draining {
-            tracing::info!(member = member.id, "detached");
-        } else {
-            let (requeued, lost) = (member.requeued(), member.lost());
-            tracing::warn!(member = member.id, requeued, lost, "its worker is gone without a word");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use xfan_shm::limits::explained;
-use xfan_shm::protocol::{ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
+use xfan_shm::protocol::{ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
 
 use crate::config::WorkerUser;
 use crate::sys;
@@ -103,9 +103,11 @@ impl fmt::Display for Ending {
 }
 
 impl Process {
-    /// Starts a worker for the member `member`: as the given user, without capabilities and without a way to get any, in
-    /// its own process group, without a controlling terminal (so that it cannot type into the primary's), with descriptors 0 (empty), 1 and 2 and an
-    /// environment of its own, and told to end when the primary does, unless it is to survive that.
+    /// Starts a worker for the member `member`: as the given user, without capabilities and without
+    /// a way to get any, in its own process group, without a controlling terminal (so that it
+    /// cannot type into the primary's), with descriptors 0 (empty), 1, 2 and `control`, its
+    /// connection, and an environment of its own, and told to end when the primary does, unless it
+    /// is to survive that.
     ///
     /// # Errors
     /// [`SpawnError`]
@@ -114,6 +116,7 @@ impl Process {
         socket: &Path,
         member: &str,
         token: &str,
+        control: &OwnedFd,
     ) -> Result<Self, SpawnError> {
         let (program, arguments) =
             command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
@@ -130,6 +133,10 @@ impl Process {
             // No session of its own: where the kernel schedules by session (sched(7), autogroup), a lane that yields would
             // not yield to a worker of another one.
             .process_group(0);
+        // Under its number here: another one may be in use for what the child tells its parent
+        // until exec.
+        let control = control.as_raw_fd();
+        process.env(ENV_CONTROL_FD, control.to_string());
         let unprivileged = !user.is_root();
         let survive = command.survive;
         let descriptors = sys::original_descriptor_limit();
@@ -153,6 +160,7 @@ impl Process {
                     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
                 }
                 sys::close_on_exec_from(3)?;
+                sys::keep_on_exec(control)?;
                 sys::set_descriptor_limit(descriptors)
             });
         }

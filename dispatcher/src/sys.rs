@@ -1,7 +1,7 @@
 //! System calls that no crate here wraps.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -121,6 +121,18 @@ pub fn original_descriptor_limit() -> (u64, u64) {
 /// Whatever setrlimit(2) says.
 pub fn set_descriptor_limit((soft, hard): (u64, u64)) -> io::Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?)
+}
+
+/// Has a descriptor stay open on exec. Async-signal-safe.
+///
+/// # Errors
+/// EBADF if it is not open.
+pub fn keep_on_exec(fd: RawFd) -> io::Result<()> {
+    // SAFETY: no pointers.
+    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be

@@ -25,7 +25,7 @@ use crate::ring::{RingMemory, Slot};
 use crate::segment::Mapping;
 
 /// Version of the layout and of the conversation on the control socket. Both peers must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Distance between words that different threads write, in bytes: two 64-byte lines, since
 /// processors fetch them in pairs.
@@ -214,6 +214,14 @@ impl Down {
         Ok(Down(segment))
     }
 
+    /// Makes sure, as the dispatcher, that no access to the segment faults. See [`Mapping::lock`].
+    ///
+    /// # Errors
+    /// As [`Mapping::lock`].
+    pub fn lock(&self) -> io::Result<()> {
+        self.0.mapping.lock()
+    }
+
     /// Tells the worker, as the dispatcher. What was pushed before is seen by who sees the phase.
     pub fn set_phase(&self, phase: Phase) {
         // Release: pairs with the Acquire in `phase`.
@@ -264,6 +272,14 @@ impl Up {
         let segment = Segment { mapping: Arc::new(mapping), geometry };
         segment.check_header("up", UP_MAGIC)?;
         Ok(Up(segment))
+    }
+
+    /// Makes sure, as the dispatcher, that no access to the segment faults. See [`Mapping::lock`].
+    ///
+    /// # Errors
+    /// As [`Mapping::lock`].
+    pub fn lock(&self) -> io::Result<()> {
+        self.0.mapping.lock()
     }
 
     /// The worker's sleep epoch, see `doorbell`.

@@ -1,9 +1,18 @@
 //! The conversation on the control socket: `SOCK_SEQPACKET`, one JSON value per message, descriptors as `SCM_RIGHTS`.
 //!
-//! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this order:
-//! the packet memory (read-only), its down segment (read-only), its up segment, the sleeper's end of its
-//! [`bell`](crate::bell). The connection stays open for as long as the worker works; its end is the end of the worker. An
-//! operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], likewise [`Request::Events`], or [`Request::Workers`] and gets [`Reply::Ordered`].
+//! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this
+//! order: the packet memory (read-only), its down segment (read-only), its up segment, the
+//! sleeper's end of its [`bell`](crate::bell). It maps them and sends [`Request::Ready`]; with
+//! [`Reply::Joined`] packets come. The connection stays open for as long as the worker works; its
+//! end is the end of the worker.
+//!
+//! A worker that the dispatcher started need not connect: it inherits a descriptor that is
+//! connected already ([`ENV_CONTROL_FD`]). Through it, [`Request::Connect`] gets a connection of
+//! its own, by [`Reply::Connected`]: others may have the inherited descriptor too, such as the
+//! shell that started the worker, and it would not hang up with the worker.
+//!
+//! An operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], likewise
+//! [`Request::Events`], or [`Request::Workers`] and gets [`Reply::Ordered`].
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -29,6 +38,8 @@ pub const ENV_SOCKET: &str = "XFAN_SOCKET";
 pub const ENV_MEMBER: &str = "XFAN_MEMBER";
 /// Environment: what proves that a process was started for that member.
 pub const ENV_TOKEN: &str = "XFAN_TOKEN";
+/// Environment: the descriptor that a supervised worker has inherited, connected to the dispatcher.
+pub const ENV_CONTROL_FD: &str = "XFAN_CONTROL_FD";
 /// Environment: for how many seconds a worker whose primary has died is to look for the next one; not set: it is to end.
 pub const ENV_SURVIVE: &str = "XFAN_SURVIVE";
 
@@ -45,6 +56,11 @@ pub const ATTACHED_FDS: usize = 4;
 pub enum Request {
     /// Become a member.
     Attach(Attach),
+    /// The segments are mapped: let packets come. From here on nobody can map the worker's own
+    /// segment writable, or change it but through the mapping that exists.
+    Ready,
+    /// Another connection to the dispatcher; through an inherited one only.
+    Connect,
     /// Leave: no more packets, please; [`Phase::Closing`](crate::layout::Phase::Closing) follows when the last is in the rings.
     Detach,
     /// Report on everything.
@@ -93,6 +109,10 @@ pub struct Attach {
 pub enum Reply {
     /// Welcome.
     Attached(Attached),
+    /// The worker is a member: packets come.
+    Joined,
+    /// A new connection, with the reply as its only descriptor.
+    Connected,
     /// No.
     Refused(Refusal),
     /// The report, see the documentation of `xfan stats --json`.

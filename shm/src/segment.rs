@@ -12,9 +12,12 @@ use std::ptr::NonNull;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, munmap};
 use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::ftruncate;
+
+/// Smallest page of any machine, in bytes.
+const PAGE: usize = 4096;
 
 /// Memory shared with another process, mapped into this one until it is dropped.
 #[derive(Debug)]
@@ -63,6 +66,22 @@ impl Mapping {
         Ok(Mapping { address: address.cast(), length })
     }
 
+    /// Has the kernel map every page now, and keep it mapped. Pages that somebody took away before
+    /// come back as zeros.
+    ///
+    /// # Errors
+    /// If the pages cannot be locked: the process has neither `CAP_IPC_LOCK` nor enough
+    /// `RLIMIT_MEMLOCK`. They are mapped all the same, but may be swapped out later.
+    pub fn lock(&self) -> io::Result<()> {
+        // SAFETY: the range is that of this mapping.
+        let locked = unsafe { mlock(self.address.cast(), self.length) };
+        for offset in (0..self.length).step_by(PAGE) {
+            // SAFETY: in bounds; a volatile load of one byte, which others may store to.
+            unsafe { self.address.add(offset).read_volatile() };
+        }
+        Ok(locked?)
+    }
+
     /// The first byte. The memory may change at any time and may be read-only.
     pub fn address(&self) -> NonNull<u8> {
         self.address
@@ -95,11 +114,14 @@ pub fn create(name: &str, length: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Forbids every further writable mapping of and write to a segment that [`create`] made, to root as well, and any
-/// further sealing. Writable mappings that exist stay. For a segment's writer, once it has mapped it.
+/// Forbids every further writable mapping of and write to a segment that [`create`] made, to root
+/// as well, and any further sealing. It also forbids punching holes, by which a writer could take
+/// pages away from everybody else's mapping (fallocate(2), `MADV_REMOVE`). Writable mappings that
+/// exist stay. For a segment whose writer has mapped it.
 ///
 /// # Errors
-/// Whatever the system call says.
+/// EPERM if the segment was sealed against sealing before: its writer did that. EINVAL before Linux
+/// 5.1.
 pub fn seal_against_further_writers(fd: impl AsFd) -> io::Result<()> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL))?;
     Ok(())
@@ -164,6 +186,34 @@ mod tests {
         unsafe {
             writer.address().write_volatile(9);
             assert_eq!(reader.address().read_volatile(), 9);
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "memfd")]
+    fn no_writer_can_take_pages_away_after_the_last_seal() {
+        use nix::fcntl::{FallocateFlags, fallocate};
+        use nix::sys::mman::{MmapAdvise, madvise};
+        let fd = create("xfan-test", 8192).unwrap();
+        let writer = Mapping::read_write(&fd, 8192).unwrap();
+        let reader = Mapping::read_only(&fd, 8192).unwrap();
+        let punch = || {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(&fd, flags, 0, 4096)
+        };
+        // SAFETY: nobody has a reference into the mapping.
+        let remove = || unsafe { madvise(writer.address().cast(), 4096, MmapAdvise::MADV_REMOVE) };
+        // SAFETY: the mapping lives and is 8,192 bytes long; nobody else knows of it.
+        unsafe { writer.address().add(4096).write_volatile(5) };
+        assert_eq!((punch(), remove()), (Ok(()), Ok(())));
+        seal_against_further_writers(&fd).unwrap();
+        assert_eq!((punch(), remove()), (Err(Errno::EPERM), Err(Errno::EPERM)));
+        reader.lock().unwrap();
+        // SAFETY: both mappings live and are 8,192 bytes long; nobody else knows of them.
+        unsafe {
+            assert_eq!([0, 4096].map(|offset| reader.address().add(offset).read_volatile()), [0, 5]);
+            writer.address().write_volatile(3);
+            assert_eq!(reader.address().read_volatile(), 3);
         }
     }
 

@@ -14,10 +14,12 @@ use xfan_shm::clock;
 use xfan_shm::layout::{Down, LayoutError, Up, VERSION};
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{
-    self, Attach, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN, ProtocolError, RefusalCode, Reply, Request,
+    self, Attach, ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN, ProtocolError, RefusalCode,
+    Reply, Request,
 };
 use xfan_shm::segment::Mapping;
 
+use crate::inherited;
 use crate::leave::Leave;
 use crate::worker::Worker;
 use crate::{DEFAULT_BATCH, MAX_BATCH};
@@ -54,6 +56,17 @@ pub enum AttachError {
     /// Connecting failed otherwise.
     #[error("cannot connect to {}: {}", .0.display(), explained(.1))]
     Connect(PathBuf, #[source] io::Error),
+    /// The environment names a descriptor that is no connection.
+    #[error(
+        "{ENV_CONTROL_FD} names descriptor {number} as the connection to the dispatcher, but {reason}: whatever starts this \
+         worker for `xfan run` must leave that descriptor open. Without {ENV_CONTROL_FD}, the worker connects to {ENV_SOCKET}"
+    )]
+    Inherited {
+        /// What the environment says.
+        number: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The dispatcher said no, and why.
     #[error("the dispatcher refused this worker: {message}")]
     Refused {
@@ -106,6 +119,8 @@ pub struct Builder {
     group: Option<String>,
     member: Option<String>,
     token: Option<String>,
+    /// The environment may name an inherited connection.
+    inherited: bool,
     program: Option<String>,
     pub(crate) batch: usize,
     leave_on_signals: bool,
@@ -119,6 +134,7 @@ impl Builder {
             group: None,
             member: None,
             token: None,
+            inherited: false,
             program: None,
             batch: DEFAULT_BATCH,
             leave_on_signals: false,
@@ -175,6 +191,7 @@ impl Builder {
             let set = |name| env::var(name).ok().filter(|value| !value.is_empty());
             self.member = self.member.or_else(|| set(ENV_MEMBER));
             self.token = set(ENV_TOKEN);
+            self.inherited = true;
             self.survival =
                 set(ENV_SURVIVE).and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
             self.socket = env::var_os(ENV_SOCKET).filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -229,7 +246,8 @@ impl Builder {
         let path = self.socket.clone().ok_or(AttachError::NoSocket)?;
         // The clock and the handlers before the dispatcher knows us: from then on it may ask us to stop, and packets may come.
         clock::ticks_per_ns();
-        let control = dial(&path)?;
+        let inherited = if self.inherited { inherited::connect(&path)? } else { None };
+        let control = inherited.map_or_else(|| dial(&path), Ok)?;
         // But not before there is a dispatcher: who tries until there is one must still end by a signal.
         let leave = leave()?;
         let request = Request::Attach(Attach {
@@ -255,6 +273,13 @@ impl Builder {
         let up = Up::open(up, attached.geometry)?;
         if let Some(core) = attached.core {
             pin(core)?;
+        }
+        match ask(&control, &Request::Ready, &path)?.0 {
+            Reply::Joined => {}
+            Reply::Refused(refusal) => {
+                return Err(AttachError::Refused { code: refusal.code, message: refusal.message });
+            }
+            _ => return Err(AttachError::Unexpected(path)),
         }
         Ok(Worker::new(self, attached, umem, down, up, control, doorbell, leave))
     }
@@ -293,11 +318,16 @@ pub(crate) fn dial(path: &Path) -> Result<OwnedFd, AttachError> {
     };
     let control =
         socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
-    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).unwrap_or(i64::MAX));
-    setsockopt(&control, sockopt::ReceiveTimeout, &patience).map_err(failed)?;
-    setsockopt(&control, sockopt::SendTimeout, &patience).map_err(failed)?;
+    be_patient(&control).map_err(failed)?;
     connect(control.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
     Ok(control)
+}
+
+/// Has the kernel wait for a peer, but not for ever.
+pub(crate) fn be_patient(socket: impl AsFd) -> nix::Result<()> {
+    let patience = TimeVal::milliseconds(i64::try_from(PATIENCE.as_millis()).unwrap_or(i64::MAX));
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    setsockopt(&socket, sockopt::SendTimeout, &patience)
 }
 
 /// Sends the request and waits for what the dispatcher says to it.

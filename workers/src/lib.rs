@@ -56,6 +56,7 @@ mod attach;
 mod batch;
 mod counter;
 mod idle;
+mod inherited;
 mod leave;
 mod report;
 mod worker;

@@ -47,21 +47,38 @@ fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal
 impl Primary {
     /// Carries out an order. What takes time goes on when this returns: the members are starting or draining.
     pub(super) fn order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) -> Reply {
-        let result = if peer.uid() == 0 {
-            tracing::info!(pid = peer.pid(), ?order, "an operator's order");
-            let pid = u32::try_from(peer.pid()).unwrap_or(0);
-            self.journal.write(None, pid, "ordered", format!("{order:?}"));
-            self.carry_out(order)
-        } else {
-            refuse(RefusalCode::Forbidden, "only root may add, drain, restart or remove workers: use sudo")
-        };
-        match result {
-            Ok(members) => Reply::Ordered(members),
+        if peer.uid() != 0 {
+            let message = "only root may add, drain, restart or remove workers: use sudo".to_owned();
+            let refusal = Refusal { code: RefusalCode::Forbidden, message };
+            self.tell_refusal(peer, None, None, &refusal.message);
+            return Reply::Refused(refusal);
+        }
+        // What an order does is told whatever came before, an order that does nothing only so
+        // often.
+        let told = self.limit.admit(peer.uid(), Instant::now()).is_some();
+        if told {
+            self.tell_order(peer, order);
+        }
+        match self.carry_out(order) {
+            Ok(members) => {
+                if !told {
+                    self.tell_order(peer, order);
+                }
+                Reply::Ordered(members)
+            }
             Err(refusal) => {
-                tracing::warn!(pid = peer.pid(), uid = peer.uid(), "refused: {}", refusal.message);
+                if told {
+                    tracing::warn!(pid = peer.pid(), uid = peer.uid(), "refused: {}", refusal.message);
+                }
                 Reply::Refused(refusal)
             }
         }
+    }
+
+    fn tell_order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) {
+        tracing::info!(pid = peer.pid(), ?order, "an operator's order");
+        let pid = u32::try_from(peer.pid()).unwrap_or(0);
+        self.journal.write(None, pid, "ordered", format!("{order:?}"));
     }
 
     fn carry_out(&mut self, order: &WorkersOrder) -> Result<Vec<String>, Refusal> {
@@ -231,6 +248,7 @@ impl Primary {
     fn vacate(&mut self, place: usize) {
         let member = &mut self.members[place];
         member.token = None;
+        member.channel = None;
         member.restarting = false;
         member.program.clear();
         self.change(place, Change::Vacate, "");

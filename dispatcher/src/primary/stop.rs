@@ -7,8 +7,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use xfan_shm::protocol::{Refusal, RefusalCode, Reply, Request};
 
-use super::{Events, Primary, PrimaryError};
-use crate::control::Event;
+use super::{Primary, PrimaryError};
+use crate::inbox::{Event, Inbox, Next, Question};
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
 use crate::life::{Change, State};
@@ -76,12 +76,15 @@ impl Again {
 
 impl Primary {
     /// Takes everything down.
-    pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, events: &mut Events) -> Outcome {
+    pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, inbox: &mut Inbox) -> Outcome {
         let mut again = Again::listen();
         // Nobody is started again.
         for member in &mut self.members {
             (member.leaving, member.overdue) = (None, None);
+            // Nor joins; whoever was about to sees the end of the connection.
+            member.end_joining();
         }
+        self.tell_those_who_wait();
         // Before the program is detached, since that resets the counters of some drivers.
         if let Some(watch) = &mut self.watch {
             watch.count_now(LOOK);
@@ -98,9 +101,9 @@ impl Primary {
         for lane in &mut self.lanes {
             lane.command(Command::Drain);
         }
-        self.wait(events, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        self.wait(inbox, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
         // If redirected packets are missing, the driver may still be handling them.
-        self.wait(events, &mut again, DRAIN, Primary::all_arrived).await;
+        self.wait(inbox, &mut again, DRAIN, Primary::all_arrived).await;
         // … who are told that it is the last, and may finish it …
         for place in 0..self.members.len() {
             if self.members[place].state().takes_packets() {
@@ -109,7 +112,7 @@ impl Primary {
             }
         }
         let timeout = self.stop_timeout;
-        self.wait(events, &mut again, timeout, |primary| {
+        self.wait(inbox, &mut again, timeout, |primary| {
             primary.lanes.iter().for_each(LaneHandle::wake);
             primary.members.iter().all(|member| member.session.is_none() || member.backlog() == 0)
         })
@@ -119,7 +122,7 @@ impl Primary {
             process.signal(nix::sys::signal::Signal::SIGTERM);
         }
         let gone = |primary: &mut Primary| primary.members.iter().all(|member| member.process.is_none());
-        if !self.wait(events, &mut again, timeout, gone).await {
+        if !self.wait(inbox, &mut again, timeout, gone).await {
             for member in &mut self.members {
                 if let Some(process) = &mut member.process {
                     if again.told {
@@ -134,7 +137,7 @@ impl Primary {
                 }
             }
             again.told = false;
-            self.wait(events, &mut again, Duration::from_secs(1), gone).await;
+            self.wait(inbox, &mut again, Duration::from_secs(1), gone).await;
         }
         // Attached workers are nobody's children: they see the end of the connection.
         for place in 0..self.members.len() {
@@ -188,7 +191,7 @@ impl Primary {
     /// Deals with events until the condition holds (`true`), the time is up, or patience is.
     async fn wait(
         &mut self,
-        events: &mut Events,
+        inbox: &mut Inbox,
         again: &mut Again,
         timeout: Duration,
         done: impl Fn(&mut Primary) -> bool,
@@ -202,7 +205,10 @@ impl Primary {
                 return false;
             }
             tokio::select! {
-                Some(event) = events.1.recv() => self.handle_while_stopping(event),
+                next = inbox.next() => match next {
+                    Next::Event(event) => self.handle_while_stopping(event),
+                    Next::Question(question) => self.answer_while_stopping(question),
+                },
                 () = again.wait() => {}
                 () = tokio::time::sleep(POLL) => {}
             }
@@ -226,14 +232,25 @@ impl Primary {
                 }
             }
             Event::Restart(_) | Event::StartTimeout(..) => {}
-            // Workers and orders are refused, and the rest is as always: errors end nothing that is ending already.
-            Event::Request { request: Request::Attach(_) | Request::Workers(_), answer, .. } => {
+            event => {
+                // Errors end nothing that is ending already.
+                let _ = self.handle(event);
+            }
+        }
+    }
+
+    /// Workers and orders are refused, and the rest is as always.
+    fn answer_while_stopping(&mut self, question: Question) {
+        match question.request {
+            Request::Attach(_) | Request::Ready | Request::Workers(_) => {
                 let refusal =
                     Refusal { code: RefusalCode::Closing, message: "this primary is stopping".into() };
-                let _ = answer.send(Reply::Refused(refusal).into());
+                let _ = question.answer.send(Reply::Refused(refusal).into());
             }
-            event => {
-                let _ = self.handle(event);
+            _ => {
+                let _ = self.answer(question);
+                // There are no ticks any more.
+                self.tell_those_who_wait();
             }
         }
     }

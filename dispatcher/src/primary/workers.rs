@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
-use tokio::sync::mpsc;
 use xfan_shm::limits::explained;
 
 use super::{Primary, PrimaryError, random_token};
 use crate::config::OnEmpty;
-use crate::control::Event;
+use crate::control::{Channel, Connections, pair};
+use crate::inbox::{Event, Outbox};
 use crate::life::{Change, State};
 use crate::members::Member;
 use crate::restart::{Restart, Verdict};
@@ -25,7 +25,8 @@ pub(super) struct Spawner {
     pub(super) socket: PathBuf,
     /// Where the workers are written down.
     pub(super) note: Note,
-    pub(super) events: mpsc::UnboundedSender<Event>,
+    pub(super) outbox: Outbox,
+    pub(super) connections: Connections,
 }
 
 /// When workers are restarted, after how long they count as hanging, and what becomes of their packets.
@@ -45,11 +46,23 @@ pub struct Care {
 impl Spawner {
     /// Sends an event to the primary, later.
     fn later(&self, delay: Duration, event: Event) {
-        let events = self.events.clone();
+        let outbox = self.outbox.clone();
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            let _ = events.send(event);
+            outbox.event(event);
         });
+    }
+
+    /// Starts a process for a member, which inherits a connection.
+    fn spawn(&self, member: &str, token: &str) -> Result<(Process, Channel), PrimaryError> {
+        let (ours, theirs) = pair()?;
+        let process = Process::spawn(&self.command, &self.socket, member, token, &theirs)?;
+        let user = &self.command.user;
+        // The kernel would name the primary, which made both ends.
+        let peer =
+            libc::ucred { pid: process.pid().cast_signed(), uid: user.uid.as_raw(), gid: user.gid.as_raw() };
+        let channel = self.connections.hand_over(ours, peer.into());
+        Ok((process, channel))
     }
 }
 
@@ -117,7 +130,8 @@ impl Primary {
         let (Some(spawner), member) = (&self.spawner, &mut self.members[place]) else { return Ok(()) };
         let token = random_token()?;
         member.starts.count(Instant::now());
-        let process = Process::spawn(&spawner.command, &spawner.socket, &member.id, &token)?;
+        let (process, channel) = spawner.spawn(&member.id, &token)?;
+        member.channel = Some(channel);
         self.take_in(place, process, token, "")
     }
 
@@ -136,10 +150,10 @@ impl Primary {
         let ended = sys::watched(process.watch()?, Interest::READABLE)?;
         let pid = process.pid();
         member.process = Some(process);
-        let events = spawner.events.clone();
+        let outbox = spawner.outbox.clone();
         tokio::spawn(async move {
             let _ = ended.readable().await;
-            let _ = events.send(Event::Exited(place));
+            outbox.event(Event::Exited(place));
         });
         spawner.later(self.start_timeout, Event::StartTimeout(place, pid));
         let detail = if detail.is_empty() { member.program.clone() } else { detail.to_owned() };
@@ -176,6 +190,9 @@ impl Primary {
         let member = &mut self.members[place];
         let Some(status) = member.process.as_mut().and_then(Process::ended) else { return Ok(()) };
         let adopted = member.process.take().is_some_and(|process| process.is_adopted());
+        // What it left behind does not speak for the next one.
+        member.channel = None;
+        member.end_joining();
         let how = status.to_string();
         let attached = member.state() != State::Starting;
         if adopted && !attached {

@@ -79,6 +79,7 @@ impl From<AttachError> for Failure {
             | AttachError::Unexpected(_)
             | AttachError::Layout(_) => XFAN_PROTOCOL,
             AttachError::Connect(..)
+            | AttachError::Inherited { .. }
             | AttachError::Umem(_)
             | AttachError::Core(_)
             | AttachError::Leaving

@@ -120,6 +120,12 @@ impl Primary {
         protocol::send(&connection, &Reply::Attached(answer.clone()), &fds).unwrap();
         let lanes =
             (0..answer.geometry.lanes).map(|lane| Producer::new(SharedRing::new(&down, &up, lane))).collect();
+        // A worker that cannot use them hangs up instead.
+        if protocol::receive::<Request>(&connection, MAX_REQUEST)
+            .is_ok_and(|(said, _)| said == Request::Ready)
+        {
+            protocol::send(&connection, &Reply::Joined, &[]).unwrap();
+        }
         Primary {
             down,
             up,

@@ -2,11 +2,14 @@
 //!
 //! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`.
 
+mod connections;
 mod place;
 mod probe;
+mod segment;
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -46,6 +49,25 @@ enum Way {
     Probe,
     /// At SIGUSR1 fills its own segment with noise, again and again, until SIGTERM.
     Noise { seed: u64 },
+    /// At SIGUSR1 tries to take the pages of its own segment away from the dispatcher, again and
+    /// again.
+    Pages,
+    /// Takes a place and never says that it is ready.
+    Silent,
+    /// Takes a place and says twice that it is ready.
+    ReadyTwice,
+    /// Seals its own segment before it is ready.
+    Seal,
+    /// Takes pages of its own segment away before it is ready.
+    Early,
+    /// Holds as many connections as it gets.
+    Hold { connections: usize },
+    /// At SIGUSR1 asks for reports on as many connections as it gets, without a pause.
+    Flood { connections: usize },
+    /// Orders so many times that a worker be removed, and ends.
+    Order { times: usize },
+    /// Becomes xfan-count, which is told that this descriptor is its connection.
+    Robbed { number: String },
     /// At SIGUSR1 stuffs its doorbell so that who rings it blocks, if it can, and claims to sleep.
     Jam,
 }
@@ -68,7 +90,9 @@ fn main() -> ExitCode {
 
 fn run(way: &Way) -> Outcome<()> {
     // Before anything is opened.
-    let inherited = descriptors("self")?;
+    let control = std::env::var(protocol::ENV_CONTROL_FD);
+    let name = |number| if Ok(&number) == control.as_ref() { "control".into() } else { number };
+    let inherited: Vec<String> = descriptors("self")?.into_iter().map(name).collect();
     let waited = [Signal::SIGTERM, Signal::SIGUSR1].into_iter().collect::<SigSet>();
     waited.thread_block()?;
     // Held until the end: whoever hangs up is out.
@@ -138,6 +162,59 @@ fn run(way: &Way) -> Outcome<()> {
             }
             return Ok(());
         }
+        Way::Pages => {
+            let place = Place::take()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                return place.take_pages();
+            }
+            return Ok(());
+        }
+        Way::Silent => Place::ask()?,
+        Way::ReadyTwice => {
+            let place = Place::take()?;
+            waited.wait()?;
+            let second = place::ready(&place.control);
+            println!("second: {}", second.map_or_else(|error| error.to_string(), |()| "done".into()));
+            place
+        }
+        Way::Seal => {
+            let place = Place::ask()?;
+            // SAFETY: no pointers.
+            probe::checked(unsafe {
+                libc::fcntl(place.up.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SEAL)
+            })?;
+            return place::ready(&place.control);
+        }
+        Way::Early => {
+            let place = Place::ask()?;
+            place.take_away()?;
+            place::ready(&place.control)?;
+            println!("ready");
+            place
+        }
+        Way::Hold { connections } => {
+            let place = Place::take()?;
+            let held = connections::hold(*connections)?;
+            println!("holds {} connections", held.len());
+            while waited.wait()? != Signal::SIGTERM {}
+            drop(held);
+            place
+        }
+        Way::Flood { connections } => {
+            let _place = Place::take()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                return connections::flood(*connections);
+            }
+            return Ok(());
+        }
+        Way::Order { times } => {
+            for _ in 0..*times {
+                let order = protocol::WorkersOrder::Remove("default/0".into());
+                protocol::ask(&place::dial()?, &protocol::Request::Workers(order))?;
+            }
+            return Ok(());
+        }
+        Way::Robbed { number } => return connections::become_robbed(number),
         Way::Jam => {
             let place = Place::take()?;
             if waited.wait()? == Signal::SIGUSR1 {

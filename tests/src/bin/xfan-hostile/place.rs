@@ -41,7 +41,16 @@ pub fn ask(
     match protocol::receive(&control, MAX_REPLY)? {
         (Reply::Attached(attached), fds) => Ok((control, attached, fds)),
         (Reply::Refused(refusal), _) => Err(refusal.message.into()),
-        (Reply::Stats(_) | Reply::Events(_) | Reply::Ordered(_), _) => Err("statistics".into()),
+        (reply, _) => Err(format!("{reply:?}").into()),
+    }
+}
+
+/// Says that its segments are mapped. The error is the refusal.
+pub fn ready(control: &OwnedFd) -> Outcome<()> {
+    match protocol::ask(control, &Request::Ready)?.0 {
+        Reply::Joined => Ok(()),
+        Reply::Refused(refusal) => Err(refusal.message.into()),
+        reply => Err(format!("{reply:?}").into()),
     }
 }
 
@@ -54,20 +63,34 @@ pub struct Place {
     pub down: OwnedFd,
     pub up: OwnedFd,
     pub doorbell: OwnedFd,
+    /// Its own segment, mapped while it could be.
+    pub segment: Mapping,
+    own: Up,
 }
 
 impl Place {
+    /// Takes a place as a worker does.
     pub fn take() -> Outcome<Self> {
+        let place = Self::ask()?;
+        ready(&place.control)?;
+        Ok(place)
+    }
+
+    /// Takes a place and maps its segments, but does not say that it is ready.
+    pub fn ask() -> Outcome<Self> {
         let (control, attached, fds) = ask(VERSION, member(), token())?;
         let [umem, down, up, doorbell] = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds)
             .map_err(|_| "other descriptors than expected")?;
         let umem_bytes = usize::try_from(attached.umem_bytes)?;
-        Ok(Place { control, geometry: attached.geometry, umem_bytes, umem, down, up, doorbell })
+        let geometry = attached.geometry;
+        let segment = Mapping::read_write(&up, geometry.up_bytes())?;
+        let own = Up::open(&up, geometry)?;
+        Ok(Place { control, geometry, umem_bytes, umem, down, up, doorbell, segment, own })
     }
 
     /// Writes noise over its own segment, headers and all, until SIGTERM.
     pub fn make_noise(&self, seed: u64) -> Outcome<()> {
-        let segment = Mapping::read_write(&self.up, self.geometry.up_bytes())?;
+        let segment = &self.segment;
         let mut state = seed;
         loop {
             for word in 0..segment.length() / 8 {
@@ -84,19 +107,18 @@ impl Place {
 
     /// Has whoever rings the doorbell block, if the descriptor allows it, and claims to sleep, so that it is rung.
     pub fn jam(&self) -> Outcome<()> {
-        let up = Up::open(&self.up, self.geometry)?;
         let fd = self.doorbell.as_raw_fd();
         // SAFETY: no pointers.
         unsafe { libc::fcntl(fd, libc::F_SETFL, 0) };
         let full = (u64::MAX - 1).to_ne_bytes();
         // SAFETY: the buffer is as long as said.
         unsafe { libc::write(fd, full.as_ptr().cast(), full.len()) };
-        up.epoch().store(1, std::sync::atomic::Ordering::Release);
+        self.own.epoch().store(1, std::sync::atomic::Ordering::Release);
         Ok(())
     }
 }
 
-fn pending_signals() -> Outcome<SigSet> {
+pub fn pending_signals() -> Outcome<SigSet> {
     let mut set = std::mem::MaybeUninit::uninit();
     // SAFETY: the pointer leads to room for a set.
     Errno::result(unsafe { libc::sigpending(set.as_mut_ptr()) })?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use nix::errno::Errno;
@@ -14,6 +14,7 @@ use xfan_shm::layout::{Geometry, VERSION};
 use xfan_shm::protocol::{self, MAX_REPLY, Reply, Request};
 use xfan_shm::segment::Mapping;
 
+use crate::connections::{attach_through, connect, inherited};
 use crate::place::{Place, ask, dial, member, token};
 use crate::{Outcome, PAUSE};
 
@@ -34,7 +35,7 @@ pub fn descriptors(process: &str) -> io::Result<Vec<String>> {
 }
 
 /// Name of the error, or `done`.
-fn said<T>(result: io::Result<T>) -> String {
+pub fn said<T>(result: io::Result<T>) -> String {
     match result {
         Ok(_) => "done".into(),
         Err(error) => error
@@ -43,7 +44,7 @@ fn said<T>(result: io::Result<T>) -> String {
     }
 }
 
-fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+pub fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -87,17 +88,16 @@ pub fn probe_segments(place: &Place, report: &mut BTreeMap<String, String>) {
                 "grow by writing beyond the end",
                 said(checked(libc::posix_fallocate(raw, 0, 1 << 40)).and_then(errno_of)),
             );
-            if name != "up" {
-                tell("take pages away", said(take_away(fd.as_fd(), length)));
-                let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                tell("punch a hole", said(checked(libc::fallocate(raw, punch, 0, 4096))));
-                let wrote = libc::pwrite(raw, b"x".as_ptr().cast(), 1, 0);
-                tell("write", said(checked(libc::c_int::try_from(wrote).unwrap_or(0))));
-                let seals = libc::F_SEAL_WRITE;
-                tell("seal", said(checked(libc::fcntl(raw, libc::F_ADD_SEALS, seals))));
-            }
+            tell("take pages away", said(take_away(fd.as_fd(), length)));
+            let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            tell("punch a hole", said(checked(libc::fallocate(raw, punch, 0, 4096))));
+            let wrote = libc::pwrite(raw, b"x".as_ptr().cast(), 1, 0);
+            tell("write", said(checked(libc::c_int::try_from(wrote).unwrap_or(0))));
+            let seals = libc::F_SEAL_WRITE;
+            tell("seal", said(checked(libc::fcntl(raw, libc::F_ADD_SEALS, seals))));
         }
     }
+    report.insert("up take pages away from within".into(), said(place.take_away()));
 }
 
 /// posix_fallocate returns its error.
@@ -173,6 +173,15 @@ fn peer() -> Outcome<u64> {
     }
 }
 
+/// Orders, as if it were an operator.
+fn order_through(control: &OwnedFd) -> Outcome<()> {
+    let order = protocol::WorkersOrder::Remove("default/1".into());
+    match protocol::ask(control, &Request::Workers(order))?.0 {
+        Reply::Refused(refusal) => Err(refusal.message.into()),
+        _ => Ok(()),
+    }
+}
+
 /// Places that are not ours.
 pub fn probe_places(report: &mut BTreeMap<String, String>) {
     let other = || Some("default/1".to_owned());
@@ -188,4 +197,25 @@ pub fn probe_places(report: &mut BTreeMap<String, String>) {
         report
             .insert(format!("take {what}"), answer.map_or_else(|error| error.to_string(), |_| "done".into()));
     }
+    // Through the inherited connection, and through those that it makes.
+    let mut tell = |what: &str, answer: Outcome<()>| {
+        let answer = answer.map_or_else(|error| error.to_string(), |()| "done".into());
+        report.insert(format!("inherited {what}"), answer);
+    };
+    let Ok(inherited) = inherited() else { return };
+    tell("takes our place again", attach_through(inherited, None));
+    tell("takes other's place", attach_through(inherited, Some("default/1")));
+    tell("takes a vacant place", attach_through(inherited, Some("default/2")));
+    tell("orders", order_through(inherited));
+    let through: Vec<_> = (0..5).map(|_| connect(inherited)).collect();
+    let made = through.iter().filter(|made| made.is_ok()).count();
+    tell("makes connections", Err(made.to_string().into()));
+    for made in through {
+        match made {
+            Ok(made) => tell("made takes other's place", attach_through(&made, Some("default/1"))),
+            Err(error) => tell("makes too many", Err(error)),
+        }
+    }
+    let sent = protocol::send(inherited, &Request::Detach, &[inherited.as_fd()]);
+    tell("passes descriptors", sent.map_err(Into::into));
 }

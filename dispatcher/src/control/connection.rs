@@ -1,0 +1,260 @@
+//! A connection, from its beginning to its end.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixCredentials, setsockopt, socketpair, sockopt};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use xfan_shm::limits::explained;
+use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
+
+use super::{ControlCounters, count};
+use crate::access::Standing;
+use crate::inbox::{Event, Outbox, Question};
+use crate::sys;
+
+/// Connections that can be made through an inherited one at a time.
+const THROUGH_A_CHANNEL: usize = 4;
+
+/// Number of a connection, never used again.
+pub type ConnectionId = u64;
+
+/// A connection, as the primary knows it.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Its number.
+    pub id: ConnectionId,
+    /// Whom it was admitted as.
+    pub standing: Standing,
+    /// The inherited connection that it is, or was made through.
+    pub channel: Option<ConnectionId>,
+    end: Arc<Notify>,
+}
+
+impl Connection {
+    /// One of this number, which leads nowhere.
+    #[cfg(test)]
+    pub fn of(id: ConnectionId) -> Self {
+        Connection { id, standing: Standing::Named, channel: None, end: Arc::default() }
+    }
+
+    /// Hangs up.
+    pub fn end(&self) {
+        self.end.notify_one();
+    }
+}
+
+/// The connection that a worker's process inherits. Dropping it hangs up, and ends all connections
+/// that were made through it.
+#[derive(Debug)]
+pub struct Channel {
+    /// Its number.
+    pub id: ConnectionId,
+    _alive: watch::Sender<()>,
+}
+
+/// The inherited connection that a connection is, or was made through.
+#[derive(Clone, Debug)]
+struct Origin {
+    channel: ConnectionId,
+    room: Arc<Semaphore>,
+    alive: watch::Receiver<()>,
+}
+
+impl Origin {
+    /// Waits until the channel is dropped.
+    async fn gone(mut self) {
+        while self.alive.changed().await.is_ok() {}
+    }
+}
+
+/// The thread that serves all connections.
+#[derive(Clone, Debug)]
+pub struct Connections {
+    pub(super) runtime: Handle,
+    pub(super) shared: Shared,
+}
+
+/// What all connections have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    pub next: Arc<AtomicU64>,
+    pub counters: Arc<ControlCounters>,
+    pub outbox: Outbox,
+}
+
+/// Two connected sockets: the primary's end, and what a worker is given.
+///
+/// # Errors
+/// No descriptors left, most likely.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    // As for the listener.
+    let _ = sys::refuse_descriptors(ours.as_fd());
+    Ok((ours, theirs))
+}
+
+impl Connections {
+    /// Serves the primary's end of a connection that the worker process `peer` has inherited.
+    pub fn hand_over(&self, ours: OwnedFd, peer: UnixCredentials) -> Channel {
+        let (alive, end) = watch::channel(());
+        let id = self.shared.next_id();
+        let origin = Origin { channel: id, room: Arc::new(Semaphore::new(THROUGH_A_CHANNEL)), alive: end };
+        let connection = self.shared.connection(id, Standing::Worker, Some(&origin));
+        self.runtime.spawn(carry(self.shared.clone(), connection, peer, ours, Some(origin), Vec::new()));
+        Channel { id, _alive: alive }
+    }
+}
+
+impl Shared {
+    fn next_id(&self) -> ConnectionId {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn connection(&self, id: ConnectionId, standing: Standing, origin: Option<&Origin>) -> Connection {
+        Connection { id, standing, channel: origin.map(|origin| origin.channel), end: Arc::default() }
+    }
+
+    /// Serves a connection that was accepted.
+    pub fn serve(
+        &self,
+        standing: Standing,
+        peer: UnixCredentials,
+        socket: OwnedFd,
+        place: Vec<OwnedSemaphorePermit>,
+    ) {
+        let connection = self.connection(self.next_id(), standing, None);
+        tokio::spawn(carry(self.clone(), connection, peer, socket, None, place));
+    }
+
+    /// Makes a connection through an inherited one. Returns the peer's end.
+    fn connect(
+        &self,
+        standing: Standing,
+        peer: UnixCredentials,
+        origin: Option<&Origin>,
+    ) -> Result<OwnedFd, Refusal> {
+        let refusal = |code, message: String| Refusal { code, message };
+        let origin = origin.ok_or_else(|| {
+            let message = "only the connection that a worker inherited makes others: connect to the socket";
+            refusal(RefusalCode::Forbidden, message.into())
+        })?;
+        let place = origin.room.clone().try_acquire_owned().map_err(|_| {
+            let message =
+                format!("this worker has {THROUGH_A_CHANNEL} connections, which is the limit: close some");
+            refusal(RefusalCode::Occupied, message)
+        })?;
+        let (ours, theirs) = pair().map_err(|error| {
+            let message = format!("the primary cannot make a connection: {}", explained(error));
+            refusal(RefusalCode::Occupied, message)
+        })?;
+        let connection = self.connection(self.next_id(), standing, Some(origin));
+        tokio::spawn(carry(self.clone(), connection, peer, ours, Some(origin.clone()), vec![place]));
+        Ok(theirs)
+    }
+}
+
+/// A connection from its beginning to its end.
+async fn carry(
+    shared: Shared,
+    connection: Connection,
+    peer: UnixCredentials,
+    socket: OwnedFd,
+    origin: Option<Origin>,
+    _place: Vec<OwnedSemaphorePermit>,
+) {
+    let id = connection.id;
+    let end = connection.end.clone();
+    let disowned = origin.clone();
+    let disowned = async {
+        match disowned {
+            Some(origin) => origin.gone().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = end.notified() => {}
+        () = disowned => {}
+        result = converse(&shared, connection, peer, socket, origin) => {
+            if let Err(error) = result {
+                tracing::debug!(connection = id, %error, "connection ended");
+            }
+        }
+    }
+    shared.outbox.event(Event::HangUp(id));
+}
+
+/// Carries one connection's messages until it ends.
+async fn converse(
+    shared: &Shared,
+    connection: Connection,
+    peer: UnixCredentials,
+    socket: OwnedFd,
+    origin: Option<Origin>,
+) -> Result<(), ProtocolError> {
+    let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
+    loop {
+        let request = loop {
+            let mut ready = socket.readable().await?;
+            match protocol::receive::<Request>(socket.get_ref(), MAX_REQUEST) {
+                Err(error) if error.would_block() => ready.clear_ready(),
+                result => break result.map(|(request, _)| request),
+            }
+        };
+        let (reply, fds) = match request {
+            Ok(Request::Connect) => match shared.connect(connection.standing, peer, origin.as_ref()) {
+                Ok(theirs) => (Reply::Connected.into(), vec![theirs]),
+                Err(refusal) => (Reply::Refused(refusal).into(), Vec::new()),
+            },
+            Ok(request) => {
+                let (answer, answered) = oneshot::channel();
+                let connection = connection.clone();
+                if !shared.outbox.question(Question { connection, peer, request, answer }) {
+                    return Ok(());
+                }
+                let answer = answered.await.unwrap_or_default();
+                let Some(reply) = answer.reply else { continue };
+                (reply, answer.fds)
+            }
+            Err(ProtocolError::Closed) => return Ok(()),
+            Err(error) => {
+                count(&shared.counters.malformed);
+                let refusal = Refusal { code: RefusalCode::Malformed, message: error.to_string() };
+                let _ = protocol::send(socket.get_ref(), &Reply::Refused(refusal), &[]);
+                return Err(error);
+            }
+        };
+        reply_on(&socket, &reply, &fds).await?;
+        // An inherited connection is the only one that its worker has: it stays.
+        if matches!(*reply, Reply::Refused(_)) && connection.channel != Some(connection.id) {
+            return Ok(());
+        }
+    }
+}
+
+/// Sends a reply, once there is room for it.
+async fn reply_on(socket: &AsyncFd<OwnedFd>, reply: &Reply, fds: &[OwnedFd]) -> Result<(), ProtocolError> {
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut enlarged = false;
+    loop {
+        let mut ready = socket.writable().await?;
+        match protocol::send(socket.get_ref(), reply, &fds) {
+            Err(error) if error.would_block() => ready.clear_ready(),
+            // A report of many members. No more room than that: whoever never reads fills all there
+            // is.
+            Err(error) if error.is_too_long() && !enlarged => {
+                enlarged = true;
+                let bytes = serde_json::to_vec(reply)?.len().min(MAX_REPLY);
+                setsockopt(socket.get_ref(), sockopt::SndBufForce, &bytes).map_err(io::Error::from)?;
+            }
+            result => return result,
+        }
+    }
+}
