@@ -44,8 +44,8 @@ pub enum Command {
     /// Dispatch an interface's packets to workers, until SIGINT or SIGTERM
     ///
     /// Starts the primary and, if a COMMAND is given, its workers: supervised, pinned, unprivileged.
-    /// Needs root (or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_CHOWN
-    /// and CAP_KILL).
+    /// Needs root (or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_CHOWN,
+    /// CAP_KILL and CAP_SETPCAP).
     #[command(after_long_help = after_help())]
     Run(Flags),
 

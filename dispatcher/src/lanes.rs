@@ -13,6 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::counters::LaneCounters;
 use crate::frames::{Frames, Tally};
 use crate::lane::{Command, Lane, LaneConfig};
+use crate::privileges::drop_all_capabilities;
 use crate::report;
 use crate::source::PacketSource;
 use crate::steer::HashKey;
@@ -108,6 +109,7 @@ impl LaneHandle {
                     "cannot pin the lane on its CPU; it runs wherever the kernel puts it"
                 );
             }
+            drop_all_capabilities();
             lane.run()
         })?;
         Ok(LaneHandle {

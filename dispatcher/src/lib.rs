@@ -13,6 +13,7 @@
 //! them.
 
 pub mod access;
+pub mod cgroup;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -21,6 +22,7 @@ pub mod exit;
 pub mod folder;
 pub mod frames;
 pub mod inbox;
+pub mod inherit;
 pub mod interface;
 pub mod journal;
 pub mod lane;
@@ -28,6 +30,7 @@ pub mod lanes;
 pub mod life;
 pub mod members;
 pub mod mode;
+pub mod orphans;
 pub mod placement;
 pub mod port;
 pub mod primary;
@@ -36,6 +39,7 @@ pub mod rate_limit;
 pub mod report;
 pub mod restart;
 pub mod run;
+pub mod seccomp;
 pub mod source;
 pub mod steer;
 pub mod supervisor;

@@ -13,7 +13,7 @@ use xfan::interface::Interface;
 use xfan::placement::place;
 use xfan::run::{RunError, run};
 use xfan::topology::Machine;
-use xfan::{control, journal, report, topology};
+use xfan::{control, inherit, journal, report, topology};
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrder};
 
@@ -43,6 +43,7 @@ fn failed(error: impl Into<RunError>) -> (Exit, String) {
 }
 
 fn run_primary(flags: &Flags) -> Ended {
+    inherit::note_limits();
     let config = Config::load(flags).map_err(failed)?;
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::from(config.log))

@@ -5,6 +5,7 @@
 
 mod answer;
 mod attach;
+mod confine;
 mod error;
 mod loss;
 mod operator;
@@ -188,13 +189,7 @@ impl Primary {
         let note = Note::beside(listener.place());
         note.remove_unfinished();
         if let Some(command) = workers {
-            self.spawner = Some(Spawner {
-                command: command.clone(),
-                socket: listener.path().to_owned(),
-                note,
-                outbox: inbox.outbox(),
-                connections,
-            });
+            self.spawner = Some(Spawner::new(command, listener.path(), note, inbox.outbox(), connections));
             self.start_workers()?;
         }
         let mut ticks = tokio::time::interval(TICK);
@@ -202,6 +197,7 @@ impl Primary {
         loop {
             if !self.open && self.members.iter().all(|member| member.state() != State::Starting) {
                 self.let_in()?;
+                self.give_up_capabilities(listener.path());
                 tracing::info!(
                     interface = self.name,
                     mode = self.mode(),
@@ -317,6 +313,7 @@ impl Primary {
         self.look_for_hanging(now);
         self.look_for_overdue(now);
         self.look_for_cut(now);
+        self.look_for_orphans();
         Ok(())
     }
 
@@ -464,6 +461,7 @@ impl Primary {
             unserved,
             nic: self.watch.as_ref().map(Watch::nic).unwrap_or_default(),
             notices: self.notices(),
+            confinement: self.spawner.as_ref().map(|spawner| spawner.confinement.clone()).unwrap_or_default(),
             control: report::Control { refused: self.refused, ..self.control.report() },
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],

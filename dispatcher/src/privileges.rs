@@ -1,7 +1,9 @@
-//! What the primary must be allowed to do.
+//! What the primary must be allowed to do at the start, and what each of its threads, and each worker, keeps of that.
+
+use std::io;
 
 /// Capabilities, their numbers (capabilities(7)), and what they are for.
-const NEEDED: [(&str, u8, &str); 9] = [
+const NEEDED: [(&str, u8, &str); 10] = [
     ("CAP_NET_ADMIN", 12, "attach the XDP program"),
     ("CAP_NET_RAW", 13, "make AF_XDP sockets"),
     ("CAP_BPF", 39, "load the XDP program"),
@@ -11,7 +13,90 @@ const NEEDED: [(&str, u8, &str); 9] = [
     ("CAP_SETGID", 6, "run workers as an unprivileged user"),
     ("CAP_CHOWN", 0, "give workers the control socket"),
     ("CAP_KILL", 5, "end workers of another user"),
+    ("CAP_SETPCAP", 8, "give up capabilities"),
 ];
+
+const CAP_DAC_OVERRIDE: u8 = 1;
+const CAP_KILL: u8 = 5;
+const CAP_SETGID: u8 = 6;
+const CAP_SETUID: u8 = 7;
+const CAP_NET_ADMIN: u8 = 12;
+const CAP_SYS_NICE: u8 = 23;
+const CAP_BPF: u8 = 39;
+
+/// What the control thread still does once packets come: detach the XDP program and restore offloads; change the map of
+/// sockets; start workers again, as another user and with the normal priority; end workers.
+const OF_CONTROL: [u8; 6] = [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_KILL];
+
+/// The highest number that a capability can have.
+const LAST: u8 = 63;
+
+/// No capabilities.
+pub const NONE: u64 = 0;
+
+/// The capabilities that the control thread keeps once packets come. With `overriding` also the one that root needs to remove
+/// something from a folder that is another user's, or closed to writing, as the root of the cgroups is.
+pub fn of_control(overriding: bool) -> u64 {
+    let all = OF_CONTROL.iter().chain(overriding.then_some(&CAP_DAC_OVERRIDE));
+    all.fold(NONE, |all, bit| all | 1 << bit)
+}
+
+/// Empties the bounding set of the calling thread, so that no program it executes gains a capability. Async-signal-safe.
+///
+/// # Errors
+/// EPERM without CAP_SETPCAP, unless the set is empty already.
+pub fn empty_bounding_set() -> io::Result<()> {
+    for capability in 0..=LAST {
+        let capability = libc::c_ulong::from(capability);
+        // SAFETY: no pointers. The answer is negative where there is no such capability.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_READ, capability, 0, 0, 0) } > 0
+            // SAFETY: no pointers.
+            && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Has the calling thread give up all capabilities but those in `kept` that it has, for good. Async-signal-safe.
+///
+/// # Errors
+/// Whatever capset(2) says.
+pub fn keep_capabilities(kept: u64) -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    /// `_LINUX_CAPABILITY_VERSION_3`: two times effective, permitted, inheritable.
+    const VERSION_3: u32 = 0x2008_0522;
+    let mut header = Header { version: VERSION_3, pid: 0 };
+    let mut sets = [0u32; 6];
+    // SAFETY: both pointers lead to structures as capget(2) describes them.
+    if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [low, high] = [kept, kept >> 32].map(|bits| (bits & u64::from(u32::MAX)) as u32);
+    let permitted = [sets[1] & low, sets[4] & high];
+    sets = [permitted[0], permitted[0], 0, permitted[1], permitted[1], 0];
+    // SAFETY: both pointers lead to structures as capset(2) describes them.
+    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no pointers.
+    if unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Has the calling thread, which is not to start programs or touch the interface, give up all capabilities.
+pub fn drop_all_capabilities() {
+    if let Err(error) = empty_bounding_set().and_then(|()| keep_capabilities(NONE)) {
+        tracing::warn!("a thread cannot give up its capabilities: {error}");
+    }
+}
 
 /// The primary may not do what it has to.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -30,6 +30,9 @@ pub struct Report {
     /// Conditions that affect packets now, most important first.
     #[serde(default)]
     pub notices: Vec<Notice>,
+    /// How workers are confined.
+    #[serde(default)]
+    pub confinement: Confinement,
     /// One for each RX queue served.
     pub lanes: Vec<Lane>,
     /// Who the packets go to.
@@ -151,6 +154,19 @@ pub struct Nic {
     /// The driver's own drop counters, as in `ethtool -S`: those known for this driver, and others
     /// above 0.
     pub driver: BTreeMap<String, u64>,
+}
+
+/// How the workers that xfan starts are confined, beyond what always holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    /// The folder of their cgroups; none: they have none.
+    pub cgroups: Option<String>,
+    /// Limits in force.
+    pub limits: Vec<String>,
+    /// Limits that are set and cannot be enforced here.
+    pub not_enforced: Vec<String>,
+    /// Whether they run in the sandbox.
+    pub sandbox: bool,
 }
 
 /// What came over the control socket.

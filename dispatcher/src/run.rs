@@ -7,19 +7,23 @@ use xfan_shm::layout::{Geometry, MAX_LANES};
 use xfan_xdp::AttachError;
 
 use crate::access::Access;
+use crate::cgroup::Limits;
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
 use crate::control::{ControlError, Listener};
 use crate::exit::Exit;
 use crate::folder::FolderError;
+use crate::inherit;
 use crate::interface::{Interface, InterfaceError};
 use crate::lane::LaneConfig;
 use crate::lanes::{LaneHandle, LaneParts};
 use crate::members::Member;
 use crate::mode::{CopyMode, Mode, ModeError, modes};
+use crate::orphans;
 use crate::placement::{Placement, PlacementError, place};
 use crate::port::{Port, PortError};
 use crate::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
 use crate::privileges::{PrivilegeError, check_privileges};
+use crate::seccomp::{Filter, FilterError};
 use crate::steer::HashKey;
 use crate::supervisor::WorkerCommand;
 use crate::sys::{self, put_off_signals};
@@ -42,6 +46,7 @@ pub enum RunError {
     Port(#[from] PortError),
     Control(#[from] ControlError),
     Primary(#[from] PrimaryError),
+    Filter(#[from] FilterError),
     Io(#[from] std::io::Error),
     #[error(
         "`{interface}` would get {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: name the queues that get \
@@ -87,6 +92,7 @@ impl RunError {
             RunError::TooManyLanes { .. } => Exit::Usage,
             RunError::Primary(error) => error.exit(),
             RunError::Control(_)
+            | RunError::Filter(_)
             | RunError::Io(_)
             | RunError::Descriptors { .. }
             | RunError::Imbalance(_)
@@ -115,6 +121,9 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     let modes = modes(config, &interface)?;
     check_privileges()?;
     let user = WorkerUser::find(config.user.as_deref())?;
+    if !config.command.is_empty() {
+        user.check_beside(nix::unistd::geteuid())?;
+    }
     let access = Access::find(&config.control, &user)?;
     if !config.command.is_empty() && !access.lets_connect(&user) {
         return Err(UserError::LockedOut(user.name).into());
@@ -132,10 +141,21 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         Some(key) => key,
         None => random_bytes()?,
     });
+    confine()?;
+    let lanes = placement.lanes.iter().map(|slot| slot.cpu).filter(|_| !placement.shared);
+    let limits = Limits {
+        memory: config.worker_memory,
+        processes: config.worker_processes,
+        cpu_weight: config.worker_cpu_weight,
+        lanes: lanes.collect(),
+    };
+    let sandbox = config.worker_sandbox.then(Filter::of_sandbox).transpose()?;
     let workers = (!config.command.is_empty()).then(|| WorkerCommand {
         command: config.command.clone(),
         user,
         survive: config.survive,
+        limits,
+        sandbox,
     });
     let start = Start { config, interface, queues, machine, placement, key };
     let mut listener = None;
@@ -177,6 +197,22 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
 /// those it has for a moment while it starts a worker or answers an operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
     48 + 4 * (lanes as u64 + workers as u64)
+}
+
+/// Confines this process, and what it starts, as it needs no interface or configuration to know.
+fn confine() -> Result<(), RunError> {
+    Filter::of_primary()?.install_for_all_threads().map_err(FilterError::from)?;
+    orphans::adopt_orphans()?;
+    if let Err(error) = inherit::protect_from_oom() {
+        tracing::info!(
+            "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or set OOMScoreAdjust=-900 \
+             in its systemd unit"
+        );
+    }
+    if let Err(error) = inherit::dump_no_packets() {
+        tracing::info!("core dumps may hold packets: {error}");
+    }
+    Ok(())
 }
 
 /// Whether a mode failed for something that the next mode does not need: zero-copy, larger frames,

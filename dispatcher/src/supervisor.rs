@@ -12,7 +12,11 @@ use nix::sys::signal::Signal;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
 
+use crate::cgroup::{Cgroup, Limits};
 use crate::config::WorkerUser;
+use crate::inherit::{self, Fresh};
+use crate::privileges;
+use crate::seccomp::Filter;
 use crate::sys;
 
 /// What workers get of the primary's environment: where programs are, and how to write to people. The rest may hold what is
@@ -31,6 +35,10 @@ pub struct WorkerCommand {
     pub user: WorkerUser,
     /// Whether they go on when the primary dies, and look for the next.
     pub survive: bool,
+    /// What each may use, as far as the system can limit it.
+    pub limits: Limits,
+    /// System calls that they are refused beside those that the primary is.
+    pub sandbox: Option<Filter>,
 }
 
 /// A worker could not be started.
@@ -75,6 +83,8 @@ pub struct Process {
     pidfd: OwnedFd,
     /// None: an earlier primary started it.
     child: Option<Child>,
+    /// What descends from it is in there, too; killed with it.
+    cgroup: Option<Cgroup>,
 }
 
 /// How a process ended.
@@ -104,9 +114,9 @@ impl fmt::Display for Ending {
 
 impl Process {
     /// Starts a worker for the member `member`: as the given user, without capabilities and without
-    /// a way to get any, in its own process group, without a controlling terminal (so that it
+    /// a way to get any, in its own process group and cgroup, without a controlling terminal (so that it
     /// cannot type into the primary's), with descriptors 0 (empty), 1, 2 and `control`, its
-    /// connection, and an environment of its own, and told to end when the primary does, unless it
+    /// connection, an environment of its own, nothing of how the primary is scheduled and limited, and told to end when the primary does, unless it
     /// is to survive that.
     ///
     /// # Errors
@@ -117,6 +127,8 @@ impl Process {
         member: &str,
         token: &str,
         control: &OwnedFd,
+        cgroup: Option<Cgroup>,
+        fresh: Fresh,
     ) -> Result<Self, SpawnError> {
         let (program, arguments) =
             command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
@@ -137,23 +149,29 @@ impl Process {
         // until exec.
         let control = control.as_raw_fd();
         process.env(ENV_CONTROL_FD, control.to_string());
-        let unprivileged = !user.is_root();
         let survive = command.survive;
         let descriptors = sys::original_descriptor_limit();
         if survive {
             process.env(ENV_SURVIVE, SURVIVAL.as_secs().to_string());
         }
-        if unprivileged {
+        if !user.is_root() {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
-            // Also empties the supplementary groups.
-            process.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
+        let other = |source| SpawnError::Other { program: program.to_owned(), source };
+        let entrance = cgroup.as_ref().map(Cgroup::entrance).transpose().map_err(other)?;
+        let (uid, gid, sandbox) = (user.uid.as_raw(), user.gid.as_raw(), command.sandbox.clone());
         // SAFETY: the closure only makes system calls that are async-signal-safe.
         unsafe {
             process.pre_exec(move || {
-                if unprivileged {
-                    drop_capabilities()?;
+                // What the primary's rights are needed for, comes first. Not every cgroup takes real-time processes.
+                inherit::shed(&fresh)?;
+                if let Some(entrance) = &entrance {
+                    sys::enter_cgroup(entrance.as_fd())?;
                 }
+                privileges::empty_bounding_set()?;
+                sys::become_user(uid, gid)?;
+                privileges::keep_capabilities(privileges::NONE)?;
+                inherit::leave_keyring()?;
                 sys::leave_terminal()?;
                 nix::sys::prctl::set_no_new_privs()?;
                 if !survive {
@@ -161,7 +179,8 @@ impl Process {
                 }
                 sys::close_on_exec_from(3)?;
                 sys::keep_on_exec(control)?;
-                sys::set_descriptor_limit(descriptors)
+                sys::set_descriptor_limit(descriptors)?;
+                sandbox.as_ref().map_or(Ok(()), Filter::install)
             });
         }
         let child = process.spawn().map_err(|source| {
@@ -176,7 +195,7 @@ impl Process {
         })?;
         let mut child = child;
         match sys::pidfd_open(child.id()) {
-            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child) }),
+            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child), cgroup }),
             Err(source) => {
                 // Our own child and not yet waited for: its number is still its own.
                 let _ = child.kill();
@@ -186,9 +205,14 @@ impl Process {
         }
     }
 
-    /// A process that an earlier primary started, by its number and descriptor.
-    pub fn adopt(pid: u32, pidfd: OwnedFd) -> Self {
-        Process { pid, pidfd, child: None }
+    /// A process that an earlier primary started, by its number and descriptor; and its cgroup, if that is one of this primary's.
+    pub fn adopt(pid: u32, pidfd: OwnedFd, cgroup: Option<Cgroup>) -> Self {
+        Process { pid, pidfd, child: None, cgroup }
+    }
+
+    /// Its cgroup.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
     }
 
     /// Whether an earlier primary started it.
@@ -215,8 +239,11 @@ impl Process {
         let _ = sys::pidfd_signal(self.pidfd.as_fd(), signal);
     }
 
-    /// Kills the process and what it has left in its process group, unless it has ended.
+    /// Kills the process and what it has left in its cgroup, or in its process group, unless it has ended.
     pub fn kill(&mut self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill();
+        }
         if self.ended().is_none() {
             match &self.child {
                 // Until it is waited for, its number is its own, and its group's.
@@ -259,26 +286,4 @@ impl Drop for Process {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-}
-
-/// Empties all capability sets of the calling thread.
-fn drop_capabilities() -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    /// `_LINUX_CAPABILITY_VERSION_3`: two times effective, permitted, inheritable.
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = Header { version: VERSION_3, pid: 0 };
-    let none = [0u32; 6];
-    // SAFETY: both pointers lead to structures as capset(2) describes them.
-    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: no pointers.
-    if unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

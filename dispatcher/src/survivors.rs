@@ -229,13 +229,14 @@ mod tests {
         let command = |uid| {
             let mut user = crate::config::WorkerUser::find(Some("root")).unwrap();
             user.uid = uid;
-            WorkerCommand { command: vec!["worker".into()], user, survive: true }
+            let limits = crate::cgroup::Limits { memory: None, processes: 9, cpu_weight: 100, lanes: vec![] };
+            WorkerCommand { command: vec!["worker".into()], user, survive: true, limits, sandbox: None }
         };
         let own = command(nix::unistd::geteuid());
         assert!(survivor(child.id(), began + 1).find(&own).is_none(), "another that got its number");
         let other = command(nix::unistd::Uid::from_raw(4242));
         assert!(survivor(child.id(), began).find(&other).is_none(), "of another user");
-        let mut process = Process::adopt(child.id(), survivor(child.id(), began).find(&own).unwrap());
+        let mut process = Process::adopt(child.id(), survivor(child.id(), began).find(&own).unwrap(), None);
         assert_eq!((process.pid(), process.ended()), (child.id(), None));
         process.kill();
         child.wait().unwrap();

@@ -136,8 +136,7 @@ pub fn keep_on_exec(fd: RawFd) -> io::Result<()> {
 }
 
 /// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be
-/// cleaned up and a handler that sees to it, a signal would end the process at once. Children that [`std::process`] starts
-/// have no signals put off.
+/// cleaned up and a handler that sees to it, a signal would end the process at once. Workers start with no signals put off.
 ///
 /// # Errors
 /// Whatever the kernel says.
@@ -182,6 +181,35 @@ pub fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
 pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is open, and the same, for as long as it lives, and the `AsyncFd` owns it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}
+
+/// Moves the calling process into the cgroup whose `cgroup.procs` this is. Async-signal-safe.
+///
+/// # Errors
+/// Whatever cgroups(7) says.
+pub fn enter_cgroup(entrance: BorrowedFd<'_>) -> io::Result<()> {
+    let own = b"0";
+    // SAFETY: the kernel reads one byte.
+    match unsafe { libc::write(entrance.as_raw_fd(), own.as_ptr().cast(), own.len()) } {
+        1 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Has the calling process, which has one thread, be a user's alone: real, effective and saved ids, and no supplementary groups.
+/// Async-signal-safe.
+///
+/// # Errors
+/// EPERM without CAP_SETUID and CAP_SETGID; EAGAIN where a limit forbids.
+pub fn become_user(uid: libc::uid_t, gid: libc::gid_t) -> io::Result<()> {
+    // Not by the C library, which would look for the other threads of the process that was forked.
+    // SAFETY: the pointer to no groups is null.
+    let done = unsafe {
+        libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) == 0
+            && libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
+            && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
+    };
+    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Gives up the calling process' controlling terminal, if it has one. For a process that leads no session this is for

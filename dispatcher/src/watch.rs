@@ -20,6 +20,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::interface::Interface;
+use crate::privileges::drop_all_capabilities;
 use crate::report;
 use conditions::Seen;
 use differences::Differences;
@@ -112,9 +113,10 @@ impl Watch {
         let (orders, ordered) = mpsc::channel();
         let (answers, looks) = mpsc::channel();
         // The thread ends when `orders` is dropped; nothing joins it, since it may wait for RTNL.
-        std::thread::Builder::new()
-            .name("watch".into())
-            .spawn(move || while ordered.recv().is_ok() && answers.send(looker.look()).is_ok() {})?;
+        std::thread::Builder::new().name("watch".into()).spawn(move || {
+            drop_all_capabilities();
+            while ordered.recv().is_ok() && answers.send(looker.look()).is_ok() {}
+        })?;
         let mut watch = Watch {
             presence: Presence::of(index)?,
             driver: interface.driver.clone(),

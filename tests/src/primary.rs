@@ -179,7 +179,7 @@ impl<'a> Launch<'a> {
         self.spawn_with(|_| {})
     }
 
-    /// As [`spawn`](Self::spawn), with a command that `change` has changed.
+    /// As [`spawn`](Self::spawn), after a change of its command.
     ///
     /// # Errors
     /// As [`spawn`](Self::spawn).
@@ -187,6 +187,16 @@ impl<'a> Launch<'a> {
         let mut command = self.command()?;
         change(&mut command);
         Ok(Primary { process: Process::spawn(command)?, folder: self.folder })
+    }
+
+    /// As [`start`](Self::start), after a change of its command.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(self, change: impl FnOnce(&mut Command)) -> Result<Primary, ProcessError> {
+        let primary = self.spawn_with(change)?;
+        primary.process.wait_for_line(" running ")?;
+        Ok(primary)
     }
 
     /// Starts it and waits for its end: for what is to be refused.
@@ -215,9 +225,7 @@ impl<'a> Launch<'a> {
     /// # Errors
     /// It ends before; then the error holds what it wrote.
     pub fn start(self) -> Result<Primary, ProcessError> {
-        let primary = self.spawn()?;
-        primary.process.wait_for_line(" running ")?;
-        Ok(primary)
+        self.start_with(|_| {})
     }
 }
 

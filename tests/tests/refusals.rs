@@ -70,7 +70,7 @@ fn without_root() {
          CAP_BPF (to load the XDP program), CAP_PERFMON (to have it walk packet headers), \
          CAP_SYS_ADMIN (to hand the packet memory to workers), CAP_SETUID (to run workers as an unprivileged user), \
          CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to give workers the control socket), \
-         CAP_KILL (to end workers of another user): start it with sudo",
+         CAP_KILL (to end workers of another user), CAP_SETPCAP (to give up capabilities): start it with sudo",
     );
 }
 
@@ -88,6 +88,7 @@ fn without_a_single_capability() {
         (6, "CAP_SETGID", "run workers as an unprivileged user"),
         (0, "CAP_CHOWN", "give workers the control socket"),
         (5, "CAP_KILL", "end workers of another user"),
+        (8, "CAP_SETPCAP", "give up capabilities"),
     ] {
         let launch = launch(&namespace);
         let mut command = launch.command().unwrap();

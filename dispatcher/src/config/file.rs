@@ -8,7 +8,7 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 35] = [
+pub(super) const KEYS: [&str; 39] = [
     "interface",
     "queues",
     "workers",
@@ -37,6 +37,10 @@ pub(super) const KEYS: [&str; 35] = [
     "on_loss",
     "hold_timeout",
     "on_empty",
+    "worker_memory",
+    "worker_processes",
+    "worker_cpu_weight",
+    "worker_sandbox",
     "control.allow_users",
     "control.allow_groups",
     "control.socket_owner",
@@ -91,6 +95,14 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
     keys.set("on_loss", &mut config.on_loss, value::on_loss)?;
     keys.set("hold_timeout", &mut config.hold_timeout, |v| value::duration(v, ms(1)..=ms(3_600_000)))?;
     keys.set("on_empty", &mut config.on_empty, value::on_empty)?;
+    keys.set("worker_memory", &mut config.worker_memory, value::memory)?;
+    keys.set("worker_processes", &mut config.worker_processes, |v| {
+        value::number(v, 1..=4_194_304, "processes and threads")
+    })?;
+    keys.set("worker_cpu_weight", &mut config.worker_cpu_weight, |v| {
+        value::number(v, 1..=10_000, "a weight; others have 100")
+    })?;
+    keys.set("worker_sandbox", &mut config.worker_sandbox, value::truth)?;
     let control = &mut config.control;
     keys.set("control.allow_users", &mut control.allow_users, value::users)?;
     keys.set("control.allow_groups", &mut control.allow_groups, value::groups)?;

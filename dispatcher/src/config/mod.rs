@@ -26,8 +26,9 @@ use xfan_shm::protocol::default_socket;
 pub use budget::{BudgetError, FrameBudget, Sizes};
 pub use error::ConfigError;
 pub use flags::{Flags, PlacementFlags, RunFlags};
-pub(crate) use list::format_list;
+pub(crate) use list::{format_list, parse_list};
 pub use user::{UserError, WorkerUser};
+pub(crate) use value::MAX_CPU;
 pub use xfan_xdp::PassRule;
 
 use crate::restart::{Policy, Restart};
@@ -134,6 +135,19 @@ pub struct Config {
     /// With `on_loss = "hold"`: how long the packets wait, 1ms to 3600s; then they are requeued.
     /// They keep their receive time. Default `"4s"`.
     pub hold_timeout: Duration,
+
+    /// Memory that a worker and all its descendants may use: a size from 1MiB to 1024GiB, such as `"512MiB"`, or `"unlimited"`
+    /// (`None`). Default `"unlimited"`.
+    pub worker_memory: Option<u64>,
+
+    /// Processes and threads of a worker and all its descendants, 1 to 4194304. Default 1024.
+    pub worker_processes: u32,
+
+    /// A worker's share of CPU time where more is wanted than there is, 1 to 10000; others have 100. Default 100.
+    pub worker_cpu_weight: u32,
+
+    /// Whether workers are refused sockets but Unix ones, bpf, perf events, io_uring and keyrings. Default `false`.
+    pub worker_sandbox: bool,
 
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
     pub on_empty: OnEmpty,
@@ -311,6 +325,10 @@ impl Config {
             on_loss: OnLoss::Requeue,
             hold_timeout: Duration::from_secs(4),
             on_empty: OnEmpty::Drop,
+            worker_memory: None,
+            worker_processes: 1024,
+            worker_cpu_weight: 100,
+            worker_sandbox: false,
             control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
             log: LogLevel::Info,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::value::format_duration;
+use super::value::{format_duration, format_memory};
 use super::{BindMode, Config, ModeChoice, OnEmpty, OnLoss, Owner, Queues, format_list};
 
 impl Config {
@@ -81,6 +81,13 @@ impl Config {
                     OnEmpty::Pass => "pass",
                 })
             ),
+            format!(
+                "worker_memory = {}",
+                text(&self.worker_memory.map_or_else(|| "unlimited".to_owned(), format_memory))
+            ),
+            format!("worker_processes = {}", self.worker_processes),
+            format!("worker_cpu_weight = {}", self.worker_cpu_weight),
+            format!("worker_sandbox = {}", self.worker_sandbox),
             "\n[control]".to_owned(),
             format!("allow_users = {}", list(&self.control.allow_users)),
             format!("allow_groups = {}", list(&self.control.allow_groups)),
@@ -120,7 +127,8 @@ mod tests {
                     ring_slots = 1024\nframes = 9000\nbatch = 32\nhash_key = '000102030405060708090a0b0c0d0e0f'\n\
                     start_timeout = '1500ms'\nstop_timeout = '0s'\nrestart = 'always'\n\
                     restart_delay = '7ms'\nstart_limit_burst = 9\nstart_limit_interval = '3s'\n\
-                    hang_timeout = '0s'\nmax_workers = 9\nsurvive = true\non_loss = 'hold'\nhold_timeout = '9s'\non_empty = 'pass'\n[control]\nallow_users = ['a']\n\
+                    hang_timeout = '0s'\nmax_workers = 9\nsurvive = true\non_loss = 'hold'\nhold_timeout = '9s'\non_empty = 'pass'\nworker_memory = '3GiB'\nworker_processes = 9\n\
+                    worker_cpu_weight = 7\nworker_sandbox = true\n[control]\nallow_users = ['a']\n\
                     allow_groups = ['b', 'c']\nsocket_owner = ':adm'\nsocket_mode = '0660'\n[idle]\nspin = '7us'\nyield = '0s'\n\
                     [log]\nlevel = 'trace'";
         for text in ["interface = 'eth1'", full] {

@@ -34,6 +34,20 @@ pub enum UserError {
         /// Where `getent` lists them.
         database: &'static str,
     },
+    /// It owns the packet memory.
+    #[error(
+        "workers cannot run as {name}, as whom xfan itself runs: they could write to the packets of all workers. Choose \
+         another user with --user, or run xfan as root"
+    )]
+    Own {
+        /// The user.
+        name: String,
+    },
+    /// Only a primary of root's can start them.
+    #[error(
+        "workers can run as root only if xfan does: choose an unprivileged user with --user, or run xfan as root"
+    )]
+    Root,
     /// The control socket's file keeps the workers out.
     #[error(
         "socket_owner and socket_mode in [control] keep the workers' user `{0}` from the control socket: let it write to the \
@@ -85,6 +99,19 @@ impl WorkerUser {
         self.uid.is_root()
     }
 
+    /// Checks that workers may run as this user, where the primary runs as `own`: who owns packet memory can write to it.
+    ///
+    /// # Errors
+    /// [`UserError::Own`], [`UserError::Root`]. A primary of root's may have workers of root's.
+    pub fn check_beside(&self, own: Uid) -> Result<(), UserError> {
+        match (own.is_root(), self.is_root()) {
+            (true, _) => Ok(()),
+            (false, true) => Err(UserError::Root),
+            (false, false) if self.uid == own => Err(UserError::Own { name: self.name.clone() }),
+            (false, false) => Ok(()),
+        }
+    }
+
     fn named(name: &str) -> Result<Option<Self>, UserError> {
         let found =
             User::from_name(name).map_err(|source| UserError::Lookup { name: name.to_owned(), source })?;
@@ -119,6 +146,18 @@ mod tests {
         assert_eq!(caller(Some("-1")), None);
         assert_eq!(caller(None), None);
         assert!(WorkerUser::find(Some("root")).unwrap().is_root());
+    }
+
+    #[test]
+    fn workers_do_not_run_as_an_unprivileged_primary_or_as_root_beside_it() {
+        let user = |uid| WorkerUser { name: "x".into(), uid: Uid::from_raw(uid), gid: Gid::from_raw(uid) };
+        let check =
+            |own, workers| user(workers).check_beside(Uid::from_raw(own)).map_err(|error| error.to_string());
+        for fine in [(0, 0), (0, 7), (7, 8)] {
+            assert_eq!(check(fine.0, fine.1), Ok(()));
+        }
+        assert!(check(7, 7).unwrap_err().contains("workers cannot run as x, as whom xfan itself runs"));
+        assert!(check(7, 0).unwrap_err().contains("only if xfan does"));
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub const MAX_CPU: usize = 8191;
 /// A socket's path must fit `sun_path`, its final zero included.
 const SOCKET_PATH_BYTES: usize = 108;
 
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
 /// A value as written, whatever its type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
@@ -136,6 +139,36 @@ pub fn format_duration(duration: Duration) -> String {
     } else {
         format!("{micros}us")
     }
+}
+
+/// `"unlimited"` (`None`), or a size: a whole number and a unit, such as `512MiB`.
+pub fn memory(value: &Value) -> Read<Option<u64>> {
+    let text = text(value);
+    if text == Some("unlimited") {
+        return Ok(None);
+    }
+    match text.and_then(parse_memory) {
+        Some(bytes) if (MIB..=1024 * GIB).contains(&bytes) => Ok(Some(bytes)),
+        _ => wanted(
+            "\"unlimited\" or a size from 1MiB to 1024GiB, as a text with its unit: MiB or GiB, such as \"512MiB\"",
+        ),
+    }
+}
+
+fn parse_memory(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let number: u64 = text[..digits].parse().ok()?;
+    match text[digits..].trim_start() {
+        "MiB" => number.checked_mul(MIB),
+        "GiB" => number.checked_mul(GIB),
+        _ => None,
+    }
+}
+
+/// Writes a size in the larger unit that shows it whole.
+#[must_use]
+pub fn format_memory(bytes: u64) -> String {
+    if bytes.is_multiple_of(GIB) { format!("{}GiB", bytes / GIB) } else { format!("{}MiB", bytes / MIB) }
 }
 
 /// The name of an interface, as the kernel would accept it.

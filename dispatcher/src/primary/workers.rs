@@ -8,11 +8,14 @@ use tokio::io::Interest;
 use xfan_shm::limits::explained;
 
 use super::{Primary, PrimaryError, random_token};
+use crate::cgroup::Cgroups;
 use crate::config::OnEmpty;
 use crate::control::{Channel, Connections, pair};
 use crate::inbox::{Event, Outbox};
+use crate::inherit::Fresh;
 use crate::life::{Change, State};
 use crate::members::Member;
+use crate::report::Confinement;
 use crate::restart::{Restart, Verdict};
 use crate::supervisor::{Process, WorkerCommand};
 use crate::survivors::{Note, Survivor};
@@ -27,6 +30,12 @@ pub(super) struct Spawner {
     pub(super) note: Note,
     pub(super) outbox: Outbox,
     pub(super) connections: Connections,
+    /// None: the system gives none.
+    pub(super) cgroups: Option<Cgroups>,
+    /// What worker processes get instead of what the primary has.
+    pub(super) fresh: Fresh,
+    /// For the report.
+    pub(super) confinement: Confinement,
 }
 
 /// When workers are restarted, after how long they count as hanging, and what becomes of their packets.
@@ -56,7 +65,9 @@ impl Spawner {
     /// Starts a process for a member, which inherits a connection.
     fn spawn(&self, member: &str, token: &str) -> Result<(Process, Channel), PrimaryError> {
         let (ours, theirs) = pair()?;
-        let process = Process::spawn(&self.command, &self.socket, member, token, &theirs)?;
+        let cgroup = self.cgroups.as_ref().map(|cgroups| cgroups.make(member)).transpose()?;
+        let process =
+            Process::spawn(&self.command, &self.socket, member, token, &theirs, cgroup, self.fresh)?;
         let user = &self.command.user;
         // The kernel would name the primary, which made both ends.
         let peer =
@@ -99,7 +110,8 @@ impl Primary {
         note.remove();
         for survivor in survivors {
             let Some(pidfd) = survivor.find(&command) else { continue };
-            let process = Process::adopt(survivor.pid, pidfd);
+            let cgroup = self.cgroups().and_then(|cgroups| cgroups.of(survivor.pid));
+            let process = Process::adopt(survivor.pid, pidfd, cgroup);
             let (id, pid) = (&survivor.member, survivor.pid);
             let mut places = self.members[..self.places].iter();
             match places.position(|member| member.id == *id && member.process.is_none()) {
@@ -116,6 +128,11 @@ impl Primary {
             }
         }
         self.unwanted.1 = Instant::now() + self.stop_timeout;
+        if let Some(cgroups) = self.cgroups() {
+            let processes = self.members.iter().filter_map(|member| member.process.as_ref());
+            let kept: Vec<_> = processes.chain(&self.unwanted.0).filter_map(Process::cgroup).collect();
+            cgroups.clear(&kept);
+        }
         Ok(())
     }
 
@@ -193,6 +210,8 @@ impl Primary {
         // What it left behind does not speak for the next one.
         member.channel = None;
         member.end_joining();
+        self.look_for_orphans();
+        let member = &mut self.members[place];
         let how = status.to_string();
         let attached = member.state() != State::Starting;
         if adopted && !attached {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xfan::access::Access;
+use xfan::cgroup::Limits;
 use xfan::config::{ControlAccess, OnEmpty, WorkerUser};
 use xfan::control::{Listener, ask_for_report};
 use xfan::frames::Frames;
@@ -187,7 +188,14 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     // Where the workers' user can execute it, whoever the checkout is closed to.
     let program = folder.join("xfan-count");
     std::fs::copy(binary("xfan-count")?, &program)?;
-    let command = WorkerCommand { command: vec![program.display().to_string()], user, survive: false };
+    let limits = Limits { memory: None, processes: 1024, cpu_weight: 100, lanes: vec![] };
+    let command = WorkerCommand {
+        command: vec![program.display().to_string()],
+        user,
+        survive: false,
+        limits,
+        sandbox: None,
+    };
 
     let socket = listener.path().to_owned();
     let seconds = Duration::try_from_secs_f64(options.seconds)?;

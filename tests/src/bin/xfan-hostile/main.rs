@@ -2,10 +2,12 @@
 //!
 //! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`.
 
+mod brood;
 mod connections;
 mod place;
 mod probe;
 mod segment;
+mod traits;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -68,6 +70,16 @@ enum Way {
     Order { times: usize },
     /// Becomes xfan-count, which is told that this descriptor is its connection.
     Robbed { number: String },
+    /// Prints how it is scheduled, limited and signalled.
+    Traits,
+    /// Prints what came of each call that the sandbox refuses.
+    Sandbox,
+    /// Starts a daemon that does not want to end; at SIGUSR1 ends with status 0.
+    Brood { disguise: brood::Disguise },
+    /// At SIGUSR1 starts so many processes, if it can, and prints how many it could.
+    Swarm { count: u32 },
+    /// At SIGUSR1 takes so many MiB of memory, and prints that it has.
+    Glutton { mib: usize },
     /// At SIGUSR1 stuffs its doorbell so that who rings it blocks, if it can, and claims to sleep.
     Jam,
 }
@@ -215,6 +227,36 @@ fn run(way: &Way) -> Outcome<()> {
             return Ok(());
         }
         Way::Robbed { number } => return connections::become_robbed(number),
+        Way::Traits => {
+            let traits = serde_json::to_string(&traits::inherited()?)?;
+            let place = Place::take()?;
+            println!("{traits}");
+            place
+        }
+        Way::Sandbox => {
+            let place = Place::take()?;
+            println!("{}", serde_json::to_string(&traits::sandbox())?);
+            place
+        }
+        Way::Brood { disguise } => {
+            brood::hatch(*disguise)?;
+            let _place = Place::take()?;
+            while waited.wait()? != Signal::SIGUSR1 {}
+            return Ok(());
+        }
+        Way::Swarm { count } => {
+            let place = Place::take()?;
+            while waited.wait()? != Signal::SIGUSR1 {}
+            println!("swarm of {}", brood::swarm(*count));
+            place
+        }
+        Way::Glutton { mib } => {
+            let place = Place::take()?;
+            while waited.wait()? != Signal::SIGUSR1 {}
+            let taken = std::hint::black_box(vec![1u8; mib << 20]);
+            println!("took {}", taken.len() >> 20);
+            place
+        }
         Way::Jam => {
             let place = Place::take()?;
             if waited.wait()? == Signal::SIGUSR1 {

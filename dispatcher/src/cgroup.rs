@@ -1,0 +1,380 @@
+//! A cgroup (version 2) for each worker's process: it and all that descends from it can be limited, and be killed at once.
+//!
+//! ```text
+//!  the primary's cgroup when it starts            delegated to it, or there is no systemd
+//!   └─ xfan-run-xfan-eth1.sock                    one for each control socket
+//!       ├─ primary                                the primary, where it has to make room (see `Cgroups::begin`)
+//!       ├─ default-0                              a worker
+//!       └─ default-1
+//! ```
+//!
+//! Folders are removed when what is in them has ended. Those of a primary that was killed, the next one removes.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use nix::unistd::Pid;
+
+/// What a worker and its descendants may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of memory; none: as much as there is.
+    pub memory: Option<u64>,
+    /// Processes and threads.
+    pub processes: u32,
+    /// Share of CPU time where workers and others want more than there is; others have 100.
+    pub cpu_weight: u32,
+    /// CPUs that are the lanes' alone.
+    pub lanes: Vec<usize>,
+}
+
+/// The primary's part of the hierarchy.
+#[derive(Debug)]
+pub struct Cgroups {
+    shared: Arc<Shared>,
+    limits: Limits,
+    /// Controllers that workers' cgroups have.
+    controllers: Vec<&'static str>,
+    /// Where the primary was before it made room.
+    moved_from: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    folder: PathBuf,
+    /// Cgroups that are to go as soon as they are empty.
+    leaving: Mutex<Vec<PathBuf>>,
+}
+
+/// A worker's cgroup. Dropping it kills what is in it.
+#[derive(Debug)]
+pub struct Cgroup {
+    folder: PathBuf,
+    shared: Arc<Shared>,
+}
+
+/// The cgroup of the primary, if it may make others in it; else why not.
+fn own() -> Result<PathBuf, String> {
+    let text =
+        |file: &str| fs::read_to_string(file).map_err(|error| format!("{file} cannot be read: {error}"));
+    let (cgroups, mounts) = (text("/proc/self/cgroup")?, text("/proc/self/mountinfo")?);
+    let path =
+        cgroups.lines().find_map(|line| line.strip_prefix("0::")).ok_or("the kernel has no cgroup v2")?;
+    let folder = mounts.lines().filter_map(|line| within(line, path)).find(|folder| is_cgroup(folder));
+    let folder = folder.ok_or("no cgroup v2 hierarchy is mounted that shows xfan's own cgroup")?;
+    if Path::new("/run/systemd/system").exists() && !is_delegated(&folder) {
+        return Err(format!("systemd has not delegated {} to xfan", folder.display()));
+    }
+    Ok(folder)
+}
+
+/// The folder of a cgroup by a line of /proc/self/mountinfo, if that mounts a hierarchy which has it.
+fn within(line: &str, cgroup: &str) -> Option<PathBuf> {
+    let (mount, kind) = line.split_once(" - ")?;
+    let mut fields = mount.split(' ').skip(3);
+    let (root, point) = (fields.next()?, fields.next()?);
+    let rest = Path::new(cgroup).strip_prefix(root).ok()?;
+    // Blanks in it are escaped, as in proc_pid_mountinfo(5).
+    let point = point.replace("\\040", " ");
+    kind.starts_with("cgroup2 ").then(|| Path::new(&point).join(rest))
+}
+
+/// Something else may be mounted over it.
+fn is_cgroup(folder: &Path) -> bool {
+    statfs(folder).is_ok_and(|statfs| statfs.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// Whether systemd leaves what is below to others: see CGROUP_DELEGATION in its documentation.
+fn is_delegated(folder: &Path) -> bool {
+    let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
+    [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| {
+        let mut value = [0u8; 1];
+        // SAFETY: both strings end in a null byte; the kernel writes one byte at most.
+        let length =
+            unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+        length == 1 && value == *b"1"
+    })
+}
+
+/// `/run/xfan/eth1.sock` as a name: `xfan-run-xfan-eth1.sock`, and never the same for two paths.
+fn name_of(socket: &Path) -> String {
+    let bytes = socket.as_os_str().as_bytes();
+    let escaped = bytes.strip_prefix(b"/").unwrap_or(bytes).iter().map(|byte| match byte {
+        b'/' => "-".to_owned(),
+        byte if byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_') => char::from(*byte).to_string(),
+        byte => format!("\\x{byte:02x}"),
+    });
+    format!("xfan-{}", escaped.collect::<String>())
+}
+
+fn write(folder: &Path, file: &str, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(folder.join(file))?.write_all(value.as_bytes())
+}
+
+fn words(folder: &Path, file: &str) -> Vec<String> {
+    let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Makes a folder, or takes one that is there.
+fn make(folder: &Path) -> io::Result<()> {
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+/// Gives the cgroups in a folder a controller.
+fn enable(folder: &Path, controller: &str) -> io::Result<()> {
+    if words(folder, "cgroup.subtree_control").iter().any(|word| word == controller) {
+        return Ok(());
+    }
+    write(folder, "cgroup.subtree_control", &format!("+{controller}"))
+}
+
+impl Cgroups {
+    /// Makes the folder for the workers of the primary that listens on `socket`.
+    ///
+    /// A cgroup that gives its children controllers must have no processes of its own, but at the root. So the primary may have
+    /// to go into a cgroup of its own. If other processes are beside it, the limits that need controllers cannot be had.
+    ///
+    /// # Errors
+    /// A sentence that says why there are no cgroups.
+    pub fn begin(socket: &Path, limits: Limits) -> Result<Self, String> {
+        let own = own()?;
+        let folder = own.join(name_of(socket));
+        make(&folder).map_err(|error| format!("{} cannot be made: {error}", folder.display()))?;
+        let shared = Arc::new(Shared { folder, leaving: Mutex::default() });
+        let mut cgroups = Cgroups { shared, limits, controllers: Vec::new(), moved_from: None };
+        let mut wanted = vec!["memory", "pids", "cpu"];
+        if !cgroups.limits.lanes.is_empty() {
+            wanted.push("cpuset");
+        }
+        let available = words(&own, "cgroup.controllers");
+        for controller in wanted.into_iter().filter(|wanted| available.iter().any(|word| word == wanted)) {
+            let mut enabled = enable(&own, controller);
+            if enabled.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+                && cgroups.make_room(&own).is_ok()
+            {
+                enabled = enable(&own, controller);
+            }
+            let enabled = enabled.and_then(|()| enable(&cgroups.shared.folder, controller));
+            match enabled {
+                Ok(()) => cgroups.controllers.push(controller),
+                Err(error) => tracing::debug!(controller, "cannot be enabled for workers' cgroups: {error}"),
+            }
+        }
+        Ok(cgroups)
+    }
+
+    /// Moves the primary from its cgroup to one below.
+    fn make_room(&mut self, own: &Path) -> io::Result<()> {
+        if self.moved_from.is_none() {
+            let folder = self.shared.folder.join("primary");
+            make(&folder)?;
+            write(&folder, "cgroup.procs", "0")?;
+            self.moved_from = Some(own.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Where the workers' cgroups are.
+    pub fn folder(&self) -> &Path {
+        &self.shared.folder
+    }
+
+    /// The limits that cgroups enforce, and those that they do not.
+    pub fn in_force(&self) -> (Vec<&'static str>, Vec<&'static str>) {
+        let wanted = [
+            ("worker_memory", "memory", self.limits.memory.is_some()),
+            ("worker_processes", "pids", true),
+            ("worker_cpu_weight", "cpu", self.limits.cpu_weight != 100),
+            ("CPUs apart from lanes", "cpuset", !self.limits.lanes.is_empty()),
+        ];
+        let wanted = wanted.into_iter().filter(|(.., wanted)| *wanted);
+        let (have, lack): (Vec<_>, Vec<_>) =
+            wanted.partition(|(_, controller, _)| self.controllers.contains(controller));
+        let names = |list: Vec<(&'static str, _, _)>| list.into_iter().map(|(name, ..)| name).collect();
+        (names(have), names(lack))
+    }
+
+    /// Whether `worker_memory` is enforced here.
+    pub fn limits_memory(&self) -> bool {
+        self.controllers.contains(&"memory")
+    }
+
+    /// A cgroup for a new process of a member, such as `default/0`.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn make(&self, member: &str) -> io::Result<Cgroup> {
+        let name = member.replace('/', "-");
+        // What is left of the process before may still be ending.
+        for number in 0.. {
+            let name = if number == 0 { name.clone() } else { format!("{name}.{number}") };
+            let folder = self.shared.folder.join(name);
+            match fs::create_dir(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                result => result?,
+            }
+            let cgroup = Cgroup { folder, shared: self.shared.clone() };
+            self.limit(&cgroup.folder)?;
+            return Ok(cgroup);
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    fn limit(&self, folder: &Path) -> io::Result<()> {
+        let Limits { memory, processes, cpu_weight, lanes } = &self.limits;
+        let has = |controller| self.controllers.contains(&controller);
+        if has("memory")
+            && let Some(bytes) = memory
+        {
+            write(folder, "memory.max", &bytes.to_string())?;
+            // Half a worker is of no use. Kernels before 4.19 cannot.
+            let _ = write(folder, "memory.oom.group", "1");
+        }
+        if has("pids") {
+            write(folder, "pids.max", &processes.to_string())?;
+        }
+        if has("cpu") {
+            write(folder, "cpu.weight", &cpu_weight.to_string())?;
+        }
+        if has("cpuset") {
+            let all = words(&self.shared.folder, "cpuset.cpus.effective").concat();
+            let others: Vec<usize> = crate::config::parse_list(&all, crate::config::MAX_CPU)
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|cpu| !lanes.contains(cpu))
+                .collect();
+            if !others.is_empty() {
+                write(folder, "cpuset.cpus", &crate::config::format_list(&others))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The cgroup of a worker that an earlier primary started, if that has the same place.
+    pub fn of(&self, pid: u32) -> Option<Cgroup> {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let name = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?).file_name()?;
+        let folder = self.shared.folder.join(name);
+        let pid = pid.to_string();
+        words(&folder, "cgroup.procs").contains(&pid).then(|| Cgroup { folder, shared: self.shared.clone() })
+    }
+
+    /// Kills what an earlier primary left behind here, but for what is in `kept`.
+    pub fn clear(&self, kept: &[&Cgroup]) {
+        let folders =
+            fs::read_dir(&self.shared.folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        for folder in folders.filter(|path| path.is_dir() && !path.ends_with("primary")) {
+            if kept.iter().all(|cgroup| cgroup.folder != folder) {
+                drop(Cgroup { folder, shared: self.shared.clone() });
+            }
+        }
+    }
+
+    /// Removes cgroups whose processes have ended. `true`: all of them.
+    pub fn sweep(&self) -> bool {
+        let mut leaving = self.shared.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        leaving.retain(|folder| match fs::remove_dir(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                kill_all(folder);
+                true
+            }
+            _ => false,
+        });
+        leaving.is_empty()
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        let folder = &self.shared.folder;
+        if let Some(own) = &self.moved_from {
+            // The way in, backwards.
+            for folder in [folder, own] {
+                for controller in &self.controllers {
+                    let _ = write(folder, "cgroup.subtree_control", &format!("-{controller}"));
+                }
+            }
+            let _ = write(own, "cgroup.procs", "0");
+            let _ = fs::remove_dir(folder.join("primary"));
+        }
+        if let Err(error) = fs::remove_dir(folder)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %folder.display(), "cannot be removed: {error}");
+        }
+    }
+}
+
+impl Cgroup {
+    /// Where a process enters it, by writing `0`.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn entrance(&self) -> io::Result<OwnedFd> {
+        Ok(fs::OpenOptions::new().write(true).open(self.folder.join("cgroup.procs"))?.into())
+    }
+
+    /// Kills all that is in it.
+    pub fn kill(&self) {
+        kill_all(&self.folder);
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        kill_all(&self.folder);
+        if fs::remove_dir(&self.folder).is_err() {
+            let mut leaving = self.shared.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+            leaving.push(self.folder.clone());
+        }
+    }
+}
+
+/// Kills all that is in a cgroup; before Linux 5.14 one by one, after it has been frozen, so that nothing in it starts more.
+fn kill_all(folder: &Path) {
+    if write(folder, "cgroup.kill", "1").is_ok() {
+        return;
+    }
+    let _ = write(folder, "cgroup.freeze", "1");
+    for pid in words(folder, "cgroup.procs").iter().filter_map(|pid| pid.parse().ok()) {
+        // In a frozen cgroup nothing ends but by a signal, so the id is not another's.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_found_by_where_its_hierarchy_is_mounted() {
+        let line = |root: &str, point: &str, kind: &str| {
+            format!("41 31 0:38 {root} {point} rw,relatime shared:9 - {kind} none rw")
+        };
+        let found = |line: String, cgroup| within(&line, cgroup).map(|path| path.display().to_string());
+        let unified = || line("/", "/sys/fs/cgroup/unified", "cgroup2");
+        assert_eq!(found(unified(), "/a.slice/b").unwrap(), "/sys/fs/cgroup/unified/a.slice/b");
+        assert_eq!(found(line("/a.slice", "/x\\040y", "cgroup2"), "/a.slice/b").unwrap(), "/x y/b");
+        assert_eq!(found(line("/other", "/sys/fs/cgroup", "cgroup2"), "/a.slice/b"), None);
+        assert_eq!(found(line("/", "/sys/fs/cgroup/pids", "cgroup"), "/"), None);
+        assert_eq!(found("no such line".into(), "/"), None);
+    }
+
+    #[test]
+    fn two_sockets_have_two_names() {
+        assert_eq!(name_of(Path::new("/run/xfan/eth1.sock")), "xfan-run-xfan-eth1.sock");
+        let names = ["/a-b/c", "/a/b/c", "/a\\x2db/c", "/ab/c"].map(|path| name_of(Path::new(path)));
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
+    }
+}

@@ -1,0 +1,270 @@
+//! System calls that neither the primary nor a worker has business with, and fewer still for a worker in the sandbox.
+//!
+//! Workers inherit the primary's filter, and run programs that xfan does not know. So both filters are lists of what is refused,
+//! with EPERM; all else works. A filter stays for good, also when the process executes another program.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+/// Refused to all. Several need a capability as well, which workers do not have, and most threads of the primary neither.
+const NOBODYS: &[c_long] = &[
+    // Mounts and namespaces. clone(2) with a namespace is refused, too.
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_open_tree,
+    libc::SYS_move_mount,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    // The machine: kernel modules, another kernel, swap, clock, name.
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_acct,
+    libc::SYS_quotactl,
+    libc::SYS_quotactl_fd,
+    libc::SYS_nfsservctl,
+    libc::SYS_lookup_dcookie,
+    libc::SYS_vhangup,
+    libc::SYS_syslog,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_iopl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ioperm,
+    // Other processes' memory and descriptors, files by handle.
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_fanotify_init,
+    libc::SYS_userfaultfd,
+    // Keyrings. keyctl(2) is left to xfan for one purpose.
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    KEXEC_FILE_LOAD,
+];
+
+/// As in asm/unistd.h: libc has no name for it on every machine.
+const KEXEC_FILE_LOAD: c_long = if cfg!(target_arch = "x86_64") { 320 } else { 294 };
+
+/// Refused to a worker in the sandbox, too.
+const NOT_SANDBOXED: &[c_long] = &[
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_keyctl,
+];
+
+/// Flags of clone(2) that make namespaces.
+const NAMESPACES: [libc::c_int; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+];
+
+/// No filter can be made, or none be installed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the message says it
+pub enum FilterError {
+    #[error("cannot make a seccomp filter: {0}")]
+    Make(#[from] seccompiler::BackendError),
+    #[error("cannot install a seccomp filter (CONFIG_SECCOMP_FILTER): {0}")]
+    Install(#[from] io::Error),
+}
+
+/// A filter of system calls.
+#[derive(Clone, Debug)]
+pub struct Filter(Vec<BpfProgram>);
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Adds a rule; also for the x32 numbers of x86-64, by which a program could get around it.
+fn refuse(rules: &mut Rules, call: c_long, when: &[SeccompRule]) {
+    const X32: i64 = 0x4000_0000;
+    rules.insert(call, when.to_vec());
+    if cfg!(target_arch = "x86_64") {
+        rules.insert(call | X32, when.to_vec());
+    }
+}
+
+fn when(argument: u8, is: SeccompCmpOp, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, is, value)?])
+}
+
+impl Filter {
+    /// That of the primary, and of everything it starts.
+    ///
+    /// # Errors
+    /// The machine is neither x86-64 nor arm64 nor riscv64.
+    pub fn of_primary() -> Result<Self, FilterError> {
+        let mut rules = Rules::new();
+        NOBODYS.iter().for_each(|&call| refuse(&mut rules, call, &[]));
+        if cfg!(target_arch = "x86_64") {
+            // ptrace, kexec_load, process_vm_readv and process_vm_writev have other numbers in x32.
+            [521, 528, 539, 540].iter().for_each(|&call| refuse(&mut rules, call, &[]));
+        }
+        let of_clone = |&flag| {
+            let flag = u64::from(libc::c_int::unsigned_abs(flag));
+            when(0, SeccompCmpOp::MaskedEq(flag), flag)
+        };
+        let namespaces: Vec<_> = NAMESPACES.iter().map(of_clone).collect::<Result<_, _>>()?;
+        refuse(&mut rules, libc::SYS_clone, &namespaces);
+        let join = u64::from(libc::KEYCTL_JOIN_SESSION_KEYRING);
+        refuse(&mut rules, libc::SYS_keyctl, &[when(0, SeccompCmpOp::Ne, join)?]);
+        // A filter cannot see the flags of clone3(2). C libraries do without it, where the kernel seems not to have it.
+        let mut unknown = Rules::new();
+        refuse(&mut unknown, libc::SYS_clone3, &[]);
+        Ok(Filter(vec![compile(rules, libc::EPERM)?, compile(unknown, libc::ENOSYS)?]))
+    }
+
+    /// That of a worker with `worker_sandbox = true`, beside the primary's.
+    ///
+    /// # Errors
+    /// As [`of_primary`](Self::of_primary).
+    pub fn of_sandbox() -> Result<Self, FilterError> {
+        let mut rules = Rules::new();
+        NOT_SANDBOXED.iter().for_each(|&call| refuse(&mut rules, call, &[]));
+        let unix = u64::from(libc::c_int::unsigned_abs(libc::AF_UNIX));
+        for call in [libc::SYS_socket, libc::SYS_socketpair] {
+            refuse(&mut rules, call, &[when(0, SeccompCmpOp::Ne, unix)?]);
+        }
+        Ok(Filter(vec![compile(rules, libc::EPERM)?]))
+    }
+
+    /// Installs it for all threads of this process, and what they start.
+    ///
+    /// # Errors
+    /// Whatever seccomp(2) says.
+    pub fn install_for_all_threads(&self) -> io::Result<()> {
+        self.install_with(libc::SECCOMP_FILTER_FLAG_TSYNC)
+    }
+
+    /// Installs it for the calling thread, and what it starts. Async-signal-safe.
+    ///
+    /// # Errors
+    /// Whatever seccomp(2) says.
+    pub fn install(&self) -> io::Result<()> {
+        self.install_with(0)
+    }
+
+    fn install_with(&self, flags: libc::c_ulong) -> io::Result<()> {
+        // Without this flag, kernels before 5.16 also turn off the processor's speculation for the process, which would slow
+        // lanes and workers down.
+        let flags = flags | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+        // The kernel asks for it, from whoever lacks CAP_SYS_ADMIN.
+        nix::sys::prctl::set_no_new_privs()?;
+        for program in &self.0 {
+            // An instruction of seccompiler has the layout of the kernel's.
+            let program = libc::sock_fprog {
+                len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+                filter: program.as_ptr().cast_mut().cast(),
+            };
+            // SAFETY: the kernel reads the program, which lives through the call, and changes nothing.
+            match unsafe {
+                libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
+            } {
+                0 => {}
+                // Else it is the thread that cannot have it.
+                ..0 => return Err(io::Error::last_os_error()),
+                _ => return Err(io::ErrorKind::Other.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn compile(rules: Rules, errno: libc::c_int) -> Result<BpfProgram, seccompiler::BackendError> {
+    let machine = TargetArch::try_from(std::env::consts::ARCH)?;
+    let refused = SeccompAction::Errno(errno.unsigned_abs());
+    SeccompFilter::new(rules, SeccompAction::Allow, refused, machine)?.try_into()
+}
+
+const _: () = assert!(size_of::<seccompiler::sock_filter>() == size_of::<libc::sock_filter>());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On threads of their own, which end with their filters.
+    fn under(filters: Vec<Filter>, work: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(move || {
+            filters.iter().for_each(|filter| filter.install().unwrap());
+            work();
+        });
+        thread.join().unwrap();
+    }
+
+    fn answer(result: c_long) -> i32 {
+        if result < 0 { io::Error::last_os_error().raw_os_error().unwrap() } else { 0 }
+    }
+
+    #[test]
+    fn everything_on_the_list_is_refused_and_the_rest_works() {
+        under(vec![Filter::of_primary().unwrap()], || {
+            for &call in NOBODYS {
+                // Arguments that make sense to none of them, so that they do no harm without the filter.
+                // SAFETY: no pointer is valid; the calls fail.
+                let result = unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) };
+                assert_eq!(answer(result), libc::EPERM, "{call}");
+            }
+            for flag in NAMESPACES {
+                // SAFETY: no stack is needed: refused.
+                let result = unsafe { libc::syscall(libc::SYS_clone, flag | libc::SIGCHLD, 0, 0, 0, 0) };
+                assert_eq!(answer(result), libc::EPERM, "{flag:#x}");
+            }
+            // SAFETY: as above.
+            assert_eq!(answer(unsafe { libc::syscall(libc::SYS_clone3, 0, 0) }), libc::ENOSYS);
+            assert!(std::thread::spawn(|| 7).join().is_ok_and(|seven| seven == 7));
+            assert!(std::process::Command::new("true").status().unwrap().success());
+        });
+    }
+
+    #[test]
+    fn the_sandbox_knows_unix_sockets_only() {
+        under(vec![Filter::of_sandbox().unwrap()], || {
+            for &call in NOT_SANDBOXED {
+                // SAFETY: no pointer is valid; the calls fail.
+                assert_eq!(
+                    answer(unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) }),
+                    libc::EPERM,
+                    "{call}"
+                );
+            }
+            for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET, libc::AF_XDP, 40]
+            {
+                // SAFETY: no pointers.
+                let result = unsafe { libc::socket(family, libc::SOCK_DGRAM, 0) };
+                assert_eq!(answer(result.into()), libc::EPERM, "{family}");
+            }
+            assert!(std::os::unix::net::UnixDatagram::unbound().is_ok());
+            assert!(std::os::unix::net::UnixStream::pair().is_ok());
+        });
+    }
+}
