@@ -77,7 +77,7 @@ pub fn keep_capabilities(kept: u64) -> io::Result<()> {
     if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let [low, high] = [kept, kept >> 32].map(|bits| (bits & u64::from(u32::MAX)) as u32);
+    let [low, high] = [kept, kept >> 32].map(|bits| u32::try_from(bits & u64::from(u32::MAX)).unwrap_or(0));
     let permitted = [sets[1] & low, sets[4] & high];
     sets = [permitted[0], permitted[0], 0, permitted[1], permitted[1], 0];
     // SAFETY: both pointers lead to structures as capset(2) describes them.

@@ -69,6 +69,22 @@ fn bytes(frames: &[Vec<u8>]) -> u64 {
 }
 
 #[test]
+fn a_worker_in_c_runs_in_the_sandbox() {
+    let _watchdog = e2e_or_skip!(240);
+    let namespace = network();
+    let launch = Launch::on(&namespace).unwrap().config("worker_sandbox = true").unwrap();
+    let program = build(launch.folder(), Library::Shared);
+    let primary = launch.worker(program.to_str().unwrap(), "").unwrap().start().unwrap();
+    let frames = traffic::synthetic(60, 600, 6).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+    let report = primary.report_after(PACKETS, true);
+    assert!(report.confinement.sandbox);
+    assert_balanced(&report, PACKETS);
+    let exit = primary.stop().0;
+    assert_eq!((exit.code, totals(&exit, "default/0")), (Some(0), (PACKETS, bytes(&frames))));
+}
+
+#[test]
 fn a_supervised_worker_in_c_counts_exactly_and_leaves_on_sigterm() {
     let _watchdog = e2e_or_skip!(240);
     let namespace = network();

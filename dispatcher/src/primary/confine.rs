@@ -60,7 +60,7 @@ impl Spawner {
                 in_force,
                 not_enforced,
                 sandbox,
-                "workers have no cgroups, since {why_not}: their descendants are looked for in /proc{advice}"
+                "workers have no cgroups, since {why_not}: descendants that outlive them are killed one by one{advice}"
             ),
         }
         let owned = |list: Vec<&str>| list.into_iter().map(str::to_owned).collect();
@@ -95,13 +95,10 @@ impl Primary {
         }
         let processes = self.members.iter().filter_map(|member| member.process.as_ref());
         let workers: HashSet<u32> = processes.map(Process::pid).collect();
-        let left = orphans::reap(&workers);
         // With cgroups, orphans end with the cgroup of their worker.
-        if left == 0 || self.cgroups().is_some() {
-            return swept && (left == 0 || !workers.is_empty());
-        }
-        orphans::end(&workers);
-        orphans::reap(&workers) == 0
+        let left =
+            if self.cgroups().is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
+        swept && left == 0
     }
 
     /// Gives up the capabilities of the start, and with them the way to another one: the interface has its program, and the
