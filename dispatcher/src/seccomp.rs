@@ -251,11 +251,8 @@ mod tests {
         under(vec![Filter::of_sandbox().unwrap()], || {
             for &call in NOT_SANDBOXED {
                 // SAFETY: no pointer is valid; the calls fail.
-                assert_eq!(
-                    answer(unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) }),
-                    libc::EPERM,
-                    "{call}"
-                );
+                let result = unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) };
+                assert_eq!(answer(result), libc::EPERM, "{call}");
             }
             for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET, libc::AF_XDP, 40]
             {
