@@ -4,6 +4,7 @@
 //!
 //! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
 //! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it; [`primary`]: a dispatcher in it.
+//! - [`proc`], [`cgroups`]: what the kernel says of it and its workers, and the cgroups that it may have.
 //! - [`balance`]: do its numbers add up; [`leftovers`]: what is still there after its end.
 //! - [`tmpfs`]: a disk that is full.
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
@@ -14,6 +15,7 @@
 
 pub mod balance;
 pub mod capture;
+pub mod cgroups;
 pub mod command;
 pub mod community_id;
 pub mod generator;
@@ -23,6 +25,7 @@ pub mod meddle;
 pub mod netns;
 pub mod oracle;
 pub mod primary;
+pub mod proc;
 pub mod process;
 pub mod receiver;
 pub mod replay;
