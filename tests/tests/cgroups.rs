@@ -47,7 +47,8 @@ fn a_workers_cgroup_ends_with_it_however_its_processes_hide() {
         assert_eq!(read(folder.join("default-1/cgroup.procs")), pid_of(&report, 1).to_string());
         signal(pid_of(&report, 0), Signal::SIGUSR1);
         wait_until(|| subfolders(&folder) == ["default-1"]);
-        assert!(daemons.iter().all(|&pid| !exists(pid)));
+        // The primary waits for them a little later.
+        wait_until(|| daemons.iter().all(|&pid| !exists(pid)));
         replay(&namespace);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.groups[0].members[1].committed, PACKETS);
