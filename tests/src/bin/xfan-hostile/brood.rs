@@ -37,29 +37,28 @@ pub fn hatch(disguise: Disguise) -> Outcome<()> {
     // SAFETY: no handler is installed.
     unsafe { signal(Signal::SIGTERM, SigHandler::SigIgn) }?;
     nix::sys::prctl::set_pdeathsig(None)?;
+    // Who leaves the group may be killed at once: first it says that it is there.
+    announce();
     match disguise {
         Disguise::None => {}
         Disguise::Session => drop(setsid()?),
         Disguise::Family => {
             for _ in 0..2 {
-                setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
-                announce();
                 // SAFETY: there is one thread.
                 if let ForkResult::Parent { .. } = unsafe { fork() }? {
-                    sleep();
+                    break;
                 }
+                announce();
             }
             setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
         }
         Disguise::Comet => {
             setsid()?;
-            announce();
             // SAFETY: there is one thread.
             while let ForkResult::Child = unsafe { fork() }? {}
             std::process::exit(0);
         }
     }
-    announce();
     sleep()
 }
 
