@@ -141,7 +141,7 @@ impl Primary {
         }
         self.unwanted.0.clear();
         let all_ended = |primary: &mut Primary| primary.look_for_orphans();
-        if !self.wait(events, &mut again, Duration::from_secs(1), all_ended).await {
+        if !self.wait(inbox, &mut again, Duration::from_secs(1), all_ended).await {
             tracing::error!("processes that workers started do not end though they were killed");
         }
         // Attached workers are nobody's children: they see the end of the connection.
