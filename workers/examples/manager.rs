@@ -118,6 +118,6 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
 
 fn main() -> ExitCode {
     let Err(error) = run(&Arguments::parse()) else { return ExitCode::SUCCESS };
-    eprintln!("manager: {error}");
+    xfan_worker::say(format_args!("manager: {error}"));
     ExitCode::FAILURE
 }

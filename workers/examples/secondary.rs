@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, flow};
+use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, flow, say};
 
 /// Between two tries with --wait.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -72,7 +72,7 @@ fn print(out: &mut impl Write, packet: Packet<'_>) -> io::Result<()> {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let mut worker = attach(arguments)?;
-    eprintln!("secondary: is member {} of {}", worker.member(), arguments.socket().display());
+    say(format_args!("secondary: is member {} of {}", worker.member(), arguments.socket().display()));
     let mut left = arguments.count.unwrap_or(usize::MAX);
     let mut out = io::BufWriter::new(io::stdout().lock());
     // What it has not printed when it has enough goes to the dispatcher's other workers.
@@ -94,6 +94,6 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
 
 fn main() -> ExitCode {
     let Err(error) = run(&Arguments::parse()) else { return ExitCode::SUCCESS };
-    eprintln!("secondary: {error}");
+    say(format_args!("secondary: {error}"));
     ExitCode::FAILURE
 }

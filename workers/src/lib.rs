@@ -59,12 +59,14 @@ mod idle;
 mod inherited;
 mod leave;
 mod report;
+mod say;
 mod worker;
 
 pub use attach::{AttachError, Builder};
 pub use batch::{Batch, Packet, Packets};
 pub use counter::{Counter, CounterError};
 pub use report::{ReportError, report};
+pub use say::say;
 pub use worker::{RecvError, Worker};
 pub use xfan_shm::flow;
 pub use xfan_shm::protocol::{RefusalCode, default_socket};

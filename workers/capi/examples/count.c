@@ -60,7 +60,11 @@ int main(int argc, char **argv) {
     }
 
     int status = count == XFAN_CLOSED ? 0 : fail("cannot receive");
-    printf("{\"member\":\"%s\",\"packets\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n", xfan_member(worker), packets, bytes);
+    int printed = printf("{\"member\":\"%s\",\"packets\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n", xfan_member(worker), packets, bytes);
+    if (printed < 0 || fflush(stdout) != 0) {
+        perror("count: cannot print the totals");
+        status = 1;
+    }
     xfan_free(worker);
     return status;
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use signal_hook::consts::SIGHUP;
-use xfan_worker::{AttachError, Packet, Received, RecvError, Worker};
+use xfan_worker::{AttachError, Packet, Received, RecvError, Worker, say};
 
 /// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it ends.
 #[derive(Parser)]
@@ -112,15 +112,21 @@ fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::
     }
 }
 
+fn print(totals: &Totals) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(format!("{}\n", serde_json::json!(totals)).as_bytes())?;
+    out.flush()
+}
+
 fn main() -> ExitCode {
     let (arguments, mut totals) = (Arguments::parse(), Totals::default());
-    let mut result = count(&arguments, &mut totals);
-    if !totals.member.is_empty() {
-        let printed = writeln!(io::stdout(), "{}", serde_json::json!(totals));
-        result = result.and(printed.map_err(|error| format!("cannot print the totals: {error}").into()));
+    let counted = count(&arguments, &mut totals);
+    let printed = if totals.member.is_empty() { Ok(()) } else { print(&totals) };
+    if let Err(error) = &printed {
+        say(format_args!("xfan-count: cannot print the totals: {error}"));
     }
-    let Err(error) = result else { return ExitCode::SUCCESS };
-    // Standard error may be on the same full disk.
-    let _ = io::stderr().write_all(format!("xfan-count: {error}\n").as_bytes());
-    ExitCode::FAILURE
+    if let Err(error) = &counted {
+        say(format_args!("xfan-count: {error}"));
+    }
+    if counted.is_ok() && printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -12,7 +12,6 @@ mod record;
 mod table;
 
 use std::error::Error;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use signal_hook::consts::SIGHUP;
-use xfan_worker::{AttachError, CounterError, Received, RecvError, Worker};
+use xfan_worker::{AttachError, CounterError, Received, RecvError, Worker, say};
 
 use crate::meter::Meter;
 use crate::output::Output;
@@ -68,12 +67,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Writes a line to standard error, in one piece. That may be on the same full disk as the records:
-/// no line is better than no worker.
-fn say(line: &str) {
-    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
