@@ -1,7 +1,6 @@
 //! What libbpf has to say about a failure, the verifier's log above all. It prints instead of returning it.
 
 use std::cell::RefCell;
-use std::io::{Write as _, stderr};
 use std::sync::Once;
 
 use libbpf_rs::{PrintLevel, set_print};
@@ -12,7 +11,7 @@ thread_local! {
 }
 
 /// Runs `work` and returns what libbpf printed meanwhile on this thread, besides what `work` returns.
-/// Whatever libbpf prints at other times goes to standard error, as is its habit.
+/// Whatever libbpf prints at other times is logged.
 pub(crate) fn collect<T>(work: impl FnOnce() -> T) -> (T, String) {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {
@@ -26,7 +25,6 @@ pub(crate) fn collect<T>(work: impl FnOnce() -> T) -> (T, String) {
 fn receive(_level: PrintLevel, message: String) {
     COLLECTED.with_borrow_mut(|collected| match collected {
         Some(text) => text.push_str(&message),
-        // A log line that cannot be written has nowhere else to go.
-        None => drop(stderr().write_all(message.as_bytes())),
+        None => tracing::warn!("libbpf: {}", message.trim_end()),
     });
 }
