@@ -40,7 +40,7 @@ impl Exit {
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Ok => "ended as asked",
-            Self::Failure => "failed while running",
+            Self::Failure => "failed while running, or results could not be printed",
             Self::Usage => "wrong command line or configuration",
             Self::Permission => "no permission: not root, or a capability is missing",
             Self::Interface => "interface unknown, unusable or gone; queue out of range; or MTU too large",

@@ -24,6 +24,8 @@ pub enum Event {
     Restart(usize),
     /// The process of the member in this place, with this id, was to attach by now.
     StartTimeout(usize, u32),
+    /// Files are to be opened anew.
+    Reopen,
 }
 
 /// A message arrived.

@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::printable;
+
 /// Entries kept.
 pub const LIMIT: usize = 1024;
 
@@ -30,12 +32,14 @@ pub struct Entry {
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_nanos(self.time_ns));
-        write!(f, "{time} {:<12} {:<9}", self.member.as_deref().unwrap_or("primary"), self.event)?;
+        // It may come from whoever listens on a socket.
+        let member = printable(self.member.as_deref().unwrap_or("primary"));
+        write!(f, "{time} {member:<12} {:<9}", printable(&self.event))?;
         if self.pid != 0 {
             write!(f, " pid {}", self.pid)?;
         }
         if !self.detail.is_empty() {
-            write!(f, ": {}", self.detail)?;
+            write!(f, ": {}", printable(&self.detail))?;
         }
         Ok(())
     }
@@ -68,10 +72,10 @@ impl Journal {
         self.entries.push_back(Entry {
             number: self.written,
             time_ns: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
-            member: member.map(str::to_owned),
+            member: member.map(printable),
             pid,
             event: event.to_owned(),
-            detail: detail.into(),
+            detail: printable(&detail.into()),
         });
     }
 

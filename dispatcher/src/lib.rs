@@ -9,6 +9,9 @@
 //! its [`folder`] and its [`inbox`], the [`watch`] over the interface, and the [`report`]. A
 //! [`rate_limit`] keeps users from flooding log and journal.
 //!
+//! What is shown: the [`log`](mod@log), the workers' [`output`], results and messages
+//! ([`print`](mod@print)); [`text`] makes it fit to be shown.
+//!
 //! The start: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which calls
 //! them.
 
@@ -28,12 +31,15 @@ pub mod journal;
 pub mod lane;
 pub mod lanes;
 pub mod life;
+pub mod log;
 pub mod members;
 pub mod mode;
 pub mod orphans;
+pub mod output;
 pub mod placement;
 pub mod port;
 pub mod primary;
+pub mod print;
 pub mod privileges;
 pub mod rate_limit;
 pub mod report;
@@ -45,6 +51,7 @@ pub mod steer;
 pub mod supervisor;
 pub mod survivors;
 pub mod sys;
+pub mod text;
 pub mod topology;
 pub mod umem;
 pub mod watch;

@@ -1,6 +1,6 @@
 //! The `xfan` command.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,14 +11,25 @@ use xfan::config::{Config, Flags, PlacementFlags};
 use xfan::exit::Exit;
 use xfan::interface::Interface;
 use xfan::placement::place;
+use xfan::print::{print_in_time, say};
 use xfan::run::{RunError, run};
+use xfan::sys::block_terminal_signals;
+use xfan::text::escaped_json;
 use xfan::topology::Machine;
-use xfan::{control, inherit, journal, report, topology};
+use xfan::{control, inherit, journal, log, print, report, topology};
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrder};
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => {
+            // Help and version are results, too.
+            let code = if error.print().is_err() { Exit::Failure.code() } else { 0 };
+            return code.max(u8::try_from(error.exit_code()).unwrap_or(u8::MAX)).into();
+        }
+    };
+    let result = match command {
         Command::Run(flags) => run_primary(&flags),
         Command::Check(flags) => check(&flags),
         Command::Topology(flags) => show_topology(flags),
@@ -29,7 +40,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => Exit::Ok.into(),
         Err((exit, message)) => {
-            eprintln!("xfan: {message}");
+            say(&message);
             exit.into()
         }
     }
@@ -44,27 +55,41 @@ fn failed(error: impl Into<RunError>) -> (Exit, String) {
 
 fn run_primary(flags: &Flags) -> Ended {
     inherit::note_limits();
+    block_terminal_signals().map_err(failed)?;
     let config = Config::load(flags).map_err(failed)?;
-    tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::from(config.log))
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-    let outcome = run(&config).map_err(failed)?;
-    print(&report::render(&outcome.report, None));
+    log::begin(config.log.into(), config.log_file.as_deref()).map_err(failed)?;
+    let result = dispatch(&config);
+    if let (Err((_, message)), Some(_)) = (&result, &config.log_file) {
+        tracing::error!("{message}");
+    }
+    // What is said on standard error comes after what was logged there.
+    log::flush();
+    result
+}
+
+/// Runs a primary, and prints its totals. Its own outcome counts more than whether they could be
+/// printed.
+fn dispatch(config: &Config) -> Ended {
+    let outcome = run(config).map_err(failed)?;
+    let printed = print_in_time(&report::render(&outcome.report, None));
+    if let Err(error) = &printed {
+        tracing::error!("the totals cannot be printed: {error}");
+    }
     match outcome.error {
         Some(error) => Err(failed(error)),
         None if !outcome.imbalances.is_empty() => Err(failed(RunError::Imbalance(outcome.imbalances))),
         None if !outcome.unaccounted.is_empty() => Err(failed(RunError::Unaccounted(outcome.unaccounted))),
-        None => Ok(()),
+        // A reader that has gone away did not want them.
+        None => match printed {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(not_printed(error)),
+            _ => Ok(()),
+        },
     }
 }
 
 fn check(flags: &Flags) -> Ended {
     let config = Config::load(flags).map_err(failed)?;
-    print(&config.to_toml());
-    Ok(())
+    print(&config.to_toml())
 }
 
 fn show_topology(flags: PlacementFlags) -> Ended {
@@ -73,8 +98,7 @@ fn show_topology(flags: PlacementFlags) -> Ended {
     let queues = interface.select(&config.queues).map_err(failed)?;
     let machine = Machine::discover(Some(&interface)).map_err(failed)?;
     let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref()).map_err(failed)?;
-    print(&topology::show(&machine, &interface, &queues, &placement));
-    Ok(())
+    print(&topology::show(&machine, &interface, &queues, &placement))
 }
 
 fn show_stats(flags: &StatsFlags) -> Ended {
@@ -82,11 +106,12 @@ fn show_stats(flags: &StatsFlags) -> Ended {
     loop {
         let report = report_of(&flags.primary)?;
         if flags.json {
-            print(&(to_json(&report)? + "\n"));
+            print(&(to_json(&report)? + "\n"))?;
         } else {
-            let home =
-                if flags.watch.is_some() && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
-            print(&(home.to_owned() + &report::render(&report, earlier.as_ref())));
+            if flags.watch.is_some() && io::stdout().is_terminal() {
+                print::clear().map_err(not_printed)?;
+            }
+            print(&report::render(&report, earlier.as_ref()))?;
         }
         let Some(seconds) = flags.watch else { return Ok(()) };
         earlier = Some(report);
@@ -99,8 +124,7 @@ fn workers(action: &WorkersAction) -> Ended {
         WorkersAction::List { primary, json } => {
             let report = report_of(primary)?;
             let members: Vec<_> = report.groups.iter().flat_map(|group| &group.members).collect();
-            print(&if *json { to_json(&members)? + "\n" } else { report::render_members(&members) });
-            return Ok(());
+            return print(&if *json { to_json(&members)? + "\n" } else { report::render_members(&members) });
         }
         WorkersAction::Add { count, order } => (order, WorkersOrder::Add(usize::from(*count))),
         WorkersAction::Drain(flags) => (&flags.order, WorkersOrder::Drain(flags.member.clone())),
@@ -120,7 +144,7 @@ fn workers(action: &WorkersAction) -> Ended {
         if !flags.no_wait {
             wait_for(&flags.primary, &id, pid_before(&id), come)?;
         }
-        print(&format!("{id}\n"));
+        print(&format!("{id}\n"))?;
     }
     Ok(())
 }
@@ -163,10 +187,10 @@ fn show_events(flags: &EventsFlags) -> Ended {
             Err(error) => return Err(no_answer(&socket, &error)),
         };
         if page.missed > 0 {
-            eprintln!("xfan: {} older entries are no longer kept", page.missed);
+            say(&format!("{} older entries are no longer kept", page.missed));
         }
         for entry in &page.entries {
-            print(&if flags.json { to_json(entry)? + "\n" } else { entry.to_string() + "\n" });
+            print(&if flags.json { to_json(entry)? + "\n" } else { entry.to_string() + "\n" })?;
             last = entry.number;
         }
         if !flags.follow {
@@ -216,13 +240,21 @@ fn is_gone(error: &ProtocolError) -> bool {
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<String, (Exit, String)> {
-    serde_json::to_string(value).map_err(|error| (Exit::Failure, error.to_string()))
+    let json = serde_json::to_string(value).map_err(|error| (Exit::Failure, error.to_string()))?;
+    Ok(escaped_json(&json))
 }
 
 /// Prints; a reader that has gone away ends the program, quietly.
-fn print(text: &str) {
-    let mut out = std::io::stdout().lock();
-    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+///
+/// # Errors
+/// Standard output does not take it.
+fn print(text: &str) -> Ended {
+    match print::print(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        result => result.map_err(not_printed),
     }
+}
+
+fn not_printed(error: io::Error) -> (Exit, String) {
+    (Exit::Failure, format!("cannot print: {error}"))
 }

@@ -365,8 +365,8 @@ impl Member {
         self.sum(|lane| &lane.lost)
     }
 
-    /// What is known of it.
-    pub fn report(&self, buckets: usize) -> report::Member {
+    /// What is known of it; `output_dropped` is what others count.
+    pub fn report(&self, buckets: usize, output_dropped: u64) -> report::Member {
         let mut counters = self.past.published.clone();
         let mut busy = self.past.busy_ticks;
         if let Some(session) = &self.session {
@@ -399,6 +399,7 @@ impl Member {
             requeued: self.requeued(),
             lost: self.lost(),
             wakeups: self.sum(|lane| &lane.wakeups),
+            output_dropped,
             busy_ns: ticks_to_ns(busy),
             counters,
         }

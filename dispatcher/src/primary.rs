@@ -24,7 +24,7 @@ use xfan_shm::protocol::Request;
 
 use crate::config::OnEmpty;
 use crate::control::{ConnectionId, ControlCounters, Listener};
-use crate::inbox::{Answer, Event, Inbox, Next};
+use crate::inbox::{Answer, Event, Inbox, Next, Outbox};
 use crate::journal::Journal;
 use crate::lane::Command;
 use crate::lanes::LaneHandle;
@@ -168,6 +168,7 @@ impl Primary {
     ) -> std::io::Result<Outcome> {
         let mut inbox = Inbox::default();
         self.control = listener.counters();
+        reopen_on_hangup(inbox.outbox())?;
         let result = self.serve(listener, workers, &mut inbox).await;
         Ok(self.stop(result, &mut inbox).await)
     }
@@ -184,8 +185,8 @@ impl Primary {
         let connections = listener.serve(inbox.outbox(), inherited)?;
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
-        // They may have been put off until now.
-        sys::put_off_signals(false)?;
+        // They were blocked until now.
+        sys::block_signals(false)?;
         let note = Note::beside(listener.place());
         note.remove_unfinished();
         if let Some(command) = workers {
@@ -269,6 +270,10 @@ impl Primary {
             Event::Exited(place) => self.process_ended(place),
             Event::Restart(place) => self.restart(place),
             Event::StartTimeout(place, pid) => self.start_timed_out(place, pid),
+            Event::Reopen => {
+                self.reopen();
+                Ok(())
+            }
         }
     }
 
@@ -450,7 +455,9 @@ impl Primary {
             .enumerate()
             .filter(|(place, member)| *place < self.places || !member.is_untouched())
             .map(|(place, member)| {
-                member.report(u8::try_from(place).map_or(0, |place| self.table.share(place)))
+                let buckets = u8::try_from(place).map_or(0, |place| self.table.share(place));
+                let output = self.spawner.as_ref().map(|spawner| &spawner.command.output);
+                member.report(buckets, output.map_or(0, |output| output.dropped(&member.id)))
             })
             .collect();
         Report {
@@ -465,8 +472,20 @@ impl Primary {
             control: report::Control { refused: self.refused, ..self.control.report() },
             lanes,
             groups: vec![report::Group { name: "default".into(), members }],
+            log_lines_lost: crate::log::lost(),
         }
     }
+}
+
+/// Has every SIGHUP become an event, while the primary starts, runs and stops.
+fn reopen_on_hangup(outbox: Outbox) -> std::io::Result<()> {
+    let mut hangups = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            outbox.event(Event::Reopen);
+        }
+    });
+    Ok(())
 }
 
 /// 128 random bits, in hexadecimal.

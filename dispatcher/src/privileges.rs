@@ -91,9 +91,14 @@ pub fn keep_capabilities(kept: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the calling thread, which is not to start programs or touch the interface, give up all capabilities.
+/// Has the calling thread, which is not to start programs or touch the interface, give up all
+/// capabilities. Without `CAP_SETPCAP` the bounding set stays; [`check_privileges`] refuses that.
 pub fn drop_all_capabilities() {
-    if let Err(error) = empty_bounding_set().and_then(|()| keep_capabilities(NONE)) {
+    let bounding = empty_bounding_set().or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => Ok(()),
+        _ => Err(error),
+    });
+    if let Err(error) = keep_capabilities(NONE).and(bounding) {
         tracing::warn!("a thread cannot give up its capabilities: {error}");
     }
 }

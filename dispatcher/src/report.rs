@@ -4,7 +4,11 @@ mod table;
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::text;
 
 pub use crate::watch::{Level, Notice};
 pub use table::{render, render_members};
@@ -37,6 +41,9 @@ pub struct Report {
     pub lanes: Vec<Lane>,
     /// Who the packets go to.
     pub groups: Vec<Group>,
+    /// Lines of the primary's log that were not written.
+    #[serde(default)]
+    pub log_lines_lost: u64,
 }
 
 /// A lane. `received = delivered + Σ dropped`.
@@ -240,6 +247,9 @@ pub struct Member {
     pub wakeups: u64,
     /// Time it spent on packets, in nanoseconds, as it says.
     pub busy_ns: u64,
+    /// Lines of its output that were not relayed: too many, too long, or nowhere to write them.
+    #[serde(default)]
+    pub output_dropped: u64,
     /// What it publishes.
     pub counters: BTreeMap<String, u64>,
 }
@@ -252,7 +262,44 @@ impl Lane {
     }
 }
 
+/// The same, all texts in it without what steers a terminal: a report may come from whoever listens
+/// on a socket.
+fn printable<T: Serialize + DeserializeOwned + Clone>(original: &T) -> T {
+    fn each(value: &mut Value) {
+        match value {
+            Value::String(text) => *text = text::printable(text),
+            Value::Array(items) => items.iter_mut().for_each(each),
+            Value::Object(entries) => {
+                let old = std::mem::take(entries);
+                entries.extend(old.into_iter().map(|(name, mut value)| {
+                    each(&mut value);
+                    (text::printable(&name), value)
+                }));
+            }
+            _ => {}
+        }
+    }
+    let printable = serde_json::to_value(original).and_then(|mut value| {
+        each(&mut value);
+        serde_json::from_value(value)
+    });
+    // What was made of such a value can be made of it again.
+    printable.unwrap_or_else(|_| original.clone())
+}
+
+impl Member {
+    /// The same, fit to be shown.
+    fn printable(&self) -> Self {
+        printable(self)
+    }
+}
+
 impl Report {
+    /// The same, fit to be shown.
+    fn printable(&self) -> Self {
+        printable(self)
+    }
+
     /// The member of this name.
     pub fn member(&self, id: &str) -> Option<&Member> {
         self.groups.iter().flat_map(|group| &group.members).find(|member| member.id == id)

@@ -16,9 +16,11 @@ use crate::inherit;
 use crate::interface::{Interface, InterfaceError};
 use crate::lane::LaneConfig;
 use crate::lanes::{LaneHandle, LaneParts};
+use crate::log::LogError;
 use crate::members::Member;
 use crate::mode::{CopyMode, Mode, ModeError, modes};
 use crate::orphans;
+use crate::output::{Output, OutputError};
 use crate::placement::{Placement, PlacementError, place};
 use crate::port::{Port, PortError};
 use crate::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
@@ -26,7 +28,7 @@ use crate::privileges::{PrivilegeError, check_privileges};
 use crate::seccomp::{Filter, FilterError};
 use crate::steer::HashKey;
 use crate::supervisor::WorkerCommand;
-use crate::sys::{self, put_off_signals};
+use crate::sys::{self, block_signals};
 use crate::topology::{Machine, TopologyError};
 use crate::xsk::BindError;
 
@@ -45,6 +47,8 @@ pub enum RunError {
     Budget(#[from] BudgetError),
     Port(#[from] PortError),
     Control(#[from] ControlError),
+    Log(#[from] LogError),
+    Output(#[from] OutputError),
     Primary(#[from] PrimaryError),
     Filter(#[from] FilterError),
     Io(#[from] std::io::Error),
@@ -89,11 +93,14 @@ impl RunError {
             ) => Exit::Usage,
             RunError::Port(error) => error.exit(),
             RunError::Control(ControlError::Occupied(_)) => Exit::Busy,
-            RunError::TooManyLanes { .. } => Exit::Usage,
+            RunError::TooManyLanes { .. } | RunError::Log(LogError::File { .. }) => Exit::Usage,
+            RunError::Output(OutputError::Io(_)) => Exit::Failure,
+            RunError::Output(_) => Exit::Usage,
             RunError::Primary(error) => error.exit(),
             RunError::Control(_)
             | RunError::Filter(_)
             | RunError::Io(_)
+            | RunError::Log(_)
             | RunError::Descriptors { .. }
             | RunError::Imbalance(_)
             | RunError::Unaccounted(_) => Exit::Failure,
@@ -142,61 +149,39 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         None => random_bytes()?,
     });
     confine()?;
-    let lanes = placement.lanes.iter().map(|slot| slot.cpu).filter(|_| !placement.shared);
-    let limits = Limits {
-        memory: config.worker_memory,
-        processes: config.worker_processes,
-        cpu_weight: config.worker_cpu_weight,
-        lanes: lanes.collect(),
-    };
-    let sandbox = config.worker_sandbox.then(Filter::of_sandbox).transpose()?;
-    let workers = (!config.command.is_empty()).then(|| WorkerCommand {
-        command: config.command.clone(),
-        user,
-        survive: config.survive,
-        limits,
-        sandbox,
-    });
-    let start = Start { config, interface, queues, machine, placement, key };
-    let mut listener = None;
-    let mut modes = modes.into_iter().peekable();
-    loop {
-        // `modes` is never empty, and the loop continues only if another mode is left.
-        let Some(mode) = modes.next() else {
-            return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
+    let mut workers = None;
+    if !config.command.is_empty() {
+        let members: Vec<_> = (0..config.workers).map(member_id).collect();
+        let output = Output::begin(config.worker_output.clone(), config.survive, &members)?;
+        let lanes = placement.lanes.iter().map(|slot| slot.cpu).filter(|_| !placement.shared);
+        let limits = Limits {
+            memory: config.worker_memory,
+            processes: config.worker_processes,
+            cpu_weight: config.worker_cpu_weight,
+            lanes: lanes.collect(),
         };
-        let last = modes.peek().is_none();
-        // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
-        put_off_signals(true)?;
-        let primary = match start.primary(mode) {
-            Err(error) if !last && next_may_do(&error) => {
-                tracing::warn!(
-                    "no zero-copy: {error}. Trying copy mode, in which the kernel copies each packet"
-                );
-                continue;
-            }
-            primary => primary?,
-        };
-        let listener = match &mut listener {
-            Some(listener) => listener,
-            none => none.insert(Listener::bind(&config.socket, access.clone())?),
-        };
-        let outcome = primary.run(listener, workers.as_ref())?;
-        match outcome.error {
-            Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
-                if !last && !outcome.interrupted =>
-            {
-                tracing::warn!("{error}. Zero-copy needs native XDP: starting again in copy mode");
-            }
-            error => return Ok(Outcome { error, ..outcome }),
-        }
+        let sandbox = config.worker_sandbox.then(Filter::of_sandbox).transpose()?;
+        workers = Some(WorkerCommand {
+            command: config.command.clone(),
+            user,
+            survive: config.survive,
+            limits,
+            sandbox,
+            output,
+        });
     }
+    let start = Start { config, interface, queues, machine, placement, key };
+    let outcome = start.run(modes, &access, workers.as_ref());
+    if let Some(workers) = workers {
+        workers.output.end();
+    }
+    outcome
 }
 
-/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane and worker; and
-/// those it has for a moment while it starts a worker or answers an operator.
+/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane, 6 for each worker
+/// (2 of them pipes for its output); and those it has for a moment while it starts a worker or answers an operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
-    48 + 4 * (lanes as u64 + workers as u64)
+    48 + 4 * lanes as u64 + 6 * workers as u64
 }
 
 /// Confines this process, and what it starts, as it needs no interface or configuration to know.
@@ -232,6 +217,48 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
+    /// Runs a primary in the first mode that can be had.
+    fn run(
+        &self,
+        modes: Vec<Mode>,
+        access: &Access,
+        workers: Option<&WorkerCommand>,
+    ) -> Result<Outcome, RunError> {
+        let mut listener = None;
+        let mut modes = modes.into_iter().peekable();
+        loop {
+            // `modes` is never empty, and the loop continues only if another mode is left.
+            let Some(mode) = modes.next() else {
+                return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
+            };
+            let last = modes.peek().is_none();
+            // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
+            block_signals(true)?;
+            let primary = match self.primary(mode) {
+                Err(error) if !last && next_may_do(&error) => {
+                    tracing::warn!(
+                        "no zero-copy: {error}. Trying copy mode, in which the kernel copies each packet"
+                    );
+                    continue;
+                }
+                primary => primary?,
+            };
+            let listener = match &mut listener {
+                Some(listener) => listener,
+                none => none.insert(Listener::bind(&self.config.socket, access.clone())?),
+            };
+            let outcome = primary.run(listener, workers)?;
+            match outcome.error {
+                Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
+                    if !last && !outcome.interrupted =>
+                {
+                    tracing::warn!("{error}. Zero-copy needs native XDP: starting again in copy mode");
+                }
+                error => return Ok(Outcome { error, ..outcome }),
+            }
+        }
+    }
+
     /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted
     /// frames, but no packets arrive yet.
     fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
@@ -281,7 +308,7 @@ impl Start<'_> {
             .map(|number| {
                 let slot = placement.workers.get(number).or_else(|| later.get(number - config.workers));
                 let spin = spin(slot.is_none() || workers_share);
-                Member::new(format!("default/{number}"), slot.map(|slot| slot.cpu), spin, lanes.len())
+                Member::new(member_id(number), slot.map(|slot| slot.cpu), spin, lanes.len())
             })
             .collect();
         let geometry =
@@ -304,6 +331,11 @@ impl Start<'_> {
             },
         ))
     }
+}
+
+/// The name of a place.
+fn member_id(number: usize) -> String {
+    format!("default/{number}")
 }
 
 /// UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though the

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -15,6 +16,7 @@ use xfan_shm::protocol::{ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, EN
 use crate::cgroup::{Cgroup, Limits};
 use crate::config::WorkerUser;
 use crate::inherit::{self, Fresh};
+use crate::output::{Output, OutputError, Tap};
 use crate::privileges;
 use crate::seccomp::Filter;
 use crate::sys;
@@ -39,6 +41,8 @@ pub struct WorkerCommand {
     pub limits: Limits,
     /// System calls that they are refused beside those that the primary is.
     pub sandbox: Option<Filter>,
+    /// What becomes of their output.
+    pub output: Arc<Output>,
 }
 
 /// A worker could not be started.
@@ -66,6 +70,9 @@ pub enum SpawnError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It has nowhere to write to.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// Anything else.
     #[error("cannot start worker command `{program}`: {}", explained(source))]
     Other {
@@ -85,6 +92,8 @@ pub struct Process {
     child: Option<Child>,
     /// What descends from it is in there, too; killed with it.
     cgroup: Option<Cgroup>,
+    /// Has its last lines relayed, when this is dropped.
+    _tap: Option<Tap>,
 }
 
 /// How a process ended.
@@ -114,10 +123,11 @@ impl fmt::Display for Ending {
 
 impl Process {
     /// Starts a worker for the member `member`: as the given user, without capabilities and without
-    /// a way to get any, in its own process group and cgroup, without a controlling terminal (so that it
-    /// cannot type into the primary's), with descriptors 0 (empty), 1, 2 and `control`, its
-    /// connection, an environment of its own, nothing of how the primary is scheduled and limited, and told to end when the primary does, unless it
-    /// is to survive that.
+    /// a way to get any, in its own process group and cgroup, without a controlling terminal (so
+    /// that it cannot type into the primary's), with descriptors 0 (empty), 1 and 2 (see
+    /// [`Output`]) and `control`, its connection, an environment of its own, nothing of how the
+    /// primary is scheduled and limited, and told to end when the primary does, unless it is to
+    /// survive that.
     ///
     /// # Errors
     /// [`SpawnError`]
@@ -133,6 +143,7 @@ impl Process {
         let (program, arguments) =
             command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
         let user = &command.user;
+        let ends = command.output.open(member)?;
         let mut process = Command::new(program);
         process
             .args(arguments)
@@ -142,6 +153,8 @@ impl Process {
             .env(ENV_MEMBER, member)
             .env(ENV_TOKEN, token)
             .stdin(Stdio::null())
+            .stdout(ends.stdout)
+            .stderr(ends.stderr)
             // No session of its own: where the kernel schedules by session (sched(7), autogroup), a lane that yields would
             // not yield to a worker of another one.
             .process_group(0);
@@ -195,7 +208,7 @@ impl Process {
         })?;
         let mut child = child;
         match sys::pidfd_open(child.id()) {
-            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child), cgroup }),
+            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child), cgroup, _tap: ends.tap }),
             Err(source) => {
                 // Our own child and not yet waited for: its number is still its own.
                 let _ = child.kill();
@@ -207,7 +220,7 @@ impl Process {
 
     /// A process that an earlier primary started, by its number and descriptor; and its cgroup, if that is one of this primary's.
     pub fn adopt(pid: u32, pidfd: OwnedFd, cgroup: Option<Cgroup>) -> Self {
-        Process { pid, pidfd, child: None, cgroup }
+        Process { pid, pidfd, child: None, cgroup, _tap: None }
     }
 
     /// Its cgroup.
@@ -237,6 +250,12 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         // It may have ended meanwhile.
         let _ = sys::pidfd_signal(self.pidfd.as_fd(), signal);
+    }
+
+    /// Whether the process has a handler for a signal.
+    pub fn catches(&self, signal: Signal) -> bool {
+        let status = std::fs::read(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        catches(&String::from_utf8_lossy(&status), signal)
     }
 
     /// Kills the process and what it has left in its cgroup, or in its process group, unless it has ended.
@@ -286,4 +305,11 @@ impl Drop for Process {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// Whether a process of this status has a handler for a signal.
+fn catches(status: &str, signal: Signal) -> bool {
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    caught & 1 << (signal as i32 - 1) != 0
 }

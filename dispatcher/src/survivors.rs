@@ -160,6 +160,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::config::WorkerOutput;
+    use crate::output::Output;
 
     /// A note, and where it lies.
     fn note() -> (tempfile::TempDir, Note, std::path::PathBuf) {
@@ -230,7 +232,9 @@ mod tests {
             let mut user = crate::config::WorkerUser::find(Some("root")).unwrap();
             user.uid = uid;
             let limits = crate::cgroup::Limits { memory: None, processes: 9, cpu_weight: 100, lanes: vec![] };
-            WorkerCommand { command: vec!["worker".into()], user, survive: true, limits, sandbox: None }
+            let output = Output::begin(WorkerOutput::Null, true, &[]).unwrap();
+            let command = vec!["worker".into()];
+            WorkerCommand { command, user, survive: true, limits, sandbox: None, output }
         };
         let own = command(nix::unistd::geteuid());
         assert!(survivor(child.id(), began + 1).find(&own).is_none(), "another that got its number");

@@ -135,21 +135,30 @@ pub fn keep_on_exec(fd: RawFd) -> io::Result<()> {
     }
 }
 
-/// Puts off SIGINT and SIGTERM for the calling thread and those it makes, or no longer: between something that must be
-/// cleaned up and a handler that sees to it, a signal would end the process at once. Workers start with no signals put off.
+/// Blocks SIGINT, SIGTERM and SIGHUP for the calling thread and those it makes, or unblocks them:
+/// between something that must be cleaned up and a handler that sees to it, a signal would end the
+/// process at once. Workers start with no signals blocked.
 ///
 /// # Errors
 /// Whatever the kernel says.
-pub fn put_off_signals(off: bool) -> io::Result<()> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    if off {
+pub fn block_signals(block: bool) -> io::Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    if block {
         signals.thread_block()?
     } else {
         signals.thread_unblock()?
     }
     Ok(())
+}
+
+/// Blocks SIGHUP, until [`block_signals`] unblocks it, and SIGTTOU for good, for the calling thread
+/// and those it makes. So the first ends nothing while the primary starts, and a terminal that only
+/// its foreground job may write to (`stty tostop`) stops nobody.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn block_terminal_signals() -> io::Result<()> {
+    Ok([Signal::SIGHUP, Signal::SIGTTOU].into_iter().collect::<SigSet>().thread_block()?)
 }
 
 /// Has the kernel refuse messages with descriptors to this Unix socket and to what it accepts; unread ones would be closed by

@@ -76,6 +76,17 @@ pub fn binary(name: &str) -> Result<PathBuf, ProcessError> {
     found.ok_or_else(|| ProcessError::NotBuilt { name: name.into(), folder: folder() })
 }
 
+impl Exit {
+    /// The JSON among the lines of standard output: its own, and, of a primary, those of its
+    /// workers, as its log has them.
+    #[must_use]
+    pub fn json(&self) -> Vec<serde_json::Value> {
+        let relayed = self.stderr.iter().filter_map(|line| Some(line.split_once(" stdout: ")?.1));
+        let lines = self.stdout.iter().map(String::as_str).chain(relayed);
+        lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+}
+
 impl Process {
     /// Starts `command` without standard input, its output read line by line. It is killed too when the calling thread
     /// ends, however it ends: spawn it from the thread of the test, not within [`crate::netns::Netns::run`].

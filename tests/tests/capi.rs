@@ -58,7 +58,7 @@ fn build(folder: &Path, library: Library) -> PathBuf {
 
 /// Packets and bytes that the member says it counted, when it ended.
 fn totals(exit: &Exit, member: &str) -> (u64, u64) {
-    let printed = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let printed = exit.json().into_iter();
     let of_member: Vec<_> = printed.filter(|totals| totals["member"] == member).collect();
     assert_eq!(of_member.len(), 1, "{member} in {exit:#?}");
     (of_member[0]["packets"].as_u64().unwrap(), of_member[0]["bytes"].as_u64().unwrap())

@@ -228,6 +228,8 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
         ("xfan".to_owned(), [0, control, control, 0, 0]),
         ("control".to_owned(), [0; 5]),
         ("watch".to_owned(), [0; 5]),
+        ("writer".to_owned(), [0; 5]),
+        ("output".to_owned(), [0; 5]),
         ("lane-0".to_owned(), [0; 5]),
         ("lane-1".to_owned(), [0; 5]),
     ]);

@@ -59,7 +59,7 @@ fn assert_ended_well(exit: &Exit) {
 
 /// Packets the workers say to have counted, together.
 fn counted(exit: &Exit) -> u64 {
-    let totals = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let totals = exit.json().into_iter();
     totals.filter_map(|totals| totals["packets"].as_u64()).sum()
 }
 

@@ -77,8 +77,7 @@ fn refused(primary: &Primary, arguments: &str) -> String {
 }
 
 fn counted(exit: &Exit) -> u64 {
-    let line = exit.stdout.iter().find(|line| line.contains("\"packets\"")).expect("its totals");
-    serde_json::from_str::<serde_json::Value>(line).unwrap()["packets"].as_u64().unwrap()
+    exit.json().iter().find_map(|line| line["packets"].as_u64()).expect("its totals")
 }
 
 #[test]

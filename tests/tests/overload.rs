@@ -12,6 +12,7 @@ use xfan_tests::generator::{self, End, Load};
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::process::Exit;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
 use xfan_tests::veth::{Veth, VethConfig};
@@ -60,10 +61,10 @@ fn first_member_with(launch: &Launch<'_>, arguments: &str) -> PathBuf {
 }
 
 /// What a member's `xfan-count` printed in the end.
-fn counted(stdout: &[String], member: &str) -> u64 {
-    let totals = stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+fn counted(exit: &Exit, member: &str) -> u64 {
+    let totals = exit.json().into_iter();
     let totals: Vec<_> = totals.filter(|totals| totals["member"] == member).collect();
-    assert_eq!(totals.len(), 1, "{stdout:?}");
+    assert_eq!(totals.len(), 1, "{exit:#?}");
     totals[0]["packets"].as_u64().unwrap()
 }
 
@@ -96,7 +97,7 @@ fn a_worker_that_sleeps_drops_only_its_own_packets() {
     let fast_delivered = fast.delivered;
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!(counted(&exit.stdout, "default/1"), fast_delivered);
+    assert_eq!(counted(&exit, "default/1"), fast_delivered);
 }
 
 #[test]
@@ -147,7 +148,7 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
     let committed = (slow.committed, fast.committed);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!((counted(&exit.stdout, "default/0"), counted(&exit.stdout, "default/1")), committed);
+    assert_eq!((counted(&exit, "default/0"), counted(&exit, "default/1")), committed);
 }
 
 #[test]
@@ -200,6 +201,6 @@ fn a_flood_on_slow_workers_is_accounted_for_to_the_last_packet() {
     };
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!(counted(&exit.stdout, "default/0"), slow.committed);
-    assert_eq!(counted(&exit.stdout, "default/1"), fast.committed);
+    assert_eq!(counted(&exit, "default/0"), slow.committed);
+    assert_eq!(counted(&exit, "default/1"), fast.committed);
 }

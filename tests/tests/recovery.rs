@@ -368,11 +368,7 @@ fn what_is_held_when_the_primary_stops_goes_to_the_others() {
     primary.report_when(|report| member(report, 0).held);
     let (exit, _) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
-    let sum: u64 = exit
-        .stdout
-        .iter()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()?["packets"].as_u64())
-        .sum();
+    let sum: u64 = exit.json().iter().filter_map(|line| line["packets"].as_u64()).sum();
     assert_eq!(sum, PACKETS, "{} of them had waited: {exit:#?}", member(&seen, 0).backlog);
 }
 
@@ -401,7 +397,7 @@ fn what_several_left_goes_to_the_one_that_is_there_and_not_from_one_to_the_other
         let line = exit.stdout.iter().find(|line| line.starts_with(&format!("default/{place} "))).unwrap();
         assert_eq!(line.split_whitespace().nth(4), Some(&*had.to_string()), "{line}");
     }
-    let last = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let last = exit.json().into_iter();
     let counted: Vec<_> = last.filter_map(|line| line["packets"].as_u64()).collect();
     assert_eq!(counted, [PACKETS]);
 }

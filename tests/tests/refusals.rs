@@ -364,7 +364,8 @@ fn a_worker_of_another_protocol_version() {
     let message = format!("xfan: worker default/0 ({}) was refused: {why}", program.display());
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
     // The worker has been told, too.
-    assert!(exit.stderr.contains(&format!("xfan-hostile: {why}")), "{exit:#?}");
+    let told = format!(" default/0 stderr: xfan-hostile: {why}");
+    assert!(exit.stderr.iter().any(|line| line.ends_with(&told)), "{exit:#?}");
 }
 
 #[test]
@@ -445,7 +446,7 @@ fn an_interface_that_vanishes() {
                    once it is back",
     );
     // Its workers were told in good order, and the totals are there.
-    let counted = exit.stdout.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let counted = exit.json().into_iter();
     assert_eq!(counted.filter_map(|totals| totals["packets"].as_u64()).sum::<u64>(), 100);
     assert_eq!(leftovers::processes_in(&namespace), Vec::<String>::new());
     assert!(!socket.exists());

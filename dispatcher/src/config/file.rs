@@ -8,7 +8,7 @@ use super::value::{self, Read, Value};
 use super::{Config, ConfigError};
 
 /// Every key, with the table it lies in. A test holds this list against [`apply`].
-pub(super) const KEYS: [&str; 39] = [
+pub(super) const KEYS: [&str; 41] = [
     "interface",
     "queues",
     "workers",
@@ -41,6 +41,7 @@ pub(super) const KEYS: [&str; 39] = [
     "worker_processes",
     "worker_cpu_weight",
     "worker_sandbox",
+    "worker_output",
     "control.allow_users",
     "control.allow_groups",
     "control.socket_owner",
@@ -48,6 +49,7 @@ pub(super) const KEYS: [&str; 39] = [
     "idle.spin",
     "idle.yield",
     "log.level",
+    "log.file",
 ];
 
 /// Puts what the file says over what `config` holds.
@@ -103,6 +105,7 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
         value::number(v, 1..=10_000, "a weight; others have 100")
     })?;
     keys.set("worker_sandbox", &mut config.worker_sandbox, value::truth)?;
+    keys.set("worker_output", &mut config.worker_output, value::worker_output)?;
     let control = &mut config.control;
     keys.set("control.allow_users", &mut control.allow_users, value::users)?;
     keys.set("control.allow_groups", &mut control.allow_groups, value::groups)?;
@@ -111,6 +114,7 @@ pub(super) fn apply(config: &mut Config, text: &str, file: &str) -> Result<(), C
     keys.set("idle.spin", &mut config.idle.spin, |v| value::duration(v, at_once.clone()))?;
     keys.set("idle.yield", &mut config.idle.yielding, |v| value::duration(v, at_once.clone()))?;
     keys.set("log.level", &mut config.log, value::log_level)?;
+    keys.set("log.file", &mut config.log_file, |v| value::log_file(v).map(Some))?;
     Ok(())
 }
 

@@ -152,6 +152,10 @@ pub struct Config {
     /// Where packets go while no worker takes any: `"drop"`, counted as `no_worker`, or `"pass"`: to the kernel. Default `"drop"`.
     pub on_empty: OnEmpty,
 
+    /// Where workers' standard output and standard error go: `"log"`, `"null"`, `"journal"`, or an
+    /// absolute path, in which `{member}` stands for the member. Default `"log"`.
+    pub worker_output: WorkerOutput,
+
     /// Who may use the control socket: the table `[control]`.
     pub control: ControlAccess,
 
@@ -161,6 +165,23 @@ pub struct Config {
     /// How much is logged: `"error"`, `"warn"`, `"info"`, `"debug"` or `"trace"`. Key `level` in the table
     /// `[log]`. Default `"info"`. Flag `--log`.
     pub log: LogLevel,
+
+    /// The file the log is appended to, an absolute path. Key `file` in the table `[log]`. Default:
+    /// none, but standard error.
+    pub log_file: Option<PathBuf>,
+}
+
+/// Where workers' standard output and standard error go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WorkerOutput {
+    /// Into the primary's log.
+    Log,
+    /// Nowhere.
+    Null,
+    /// To systemd's journal.
+    Journal,
+    /// To files of this name, in which `{member}` stands for the member.
+    File(PathBuf),
 }
 
 /// Who may use the control socket, besides root and the workers' user.
@@ -329,9 +350,11 @@ impl Config {
             worker_processes: 1024,
             worker_cpu_weight: 100,
             worker_sandbox: false,
+            worker_output: WorkerOutput::Log,
             control: ControlAccess::default(),
             idle: Idle { spin: Duration::from_micros(50), yielding: Duration::from_millis(1) },
             log: LogLevel::Info,
+            log_file: None,
         }
     }
 }
@@ -412,7 +435,10 @@ mod tests {
         let all = all.join("\n");
         let full = Config::from_toml_str(&all, "docs/xfan.toml").unwrap();
         let control = ControlAccess { socket_owner: None, socket_mode: None, ..full.control };
-        assert_eq!(Config { cores: None, user: None, hash_key: None, control, ..full }, defaults);
+        assert_eq!(
+            Config { cores: None, user: None, hash_key: None, log_file: None, control, ..full },
+            defaults
+        );
         let table: toml::Table = all.parse().unwrap();
         for key in file::KEYS {
             let found = match key.split_once('.') {

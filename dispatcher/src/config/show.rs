@@ -3,15 +3,17 @@
 use std::fmt::Write as _;
 
 use super::value::{format_duration, format_memory};
-use super::{BindMode, Config, ModeChoice, OnEmpty, OnLoss, Owner, Queues, format_list};
+use super::{BindMode, Config, ModeChoice, OnEmpty, OnLoss, Owner, Queues, WorkerOutput, format_list};
+use crate::text::escaped_json;
 
 impl Config {
     /// Every setting, as a file that yields this configuration. Settings that are chosen at start
     /// stand in it as comments.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        let text = |text: &str| toml::Value::from(text).to_string();
-        let list = |items: &[String]| toml::Value::from(items.to_vec()).to_string();
+        // TOML has the escapes of JSON.
+        let text = |text: &str| escaped_json(&toml::Value::from(text).to_string());
+        let list = |items: &[String]| escaped_json(&toml::Value::from(items.to_vec()).to_string());
         let auto = |number: Option<u32>| number.map_or_else(|| text("auto"), |number| number.to_string());
         let queues = match &self.queues {
             Queues::All => text("all"),
@@ -88,6 +90,15 @@ impl Config {
             format!("worker_processes = {}", self.worker_processes),
             format!("worker_cpu_weight = {}", self.worker_cpu_weight),
             format!("worker_sandbox = {}", self.worker_sandbox),
+            format!(
+                "worker_output = {}",
+                match &self.worker_output {
+                    WorkerOutput::Log => text("log"),
+                    WorkerOutput::Null => text("null"),
+                    WorkerOutput::Journal => text("journal"),
+                    WorkerOutput::File(path) => text(&path.to_string_lossy()),
+                }
+            ),
             "\n[control]".to_owned(),
             format!("allow_users = {}", list(&self.control.allow_users)),
             format!("allow_groups = {}", list(&self.control.allow_groups)),
@@ -107,6 +118,10 @@ impl Config {
             format!("yield = {}", text(&format_duration(self.idle.yielding))),
             "\n[log]".to_owned(),
             format!("level = {}", text(self.log.name())),
+            self.log_file.as_ref().map_or_else(
+                || chosen("file", "standard error"),
+                |path| format!("file = {}", text(&path.to_string_lossy())),
+            ),
         ];
         lines.iter().fold(String::new(), |mut all, line| {
             let _ = writeln!(all, "{line}");
@@ -128,14 +143,24 @@ mod tests {
                     start_timeout = '1500ms'\nstop_timeout = '0s'\nrestart = 'always'\n\
                     restart_delay = '7ms'\nstart_limit_burst = 9\nstart_limit_interval = '3s'\n\
                     hang_timeout = '0s'\nmax_workers = 9\nsurvive = true\non_loss = 'hold'\nhold_timeout = '9s'\non_empty = 'pass'\nworker_memory = '3GiB'\nworker_processes = 9\n\
-                    worker_cpu_weight = 7\nworker_sandbox = true\n[control]\nallow_users = ['a']\n\
+                    worker_cpu_weight = 7\nworker_sandbox = true\nworker_output = '/x/{member}'\n[control]\nallow_users = ['a']\n\
                     allow_groups = ['b', 'c']\nsocket_owner = ':adm'\nsocket_mode = '0660'\n[idle]\nspin = '7us'\nyield = '0s'\n\
-                    [log]\nlevel = 'trace'";
+                    [log]\nlevel = 'trace'\nfile = '/x/log'";
         for text in ["interface = 'eth1'", full] {
             let config = Config::from_toml_str(text, "f").unwrap();
             let shown = config.to_toml();
             assert_eq!(Config::from_toml_str(&shown, "shown").unwrap(), config, "{shown}");
         }
+    }
+
+    #[test]
+    fn what_steers_a_terminal_is_escaped() {
+        let command = ["w".to_owned(), "a\u{202e}\u{9b}b\u{1b}\n".to_owned()];
+        let config =
+            Config { command: command.to_vec(), ..Config::from_toml_str("interface = 'eth1'", "f").unwrap() };
+        let shown = config.to_toml();
+        assert_eq!(crate::text::printable_lines(&shown), shown);
+        assert_eq!(Config::from_toml_str(&shown, "shown").unwrap().command, command);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::list::parse_list;
-use super::{BindMode, LogLevel, ModeChoice, OnEmpty, OnLoss, Owner, PassRule, Queues};
+use super::{BindMode, LogLevel, ModeChoice, OnEmpty, OnLoss, Owner, PassRule, Queues, WorkerOutput};
 use crate::restart::Policy;
 
 /// The largest queue number that can be asked for.
@@ -364,6 +364,31 @@ pub fn on_loss(value: &Value) -> Read<OnLoss> {
     }
 }
 
+/// Where workers' output goes.
+pub fn worker_output(value: &Value) -> Read<WorkerOutput> {
+    match text(value) {
+        Some("log") => Ok(WorkerOutput::Log),
+        Some("null") => Ok(WorkerOutput::Null),
+        Some("journal") => Ok(WorkerOutput::Journal),
+        Some(path) if is_absolute_path(path) => Ok(WorkerOutput::File(path.into())),
+        _ => wanted(
+            "\"log\", \"null\", \"journal\" or an absolute path, in which {member} stands for the member",
+        ),
+    }
+}
+
+/// A file to log to.
+pub fn log_file(value: &Value) -> Read<PathBuf> {
+    match text(value) {
+        Some(path) if is_absolute_path(path) => Ok(path.into()),
+        _ => wanted("an absolute path"),
+    }
+}
+
+fn is_absolute_path(text: &str) -> bool {
+    text.starts_with('/') && !text.contains('\0')
+}
+
 /// The size of a frame.
 pub fn frame_size(value: &Value) -> Read<u32> {
     match *value {
@@ -465,6 +490,15 @@ mod tests {
         }
         assert_eq!(users(&Value::List(vec![t("alice")])), Ok(vec!["alice".to_owned()]));
         assert!(users(&t("alice")).is_err() && groups(&Value::List(vec![t("")])).is_err());
+    }
+
+    #[test]
+    fn workers_write_to_what_has_a_name() {
+        assert_eq!(worker_output(&t("journal")), Ok(WorkerOutput::Journal));
+        assert_eq!(worker_output(&t("/x/{member}")), Ok(WorkerOutput::File("/x/{member}".into())));
+        for wrong in ["", "x.log", "syslog", "/a\0b"] {
+            assert!(worker_output(&t(wrong)).is_err() && log_file(&t(wrong)).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

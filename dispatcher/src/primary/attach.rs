@@ -17,6 +17,7 @@ use crate::life::{Change, State};
 use crate::members::{Joining, Member};
 use crate::restart::Restart;
 use crate::supervisor::Process;
+use crate::text::excerpt;
 
 impl Primary {
     /// Answers a worker. A refusal of one that this primary started itself, and that will not come better, is an error as well.
@@ -26,12 +27,12 @@ impl Primary {
         peer: UnixCredentials,
         mut attach: Attach,
     ) -> (Answer, Result<(), PrimaryError>) {
-        attach.program = printable(&attach.program);
+        attach.program = excerpt(&attach.program);
         match self.admit(connection, peer, &attach) {
             Ok(answer) => (answer, Ok(())),
             Err((place, refusal)) => {
                 self.refused += 1;
-                let member = attach.member.as_deref().map(printable);
+                let member = attach.member.as_deref().map(excerpt);
                 self.tell_refusal(&peer, Some(&attach.program), member.as_deref(), &refusal.message);
                 // One that this primary did not start is replaced by one that it starts.
                 let adopted = |member: &Member| member.process.as_ref().is_some_and(Process::is_adopted);
@@ -243,7 +244,7 @@ impl Primary {
         if let Some(group) = attach.group.as_ref().filter(|group| *group != "default") {
             return refuse(
                 RefusalCode::UnknownGroup,
-                format!("there is no group {}: the only one is default", printable(group)),
+                format!("there is no group {}: the only one is default", excerpt(group)),
             );
         }
         // Who has inherited the connection of a place needs no other proof, and gets no other
@@ -337,11 +338,6 @@ fn descends(pid: u32, ancestor: u32) -> bool {
     std::iter::successors(Some(pid), parent).take(GENERATIONS).any(|pid| pid == ancestor)
 }
 
-/// The beginning of a stranger's text, without what would steer a terminal or begin a line of its own in the log.
-pub(super) fn printable(text: &str) -> String {
-    text.chars().filter(|character| !character.is_control()).take(64).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,11 +350,5 @@ mod tests {
         assert!(!descends(own, child.id()) && !descends(1, own) && !descends(0, own));
         child.kill().unwrap();
         child.wait().unwrap();
-    }
-
-    #[test]
-    fn a_strangers_text_is_one_short_line() {
-        assert_eq!(printable("a\n\u{1b}[31mb\u{9b}c"), "a[31mbc");
-        assert_eq!(printable(&"x".repeat(10_000)).len(), 64);
     }
 }

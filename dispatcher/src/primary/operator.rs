@@ -12,6 +12,7 @@ use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
 
 use super::{Primary, PrimaryError};
 use crate::life::Change;
+use crate::text::excerpt;
 
 /// What a member leaves for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,7 +263,7 @@ impl Primary {
                 RefusalCode::UnknownMember,
                 format!(
                     "there is no member {}: they are default/0 to default/{}",
-                    super::attach::printable(id),
+                    excerpt(id),
                     self.members.len().saturating_sub(1)
                 ),
             ),

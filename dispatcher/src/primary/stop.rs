@@ -188,7 +188,7 @@ impl Primary {
         }
         // Block signals: one that arrives from here on stays pending for the next start, if there
         // is one. One that has arrived may not have been delivered yet: wait for it.
-        let _ = sys::put_off_signals(true);
+        let _ = sys::block_signals(true);
         let _ = tokio::time::timeout(Duration::from_millis(1), again.wait()).await;
         Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: again.ever }
     }

@@ -202,6 +202,23 @@ impl Primary {
         }
     }
 
+    /// As SIGHUP asks for: has all files opened anew, those of the workers that catch the signal by
+    /// themselves included.
+    pub(super) fn reopen(&mut self) {
+        crate::log::reopen();
+        if let Some(spawner) = &self.spawner {
+            spawner.command.output.reopen();
+        }
+        let mut told = 0;
+        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
+            if process.catches(Signal::SIGHUP) {
+                process.signal(Signal::SIGHUP);
+                told += 1;
+            }
+        }
+        tracing::info!(workers_told = told, "SIGHUP: files are opened anew");
+    }
+
     /// The process in this place has ended. Without any left, so does the primary.
     pub(super) fn process_ended(&mut self, place: usize) -> Result<(), PrimaryError> {
         let member = &mut self.members[place];

@@ -8,6 +8,7 @@ use crate::steer::BUCKETS;
 /// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
 /// the time since start.
 pub fn render(report: &Report, earlier: Option<&Report>) -> String {
+    let report = &report.printable();
     let earlier =
         earlier.filter(|earlier| earlier.pid == report.pid && earlier.lanes.len() == report.lanes.len());
     let elapsed = report.uptime_ns - earlier.map_or(0, |earlier| earlier.uptime_ns.min(report.uptime_ns));
@@ -24,6 +25,7 @@ fn state(member: &Member) -> &str {
 
 /// Renders members alone, each with what an operator wants to know of its life.
 pub fn render_members(members: &[&Member]) -> String {
+    let members = members.iter().map(|member| member.printable());
     let mut out = format!(
         "{:<12} {:>7} {:>4} {:<9} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}\n",
         "member", "pid", "core", "state", "for", "flows", "backlog", "restarts", "cpu s", "MiB"
@@ -37,7 +39,7 @@ pub fn render_members(members: &[&Member]) -> String {
             member.id,
             member.pid,
             member.core.map_or_else(|| "-".into(), |core| core.to_string()),
-            state(member),
+            state(&member),
             age(member.in_state_ns / 1_000_000_000),
             percent(share, BUCKETS as u64),
             short(member.backlog),
@@ -49,6 +51,9 @@ pub fn render_members(members: &[&Member]) -> String {
         more.extend(member.last_exit.iter().map(|exit| format!("last process: {exit:.24}")));
         more.extend((member.hangs > 0).then(|| format!("hung {}", member.hangs)));
         let _ = writeln!(out, "  {}", more.join("; "));
+        if member.output_dropped > 0 {
+            let _ = writeln!(out, "  lines of its output dropped {}", member.output_dropped);
+        }
     }
     out
 }
@@ -120,6 +125,9 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
                 short(member.lost),
                 percent(busy, elapsed)
             )?;
+            if member.output_dropped > 0 {
+                writeln!(out, "  lines of its output dropped {}", member.output_dropped)?;
+            }
             for (name, value) in &member.counters {
                 writeln!(out, "  {name:<24} {value}")?;
             }
@@ -179,6 +187,9 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         writeln!(out, "lost     {unaccounted} redirected packets that nobody counts")?;
     }
     write_nic(out, report)?;
+    if report.log_lines_lost > 0 {
+        writeln!(out, "log      {} lines lost", report.log_lines_lost)?;
+    }
     let (received, delivered, dropped) = report.totals();
     write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
     let mut causes = std::collections::BTreeMap::new();

@@ -12,12 +12,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xfan::access::Access;
 use xfan::cgroup::Limits;
-use xfan::config::{ControlAccess, OnEmpty, WorkerUser};
+use xfan::config::{ControlAccess, OnEmpty, WorkerOutput, WorkerUser};
 use xfan::control::{Listener, ask_for_report};
 use xfan::frames::Frames;
 use xfan::lane::LaneConfig;
 use xfan::lanes::{LaneHandle, LaneParts};
 use xfan::members::Member;
+use xfan::output::Output;
 use xfan::primary::{Care, Primary, random_bytes};
 use xfan::report::Report;
 use xfan::restart::{Policy, Restart};
@@ -195,6 +196,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         survive: false,
         limits,
         sandbox: None,
+        output: Output::begin(WorkerOutput::Null, false, &[])?,
     };
 
     let socket = listener.path().to_owned();

@@ -4,6 +4,7 @@
 
 mod brood;
 mod connections;
+mod output;
 mod place;
 mod probe;
 mod segment;
@@ -22,6 +23,7 @@ use nix::unistd::getppid;
 use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{self, ENV_MEMBER, MAX_REPLY, Reply};
 
+use crate::output::{Deed, misuse};
 use crate::place::{Place, ask, member, token};
 use crate::probe::{descriptors, probe_places, probe_processes, probe_segments, probe_self};
 
@@ -82,6 +84,8 @@ enum Way {
     Glutton { mib: usize },
     /// At SIGUSR1 stuffs its doorbell so that who rings it blocks, if it can, and claims to sleep.
     Jam,
+    /// At SIGUSR1 misuses its descriptors 0 to 2.
+    Output { deed: Deed },
 }
 
 fn main() -> ExitCode {
@@ -262,6 +266,13 @@ fn run(way: &Way) -> Outcome<()> {
             if waited.wait()? == Signal::SIGUSR1 {
                 place.jam()?;
                 println!("jammed");
+            }
+            place
+        }
+        Way::Output { deed } => {
+            let place = Place::take()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                misuse(*deed)?;
             }
             place
         }

@@ -1,0 +1,107 @@
+//! Results to standard output, messages to standard error: each in one write, and without panic
+//! whatever is behind it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+use crate::text::{printable, printable_lines};
+
+/// How long the last words of a primary may take: what is behind its descriptors may be a full pipe
+/// or a stopped terminal.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Prints a text of several lines.
+///
+/// # Errors
+/// Whatever write(2) says.
+pub fn print(text: &str) -> io::Result<()> {
+    write(io::stdout().as_fd(), printable_lines(text).as_bytes())
+}
+
+/// As [`print`], but gives up after [`PATIENCE`].
+///
+/// # Errors
+/// Whatever write(2) says; [`io::ErrorKind::TimedOut`].
+pub fn print_in_time(text: &str) -> io::Result<()> {
+    write_in_time(io::stdout().as_fd(), printable_lines(text).into_bytes())
+}
+
+/// Clears the terminal.
+///
+/// # Errors
+/// Whatever write(2) says.
+pub fn clear() -> io::Result<()> {
+    write(io::stdout().as_fd(), b"\x1b[H\x1b[2J")
+}
+
+/// Writes a message of one line to standard error, if that takes it within [`PATIENCE`].
+pub fn say(message: &str) {
+    let line = format!("xfan: {}\n", printable(message));
+    let _ = write_in_time(io::stderr().as_fd(), line.into_bytes());
+}
+
+fn write_in_time(fd: BorrowedFd<'_>, bytes: Vec<u8>) -> io::Result<()> {
+    let fd = fd.try_clone_to_owned()?;
+    let (done, wait) = mpsc::channel();
+    std::thread::Builder::new().name("print".into()).spawn(move || done.send(write(fd.as_fd(), &bytes)))?;
+    wait.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+        let reason = format!("nothing has taken it within {PATIENCE:?}");
+        Err(io::Error::new(io::ErrorKind::TimedOut, reason))
+    })
+}
+
+fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    write_whole(&fd.try_clone_to_owned()?, bytes).map_err(|(_, error)| error)
+}
+
+/// Writes all bytes, in one write if the descriptor takes them so; waits where it does not block by
+/// itself.
+///
+/// # Errors
+/// Whatever write(2) says, and the number of bytes that were written before.
+pub fn write_whole(fd: &OwnedFd, bytes: &[u8]) -> Result<(), (usize, io::Error)> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match nix::unistd::write(fd, &bytes[written..]) {
+            Ok(0) => return Err((written, io::ErrorKind::WriteZero.into())),
+            Ok(count) => written += count,
+            Err(nix::errno::Errno::EINTR) => {}
+            // Others may have set O_NONBLOCK on what they share with this process.
+            Err(nix::errno::Errno::EAGAIN) => {
+                let mut poll = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+                let _ = nix::poll::poll(&mut poll, PollTimeout::NONE);
+            }
+            Err(errno) => return Err((written, errno.into())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn a_descriptor_that_does_not_block_is_waited_for() {
+        let (reader, writer) = io::pipe().unwrap();
+        nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+        let bytes = vec![b'x'; 1 << 20];
+        let reading = std::thread::spawn(move || io::copy(&mut { reader }, &mut io::sink()).unwrap());
+        write_whole(&writer.into(), &bytes).unwrap();
+        assert_eq!(reading.join().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn what_nobody_takes_is_given_up() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let error = write_in_time(writer.as_fd(), vec![b'x'; 1 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert_eq!(write(full.as_fd(), b"x").unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+}
