@@ -70,7 +70,7 @@ impl<'a> Bare<'a> {
     fn report_when(&mut self, ready: impl Fn(&Report) -> bool) -> Report {
         loop {
             assert_eq!(self.child.try_wait().unwrap(), None, "it goes on");
-            if let Ok(report) = ask_for_report(&self.launch.folder().join("xfan.sock"))
+            if let Ok(report) = ask_for_report(&self.launch.folder().join("run/xfan.sock"))
                 && ready(&report)
             {
                 return report;
@@ -81,7 +81,7 @@ impl<'a> Bare<'a> {
 
     /// Waits until packets are let in.
     fn started(&mut self) -> Report {
-        let events = self.launch.folder().join("xfan.sock");
+        let events = self.launch.folder().join("run/xfan.sock");
         self.report_when(|_| {
             let asked = xfan::control::ask(&events, &xfan_shm::protocol::Request::Events(0));
             matches!(asked, Ok(xfan_shm::protocol::Reply::Events(page)) if page.to_string().contains("packets come"))
@@ -837,7 +837,7 @@ fn names_of_interfaces_and_programs_steer_no_terminal() {
     assert_eq!(shown.code, Some(0), "{shown:#?}");
     plain(&shown.stdout);
     let folder = xfan_tests::primary::Folder::new().unwrap();
-    let socket = folder.join("xfan.sock");
+    let socket = folder.join("run/xfan.sock");
     let socket = socket.to_str().unwrap();
     let primary = run(&["run", "-i", name, "--socket", socket]);
     primary.wait_for_line(" running ").unwrap();
