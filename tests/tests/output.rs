@@ -70,7 +70,7 @@ impl<'a> Bare<'a> {
     fn report_when(&mut self, ready: impl Fn(&Report) -> bool) -> Report {
         loop {
             assert_eq!(self.child.try_wait().unwrap(), None, "it goes on");
-            if let Ok(report) = ask_for_report(&self.launch.folder().join("run/xfan.sock"))
+            if let Ok(report) = ask_for_report(&self.launch.socket())
                 && ready(&report)
             {
                 return report;
@@ -81,7 +81,7 @@ impl<'a> Bare<'a> {
 
     /// Waits until packets are let in.
     fn started(&mut self) -> Report {
-        let events = self.launch.folder().join("run/xfan.sock");
+        let events = self.launch.socket();
         self.report_when(|_| {
             let asked = xfan::control::ask(&events, &xfan_shm::protocol::Request::Events(0));
             matches!(asked, Ok(xfan_shm::protocol::Reply::Events(page)) if page.to_string().contains("packets come"))
@@ -415,7 +415,8 @@ fn a_stopped_terminal_stops_nobody_and_the_lines_come_when_it_goes_on() {
     let terminal = openpty(None, None).unwrap();
     tcflow(&terminal.slave, FlowArg::TCOOFF).unwrap();
     let given = terminal.slave.try_clone().unwrap();
-    let log = honest(&namespace).folder().with_extension("log");
+    let kept = xfan_tests::primary::Folder::new().unwrap();
+    let log = kept.join("log");
     let mut primary = Bare::spawn(honest(&namespace), Stdio::null(), Stdio::null(), given.into());
     primary.started();
     replay(&namespace);
@@ -780,7 +781,8 @@ fn surviving_workers_write_to_files_of_their_own_and_go_on_without_a_primary() {
 fn a_file_that_takes_no_more_blocks_nobody() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
-    let fifo = Launch::on(&namespace).unwrap().folder().with_extension("fifo");
+    let kept = xfan_tests::primary::Folder::new().unwrap();
+    let fifo = kept.join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
     // Somebody opens it to read, and never does.
     let _reader = File::options().read(true).write(true).open(&fifo).unwrap();
@@ -837,7 +839,7 @@ fn names_of_interfaces_and_programs_steer_no_terminal() {
     assert_eq!(shown.code, Some(0), "{shown:#?}");
     plain(&shown.stdout);
     let folder = xfan_tests::primary::Folder::new().unwrap();
-    let socket = folder.join("run/xfan.sock");
+    let socket = folder.socket();
     let socket = socket.to_str().unwrap();
     let primary = run(&["run", "-i", name, "--socket", socket]);
     primary.wait_for_line(" running ").unwrap();
