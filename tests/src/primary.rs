@@ -240,6 +240,15 @@ impl Primary {
         self.folder.path()
     }
 
+    /// A line that a worker prints, once it has printed one with this in it.
+    ///
+    /// # Panics
+    /// The primary ends before.
+    pub fn printed(&self, part: &str) -> String {
+        let line = self.process.wait_for_line(part).expect("a worker prints it");
+        line.split_once(" stdout: ").expect("the log says who printed it").1.to_owned()
+    }
+
     /// Its report.
     ///
     /// # Panics

@@ -51,8 +51,8 @@ pub fn signal(pid: u32, signal: Signal) {
 /// The daemons that the hostile worker announced, once there are as many.
 pub fn daemons(primary: &Primary, count: usize) -> Vec<u32> {
     loop {
-        let lines = primary.process.stdout();
-        let pids = lines.iter().filter_map(|line| line.strip_prefix("daemon ")?.parse().ok());
+        let lines = primary.process.stderr();
+        let pids = lines.iter().filter_map(|line| line.split_once(" stdout: daemon ")?.1.parse().ok());
         let pids: Vec<u32> = pids.collect();
         if pids.len() >= count {
             return pids;

@@ -1,10 +1,11 @@
-//! Four workers under traffic, to whom everything happens that can happen to workers, at random. Every packet must be accounted
-//! for.
+//! Four workers under traffic, to whom everything happens that can happen to workers, at random; one of them is hostile in
+//! whatever way chance will have it. Every packet must be accounted for.
 //!
 //! XFAN_CHAOS_SECONDS says for how long (60), half of it for either `on_loss`, XFAN_CHAOS_SEED with which random numbers. `scripts/chaos`
 //! sets them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -168,6 +169,9 @@ impl Chaos {
             guest.end(Signal::SIGTERM);
         }
         loop {
+            // It has no place any more once it has gone.
+            let hostile = WorkersOrder::Remove("default/0".into());
+            let _ = control::ask(&self.primary.socket(), &Request::Workers(hostile));
             self.bring_back();
             let report = self.primary.report();
             let calm = |member: &Member| {
@@ -194,6 +198,13 @@ fn segments(primary: &Primary) -> usize {
     maps.lines().filter(|line| line.contains("memfd:xfan-")).count()
 }
 
+/// Processes that run a program.
+fn processes_of(program: &Path) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let runs = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(runs).collect()
+}
+
 /// Either takes all of the machine.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -216,8 +227,8 @@ fn run(policy: &str) {
     println!("{policy}; seed {seed}");
     let namespace: Netns = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
     let launch = Launch::on(&namespace).unwrap().with("-n 4").config(&format!("{policy}\n{CONFIG}")).unwrap();
-    launch.within_reach("xfan-hostile").unwrap();
-    let launch = launch.worker("xfan-witness", "FOLDER").unwrap();
+    launch.within_reach("xfan-witness").unwrap();
+    let launch = launch.worker("xfan-hostile", &format!("riot {seed} FOLDER")).unwrap();
     let primary = launch.start_until_it_answers().unwrap();
     let runs = |report: &Report| report.groups[0].members.iter().all(|member| member.state == "running");
     primary.report_when(runs);
@@ -281,10 +292,14 @@ fn run(policy: &str) {
     println!("{missing} were seen by nobody: {at_least} to {} should be", kernel + dropped + lost);
     assert!((at_least..=kernel + dropped + lost).contains(&missing));
     assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+    // The hostile one of the four is gone.
+    let mapped = mapped / 4 * 3;
     while descriptors(&primary) > open || segments(&primary) > mapped {
         std::thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(segments(&primary), mapped);
+    let folder = primary.folder().to_owned();
+    assert_eq!(processes_of(&folder.join("xfan-hostile")), [0; 0], "what it started is gone, too");
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
 }

@@ -45,9 +45,8 @@ fn unleash(primary: &Primary) {
 fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
     let _watchdog = e2e_or_skip!();
     let (_namespace, primary) = start("probe");
-    let line = primary.process.wait_for_line("descriptors at start").unwrap();
-    let line = line.split_once(" stdout: ").unwrap().1.to_owned();
-    let report: BTreeMap<String, String> = serde_json::from_str(&line).unwrap();
+    let report: BTreeMap<String, String> =
+        serde_json::from_str(&primary.printed("descriptors at start")).unwrap();
 
     let mut expected = BTreeMap::new();
     let mut expect = |prefix: &str, outcomes: &[(&str, &str)]| {

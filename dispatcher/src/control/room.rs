@@ -23,6 +23,8 @@ pub(super) struct Limits {
     user: usize,
     root: usize,
     workers: usize,
+    /// The limit of open files, if these are less for it.
+    descriptors: Option<usize>,
 }
 
 impl Limits {
@@ -41,6 +43,7 @@ impl Limits {
             user: part(USER, 8),
             root: part(ROOT, 16),
             workers: part(if inherited { WORKERS } else { USER }, 12),
+            descriptors: (descriptors < 4 * ALL).then_some(descriptors),
         }
     }
 }
@@ -70,7 +73,7 @@ impl Room {
     /// A connection's place, or why there is none. It is free again when what this returns is
     /// dropped.
     pub fn take(&mut self, uid: u32, standing: Standing) -> Result<Vec<OwnedSemaphorePermit>, String> {
-        let Limits { all, user, root, workers } = self.limits;
+        let Limits { all, user, root, workers, descriptors } = self.limits;
         let wanted: &[_] = match (uid, standing) {
             (0, _) => &[(&self.root, root, "of root")],
             (_, Standing::Worker) => &[(&self.workers, workers, "of the workers' user")],
@@ -80,7 +83,15 @@ impl Room {
             }
         };
         let take = |&(places, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
-            let message = || format!("there are {limit} connections {whose}, which is the limit: close some");
+            let message = || {
+                let more = descriptors.map_or_else(String::new, |descriptors| {
+                    format!(
+                        ", or raise the limit of open files, of which it is a part: RLIMIT_NOFILE is \
+                         {descriptors} (ulimit -n, LimitNOFILE=)"
+                    )
+                });
+                format!("there are {limit} connections {whose}, which is the limit: close some{more}")
+            };
             places.clone().try_acquire_owned().map_err(|_| message())
         };
         wanted.iter().map(take).collect()
@@ -128,11 +139,11 @@ mod tests {
     fn few_descriptors_are_not_all_for_connections() {
         for descriptors in [64, 256, 1024, 4096] {
             for inherited in [false, true] {
-                let Limits { all, user, root, workers } = Limits::of(descriptors, inherited);
+                let Limits { all, user, root, workers, .. } = Limits::of(descriptors, inherited);
                 assert!(2 * (all + root + workers) <= descriptors && user <= all);
             }
         }
         let usual = Limits::of(1024, false);
-        assert_eq!(usual, Limits { all: 256, user: 80, root: 64, workers: 80 });
+        assert_eq!(usual, Limits { all: 256, user: 80, root: 64, workers: 80, descriptors: None });
     }
 }

@@ -1,12 +1,14 @@
 //! A worker that misbehaves, for tests. It speaks the protocol itself, without the SDK, since no SDK would do these things.
 //!
-//! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`.
+//! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`, or, where it riots,
+//! `xfan-witness`.
 
 mod brood;
 mod connections;
 mod output;
 mod place;
 mod probe;
+mod riot;
 mod segment;
 mod traits;
 
@@ -86,13 +88,19 @@ enum Way {
     Jam,
     /// At SIGUSR1 misuses its descriptors 0 to 2.
     Output { deed: Deed },
+    /// Once packets come, goes one of the other ways, by chance.
+    Riot { seed: u64, folder: String },
 }
 
 fn main() -> ExitCode {
     let way = Way::parse();
     if std::env::var(ENV_MEMBER).is_ok_and(|member| !member.ends_with("/0")) {
-        let count = std::env::current_exe().unwrap_or_default().with_file_name("xfan-count");
-        eprintln!("xfan-hostile: {}", Command::new(count).exec());
+        let (program, argument) = match &way {
+            Way::Riot { folder, .. } => ("xfan-witness", Some(folder)),
+            _ => ("xfan-count", None),
+        };
+        let program = std::env::current_exe().unwrap_or_default().with_file_name(program);
+        eprintln!("xfan-hostile: {}", Command::new(program).args(argument).exec());
         return ExitCode::FAILURE;
     }
     match run(&way) {
@@ -276,6 +284,7 @@ fn run(way: &Way) -> Outcome<()> {
             }
             place
         }
+        Way::Riot { seed, .. } => return riot::riot(*seed),
     };
     while waited.wait()? != Signal::SIGTERM {}
     Ok(())
