@@ -22,7 +22,7 @@ pub fn print(text: &str) -> io::Result<()> {
     write(io::stdout().as_fd(), printable_lines(text).as_bytes())
 }
 
-/// As [`print`], but gives up after [`PATIENCE`].
+/// As [`print`](fn@print), but gives up after [`PATIENCE`].
 ///
 /// # Errors
 /// Whatever write(2) says; [`io::ErrorKind::TimedOut`].

@@ -63,7 +63,7 @@ fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("xfan-flow: {error}"));
+            say(format!("xfan-flow: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -93,7 +93,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let end = receive(&mut worker, &mut meter, patience, &reopen);
     let (totals, written) = meter.finish();
     let records = totals.records;
-    say(&format!(
+    say(format!(
         "xfan-flow {}: packets in flows {}, flows written {} (expired {}, evicted {}), packets of no flow {} (not IP, or cut off), \
          records lost {} of {} packets (waiting at the end {})",
         worker.member(),

@@ -152,7 +152,7 @@ impl Output {
             Ok(()) => {
                 if self.outage.take_if(|outage| outage.told || outage.told_of_loss).is_some() {
                     let Counts { lost, packets_lost, .. } = self.counts;
-                    say(&format!(
+                    say(format!(
                         "xfan-flow: {} takes flow records again; lost are {lost}, of {packets_lost} packets",
                         self.name
                     ));
@@ -185,11 +185,11 @@ impl Output {
                 // The reader of a pipe is waited for, as before.
                 let _ = fcntl(&self.file, FcntlArg::F_SETFL(OFlag::O_APPEND));
                 if let Err(error) = self.repair() {
-                    say(&format!("xfan-flow: cannot read {}: {error}", self.name));
+                    say(format!("xfan-flow: cannot read {}: {error}", self.name));
                 }
             }
             Err(error) => {
-                say(&format!(
+                say(format!(
                     "xfan-flow: cannot open {} anew: {error}: writing to the file as before",
                     self.name
                 ));
@@ -317,7 +317,7 @@ impl Output {
         if !last.is_empty() {
             if begins && !is_whole {
                 self.file.set_len(length - last.len() as u64)?;
-                say(&format!(
+                say(format!(
                     "xfan-flow: {} ended within a record, whose writer was killed: its {} bytes are cut off",
                     self.name,
                     last.len()
@@ -345,13 +345,13 @@ impl Output {
         outage.told_of_loss |= tells_of_loss;
         let (name, most) = (&self.name, self.max_waiting >> 20);
         if tells {
-            say(&format!(
+            say(format!(
                 "xfan-flow: cannot write flow records to {name}: {error}: they wait in memory, up to {most} MiB of them, and are \
                  written once they can be"
             ));
         }
         if tells_of_loss {
-            say(&format!(
+            say(format!(
                 "xfan-flow: {most} MiB of flow records wait to be written to {name}: more are lost (records_lost)"
             ));
         }
