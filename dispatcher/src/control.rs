@@ -30,7 +30,7 @@ use xfan_shm::protocol::{self, ProtocolError, Refusal, RefusalCode, Reply, Reque
 use crate::access::{Access, peer_of};
 use crate::folder::{Folder, FolderError, kind, set_mode};
 use crate::inbox::Outbox;
-use crate::privileges::drop_all_capabilities;
+use crate::privileges::{OF_SOCKET, drop_capabilities_but};
 use crate::sys;
 use connection::Shared;
 use room::{Limits, Room};
@@ -175,7 +175,7 @@ impl Listener {
         let shared = Shared { next: Arc::default(), counters: self.counters.clone(), outbox };
         let connections = Connections { runtime: runtime.handle().clone(), shared: shared.clone() };
         std::thread::Builder::new().name("control".into()).spawn(move || {
-            drop_all_capabilities();
+            drop_capabilities_but(OF_SOCKET);
             runtime.block_on(async {
                 tokio::select! {
                     () = shared.outbox.closed() => {}

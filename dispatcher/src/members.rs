@@ -111,10 +111,13 @@ pub struct Session {
 /// A worker that has been given segments, and has yet to map them.
 #[derive(Debug)]
 pub struct Joining {
-    session: Session,
-    /// Its writable segment, to be sealed.
+    connection: Connection,
+    pid: u32,
+    geometry: Geometry,
+    down: Down,
+    /// Its own segment. Not mapped here before it is sealed.
     up_fd: OwnedFd,
-    links: Vec<MemberLink>,
+    doorbell: Arc<OwnedFd>,
     /// Name of its program.
     pub program: String,
     /// When it is hung up on.
@@ -124,12 +127,12 @@ pub struct Joining {
 impl Joining {
     /// Its connection.
     pub fn connection(&self) -> &Connection {
-        &self.session.connection
+        &self.connection
     }
 
     /// Process id of its worker, as the kernel says.
     pub fn pid(&self) -> u32 {
-        self.session.pid
+        self.pid
     }
 }
 
@@ -153,12 +156,12 @@ pub enum SessionError {
     /// They are not as they should be.
     #[error("cannot make a worker's segments: {0}")]
     Layout(#[from] LayoutError),
-    /// The worker's segment cannot be sealed.
+    /// The worker has not sealed its segment.
     #[error(
-        "the worker's own segment cannot be sealed against further writers: {0}. A worker must not seal it itself, and the \
-         kernel must be Linux 5.1 or later"
+        "the worker has not sealed its own segment: it must add F_SEAL_FUTURE_WRITE and F_SEAL_SEAL once it has mapped it \
+         (fcntl(2)), as the worker library does; the kernel must be Linux 5.1 or later"
     )]
-    Seal(#[source] io::Error),
+    Unsealed,
 }
 
 impl Member {
@@ -205,10 +208,37 @@ impl Member {
         let down_fd = segment::create("xfan-down", geometry.down_bytes())?;
         let up_fd = segment::create("xfan-up", geometry.up_bytes())?;
         let down = Down::create(&down_fd, geometry)?;
-        let up = Up::create(&up_fd, geometry)?;
+        Up::prepare(&up_fd, geometry)?;
         segment::seal_against_further_writers(&down_fd)?;
         let (doorbell, sleeper) = bell::create()?;
         let doorbell = Arc::new(doorbell);
+        let handover = Handover {
+            down: segment::reopen_read_only(&down_fd)?,
+            up: up_fd.try_clone()?,
+            doorbell: sleeper,
+        };
+        self.joining = Some(Joining { connection, pid, geometry, down, up_fd, doorbell, program, deadline });
+        Ok(handover)
+    }
+
+    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take
+    /// pages of it away from the lanes. Returns the lanes' links, in order, and whether the segments
+    /// could be locked.
+    ///
+    /// Nothing here takes a lock that the worker can hold: it is the worker that seals, and the
+    /// segment is not mapped here before.
+    ///
+    /// # Errors
+    /// [`SessionError`]; then nobody is joining any more.
+    pub fn begin_session(
+        &mut self,
+        joining: Joining,
+    ) -> Result<(Vec<MemberLink>, io::Result<()>), SessionError> {
+        let Joining { connection, pid, geometry, down, up_fd, doorbell, program, .. } = joining;
+        if !segment::is_sealed_against_further_writers(&up_fd)? {
+            return Err(SessionError::Unsealed);
+        }
+        let up = Up::watch(&up_fd, geometry)?;
         let links = (0..geometry.lanes)
             .zip(&self.counters)
             .map(|(lane, counters)| MemberLink {
@@ -218,31 +248,9 @@ impl Member {
                 counters: counters.clone(),
             })
             .collect();
-        let handover = Handover {
-            down: segment::reopen_read_only(&down_fd)?,
-            up: up_fd.try_clone()?,
-            doorbell: sleeper,
-        };
-        let session = Session { connection, pid, down, up, doorbell };
-        self.joining = Some(Joining { session, up_fd, links, program, deadline });
-        Ok(handover)
-    }
-
-    /// The worker that was joining has mapped its segments. From here on it cannot take pages of
-    /// them away from the lanes. Returns the lanes' links, in order, and whether the segments could
-    /// be locked.
-    ///
-    /// # Errors
-    /// [`SessionError::Seal`]; then nobody is joining any more.
-    pub fn begin_session(
-        &mut self,
-        joining: Joining,
-    ) -> Result<(Vec<MemberLink>, io::Result<()>), SessionError> {
-        let Joining { session, up_fd, links, program, .. } = joining;
-        segment::seal_against_further_writers(&up_fd).map_err(SessionError::Seal)?;
         // What it took away before is back when this returns, also if it cannot be locked.
-        let locked = [session.up.lock(), session.down.lock()].into_iter().collect();
-        self.session = Some(session);
+        let locked = [up.lock(), down.lock()].into_iter().collect();
+        self.session = Some(Session { connection, pid, down, up, doorbell });
         self.program = program;
         self.taken = true;
         Ok((links, locked))

@@ -34,6 +34,10 @@ const LAST: u8 = 63;
 /// No capabilities.
 pub const NONE: u64 = 0;
 
+/// What the thread of the control socket keeps: to send a report that is larger than a socket's
+/// usual buffer (`SO_SNDBUFFORCE`).
+pub const OF_SOCKET: u64 = 1 << CAP_NET_ADMIN;
+
 /// The capabilities that the control thread keeps once packets come. With `overriding` also the one that root needs to remove
 /// something from a folder that is another user's, or closed to writing, as the root of the cgroups is.
 pub fn of_control(overriding: bool) -> u64 {
@@ -94,11 +98,16 @@ pub fn keep_capabilities(kept: u64) -> io::Result<()> {
 /// Has the calling thread, which is not to start programs or touch the interface, give up all
 /// capabilities. Without `CAP_SETPCAP` the bounding set stays; [`check_privileges`] refuses that.
 pub fn drop_all_capabilities() {
+    drop_capabilities_but(NONE);
+}
+
+/// As [`drop_all_capabilities`], but for those in `kept`.
+pub fn drop_capabilities_but(kept: u64) {
     let bounding = empty_bounding_set().or_else(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => Ok(()),
         _ => Err(error),
     });
-    if let Err(error) = keep_capabilities(NONE).and(bounding) {
+    if let Err(error) = keep_capabilities(kept).and(bounding) {
         tracing::warn!("a thread cannot give up its capabilities: {error}");
     }
 }

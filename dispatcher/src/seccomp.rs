@@ -138,6 +138,9 @@ impl Filter {
         refuse(&mut rules, libc::SYS_clone, &namespaces);
         let join = u64::from(libc::KEYCTL_JOIN_SESSION_KEYRING);
         refuse(&mut rules, libc::SYS_keyctl, &[when(0, SeccompCmpOp::Ne, join)?]);
+        // Who joins another's process group can have it get SIGHUP: the kernel sends that to a group
+        // whose last tie to its session is cut while one of it is stopped.
+        refuse(&mut rules, libc::SYS_setpgid, &[when(1, SeccompCmpOp::Ne, 0)?]);
         // A filter cannot see the flags of clone3(2). C libraries do without it, where the kernel seems not to have it.
         let mut unknown = Rules::new();
         refuse(&mut unknown, libc::SYS_clone3, &[]);

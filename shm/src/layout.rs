@@ -247,17 +247,38 @@ impl Down {
 pub struct Up(Segment);
 
 impl Up {
-    /// Writes the header of a fresh segment and maps it read-only, as the dispatcher. The writable mapping is gone
-    /// when this returns.
+    /// Writes the header of a fresh segment, and maps it, as the dispatcher.
     ///
     /// # Errors
     /// [`LayoutError`]
     pub fn create(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
+        Self::prepare(&fd, geometry)?;
+        Self::watch(fd, geometry)
+    }
+
+    /// Writes the header of a fresh segment, as the dispatcher. It is not mapped any more when this
+    /// returns.
+    ///
+    /// # Errors
+    /// [`LayoutError`]
+    pub fn prepare(fd: impl AsFd, geometry: Geometry) -> Result<(), LayoutError> {
         let geometry = geometry.validated()?;
-        let map_error = |error| LayoutError::Map("up", error);
-        let writable = Mapping::read_write(&fd, geometry.up_bytes()).map_err(map_error)?;
-        Segment { mapping: Arc::new(writable), geometry }.write_header(UP_MAGIC);
-        let mapping = Mapping::read_only(fd, geometry.up_bytes()).map_err(map_error)?;
+        let mapping =
+            Mapping::read_write(fd, geometry.up_bytes()).map_err(|error| LayoutError::Map("up", error))?;
+        Segment { mapping: Arc::new(mapping), geometry }.write_header(UP_MAGIC);
+        Ok(())
+    }
+
+    /// Maps a segment read-only, as the dispatcher. While a worker can still punch holes into it,
+    /// mapping, reading and unmapping it can take as long as the worker likes: see
+    /// [`segment::is_sealed_against_further_writers`](crate::segment::is_sealed_against_further_writers).
+    ///
+    /// # Errors
+    /// [`LayoutError`]
+    pub fn watch(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
+        let geometry = geometry.validated()?;
+        let mapping =
+            Mapping::read_only(fd, geometry.up_bytes()).map_err(|error| LayoutError::Map("up", error))?;
         Ok(Up(Segment { mapping: Arc::new(mapping), geometry }))
     }
 

@@ -120,11 +120,21 @@ pub fn create(name: &str, length: usize) -> io::Result<OwnedFd> {
 /// exist stay. For a segment whose writer has mapped it.
 ///
 /// # Errors
-/// EPERM if the segment was sealed against sealing before: its writer did that. EINVAL before Linux
-/// 5.1.
+/// EPERM if the segment was sealed against sealing before. EINVAL before Linux 5.1.
 pub fn seal_against_further_writers(fd: impl AsFd) -> io::Result<()> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL))?;
     Ok(())
+}
+
+/// Whether a segment's writer has done so. Unlike sealing, asking takes no lock of the file, which
+/// whoever can write to the file can hold for as long as they like: a write(2) holds it while it
+/// reads its buffer, and that may be a mapping of a file system of their own.
+///
+/// # Errors
+/// Whatever the system call says.
+pub fn is_sealed_against_further_writers(fd: impl AsFd) -> io::Result<bool> {
+    let seals = SealFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GET_SEALS)?);
+    Ok(seals.contains(SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL))
 }
 
 /// Opens the memory behind `fd` again, read-only: what another process may be given.
@@ -206,7 +216,9 @@ mod tests {
         // SAFETY: the mapping lives and is 8,192 bytes long; nobody else knows of it.
         unsafe { writer.address().add(4096).write_volatile(5) };
         assert_eq!((punch(), remove()), (Ok(()), Ok(())));
+        assert!(!is_sealed_against_further_writers(&fd).unwrap());
         seal_against_further_writers(&fd).unwrap();
+        assert!(is_sealed_against_further_writers(&fd).unwrap());
         assert_eq!((punch(), remove()), (Err(Errno::EPERM), Err(Errno::EPERM)));
         reader.lock().unwrap();
         // SAFETY: both mappings live and are 8,192 bytes long; nobody else knows of them.

@@ -226,7 +226,7 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
     let control = capabilities(&[5, 6, 7, 12, 23, 39]);
     let expected = BTreeMap::from([
         ("xfan".to_owned(), [0, control, control, 0, 0]),
-        ("control".to_owned(), [0; 5]),
+        ("control".to_owned(), [0, capabilities(&[12]), capabilities(&[12]), 0, 0]),
         ("watch".to_owned(), [0; 5]),
         ("writer".to_owned(), [0; 5]),
         ("output".to_owned(), [0; 5]),

@@ -71,6 +71,7 @@ add_tests() {
     echo "$target/debug" >"$folder/vm/programs"
     echo "$root" >"$folder/vm/checkout"
     add_program /bin/bash "$folder/bin/bash" # scripts/quickstart
+    add_program "$(command -v script)" "$folder/bin/script" # tests of the terminal
 }
 
 # add_program FROM TO: strips debug information, which would be most of the file.

@@ -17,7 +17,7 @@ use xfan_shm::protocol::{
     self, Attach, ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN, ProtocolError, RefusalCode,
     Reply, Request,
 };
-use xfan_shm::segment::Mapping;
+use xfan_shm::segment::{self, Mapping};
 
 use crate::inherited;
 use crate::leave::Leave;
@@ -92,6 +92,9 @@ pub enum AttachError {
     /// The rings are not what was announced.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// Its segment cannot be sealed.
+    #[error("cannot seal this worker's segment: {0}; the kernel must be Linux 5.1 or later")]
+    Seal(#[source] io::Error),
     /// The packet memory cannot be mapped.
     #[error("cannot map the packet memory: {}", explained(.0))]
     Umem(#[source] io::Error),
@@ -270,7 +273,9 @@ impl Builder {
         let umem_bytes = usize::try_from(attached.umem_bytes).unwrap_or(usize::MAX);
         let umem = Mapping::read_only(umem, umem_bytes).map_err(AttachError::Umem)?;
         let down = Down::open(down, attached.geometry)?;
-        let up = Up::open(up, attached.geometry)?;
+        let own = Up::open(&up, attached.geometry)?;
+        // The dispatcher believes nothing of a segment into which holes can be punched.
+        segment::seal_against_further_writers(&up).map_err(AttachError::Seal)?;
         if let Some(core) = attached.core {
             pin(core)?;
         }
@@ -281,7 +286,7 @@ impl Builder {
             }
             _ => return Err(AttachError::Unexpected(path)),
         }
-        Ok(Worker::new(self, attached, umem, down, up, control, doorbell, leave))
+        Ok(Worker::new(self, attached, umem, down, own, control, doorbell, leave))
     }
 }
 

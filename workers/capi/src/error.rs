@@ -81,6 +81,7 @@ impl From<AttachError> for Failure {
             AttachError::Connect(..)
             | AttachError::Inherited { .. }
             | AttachError::Umem(_)
+            | AttachError::Seal(_)
             | AttachError::Core(_)
             | AttachError::Leaving
             | AttachError::Signals(_) => XFAN_SYSTEM,

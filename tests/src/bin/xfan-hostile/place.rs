@@ -9,7 +9,7 @@ use xfan_shm::layout::{Geometry, Up, VERSION};
 use xfan_shm::protocol::{
     self, Attach, Attached, ENV_MEMBER, ENV_SOCKET, ENV_TOKEN, MAX_REPLY, Reply, Request,
 };
-use xfan_shm::segment::Mapping;
+use xfan_shm::segment::{self, Mapping};
 
 use crate::{Outcome, PAUSE};
 
@@ -72,11 +72,17 @@ impl Place {
     /// Takes a place as a worker does.
     pub fn take() -> Outcome<Self> {
         let place = Self::ask()?;
-        ready(&place.control)?;
+        place.seal_and_ready()?;
         Ok(place)
     }
 
-    /// Takes a place and maps its segments, but does not say that it is ready.
+    /// Seals its own segment, as it has to be, and says that it is ready.
+    pub fn seal_and_ready(&self) -> Outcome<()> {
+        segment::seal_against_further_writers(&self.up)?;
+        ready(&self.control)
+    }
+
+    /// Takes a place and maps its segments, but does not seal its own, nor say that it is ready.
     pub fn ask() -> Outcome<Self> {
         let (control, attached, fds) = ask(VERSION, member(), token())?;
         let [umem, down, up, doorbell] = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds)
