@@ -10,7 +10,7 @@
 //! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
 //!   read with etherparse, so that it shares no code with what is tested.
 //! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
-//! - [`meddle`]: what other tools may do to a primary's kernel objects.
+//! - [`stuck`]: a page that the kernel waits for. [`meddle`]: what other tools may do to a primary's kernel objects.
 //! - [`receiver`]: plain AF_XDP sockets that keep what arrives, queue by queue.
 
 pub mod balance;
@@ -30,6 +30,7 @@ pub mod process;
 pub mod receiver;
 pub mod replay;
 pub mod require;
+pub mod stuck;
 pub mod tmpfs;
 pub mod traffic;
 pub mod tx;

@@ -1,0 +1,65 @@
+//! Locks of the kernel that a peer can hold for as long as it likes: the primary takes none of them.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use xfan_shm::layout::{Up, VERSION};
+use xfan_shm::protocol::{self, Attach, Reply, Request};
+use xfan_tests::balance::assert_balanced;
+use xfan_tests::e2e_or_skip;
+use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::proc::{pid_of, signal};
+use xfan_tests::replay::Replay;
+use xfan_tests::stuck::StuckPage;
+use xfan_tests::traffic;
+use xfan_tests::veth::{Veth, VethConfig};
+
+const PACKETS: u64 = 600;
+
+fn dial(primary: &Primary) -> OwnedFd {
+    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
+    control
+}
+
+/// Attaches. Returns the segment to write to, and that mapped.
+fn attach(control: &OwnedFd) -> (OwnedFd, Up) {
+    let attach = Attach { version: VERSION, group: None, member: None, token: None, program: "guest".into() };
+    let (reply, fds) = protocol::ask(control, &Request::Attach(attach)).unwrap();
+    let Reply::Attached(attached) = reply else { panic!("{reply:?}") };
+    let up = fds.into_iter().nth(2).unwrap();
+    let mapped = Up::open(&up, attached.geometry).unwrap();
+    (up, mapped)
+}
+
+#[test]
+fn a_worker_that_holds_the_lock_of_its_segment_holds_nobody() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
+    let launch = Launch::on(&namespace).unwrap().config("max_workers = 3").unwrap().with("-n 2");
+    let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
+    let (control, page) = (dial(&primary), StuckPage::new().unwrap());
+    let (up, _mapped) = attach(&control);
+    thread::scope(|scope| {
+        scope.spawn(|| page.write_to(&up, 64));
+        page.wait_for_reader().unwrap();
+        // From here on nobody can seal the segment: who tries, waits.
+        let (reply, _) = protocol::ask(&control, &Request::Ready).unwrap();
+        let Reply::Refused(refusal) = reply else { panic!("{reply:?}") };
+        assert!(refusal.message.contains("has not sealed its own segment"), "{}", refusal.message);
+        // The primary goes on: it answers, hears of a death, and starts another worker.
+        let before = pid_of(&primary.report(), 0);
+        signal(before, Signal::SIGKILL);
+        primary.report_when(|report| {
+            let member = &report.groups[0].members[0];
+            member.state == "running" && member.pid != before
+        });
+        let frames = traffic::synthetic(60, 600, 8).frames;
+        namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+        assert_balanced(&primary.report_after(PACKETS, true), PACKETS);
+        page.release();
+    });
+    assert_eq!(primary.stop().0.code, Some(0));
+}
