@@ -483,8 +483,8 @@ fn reopen_on_hangup(outbox: Outbox) -> std::io::Result<()> {
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
             outbox.event(Event::Reopen);
-            // However many come, once a second is often enough.
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            // However many come, ten times a second is often enough.
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
     });
     Ok(())

@@ -24,7 +24,7 @@ use xfan_tests::process::Process;
 use xfan_tests::veth::{Veth, VethConfig};
 use xfan_tests::witness::testimony;
 
-const CONFIG: &str = "max_workers = 8\nring_slots = 1024\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
+const CONFIG: &str = "max_workers = 8\nring_slots = 1024\nrestart = 'always'\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
                       start_limit_interval = '1ms'\nhang_timeout = '500ms'\nstop_timeout = '500ms'\n[log]\nlevel = 'error'";
 
 /// Marsaglia's xorshift64.
