@@ -669,10 +669,14 @@ fn sighup_while_starting_and_stopping_ends_nothing() {
     kill(pid, Signal::SIGTERM).unwrap();
     primary.report_when(|report| member(report, 1).state != "running");
     kill(pid, Signal::SIGHUP).unwrap();
+    let told =
+        |lines: &[String]| lines.iter().filter(|line| line.contains("SIGHUP: files are opened anew")).count();
+    while told(&primary.process.stderr()) < 2 {
+        std::thread::yield_now();
+    }
     let exit = primary.stop().0;
     assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:#?}");
-    let told = exit.stderr.iter().filter(|line| line.contains("SIGHUP: files are opened anew")).count();
-    assert_eq!(told, 2, "{exit:#?}");
+    assert_eq!(told(&exit.stderr), 2, "{exit:#?}");
 }
 
 #[test]
