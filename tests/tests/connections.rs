@@ -337,7 +337,7 @@ fn a_worker_that_holds_all_connections_of_its_user_keeps_nobody_out() {
 
 #[test]
 fn a_flood_of_questions_does_not_hide_a_death() {
-    let _watchdog = e2e_or_skip!();
+    let _watchdog = e2e_or_skip!(300);
     let namespace = network();
     let primary = hostile(&namespace, "restart_delay = '1ms'\nstart_limit_burst = 50", "flood 20");
     unleash(&primary);
