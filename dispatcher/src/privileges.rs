@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::sys::bits_of_status;
+
 /// Capabilities, their numbers (capabilities(7)), and what they are for.
 const NEEDED: [(&str, u8, &str); 10] = [
     ("CAP_NET_ADMIN", 12, "attach the XDP program"),
@@ -133,8 +135,7 @@ pub fn check_privileges() -> Result<(), PrivilegeError> {
 
 /// The effective set, as bits.
 fn effective(status: &str) -> u64 {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
+    bits_of_status(status, "CapEff:")
 }
 
 fn missing(effective: u64) -> Result<(), PrivilegeError> {

@@ -309,7 +309,5 @@ impl Drop for Process {
 
 /// Whether a process of this status has a handler for a signal.
 fn catches(status: &str, signal: Signal) -> bool {
-    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    let caught = caught.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
-    caught & 1 << (signal as i32 - 1) != 0
+    sys::bits_of_status(status, "SigCgt:") & 1 << (signal as i32 - 1) != 0
 }

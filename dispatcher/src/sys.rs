@@ -135,6 +135,13 @@ pub fn keep_on_exec(fd: RawFd) -> io::Result<()> {
     }
 }
 
+/// A set of bits out of the text of /proc/PID/status (proc_pid_status(5)), by its name, such as
+/// `SigCgt:`; empty if it is not there.
+pub fn bits_of_status(status: &str, name: &str) -> u64 {
+    let bits = status.lines().find_map(|line| line.strip_prefix(name));
+    bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
+}
+
 /// Blocks SIGINT, SIGTERM and SIGHUP for the calling thread and those it makes, or unblocks them:
 /// between something that must be cleaned up and a handler that sees to it, a signal would end the
 /// process at once. Workers start with no signals blocked.

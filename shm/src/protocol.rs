@@ -2,7 +2,7 @@
 //!
 //! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this
 //! order: the packet memory (read-only), its down segment (read-only), its up segment, the
-//! sleeper's end of its [`bell`](crate::bell). It maps them and sends [`Request::Ready`]; with
+//! sleeper's end of its [`bell`](crate::bell). It maps them, seals its own, and sends [`Request::Ready`]; with
 //! [`Reply::Joined`] packets come. The connection stays open for as long as the worker works; its
 //! end is the end of the worker.
 //!
@@ -56,8 +56,9 @@ pub const ATTACHED_FDS: usize = 4;
 pub enum Request {
     /// Become a member.
     Attach(Attach),
-    /// The segments are mapped: let packets come. From here on nobody can map the worker's own
-    /// segment writable, or change it but through the mapping that exists.
+    /// The segments are mapped, and the worker has sealed its own
+    /// ([`seal_against_further_writers`](crate::segment::seal_against_further_writers)): let packets
+    /// come.
     Ready,
     /// Another connection to the dispatcher; through an inherited one only.
     Connect,

@@ -1,10 +1,13 @@
 //! A dispatcher under test: `xfan run` in a namespace, with a folder of its own for its socket and its workers' output.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::Pid;
 use xfan::control::ask_for_report;
 use xfan::report::Report;
 
@@ -238,6 +241,25 @@ impl Primary {
     /// The folder of its workers' output.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// A connection to its control socket.
+    ///
+    /// # Panics
+    /// It does not listen.
+    pub fn dial(&self) -> OwnedFd {
+        let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        connect(control.as_raw_fd(), &UnixAddr::new(&self.socket()).unwrap()).unwrap();
+        control
+    }
+
+    /// Has the hostile worker, its first member, begin.
+    ///
+    /// # Panics
+    /// It has none.
+    pub fn unleash(&self) {
+        let pid = self.report().groups[0].members[0].pid;
+        kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGUSR1).unwrap();
     }
 
     /// A line that a worker prints, once it has printed one with this in it.

@@ -9,7 +9,9 @@ use serde::Serialize;
 
 use crate::capture::{CaptureError, CaptureReader};
 use crate::link::{Link, LinkError};
+use crate::netns::Netns;
 use crate::oracle::{self, Flow};
+use crate::traffic;
 use crate::tx::{TxError, TxSocket};
 
 /// Which queue a frame is sent through.
@@ -269,6 +271,15 @@ impl Route {
             }),
         }
     }
+}
+
+/// Sends 600 made-up packets of 60 flows from `tx0` of a namespace; the same for the same seed.
+///
+/// # Panics
+/// They cannot be sent.
+pub fn send_synthetic(namespace: &Netns, seed: u64) {
+    let frames = traffic::synthetic(60, 600, seed).frames;
+    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 #[cfg(test)]

@@ -11,19 +11,13 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::Launch;
 use xfan_tests::proc::{check, daemons, exists, pid_of, read, signal, wait_until};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
 
 fn namespace() -> (Netns, Veth) {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap()
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 6).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 #[test]
@@ -49,7 +43,7 @@ fn a_workers_cgroup_ends_with_it_however_its_processes_hide() {
         wait_until(|| subfolders(&folder) == ["default-1"]);
         // The primary waits for them a little later.
         wait_until(|| daemons.iter().all(|&pid| !exists(pid)));
-        replay(&namespace);
+        send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.groups[0].members[1].committed, PACKETS);
         assert_eq!(primary.stop().0.code, Some(0));
@@ -102,7 +96,7 @@ fn a_survivor_keeps_its_cgroup_under_the_next_primary() {
     assert_eq!(pid_of(&report, 0), pid_of(&before, 0));
     assert_eq!(subfolders(&folder), ["default-0"]);
     assert_eq!(read(folder.join("default-0/cgroup.procs")), pid_of(&report, 0).to_string());
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     assert_balanced(&primary.report_after(PACKETS, true), PACKETS);
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0));

@@ -12,19 +12,13 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::proc::{check, daemons, exists, pid_of, read, signal, status, wait_until};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
 
 fn namespace() -> (Netns, Veth) {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap()
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 6).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 /// A JSON object of texts that the hostile worker prints.
@@ -198,7 +192,7 @@ fn an_unprivileged_primary_has_no_workers_of_its_own_user() {
     primary.report_when(|report| {
         report.groups[0].members[0].restarts == 1 && report.groups[0].members[0].state == "running"
     });
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     assert_balanced(&primary.report_after(PACKETS, true), PACKETS);
     let (exit, home) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
@@ -248,7 +242,7 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
         }
         assert_eq!(status(worker, "Uid"), "65534\t65534\t65534\t65534");
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     assert_balanced(&primary.report_after(PACKETS, true), PACKETS);
     assert_eq!(threads(), expected);
     assert_eq!(primary.stop().0.code, Some(0));
@@ -282,7 +276,7 @@ fn what_a_worker_leaves_behind_ends_without_cgroups() {
         let other = pid_of(&primary.report(), 1).to_string();
         wait_until(|| (0..100).all(|_| children() == other));
         // The other is none the worse for it.
-        replay(&namespace);
+        send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.groups[0].members[1].committed, PACKETS);
         assert_eq!(primary.stop().0.code, Some(0));
@@ -351,7 +345,7 @@ fn bundled_workers_run_in_the_sandbox() {
             // The primary's two, and its own.
             assert_eq!(status(pid_of(&primary.report(), member), "Seccomp_filters"), "3");
         }
-        replay(&namespace);
+        send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
         assert_balanced(&report, PACKETS);
         assert_eq!(report.totals(), (PACKETS, PACKETS, 0));

@@ -2,12 +2,10 @@
 //! packet.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::{Gid, Pid, Uid};
 use xfan::control;
 use xfan::journal::{Entry, Page};
@@ -20,8 +18,7 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::process::{Exit, Process};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
@@ -30,11 +27,6 @@ const DAEMON: u32 = 1;
 
 fn network() -> Netns {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 8).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 /// A hostile worker and an honest one, on two queues.
@@ -59,11 +51,6 @@ fn pid(member: &Member) -> Pid {
     Pid::from_raw(i32::try_from(member.pid).unwrap())
 }
 
-/// Has the hostile worker begin.
-fn unleash(primary: &Primary) {
-    kill(pid(&members(&primary.report())[0]), Signal::SIGUSR1).unwrap();
-}
-
 fn journal(primary: &Primary) -> Vec<Entry> {
     let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
         panic!("it tells what happened")
@@ -71,12 +58,6 @@ fn journal(primary: &Primary) -> Vec<Entry> {
     let page: Page = serde_json::from_value(page).unwrap();
     assert_eq!(page.missed, 0);
     page.entries
-}
-
-fn dial(primary: &Primary) -> OwnedFd {
-    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
-    control
 }
 
 /// A program beside the primary's socket, as the user `daemon`.
@@ -131,12 +112,12 @@ fn a_worker_cannot_take_pages_away_from_the_lanes() {
     let namespace = network();
     let primary = hostile(&namespace, "", "pages");
     // From here on the hostile worker has packets, and the lanes look for what it commits.
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let held = |report: &Report| report.totals().0 == PACKETS && members(report)[1].backlog == 0;
     primary.report_when(held);
     let before = faults_of_lanes(&primary);
     assert_eq!(before.len(), 2);
-    unleash(&primary);
+    primary.unleash();
     let line = primary.process.wait_for_line("pages {").unwrap();
     primary.process.wait_for_line("a thousand rounds").unwrap();
     assert_eq!(faults_of_lanes(&primary), before);
@@ -145,7 +126,7 @@ fn a_worker_cannot_take_pages_away_from_the_lanes() {
     for way in ["punch", "remove"] {
         assert_eq!(outcomes[way], "EPERM", "{outcomes:?}");
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let report = primary
         .balanced_report_when(|report| report.totals().0 == 2 * PACKETS && members(report)[1].backlog == 0);
     assert_balanced(&report, 2 * PACKETS);
@@ -158,7 +139,7 @@ fn pages_taken_away_before_the_lanes_look_are_back_when_they_do() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let primary = hostile(&namespace, "", "early");
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let held = |report: &Report| report.totals().0 == PACKETS && members(report)[1].backlog == 0;
     let report = primary.report_when(held);
     assert!(members(&report)[0].delivered > 0 && members(&report)[0].state == "running");
@@ -193,15 +174,15 @@ fn a_worker_that_never_is_ready_gets_no_packets_and_is_ended() {
     let config = "max_workers = 2\nstart_timeout = '2s'";
     let launch = Launch::on(&namespace).unwrap().config(config).unwrap().with("-n 1");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
-    let guest = dial(&primary);
+    let guest = primary.dial();
     let attach = Attach { version: VERSION, group: None, member: None, token: None, program: "guest".into() };
     let (reply, fds) = protocol::ask(&guest, &Request::Attach(attach.clone())).unwrap();
     assert!(matches!(reply, Reply::Attached(_)), "{reply:?}");
     assert_eq!(fds.len(), protocol::ATTACHED_FDS);
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let report = primary.report_after(PACKETS, true);
     assert_eq!((report.totals(), members(&report)[0].committed), ((PACKETS, PACKETS, 0), PACKETS));
-    let (reply, _) = protocol::ask(dial(&primary), &Request::Attach(attach.clone())).unwrap();
+    let (reply, _) = protocol::ask(primary.dial(), &Request::Attach(attach.clone())).unwrap();
     assert!(matches!(&reply, Reply::Refused(refusal) if refusal.message.contains("all 2 places are taken")));
     assert!(matches!(protocol::receive::<Reply>(&guest, MAX_REPLY), Err(ProtocolError::Closed)));
     primary
@@ -209,7 +190,7 @@ fn a_worker_that_never_is_ready_gets_no_packets_and_is_ended() {
         .wait_for_line("was not ready within 2s (start_timeout): its connection is ended")
         .unwrap();
     // Its place is vacant again.
-    let next = dial(&primary);
+    let next = primary.dial();
     let (reply, fds) = protocol::ask(&next, &Request::Attach(attach)).unwrap();
     let (Reply::Attached(attached), [_, _, up, _]) = (reply, &fds[..]) else { panic!("it has a place") };
     let _mapped = Up::open(up, attached.geometry).unwrap();
@@ -224,11 +205,11 @@ fn a_worker_that_is_ready_twice_loses_its_place_alone() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let primary = hostile(&namespace, "restart = 'no'", "ready-twice");
-    unleash(&primary);
+    primary.unleash();
     primary.process.wait_for_line("second: the worker of this connection has been ready before").unwrap();
     let report = primary.report_when(|report| members(report)[0].state == "crashed");
     assert_eq!(members(&report)[1].buckets, 4096);
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!(members(&report)[1].committed, PACKETS);
@@ -246,7 +227,7 @@ fn shells_pass_the_connection_on() {
         let script = script.replace("COUNT", &count.display().to_string());
         write_script(&wrapper, &script);
         let primary = launch.worker(wrapper.to_str().unwrap(), "").unwrap().start().unwrap();
-        replay(&namespace);
+        send_synthetic(&namespace, 8);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.totals(), (PACKETS, PACKETS, 0), "{script}");
         // None of them has connected to the socket: those who did ask for reports.
@@ -280,7 +261,7 @@ fn the_death_of_a_worker_is_seen_though_a_shell_keeps_its_connection() {
     let its = journal.iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
     let its: Vec<_> = its.map(|entry| entry.event.as_str()).collect();
     assert_eq!(its, ["started", "attached", "died", "attached"]);
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let report = primary.report_after(PACKETS, true);
     assert_eq!(report.totals(), (PACKETS, PACKETS, 0));
     primary.end(Signal::SIGTERM);
@@ -326,7 +307,7 @@ fn a_worker_that_holds_all_connections_of_its_user_keeps_nobody_out() {
     // So does a worker of another user.
     let guest = as_daemon(&primary, "xfan-count", &format!("--attach {}", primary.socket().display()));
     primary.report_when(|report| report.member("default/2").is_some_and(|guest| guest.state == "running"));
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     let report = primary.balanced_report_when(|report| {
         report.totals().0 == PACKETS && members(report)[1..].iter().all(|member| member.backlog == 0)
     });
@@ -340,11 +321,11 @@ fn a_flood_of_questions_does_not_hide_a_death() {
     let _watchdog = e2e_or_skip!(300);
     let namespace = network();
     let primary = hostile(&namespace, "restart_delay = '1ms'\nstart_limit_burst = 50", "flood 20");
-    unleash(&primary);
+    primary.unleash();
     let line = primary.process.wait_for_line("floods on ").unwrap();
     assert!(line.contains("floods on 19 connections"), "{line}");
     for round in 1..=10 {
-        replay(&namespace);
+        send_synthetic(&namespace, 8);
         let report = primary.report_when(|report| report.totals().0 == round * PACKETS);
         kill(pid(&members(&report)[1]), Signal::SIGKILL).unwrap();
         primary.report_when(|report| {
@@ -410,7 +391,7 @@ fn a_guest_that_attaches_again_and_again_is_refused_after_a_while() {
     hostile.signal(Signal::SIGUSR1);
     primary.report_when(|report| report.control.refused > 200);
     // It is still trying.
-    replay(&namespace);
+    send_synthetic(&namespace, 8);
     hostile.kill();
     let report = primary.balanced_report_when(|report| {
         report.totals().0 == PACKETS

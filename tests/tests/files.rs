@@ -4,7 +4,6 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
 use xfan_shm::protocol::{self, MAX_REPLY, Reply};
 use xfan_tests::e2e_or_skip;
@@ -225,12 +223,7 @@ fn connections_beyond_the_limit_of_descriptors_wait_and_it_is_named() {
     // Room for a few connections.
     let limit = highest + 3;
     limit_process(pid, limit);
-    let dial = || {
-        let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
-        control
-    };
-    let silent: Vec<_> = (0..60).map(|_| dial()).collect();
+    let silent: Vec<_> = (0..60).map(|_| primary.dial()).collect();
     let line = primary.process.wait_for_line("the control socket cannot accept a connection").unwrap();
     assert!(
         line.contains(&format!("RLIMIT_NOFILE of this process is {limit} (ulimit -n, LimitNOFILE=)")),
@@ -250,13 +243,8 @@ fn connections_leave_descriptors_for_all_else() {
     let launch = Launch::on(&namespace).unwrap();
     let primary = launch.spawn_with(|command| with_limit(command, 64, 64)).unwrap();
     primary.process.wait_for_line(" running ").unwrap();
-    let dial = || {
-        let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
-        control
-    };
-    let silent: Vec<_> = (0..4).map(|_| dial()).collect();
-    let refused = dial();
+    let silent: Vec<_> = (0..4).map(|_| primary.dial()).collect();
+    let refused = primary.dial();
     let Reply::Refused(refusal) = protocol::receive::<Reply>(&refused, MAX_REPLY).unwrap().0 else {
         panic!("there are four already")
     };

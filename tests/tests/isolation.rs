@@ -4,25 +4,17 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
-use nix::unistd::Pid;
+use nix::sys::socket::{MsgFlags, send};
 use xfan::report::Member;
 use xfan_shm::protocol::{self, MAX_REPLY, Reply};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 6).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
-}
 
 /// A hostile worker and an honest one, on two queues.
 fn start(way: &str) -> (Netns, Primary) {
@@ -33,12 +25,6 @@ fn start(way: &str) -> (Netns, Primary) {
         .unwrap();
     let primary = launch.with("-n 2").hostile_worker(way).unwrap().start().unwrap();
     (namespace, primary)
-}
-
-/// Has the hostile worker begin.
-fn unleash(primary: &Primary) {
-    let pid = primary.report().groups[0].members[0].pid;
-    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGUSR1).unwrap();
 }
 
 #[test]
@@ -154,13 +140,13 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
 fn noise_in_a_segment_evicts_its_writer_alone() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("noise 7");
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary
         .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
     let [share, rest] = [0, 1].map(|place| report.groups[0].members[place].delivered);
     assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
 
-    unleash(&primary);
+    primary.unleash();
     let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
     let report = primary.balanced_report_when(|report| {
         gone(&report.groups[0].members[0]) && report.groups[0].members[1].committed == PACKETS
@@ -172,7 +158,7 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
     assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
 
     // It is killed, and the other gets every flow.
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(report.totals(), (2 * PACKETS, 2 * PACKETS, 0));
@@ -187,9 +173,9 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
 fn a_worker_that_jams_its_doorbell_stops_nobody() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("jam");
-    unleash(&primary);
+    primary.unleash();
     primary.process.wait_for_line("jammed").unwrap();
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.balanced_report_when(|report| {
         report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0
     });
@@ -201,12 +187,6 @@ fn a_worker_that_jams_its_doorbell_stops_nobody() {
     );
     assert!(jammer.delivered > 0 && jammer.wakeups > 0, "{report:#?}");
     assert_eq!(primary.stop().0.code, Some(0));
-}
-
-fn dial(primary: &Primary) -> OwnedFd {
-    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
-    control
 }
 
 fn open_descriptors(primary: &Primary) -> usize {
@@ -225,7 +205,7 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
 
     // Connections by the thousand that say nothing: of root, which these are, there can be 64 at a time.
-    let silent: Vec<_> = (0..2000).map(|_| dial(&primary)).collect();
+    let silent: Vec<_> = (0..2000).map(|_| primary.dial()).collect();
     let refused = |control: &OwnedFd| {
         matches!(
             protocol::ask(control, &protocol::Request::Stats),
@@ -233,19 +213,19 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
         )
     };
     assert!(refused(silent.last().unwrap()));
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     drop(silent);
     while open_descriptors(&primary) > before {
         std::thread::yield_now();
     }
     // Messages by the thousand that make no sense, and then workers that are not wanted.
     for _ in 0..2000 {
-        let control = dial(&primary);
+        let control = primary.dial();
         send(control.as_raw_fd(), b"{\"attach\":", MsgFlags::MSG_NOSIGNAL).unwrap();
         assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Refused(_)));
     }
     for _ in 0..500 {
-        let control = dial(&primary);
+        let control = primary.dial();
         send(control.as_raw_fd(), b"{\"attach\":{\"version\":99,\"program\":\"x\"}}", MsgFlags::MSG_NOSIGNAL)
             .unwrap();
         assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Refused(_)));
@@ -276,7 +256,7 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
     let deep = "[".repeat(10_000);
     let long = format!("{{\"attach\":{{\"version\":1,\"program\":\"{}\"}}}}", "x".repeat(20_000));
     let refused = |message: &[u8]| {
-        let control = dial(&primary);
+        let control = primary.dial();
         send(control.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL).unwrap();
         match protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0 {
             Reply::Refused(refusal) => refusal.message,
@@ -303,22 +283,22 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
 
     // An empty message and a hang-up say the same. Descriptors, which nobody asked for, are refused by the kernel
     // (from 6.16 on) or closed.
-    let control = dial(&primary);
+    let control = primary.dial();
     send(control.as_raw_fd(), b"", MsgFlags::MSG_NOSIGNAL).unwrap();
     assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY), Err(protocol::ProtocolError::Closed)));
-    drop(dial(&primary));
-    let control = dial(&primary);
+    drop(primary.dial());
+    let control = primary.dial();
     for _ in 0..3 {
         let _ = protocol::send(&control, &protocol::Request::Detach, &[control.as_fd(); 8]);
     }
     protocol::send(&control, &protocol::Request::Stats, &[]).unwrap();
     assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Stats(_)));
     // Many at once that say nothing.
-    let silent: Vec<_> = (0..50).map(|_| dial(&primary)).collect();
+    let silent: Vec<_> = (0..50).map(|_| primary.dial()).collect();
     primary.report();
     drop((silent, control));
 
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!(report.totals(), (PACKETS, PACKETS, 0));

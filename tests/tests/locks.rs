@@ -1,28 +1,20 @@
 //! Locks of the kernel that a peer can hold for as long as it likes: the primary takes none of them.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::thread;
 
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use xfan_shm::layout::{Up, VERSION};
 use xfan_shm::protocol::{self, Attach, Reply, Request};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
-use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::primary::Launch;
 use xfan_tests::proc::{pid_of, signal};
-use xfan_tests::replay::Replay;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::stuck::StuckPage;
-use xfan_tests::traffic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
-
-fn dial(primary: &Primary) -> OwnedFd {
-    let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    connect(control.as_raw_fd(), &UnixAddr::new(&primary.socket()).unwrap()).unwrap();
-    control
-}
 
 /// Attaches. Returns the segment to write to, and that mapped.
 fn attach(control: &OwnedFd) -> (OwnedFd, Up) {
@@ -40,7 +32,7 @@ fn a_worker_that_holds_the_lock_of_its_segment_holds_nobody() {
     let namespace = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
     let launch = Launch::on(&namespace).unwrap().config("max_workers = 3").unwrap().with("-n 2");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
-    let (control, page) = (dial(&primary), StuckPage::new().unwrap());
+    let (control, page) = (primary.dial(), StuckPage::new().unwrap());
     let (up, _mapped) = attach(&control);
     thread::scope(|scope| {
         scope.spawn(|| page.write_to(&up, 64));
@@ -56,8 +48,7 @@ fn a_worker_that_holds_the_lock_of_its_segment_holds_nobody() {
             let member = &report.groups[0].members[0];
             member.state == "running" && member.pid != before
         });
-        let frames = traffic::synthetic(60, 600, 8).frames;
-        namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
+        send_synthetic(&namespace, 8);
         assert_balanced(&primary.report_after(PACKETS, true), PACKETS);
         page.release();
     });

@@ -13,8 +13,7 @@ use xfan_tests::generator::{End, Generator, Load};
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::process::{Exit, Process, binary};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 use xfan_worker::{Received, Worker};
 
@@ -25,11 +24,6 @@ const STRANGER: u32 = 54_321;
 
 fn network() -> Netns {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 7).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 fn member<'a>(report: &'a Report, id: &str) -> &'a Member {
@@ -144,7 +138,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     assert!(shares().iter().all(|&share| share >= 1365));
     let answer = refused(&primary, "add");
     assert!(answer.contains("0 of 3 places are vacant") && answer.contains("max_workers"), "{answer}");
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let before = primary.report_after(PACKETS, true);
     assert!(before.groups[0].members.iter().all(|member| member.committed > 0));
 
@@ -185,7 +179,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     let list: Vec<Member> = serde_json::from_str(&ordered(&primary, "list --json").concat()).unwrap();
     assert_eq!(list.len(), 3);
 
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(report.totals(), (2 * PACKETS, 2 * PACKETS, 0));
@@ -195,7 +189,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     for id in ["default/0", "default/1"] {
         assert_eq!(ordered(&primary, &format!("drain {id}")), [id]);
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = primary.report_after(3 * PACKETS, true);
     assert_eq!(report.lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), PACKETS);
     assert_eq!(ordered(&primary, "restart default/0"), ["default/0"]);
@@ -208,7 +202,7 @@ fn one_that_does_not_leave_is_made_to_and_its_packets_go_to_the_others() {
     let namespace = network();
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '300ms'").unwrap();
     let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let settled = |report: &Report| report.totals().0 == PACKETS && member(report, "default/1").backlog == 0;
     let held = member(&primary.report_when(settled), "default/0").backlog;
     assert!(held > 0);
@@ -279,7 +273,7 @@ fn a_worker_from_outside_goes_on_with_the_next_primary() {
     command.arg("--attach").arg(first.socket()).args(["--member", "default/1", "--reconnect"]);
     let worker = Process::spawn(command).unwrap();
     first.report_when(|report| is(report, "default/1", "running"));
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     first.report_after(PACKETS, true);
     let pid = member(&first.report(), "default/1").pid;
 
@@ -288,7 +282,7 @@ fn a_worker_from_outside_goes_on_with_the_next_primary() {
     let second = Launch::within(&namespace, folder).with("-n 2").start().unwrap();
     let report = second.report_when(|report| is(report, "default/1", "running"));
     assert_eq!(member(&report, "default/1").pid, pid, "the same process, as the same member");
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = second.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!(member(&report, "default/1").committed, PACKETS);
@@ -426,19 +420,19 @@ fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
     };
     let passed = |report: &Report| report.lanes.iter().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
 
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = primary.report_when(|report| passed(report) == PACKETS);
     assert_balanced(&report, 0);
     let guest = attach(&primary, (0, 0), &[]);
     told("running", 1);
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!((report.totals(), passed(&report)), ((PACKETS, PACKETS, 0), PACKETS));
     // However it goes.
     assert_eq!(guest.end(Signal::SIGKILL).signal, Some(9));
     told("empty", 1);
-    replay(&namespace);
+    send_synthetic(&namespace, 7);
     let report = primary.report_when(|report| passed(report) == 2 * PACKETS);
     assert_balanced(&report, PACKETS);
     assert_eq!(primary.stop().0.code, Some(0));

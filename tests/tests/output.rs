@@ -23,8 +23,7 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::Launch;
 use xfan_tests::process::{Process, binary};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
@@ -32,11 +31,6 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 fn network() -> Netns {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 6).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 fn member(report: &Report, place: usize) -> &Member {
@@ -60,6 +54,13 @@ impl<'a> Bare<'a> {
         // SAFETY: between fork and exec it makes system calls on constants.
         unsafe { command.pre_exec(|| xfan::sys::close_on_exec_from(3)) };
         Bare { child: command.spawn().unwrap(), launch }
+    }
+
+    /// Its standard error is a file, whose name is returned, too.
+    fn with_log(launch: Launch<'a>) -> (Self, PathBuf) {
+        let log = launch.folder().join("log");
+        let file = OpenOptions::new().append(true).create(true).open(&log).unwrap();
+        (Bare::spawn(launch, Stdio::null(), Stdio::null(), file.into()), log)
     }
 
     fn pid(&self) -> Pid {
@@ -112,7 +113,7 @@ fn hostile<'a>(namespace: &'a Netns, deed: &str, config: &str) -> Launch<'a> {
 
 /// Packets flow, and the honest worker gets all of its own.
 fn assert_served(namespace: &Netns, primary: &mut Bare<'_>) {
-    replay(namespace);
+    send_synthetic(namespace, 6);
     let report = primary.report_when(|report| {
         report.totals().0 == PACKETS && member(report, 1).backlog == 0 && report.imbalances().is_empty()
     });
@@ -226,9 +227,7 @@ fn a_worker_that_fills_its_pipe_blocks_nobody() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let launch = hostile(&namespace, "fill", "");
-    let log = launch.folder().join("log");
-    let file = OpenOptions::new().append(true).create(true).open(&log).unwrap();
-    let mut primary = Bare::spawn(launch, Stdio::null(), Stdio::null(), file.into());
+    let (mut primary, log) = Bare::with_log(launch);
     let report = primary.started();
     kill(pid_of(member(&report, 0)), Signal::SIGUSR1).unwrap();
     let done = relayed(&text_when(&log, "deed done"));
@@ -250,9 +249,7 @@ fn a_worker_that_forges_lines_is_quoted() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let launch = hostile(&namespace, "forge", "");
-    let log = launch.folder().join("log");
-    let file = OpenOptions::new().append(true).create(true).open(&log).unwrap();
-    let mut primary = Bare::spawn(launch, Stdio::null(), Stdio::null(), file.into());
+    let (mut primary, log) = Bare::with_log(launch);
     let report = primary.started();
     kill(pid_of(member(&report, 0)), Signal::SIGUSR1).unwrap();
     text_when(&log, "deed done");
@@ -278,9 +275,7 @@ fn a_worker_that_floods_is_counted_and_the_log_stays_readable() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let launch = hostile(&namespace, "flood", "");
-    let log = launch.folder().join("log");
-    let file = OpenOptions::new().append(true).create(true).open(&log).unwrap();
-    let mut primary = Bare::spawn(launch, Stdio::null(), Stdio::null(), file.into());
+    let (mut primary, log) = Bare::with_log(launch);
     let report = primary.started();
     kill(pid_of(member(&report, 0)), Signal::SIGUSR1).unwrap();
     primary.report_when(|report| member(report, 0).output_dropped > 10_000);
@@ -320,7 +315,7 @@ fn the_last_words_are_relayed_and_a_child_that_keeps_the_pipe_keeps_nothing_wait
     while descriptors() >= before {
         std::thread::sleep(PAUSE);
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_after(PACKETS, true);
     assert_eq!(member(&report, 1).committed, PACKETS);
     let (exit, folder) = primary.stop();
@@ -355,7 +350,7 @@ fn assert_goes_on_without(stdout: impl Into<Stdio>, stderr: impl Into<Stdio>, co
     let namespace = network();
     let mut primary = Bare::spawn(honest(&namespace), Stdio::null(), stdout.into(), stderr.into());
     primary.started();
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let all = |report: &Report| {
         report.totals() == (PACKETS, PACKETS, 0)
             && member(report, 0).committed + member(report, 1).committed == PACKETS
@@ -402,7 +397,7 @@ fn a_primary_without_descriptors_runs() {
     let child = shell.process_group(0).spawn().unwrap();
     let mut primary = Bare { child, launch };
     primary.started();
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_when(|report| report.totals() == (PACKETS, PACKETS, 0));
     assert_eq!(report.log_lines_lost, 0);
     assert_eq!(primary.stop(), Some(0));
@@ -419,7 +414,7 @@ fn a_stopped_terminal_stops_nobody_and_the_lines_come_when_it_goes_on() {
     let log = kept.join("log");
     let mut primary = Bare::spawn(honest(&namespace), Stdio::null(), Stdio::null(), given.into());
     primary.started();
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_when(|report| report.totals() == (PACKETS, PACKETS, 0));
     assert_balanced(&report, PACKETS);
     copy_to(terminal.master.try_clone().unwrap(), &log);
@@ -447,7 +442,7 @@ fn a_terminal_for_foreground_jobs_only_does_not_stop_the_primary() {
     session.args(["-qfc", &script]).arg(&log).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let mut primary = Bare { child: session.spawn().unwrap(), launch };
     let report = primary.started();
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     primary.report_when(|report| report.totals() == (PACKETS, PACKETS, 0));
     kill(Pid::from_raw(i32::try_from(report.pid).unwrap()), Signal::SIGTERM).unwrap();
     let text = text_when(&log, "frames   total");
@@ -609,7 +604,7 @@ fn sighup_opens_the_files_anew_and_ends_nothing() {
     let text = text_when(&path("xfan.log"), "SIGHUP");
     // Both catch it: they have no files of their own to open, and go on.
     assert!(text.contains("SIGHUP: files are opened anew workers_told=2"), "{text}");
-    replay(&namespace);
+    send_synthetic(&namespace, 6);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     let counted = [0, 1].map(|place| member(&report, place).committed);
@@ -765,7 +760,7 @@ fn surviving_workers_write_to_files_of_their_own_and_go_on_without_a_primary() {
         let folder = primary.kill();
         let launch = Launch::within(&namespace, folder).config(&config).unwrap().with("-n 2");
         let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
-        replay(&namespace);
+        send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
         let after: Vec<_> = report.groups[0].members.iter().map(|member| member.pid).collect();
         assert_eq!(before, after);

@@ -14,8 +14,7 @@ use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::process::{Process, binary};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
@@ -25,11 +24,6 @@ fn start(config: &str) -> (Netns, Primary) {
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     (namespace, primary)
-}
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 5).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
 }
 
 fn member(report: &Report, place: usize) -> &Member {
@@ -65,7 +59,7 @@ fn committed(report: &Report) -> u64 {
 fn a_killed_worker_is_started_again_and_gets_its_share_again() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("hash_key = '000102030405060708090a0b0c0d0e0f'");
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let before = primary.report_after(PACKETS, true);
     assert_balanced(&before, PACKETS);
     let share = member(&before, 0).committed;
@@ -77,7 +71,7 @@ fn a_killed_worker_is_started_again_and_gets_its_share_again() {
     assert_ne!(member(&report, 0).pid, member(&before, 0).pid);
     assert_eq!(member(&report, 0).last_exit.as_deref(), Some("signal: 9 (SIGKILL)"));
     assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (2048, 2048));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(committed(&report), 2 * PACKETS);
@@ -93,7 +87,7 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     let (namespace, primary) = start("hang_timeout = '1s'");
     let before = primary.report();
     stop(member(&before, 0));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.balanced_report_when(|report| {
         member(report, 0).hangs == 1 && member(report, 0).state == "running" && committed(report) == PACKETS
     });
@@ -104,7 +98,7 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     assert_eq!(member(&report, 1).committed, PACKETS);
     assert_eq!(member(&report, 1).hangs, 0, "having no packets is not hanging");
 
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(committed(&report), 2 * PACKETS);
@@ -129,13 +123,13 @@ fn a_guest_that_hung_finds_out_when_it_goes_on_and_takes_nothing_that_is_not_its
     let report =
         primary.report_when(|report| report.groups[0].members.iter().any(|member| member.pid == pid));
     stop(member(&report, 2));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report =
         primary.balanced_report_when(|report| member(report, 2).hangs == 1 && committed(report) == PACKETS);
     assert_eq!(member(&report, 2).state, "crashed");
     assert!(member(&report, 2).requeued > 0 && member(&report, 2).committed == 0);
     // The frames of what it had hold other packets by now.
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     primary.report_after(2 * PACKETS, true);
     kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT).unwrap();
     let exit = guest.wait();
@@ -153,7 +147,7 @@ fn a_worker_that_hides_from_signals_is_killed_all_the_same() {
     let config = "stop_timeout = '300ms'\nhang_timeout = '1s'\nrestart = 'no'";
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
     let primary = launch.hostile_worker("deaf --hidden").unwrap().start().unwrap();
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary
         .balanced_report_when(|report| member(report, 0).last_exit.is_some() && committed(report) == PACKETS);
     assert_eq!((member(&report, 0).hangs, member(&report, 0).committed), (1, 0));
@@ -168,12 +162,12 @@ fn one_that_ends_well_without_a_word_leaves_its_share_to_the_others() {
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("restart = 'on-failure'").unwrap();
     // Its child keeps the connection.
     let primary = launch.hostile_worker("fork").unwrap().start().unwrap();
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     signal(member(&primary.report(), 0), Signal::SIGUSR1);
     let report = primary.report_when(|report| member(report, 0).last_exit.is_some());
     assert_eq!((member(&report, 0).state.as_str(), member(&report, 0).buckets), ("stopped", 0));
     assert_eq!(member(&report, 1).buckets, 4096);
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!((member(&report, 1).committed, member(&report, 0).lost), (2 * PACKETS, 0));
@@ -194,7 +188,7 @@ fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
     let report = primary.report_when(|report| member(report, 0).state == "failed");
     assert_eq!((member(&report, 0).restarts, member(&report, 0).buckets), (2, 0));
     assert_eq!(member(&report, 1).buckets, 4096);
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!(member(&report, 1).committed, PACKETS);
@@ -221,7 +215,7 @@ fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let before = primary.report();
     stop(member(&before, 0));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     primary.report_when(|report| member(report, 0).backlog == PACKETS);
     signal(member(&before, 0), Signal::SIGKILL);
     let report = primary.balanced_report_when(|report| {
@@ -229,7 +223,7 @@ fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
     });
     assert_balanced(&report, PACKETS);
     assert_eq!((member(&report, 0).lost, member(&report, 0).requeued), (PACKETS, 0));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(member(&report, 0).committed, PACKETS);
@@ -244,7 +238,7 @@ fn what_is_held_waits_for_the_next_process_and_nothing_goes_to_the_other() {
         start(&format!("{key}\non_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '1s'"));
     let before = primary.report();
     stop(member(&before, 0));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
     let had = member(&seen, 0).backlog;
     assert!(had > 0 && had < PACKETS);
@@ -252,7 +246,7 @@ fn what_is_held_waits_for_the_next_process_and_nothing_goes_to_the_other() {
     signal(member(&before, 0), Signal::SIGKILL);
     primary.report_when(|report| member(report, 0).held);
     // Its flows go on waiting.
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = primary.balanced_report_when(|report| {
         member(report, 0).restarts == 1 && committed(report) == 2 * PACKETS && !member(report, 0).held
     });
@@ -279,7 +273,7 @@ fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
         let (namespace, primary) = start(&format!("on_loss = 'hold'\n{config}"));
         let before = primary.report();
         stop(member(&before, 0));
-        replay(&namespace);
+        send_synthetic(&namespace, 5);
         let seen = primary.report_after(PACKETS, false);
         let had = member(&seen, 0).backlog;
         assert!(had > 0);
@@ -327,7 +321,7 @@ fn what_is_held_comes_to_whoever_joins_next() {
     for place in [1, 2] {
         stop(member(&before, place));
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
     let had = [1, 2].map(|place| member(&seen, place).backlog);
     assert_eq!(had[0] + had[1], PACKETS);
@@ -362,7 +356,7 @@ fn what_is_held_when_the_primary_stops_goes_to_the_others() {
     let (namespace, primary) = start("on_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '60s'");
     let before = primary.report();
     stop(member(&before, 0));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
     signal(member(&before, 0), Signal::SIGKILL);
     primary.report_when(|report| member(report, 0).held);
@@ -383,7 +377,7 @@ fn what_several_left_goes_to_the_one_that_is_there_and_not_from_one_to_the_other
     for place in [0, 1] {
         stop(member(&before, place));
     }
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
     let had = [0, 1].map(|place| member(&seen, place).backlog);
     for place in [0, 1] {
@@ -415,7 +409,7 @@ fn one_that_attaches_and_hangs_up_again_and_again_is_killed_and_stays_down() {
         assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (0, 4096));
         assert_eq!((member(&report, 0).pid, member(&report, 0).restarts), (0, 4));
         assert!(!member(&report, 0).held);
-        replay(&namespace);
+        send_synthetic(&namespace, 5);
         let report = primary.report_after(PACKETS, true);
         assert_balanced(&report, PACKETS);
         assert_eq!(member(&report, 1).committed, PACKETS);

@@ -8,16 +8,10 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Folder, Launch, Primary};
-use xfan_tests::replay::Replay;
-use xfan_tests::traffic;
+use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::{Veth, VethConfig};
 
 const PACKETS: u64 = 600;
-
-fn replay(namespace: &Netns) {
-    let frames = traffic::synthetic(60, 600, 5).frames;
-    namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
-}
 
 fn network() -> Netns {
     Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
@@ -67,7 +61,7 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     let first = start(&namespace, None, "survive = true");
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let before = first.report_after(PACKETS, true);
     let counted: Vec<u64> = members(&before).iter().map(|member| member.committed).collect();
     assert!(counted.iter().all(|count| *count > 0));
@@ -77,7 +71,7 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     let report = second.report();
     assert_eq!(pids(&report), pids(&before));
     assert!(members(&report).iter().all(|member| member.supervised && member.restarts == 0), "{report:#?}");
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = second.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     for (member, counted) in members(&report).iter().zip(&counted) {
@@ -94,7 +88,7 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     let third = start(&namespace, Some(second.kill()), "survive = true");
     let report = third.report();
     assert_eq!(pids(&report), pids(&before));
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = third.report_after(PACKETS, true);
     assert_eq!(members(&report)[0].counters["packets"], counted[0]);
     assert_eq!(members(&report)[1].counters["packets"], 3 * counted[1]);
@@ -125,7 +119,7 @@ fn survivors_that_are_dead_or_stuck_are_replaced() {
     let report = second.report();
     assert!(pids(&report).iter().all(|pid| !before.contains(pid)), "{before:?} {:?}", pids(&report));
     wait_for_end(before[1]);
-    replay(&namespace);
+    send_synthetic(&namespace, 5);
     let report = second.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert!(members(&report).iter().all(|member| member.committed > 0));
@@ -145,7 +139,7 @@ fn survivors_that_the_next_primary_does_not_want_end() {
         let now = pids(&second.report());
         assert!(now.iter().all(|pid| !before.contains(pid)), "{before:?} {now:?}");
         before.into_iter().for_each(wait_for_end);
-        replay(&namespace);
+        send_synthetic(&namespace, 5);
         let report = second.report_after(PACKETS, true);
         assert_balanced(&report, PACKETS);
         assert_eq!(pids(&report), now);

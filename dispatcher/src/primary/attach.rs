@@ -1,5 +1,5 @@
-//! A worker takes a place: it is given segments, maps them, and says that it is ready. Only then a
-//! lane knows it.
+//! A worker takes a place: it is given segments, maps them, seals its own, and says that it is
+//! ready. Only then a lane knows it.
 
 use std::time::Instant;
 
@@ -164,12 +164,12 @@ impl Primary {
         }
     }
 
-    /// Seals the segments of a worker that has mapped them, and has the lanes know it.
+    /// Has the lanes know a worker that has mapped its segments.
     fn join(&mut self, connection: &Connection, pid: u32) -> Result<(), (Option<usize>, Refusal)> {
-        let is_joining = |member: &Member| {
-            member.joining.as_ref().is_some_and(|joining| joining.connection().id == connection.id)
+        let take = |(place, member): (usize, &mut Member)| {
+            Some((place, member.joining.take_if(|joining| joining.connection().id == connection.id)?))
         };
-        let Some(place) = self.members.iter().position(is_joining) else {
+        let Some((place, joining)) = self.members.iter_mut().enumerate().find_map(take) else {
             let message = match self.place_of(connection.id) {
                 Some(_) => "the worker of this connection has been ready before",
                 None => "this connection has no worker",
@@ -178,9 +178,6 @@ impl Primary {
         };
         let member = &mut self.members[place];
         let refused = |code, message: String| (Some(place), Refusal { code, message });
-        let Some(joining) = member.joining.take() else {
-            return Err(refused(RefusalCode::Malformed, "this connection has no worker".into()));
-        };
         if !member.may_attach() {
             let message = format!("member {} is {}", member.id, member.state().name());
             return Err(refused(RefusalCode::Occupied, message));
