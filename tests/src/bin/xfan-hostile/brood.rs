@@ -1,12 +1,16 @@
 //! Processes that are to outlive this one.
 
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{ForkResult, Pid, fork, getpid, setpgid, setsid};
 
 use crate::Outcome;
+
+/// How long a process lives that nobody ends: longer than any test, but not for ever, should a test
+/// end before its primary has.
+const LIFE: Duration = Duration::from_secs(900);
 
 /// What a descendant does to be overlooked.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -54,8 +58,9 @@ pub fn hatch(disguise: Disguise) -> Outcome<()> {
         }
         Disguise::Comet => {
             setsid()?;
+            let end = Instant::now() + LIFE;
             // SAFETY: there is one thread.
-            while let ForkResult::Child = unsafe { fork() }? {}
+            while Instant::now() < end && matches!(unsafe { fork() }?, ForkResult::Child) {}
             std::process::exit(0);
         }
     }
@@ -81,7 +86,6 @@ fn announce() {
 }
 
 fn sleep() -> ! {
-    loop {
-        std::thread::sleep(Duration::MAX);
-    }
+    std::thread::sleep(LIFE);
+    std::process::exit(0)
 }
