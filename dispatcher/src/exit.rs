@@ -1,7 +1,21 @@
 //! The exit codes of `xfan`: one per kind of trouble, so that a script can tell them apart.
 
 use std::fmt::Write as _;
+use std::io::ErrorKind::PermissionDenied;
 use std::process::ExitCode;
+
+use xfan_xdp::{AttachError, LoadError};
+
+use crate::control::primary::PrimaryError;
+use crate::control::server::ControlError;
+use crate::host::folder::FolderError;
+use crate::host::interface::InterfaceError;
+use crate::log::LogError;
+use crate::port::PortError;
+use crate::port::mode::ModeError;
+use crate::port::socket::BindError;
+use crate::process::output::OutputError;
+use crate::start::RunError;
 
 /// Why `xfan` ended. The number is the exit code of the process and part of the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +72,91 @@ impl Exit {
         }
         text.truncate(text.trim_end().len());
         text
+    }
+}
+
+impl From<&RunError> for Exit {
+    fn from(error: &RunError) -> Self {
+        match error {
+            RunError::Config(_)
+            | RunError::User(_)
+            | RunError::Budget(_)
+            | RunError::Placement(_)
+            | RunError::TooManyLanes { .. }
+            | RunError::Control(
+                ControlError::NotASocket(_) | ControlError::Folder(FolderError::Shared { .. }),
+            )
+            | RunError::Log(LogError::File { .. }) => Self::Usage,
+            RunError::Privilege(_) => Self::Permission,
+            RunError::Interface(error) => error.into(),
+            RunError::Mode(error) => error.into(),
+            RunError::Port(error) => error.into(),
+            RunError::Control(ControlError::Occupied(_)) => Self::Busy,
+            RunError::Output(OutputError::Io(_)) => Self::Failure,
+            RunError::Output(_) => Self::Usage,
+            RunError::Primary(error) => error.into(),
+            RunError::Topology(_)
+            | RunError::Control(_)
+            | RunError::Filter(_)
+            | RunError::Io(_)
+            | RunError::Log(_)
+            | RunError::Descriptors { .. }
+            | RunError::Imbalance(_)
+            | RunError::Unaccounted(_) => Self::Failure,
+        }
+    }
+}
+
+impl From<&InterfaceError> for Exit {
+    fn from(error: &InterfaceError) -> Self {
+        match error {
+            InterfaceError::Query { source, .. } | InterfaceError::Offload { source, .. }
+                if source.kind() == PermissionDenied =>
+            {
+                Self::Permission
+            }
+            InterfaceError::Query { .. } => Self::Failure,
+            _ => Self::Interface,
+        }
+    }
+}
+
+impl From<&ModeError> for Exit {
+    fn from(error: &ModeError) -> Self {
+        match error {
+            ModeError::MtuTooLarge { .. } | ModeError::FedFromBelow { .. } => Self::Interface,
+            ModeError::GenericZeroCopy => Self::Usage,
+        }
+    }
+}
+
+impl From<&PortError> for Exit {
+    fn from(error: &PortError) -> Self {
+        match error {
+            PortError::Attach(AttachError::AnotherPrimary { .. } | AttachError::AnotherProgram { .. })
+            | PortError::Bind(BindError::Busy { .. }) => Self::Busy,
+            PortError::Attach(AttachError::Privilege { .. })
+            | PortError::Load(LoadError::Privilege { .. }) => Self::Permission,
+            PortError::Attach(AttachError::NoNativeMode { .. } | AttachError::NoSuchInterface { .. })
+            | PortError::Bind(BindError::NoZeroCopy { .. }) => Self::Interface,
+            PortError::Interface(error) => error.into(),
+            _ => Self::Failure,
+        }
+    }
+}
+
+impl From<&PrimaryError> for Exit {
+    fn from(error: &PrimaryError) -> Self {
+        match error {
+            PrimaryError::Spawn(_)
+            | PrimaryError::EndedEarly { .. }
+            | PrimaryError::NotAttached { .. }
+            | PrimaryError::Refused { .. }
+            | PrimaryError::NoneLeft { .. } => Self::Workers,
+            PrimaryError::Vanished(_) => Self::Interface,
+            PrimaryError::Port(error) => error.into(),
+            PrimaryError::LaneEnded(_) | PrimaryError::Io(_) => Self::Failure,
+        }
     }
 }
 

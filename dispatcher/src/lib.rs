@@ -1,58 +1,35 @@
-//! The primary of xfan: it owns an interface's AF_XDP sockets, and dispatches packets to worker processes.
+//! The primary of xfan: it owns an interface's AF_XDP sockets and dispatches packets to worker
+//! processes.
 //!
-//! The way of a packet: a [`port`] attaches to the interface in a [`mode`]; [`xsk`] has its
-//! sockets, [`umem`] the packet memory. A [`lane`] for each queue receives packets ([`source`]),
-//! hashes and steers them ([`steer`]), and accounts for [`frames`].
+//! The rooms, in the order in which a packet and its administration pass them. Each depends only on
+//! those above it, and on [`text`] and [`report`].
 //!
-//! The control thread is [`primary`]. It handles [`members`], their [`life`] and [`journal`], their
-//! processes ([`supervisor`], [`survivors`], [`restart`]), the [`control`] socket, its [`access`],
-//! its [`folder`] and its [`inbox`], the [`watch`] over the interface, and the [`report`]. A
-//! [`rate_limit`] keeps users from flooding log and journal.
+//! | room | what is in it |
+//! |---|---|
+//! | [`config`] | settings: file, flags, validation |
+//! | [`host`] | the machine: interface, topology, CPUs, capabilities, system calls |
+//! | [`memory`] | packet memory, and the ledger of who owns each frame |
+//! | [`port`] | an interface: XDP program, AF_XDP sockets and rings, and the watch over it |
+//! | [`lane`] | one RX queue's thread: receive, hash, push |
+//! | [`group`] | members, decided without I/O: lifecycle, restarts |
+//! | [`process`] | worker processes: start, confinement, output |
+//! | [`control`] | the control thread and its socket |
 //!
-//! What is shown: the [`log`](mod@log), the workers' [`output`], results and messages
-//! ([`print`](mod@print)); [`text`] makes it fit to be shown.
-//!
-//! The start: [`cli`], [`config`], [`topology`], [`placement`], and [`run`](mod@run), which calls
-//! them.
+//! [`start`] puts them together; [`cli`] and [`exit`] are the command's face, [`log`](mod@log) and
+//! [`print`](mod@print) its voice.
 
-pub mod access;
-pub mod cgroup;
 pub mod cli;
 pub mod config;
 pub mod control;
-pub mod counters;
 pub mod exit;
-pub mod folder;
-pub mod frames;
-pub mod inbox;
-pub mod inherit;
-pub mod interface;
-pub mod journal;
+pub mod group;
+pub mod host;
 pub mod lane;
-pub mod lanes;
-pub mod life;
 pub mod log;
-pub mod members;
-pub mod mode;
-pub mod orphans;
-pub mod output;
-pub mod placement;
+pub mod memory;
 pub mod port;
-pub mod primary;
 pub mod print;
-pub mod privileges;
-pub mod rate_limit;
+pub mod process;
 pub mod report;
-pub mod restart;
-pub mod run;
-pub mod seccomp;
-pub mod source;
-pub mod steer;
-pub mod supervisor;
-pub mod survivors;
-pub mod sys;
+pub mod start;
 pub mod text;
-pub mod topology;
-pub mod umem;
-pub mod watch;
-pub mod xsk;

@@ -8,15 +8,18 @@ use std::time::Duration;
 use clap::Parser;
 use xfan::cli::{Cli, Command, EventsFlags, PrimaryFlags, StatsFlags, WorkersAction};
 use xfan::config::{Config, Flags, PlacementFlags};
+use xfan::control::{client, journal};
 use xfan::exit::Exit;
-use xfan::interface::Interface;
-use xfan::placement::place;
+use xfan::host::interface::Interface;
+use xfan::host::placement::place;
+use xfan::host::sys::block_terminal_signals;
+use xfan::host::topology;
+use xfan::host::topology::Machine;
 use xfan::print::{print_in_time, say};
-use xfan::run::{RunError, run};
-use xfan::sys::block_terminal_signals;
+use xfan::process::inherit;
+use xfan::start::{RunError, run};
 use xfan::text::escaped_json;
-use xfan::topology::Machine;
-use xfan::{control, inherit, journal, log, print, report, topology};
+use xfan::{log, print, report};
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrder};
 
@@ -50,7 +53,7 @@ type Ended = Result<(), (Exit, String)>;
 
 fn failed(error: impl Into<RunError>) -> (Exit, String) {
     let error = error.into();
-    (error.exit(), explained(error))
+    (Exit::from(&error), explained(error))
 }
 
 fn run_primary(flags: &Flags) -> Ended {
@@ -134,7 +137,7 @@ fn workers(action: &WorkersAction) -> Ended {
     let before = report_of(&flags.primary)?;
     let socket = flags.primary.socket();
     let request = Request::Workers(order.clone());
-    let members = match control::ask(&socket, &request).map_err(|error| no_answer(&socket, &error))? {
+    let members = match client::ask(&socket, &request).map_err(|error| no_answer(&socket, &error))? {
         Reply::Ordered(members) => members,
         _ => return Err((Exit::Failure, format!("{} answered something else", socket.display()))),
     };
@@ -177,7 +180,7 @@ fn show_events(flags: &EventsFlags) -> Ended {
     let socket = flags.primary.socket();
     let mut last = 0;
     loop {
-        let page: journal::Page = match control::ask(&socket, &Request::Events(last)) {
+        let page: journal::Page = match client::ask(&socket, &Request::Events(last)) {
             Ok(Reply::Events(page)) => {
                 serde_json::from_value(page).map_err(|error| (Exit::Failure, error.to_string()))?
             }
@@ -202,7 +205,7 @@ fn show_events(flags: &EventsFlags) -> Ended {
 
 fn report_of(primary: &PrimaryFlags) -> Result<report::Report, (Exit, String)> {
     let socket = primary.socket();
-    control::ask_for_report(&socket).map_err(|error| no_answer(&socket, &error))
+    client::ask_for_report(&socket).map_err(|error| no_answer(&socket, &error))
 }
 
 /// What it means that a primary did not answer as it should.

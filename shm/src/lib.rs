@@ -9,7 +9,6 @@
 //! | [`doorbell`] | who must be woken, and that it is once |
 //! | [`bell`] | what the sleeper blocks on |
 //! | [`protocol`] | the conversation on the control socket |
-//! | [`flow`] | which packets belong together |
 //! | [`clock`] | time stamps and busy time |
 //! | [`limits`] | which limit of open files was reached |
 //!
@@ -22,8 +21,6 @@ pub mod bell;
 pub mod clock;
 pub mod descriptor;
 pub mod doorbell;
-#[cfg(not(loom))]
-pub mod flow;
 #[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]

@@ -8,7 +8,7 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
-use xfan::control::ask_for_report;
+use xfan::control::client::ask_for_report;
 use xfan::report::Report;
 
 use crate::netns::Netns;

@@ -101,7 +101,7 @@ impl Process {
         unsafe {
             command.pre_exec(die_with_parent);
             // libxdp does not mark its sockets: one that another test has open would hold its queue in this child.
-            command.pre_exec(|| xfan::sys::close_on_exec_from(3));
+            command.pre_exec(|| xfan::host::sys::close_on_exec_from(3));
         }
         let mut child =
             command.spawn().map_err(|source| ProcessError::Start { name: name.clone(), source })?;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xfan::control;
+use xfan::control::client;
 use xfan::report::{Member, Report};
 use xfan_shm::protocol::{ENV_SOCKET, Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
@@ -72,7 +72,7 @@ impl Chaos {
     }
 
     fn order(&mut self, what: &'static str, order: WorkersOrder) {
-        if let Ok(Reply::Ordered(_)) = control::ask(&self.primary.socket(), &Request::Workers(order)) {
+        if let Ok(Reply::Ordered(_)) = client::ask(&self.primary.socket(), &Request::Workers(order)) {
             self.count(what);
         }
     }
@@ -171,7 +171,7 @@ impl Chaos {
         loop {
             // It has no place any more once it has gone.
             let hostile = WorkersOrder::Remove("default/0".into());
-            let _ = control::ask(&self.primary.socket(), &Request::Workers(hostile));
+            let _ = client::ask(&self.primary.socket(), &Request::Workers(hostile));
             self.bring_back();
             let report = self.primary.report();
             let calm = |member: &Member| {

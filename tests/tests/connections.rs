@@ -7,8 +7,8 @@ use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid};
-use xfan::control;
-use xfan::journal::{Entry, Page};
+use xfan::control::client;
+use xfan::control::journal::{Entry, Page};
 use xfan::report::{Member, Report};
 use xfan_shm::layout::{Up, VERSION};
 use xfan_shm::protocol::{self, Attach, ENV_SOCKET, MAX_REPLY, ProtocolError, Reply, Request};
@@ -52,7 +52,7 @@ fn pid(member: &Member) -> Pid {
 }
 
 fn journal(primary: &Primary) -> Vec<Entry> {
-    let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
+    let Ok(Reply::Events(page)) = client::ask(&primary.socket(), &Request::Events(0)) else {
         panic!("it tells what happened")
     };
     let page: Page = serde_json::from_value(page).unwrap();

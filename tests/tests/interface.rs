@@ -1,7 +1,7 @@
 //! What the dispatcher reads of an interface, and changes, is what `ethtool` shows.
 
 use xfan::exit::Exit;
-use xfan::interface::{Interface, Offload};
+use xfan::host::interface::{Interface, Offload};
 use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::link::Link;
@@ -120,7 +120,7 @@ fn layer_3_devices_are_refused_by_their_type() {
             let error = namespace.run(|| Interface::find("l3")).unwrap_err();
             let begin = format!("`l3` is {kind}: its packets begin with no Ethernet header; ");
             assert!(error.to_string().starts_with(&begin), "{command}: {error}");
-            assert_eq!(error.exit(), Exit::Interface);
+            assert_eq!(Exit::from(&error), Exit::Interface);
             namespace.ip("link del l3").unwrap();
             refused += 1;
         }
@@ -158,5 +158,5 @@ fn gro_is_read_and_set_as_ethtool_shows_it() {
     namespace.run(|| rx0.set_offload(Offload::Lro, false)).unwrap();
     let error = namespace.run(|| rx0.set_offload(Offload::Lro, true)).unwrap_err();
     assert!(error.to_string().starts_with("cannot turn on lro of `rx0`: "), "{error}");
-    assert_eq!(error.exit(), Exit::Interface);
+    assert_eq!(Exit::from(&error), Exit::Interface);
 }

@@ -237,10 +237,12 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
     assert!((1900..=1999).contains(&control.too_many), "{control:?}");
     assert_eq!((control.malformed, control.refused, control.forbidden), (2000, 500, 0));
     // They do not push what matters out of the journal.
-    let Ok(Reply::Events(page)) = xfan::control::ask(&primary.socket(), &protocol::Request::Events(0)) else {
+    let Ok(Reply::Events(page)) =
+        xfan::control::client::ask(&primary.socket(), &protocol::Request::Events(0))
+    else {
         panic!("it tells what happened")
     };
-    let page: xfan::journal::Page = serde_json::from_value(page).unwrap();
+    let page: xfan::control::journal::Page = serde_json::from_value(page).unwrap();
     assert_eq!((page.missed, page.entries.iter().filter(|entry| entry.event == "attached").count()), (0, 2));
     assert_eq!(primary.stop().0.code, Some(0));
 }

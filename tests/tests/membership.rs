@@ -374,7 +374,7 @@ fn what_happened_is_in_the_journal() {
 
     let shown = events(false).wait();
     assert_eq!(shown.code, Some(0), "{shown:#?}");
-    let parse = |line: &String| serde_json::from_str::<xfan::journal::Entry>(line).unwrap();
+    let parse = |line: &String| serde_json::from_str::<xfan::control::journal::Entry>(line).unwrap();
     let entries: Vec<_> = shown.stdout.iter().map(parse).collect();
     assert!(entries.iter().map(|entry| entry.number).eq(1..=entries.len() as u64));
     assert!(entries.is_sorted_by_key(|entry| entry.time_ns));
@@ -408,11 +408,12 @@ fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
     let primary = launch.start_until_it_answers().unwrap();
     let told = |event: &str, times: usize| loop {
         let request = xfan_shm::protocol::Request::Events(0);
-        let Ok(xfan_shm::protocol::Reply::Events(page)) = xfan::control::ask(&primary.socket(), &request)
+        let Ok(xfan_shm::protocol::Reply::Events(page)) =
+            xfan::control::client::ask(&primary.socket(), &request)
         else {
             panic!("it tells what happened")
         };
-        let page: xfan::journal::Page = serde_json::from_value(page).unwrap();
+        let page: xfan::control::journal::Page = serde_json::from_value(page).unwrap();
         if page.entries.iter().filter(|entry| entry.event == event).count() == times {
             break;
         }

@@ -16,7 +16,7 @@ use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::termios::{FlowArg, SetArg, cfmakeraw, tcflow, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
-use xfan::control::ask_for_report;
+use xfan::control::client::ask_for_report;
 use xfan::report::{Member, Report};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
@@ -52,7 +52,7 @@ impl<'a> Bare<'a> {
         let mut command = launch.command().unwrap();
         command.stdin(stdin).stdout(stdout).stderr(stderr).process_group(0);
         // SAFETY: between fork and exec it makes system calls on constants.
-        unsafe { command.pre_exec(|| xfan::sys::close_on_exec_from(3)) };
+        unsafe { command.pre_exec(|| xfan::host::sys::close_on_exec_from(3)) };
         Bare { child: command.spawn().unwrap(), launch }
     }
 
@@ -84,7 +84,7 @@ impl<'a> Bare<'a> {
     fn started(&mut self) -> Report {
         let events = self.launch.socket();
         self.report_when(|_| {
-            let asked = xfan::control::ask(&events, &xfan_shm::protocol::Request::Events(0));
+            let asked = xfan::control::client::ask(&events, &xfan_shm::protocol::Request::Events(0));
             matches!(asked, Ok(xfan_shm::protocol::Reply::Events(page)) if page.to_string().contains("packets come"))
         })
     }

@@ -4,8 +4,8 @@ use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xfan::control;
-use xfan::journal::Page;
+use xfan::control::client;
+use xfan::control::journal::Page;
 use xfan::report::{Member, Report};
 use xfan_shm::protocol::{Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
@@ -43,7 +43,7 @@ fn stop(member: &Member) {
 
 /// What happened to the first member.
 fn life_of_the_first(primary: &Primary) -> Vec<String> {
-    let Ok(Reply::Events(page)) = control::ask(&primary.socket(), &Request::Events(0)) else {
+    let Ok(Reply::Events(page)) = client::ask(&primary.socket(), &Request::Events(0)) else {
         panic!("it tells what happened")
     };
     let page: Page = serde_json::from_value(page).unwrap();
@@ -283,7 +283,7 @@ fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
             assert_eq!((member(&report, 0).backlog, member(&report, 0).requeued), (had, 0));
             let order = Request::Workers(WorkersOrder::Drain("default/0".into()));
             assert_eq!(
-                control::ask(&primary.socket(), &order).unwrap(),
+                client::ask(&primary.socket(), &order).unwrap(),
                 Reply::Ordered(vec!["default/0".into()])
             );
         }

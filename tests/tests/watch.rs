@@ -3,8 +3,8 @@
 
 use nix::sys::resource::Resource;
 use nix::unistd::Pid;
-use xfan::control::ask;
-use xfan::journal::Page;
+use xfan::control::client::ask;
+use xfan::control::journal::Page;
 use xfan::report::{Level, Notice, Report};
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::balance::assert_balanced;

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, flow, say};
+use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, packet, say};
 
 /// Between two tries with --wait.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -63,8 +63,8 @@ fn attach(arguments: &Arguments) -> Result<Worker, AttachError> {
 fn print(out: &mut impl Write, packet: Packet<'_>) -> io::Result<()> {
     let length = packet.data().len();
     write!(out, "{length} bytes, hash {:08x}, lane {}", packet.hash(), packet.lane())?;
-    if let Some(flow::Packet { key, .. }) = flow::Packet::parse(packet.data()) {
-        let flow::FlowKey { source, source_port, destination, destination_port, protocol } = key;
+    if let Some(packet::Packet { key, .. }) = packet::Packet::parse(packet.data()) {
+        let packet::FlowKey { source, source_port, destination, destination_port, protocol } = key;
         write!(out, ", {source} {source_port} > {destination} {destination_port}, protocol {protocol}")?;
     }
     writeln!(out)

@@ -68,7 +68,7 @@ pub use counter::{Counter, CounterError};
 pub use report::{ReportError, report};
 pub use say::say;
 pub use worker::{RecvError, Worker};
-pub use xfan_shm::flow;
+pub use xfan_packet as packet;
 pub use xfan_shm::protocol::{RefusalCode, default_socket};
 
 /// Most packets in one batch.

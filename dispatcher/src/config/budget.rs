@@ -9,7 +9,6 @@
 //! A place is what a worker takes, those that may join later included: `max_workers`.
 
 use super::Config;
-use crate::exit::Exit;
 
 /// UMEM offsets are 32 bits wide in a descriptor.
 const UMEM_LIMIT: u64 = 1 << 32;
@@ -26,8 +25,8 @@ const AUTO_SLOTS_MIN: u32 = 512;
 const AUTO_MORE: usize = 2;
 /// Most entries of an RX ring.
 const RX_RING_LIMIT: u32 = 32_768;
-/// Most places there can be.
-const MAX_PLACES: usize = crate::lane::MAX_MEMBERS;
+/// Most members of a group. Lanes keep sets of them in a `u64`.
+pub const MAX_MEMBERS: usize = 64;
 
 /// The sizes of all rings and of the packet memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,14 +100,6 @@ pub enum BudgetError {
     },
 }
 
-impl BudgetError {
-    /// The exit code this error leads to.
-    #[must_use]
-    pub const fn exit(&self) -> Exit {
-        Exit::Usage
-    }
-}
-
 impl FrameBudget {
     /// Sizes everything for `lanes` lanes and `workers` workers. `shared_cores`: some CPU runs more
     /// than one of their threads. `sizes`: bytes of a frame, and frames that the NIC's own ring takes.
@@ -127,7 +118,7 @@ impl FrameBudget {
         let mut slots = config.ring_slots.unwrap_or(auto_slots);
         loop {
             // Places that nobody may ever take are given up before slots are.
-            let most = config.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_PLACES)).max(workers);
+            let most = config.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
             let least = config.max_workers.map_or(workers, |_| most);
             let mut places = most;
             let last = loop {

@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use crate::exit::Exit;
-
 /// Why there is no configuration. The messages name the key, the file and what would be right.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -54,12 +52,4 @@ pub enum ConfigError {
     /// Neither the command line nor the file names an interface.
     #[error("no interface given: say which with `-i IFACE`, or set `interface` in the configuration file")]
     NoInterface,
-}
-
-impl ConfigError {
-    /// The exit code this error leads to.
-    #[must_use]
-    pub const fn exit(&self) -> Exit {
-        Exit::Usage
-    }
 }

@@ -7,13 +7,14 @@
 //!
 //! Nothing after this module validates a setting again. What depends on the machine (does the
 //! interface exist, has it that queue, do the frames fit) is checked where the machine is known:
-//! [`crate::interface`], [`crate::placement`] and [`FrameBudget`].
+//! [`crate::host::interface`], [`crate::host::placement`] and [`FrameBudget`].
 
 mod budget;
 mod error;
 mod file;
 mod flags;
 mod list;
+mod restart;
 mod show;
 mod user;
 mod value;
@@ -23,15 +24,14 @@ use std::time::Duration;
 
 use xfan_shm::protocol::default_socket;
 
-pub use budget::{BudgetError, FrameBudget, Sizes};
+pub use budget::{BudgetError, FrameBudget, MAX_MEMBERS, Sizes};
 pub use error::ConfigError;
 pub use flags::{Flags, PlacementFlags, RunFlags};
 pub(crate) use list::{format_list, parse_list};
+pub use restart::{Policy, Restart};
 pub use user::{UserError, WorkerUser};
 pub(crate) use value::MAX_CPU;
 pub use xfan_xdp::PassRule;
-
-use crate::restart::{Policy, Restart};
 
 pub(crate) use flags::socket_flag;
 

@@ -2,8 +2,6 @@
 
 use nix::unistd::{Gid, Uid, User};
 
-use crate::exit::Exit;
-
 /// What `nobody` is where the system has no such user: the kernel's overflow id.
 const NOBODY: u32 = 65534;
 
@@ -62,14 +60,6 @@ pub enum UserError {
         /// What the system says.
         source: nix::Error,
     },
-}
-
-impl UserError {
-    /// The exit code this error leads to.
-    #[must_use]
-    pub const fn exit(&self) -> Exit {
-        Exit::Usage
-    }
 }
 
 impl WorkerUser {

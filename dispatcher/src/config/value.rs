@@ -9,8 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::list::parse_list;
-use super::{BindMode, LogLevel, ModeChoice, OnEmpty, OnLoss, Owner, PassRule, Queues, WorkerOutput};
-use crate::restart::Policy;
+use super::{BindMode, LogLevel, ModeChoice, OnEmpty, OnLoss, Owner, PassRule, Policy, Queues, WorkerOutput};
 
 /// The largest queue number that can be asked for.
 pub const MAX_QUEUE: usize = 4095;

@@ -10,44 +10,43 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixCredentials, setso
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
-use super::{ControlCounters, count};
-use crate::access::Standing;
-use crate::inbox::{Event, Outbox, Question};
-use crate::sys;
+use crate::control::access::Standing;
+use crate::control::inbox::{Event, Outbox, Question};
+use crate::control::peer::{Connection, ConnectionId};
+use crate::host::sys;
 
 /// Connections that can be made through an inherited one at a time.
 const THROUGH_A_CHANNEL: usize = 4;
 
-/// Number of a connection, never used again.
-pub type ConnectionId = u64;
-
-/// A connection, as the primary knows it.
-#[derive(Clone, Debug)]
-pub struct Connection {
-    /// Its number.
-    pub id: ConnectionId,
-    /// Whom it was admitted as.
-    pub standing: Standing,
-    /// The inherited connection that it is, or was made through.
-    pub channel: Option<ConnectionId>,
-    end: Arc<Notify>,
+/// What came over the control socket.
+#[derive(Debug, Default)]
+pub struct ControlCounters {
+    pub(super) connections: AtomicU64,
+    pub(super) forbidden: AtomicU64,
+    pub(super) too_many: AtomicU64,
+    pub(super) malformed: AtomicU64,
 }
 
-impl Connection {
-    /// One of this number, which leads nowhere.
-    #[cfg(test)]
-    pub fn of(id: ConnectionId) -> Self {
-        Connection { id, standing: Standing::Named, channel: None, end: Arc::default() }
+impl ControlCounters {
+    /// As in the report.
+    pub fn report(&self) -> crate::report::Control {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        crate::report::Control {
+            connections: get(&self.connections),
+            forbidden: get(&self.forbidden),
+            too_many: get(&self.too_many),
+            malformed: get(&self.malformed),
+            refused: 0,
+        }
     }
+}
 
-    /// Hangs up.
-    pub fn end(&self) {
-        self.end.notify_one();
-    }
+pub(super) fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// The connection that a worker's process inherits. Dropping it hangs up, and ends all connections
@@ -119,7 +118,7 @@ impl Shared {
     }
 
     fn connection(&self, id: ConnectionId, standing: Standing, origin: Option<&Origin>) -> Connection {
-        Connection { id, standing, channel: origin.map(|origin| origin.channel), end: Arc::default() }
+        Connection::new(id, standing, origin.map(|origin| origin.channel))
     }
 
     /// Serves a connection that was accepted.

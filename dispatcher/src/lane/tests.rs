@@ -5,15 +5,15 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicU64;
 
+use xfan_packet::{FlowKey, TCP};
 use xfan_shm::clock::{monotonic_ns, stamped_ns};
-use xfan_shm::flow::{FlowKey, TCP};
 use xfan_shm::layout::{Down, Geometry};
 use xfan_shm::ring::Consumer;
 use xfan_shm::segment::{self, Mapping};
 
 use super::*;
-use crate::frames::Tally;
-use crate::steer::NOBODY;
+use crate::lane::NOBODY;
+use crate::memory::frames::Tally;
 
 const FRAME: u32 = 2048;
 const POSTED: u32 = 8;
@@ -98,7 +98,7 @@ fn bench() -> Bench {
         HashKey::from_bytes(KEY),
         counters.clone(),
         commands.clone(),
-        crate::lanes::doorbell().unwrap(),
+        crate::lane::handle::doorbell().unwrap(),
     );
     Bench { lane, commands, counters }
 }

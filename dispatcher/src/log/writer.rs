@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::sink::Sink;
-use crate::privileges::drop_all_capabilities;
+use crate::host::privileges::drop_all_capabilities;
 
 /// Bytes that may wait to be written.
 pub const ROOM: usize = 1 << 20;

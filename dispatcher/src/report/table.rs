@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Level, Member, Report, Xdp};
-use crate::steer::BUCKETS;
+use crate::lane::BUCKETS;
 
 /// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
 /// the time since start.

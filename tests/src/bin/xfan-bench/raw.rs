@@ -5,11 +5,11 @@
 //! dispatcher's: so the difference is what dispatching costs.
 
 use xfan::config::{Config, FrameBudget, Sizes};
-use xfan::interface::Interface;
-use xfan::mode::modes;
+use xfan::host::interface::Interface;
 use xfan::port::Port;
-use xfan::source::Received;
-use xfan::xsk::rings;
+use xfan::port::mode::modes;
+use xfan::port::rings;
+use xfan::port::source::Received;
 use xfan_shm::clock::ticks;
 
 use crate::Failure;

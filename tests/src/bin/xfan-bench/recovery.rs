@@ -6,8 +6,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xfan::control;
-use xfan::journal::{Entry, Page};
+use xfan::control::journal::{Entry, Page};
+use xfan::control::server;
 use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::generator::{End, Generator, Load};

@@ -35,7 +35,7 @@ pub fn community_id(flow: FlowId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
+    use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
     /// The ID of a flow between two ends, seen from either; for ICMP the two numbers are type and code.
     fn id(protocol: u8, source: &str, from: u16, destination: &str, to: u16) -> String {

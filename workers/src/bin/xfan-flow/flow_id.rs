@@ -3,7 +3,7 @@
 //! Zeek, Suricata and the Community ID do so too. The dispatcher, which only has to bring the packets of a flow to one
 //! worker, tells no ports of ICMP apart.
 
-use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
+use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
 /// A flow, seen in the direction of one of its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use xfan_shm::clock::monotonic_ns;
-use xfan_worker::flow::Packet;
+use xfan_worker::packet::Packet;
 use xfan_worker::{Batch, Counter, CounterError, Worker};
 
 use crate::output::{Counts, Output, OutputError};

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use serde::Serialize;
-use xfan_worker::flow::{FlowKey, ICMP, ICMPV6, SCTP, TCP, UDP};
+use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, SCTP, TCP, UDP};
 
 use crate::community_id::community_id;
 use crate::table::Flow;
@@ -87,7 +87,7 @@ mod tests {
     use crate::flow_id::{FlowId, Ports};
     use crate::table::FlowTable;
     use proptest::prelude::*;
-    use xfan_worker::flow::{IPV4, IPV6, Packet};
+    use xfan_worker::packet::{IPV4, IPV6, Packet};
 
     #[test]
     fn a_line_reads_as_documented() {

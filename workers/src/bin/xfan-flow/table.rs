@@ -1,7 +1,7 @@
 //! The flow table: bounded, keyed by the flow's identity, ordered by the time of the last packet.
 
 use hashlink::LruCache;
-use xfan_worker::flow::Packet;
+use xfan_worker::packet::Packet;
 
 use crate::flow_id::FlowId;
 
@@ -89,7 +89,7 @@ impl FlowTable {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use xfan_worker::flow::{FlowKey, TCP, UDP};
+    use xfan_worker::packet::{FlowKey, TCP, UDP};
 
     fn key(n: u8) -> FlowKey {
         let address = |last| std::net::IpAddr::from([10, 0, 0, last]);

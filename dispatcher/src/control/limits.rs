@@ -1,0 +1,149 @@
+//! How many connections there may be at a time, and whose.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use nix::sys::resource::{Resource, getrlimit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::control::access::Standing;
+
+/// Most connections of all users but root and the workers' user, of each of them, and of root. A
+/// user can have a worker in each of 64 places, and tools beside them.
+const ALL: usize = 256;
+const USER: usize = 80;
+const ROOT: usize = 64;
+/// Most connections of the workers' user where its workers inherit theirs, which do not count.
+const WORKERS: usize = 16;
+
+/// Most connections of each kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    all: usize,
+    user: usize,
+    root: usize,
+    workers: usize,
+    /// The limit of open files, if these are less for it.
+    descriptors: Option<usize>,
+}
+
+impl Limits {
+    /// For this process. `inherited`: all workers inherit their connections.
+    pub fn new(inherited: bool) -> Self {
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        Self::of(usize::try_from(descriptors).unwrap_or(usize::MAX), inherited)
+    }
+
+    /// For a process that may have so many descriptors: more than half are kept for other things
+    /// than connections.
+    fn of(descriptors: usize, inherited: bool) -> Self {
+        let part = |most: usize, divisor: usize| most.min(descriptors / divisor).max(1);
+        Limits {
+            all: part(ALL, 4),
+            user: part(USER, 8),
+            root: part(ROOT, 16),
+            workers: part(if inherited { WORKERS } else { USER }, 12),
+            descriptors: (descriptors < 4 * ALL).then_some(descriptors),
+        }
+    }
+}
+
+/// Who has how many connections.
+#[derive(Debug)]
+pub(super) struct Room {
+    limits: Limits,
+    root: Arc<Semaphore>,
+    workers: Arc<Semaphore>,
+    others: Arc<Semaphore>,
+    /// Only of users who were admitted: there are no more than the system has.
+    users: HashMap<u32, Arc<Semaphore>>,
+}
+
+impl Room {
+    pub fn new(limits: Limits) -> Self {
+        Room {
+            root: Arc::new(Semaphore::new(limits.root)),
+            workers: Arc::new(Semaphore::new(limits.workers)),
+            others: Arc::new(Semaphore::new(limits.all)),
+            users: HashMap::new(),
+            limits,
+        }
+    }
+
+    /// A connection's place, or why there is none. It is free again when what this returns is
+    /// dropped.
+    pub fn take(&mut self, uid: u32, standing: Standing) -> Result<Vec<OwnedSemaphorePermit>, String> {
+        let Limits { all, user, root, workers, descriptors } = self.limits;
+        let wanted: &[_] = match (uid, standing) {
+            (0, _) => &[(&self.root, root, "of root")],
+            (_, Standing::Worker) => &[(&self.workers, workers, "of the workers' user")],
+            (_, Standing::Named) => {
+                let own = self.users.entry(uid).or_insert_with(|| Arc::new(Semaphore::new(user)));
+                &[(&*own, user, "of this user"), (&self.others, all, "of all users")]
+            }
+        };
+        let take = |&(places, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
+            let message = || {
+                let more = descriptors.map_or_else(String::new, |descriptors| {
+                    format!(
+                        ", or raise the limit of open files, of which it is a part: RLIMIT_NOFILE is \
+                         {descriptors} (ulimit -n, LimitNOFILE=)"
+                    )
+                });
+                format!("there are {limit} connections {whose}, which is the limit: close some{more}")
+            };
+            places.clone().try_acquire_owned().map_err(|_| message())
+        };
+        wanted.iter().map(take).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes places until there is none. How many there were, and why there is no more.
+    fn fill(room: &mut Room, uid: u32, standing: Standing) -> (Vec<Vec<OwnedSemaphorePermit>>, String) {
+        let mut taken = Vec::new();
+        loop {
+            match room.take(uid, standing) {
+                Ok(place) => taken.push(place),
+                Err(message) => return (taken, message),
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_takes_the_connections_of_another() {
+        use Standing::{Named, Worker};
+        let mut room = Room::new(Limits::of(1 << 20, true));
+        let mut all = Vec::new();
+        for (uid, standing, places, whose) in [
+            (65534, Worker, 16, "16 connections of the workers' user"),
+            (1000, Named, 80, "80 connections of this user"),
+            (1001, Named, 80, "80 connections of this user"),
+            (1002, Named, 80, "80 connections of this user"),
+            (1003, Named, 16, "256 connections of all users"),
+            (0, Named, 64, "64 connections of root"),
+        ] {
+            let (taken, message) = fill(&mut room, uid, standing);
+            assert_eq!(taken.len(), places, "{uid}");
+            assert!(message.contains(whose), "{message}");
+            all.push(taken);
+        }
+        all.remove(1);
+        assert_eq!(fill(&mut room, 1004, Named).0.len(), 80);
+    }
+
+    #[test]
+    fn few_descriptors_are_not_all_for_connections() {
+        for descriptors in [64, 256, 1024, 4096] {
+            for inherited in [false, true] {
+                let Limits { all, user, root, workers, .. } = Limits::of(descriptors, inherited);
+                assert!(2 * (all + root + workers) <= descriptors && user <= all);
+            }
+        }
+        let usual = Limits::of(1024, false);
+        assert_eq!(usual, Limits { all: 256, user: 80, root: 64, workers: 80, descriptors: None });
+    }
+}

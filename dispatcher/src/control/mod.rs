@@ -1,0 +1,18 @@
+//! The control thread: it carries out what operators, workers and the kernel ask for.
+//!
+//! [`primary`] owns all control state. Connections, processes and signals reach it as events through
+//! the [`inbox`]. [`server`] accepts connections on the control socket, [`connection`] converses
+//! with a [`peer`], [`access`] decides who may connect, [`limits`] how many may, and [`rate_limit`] how often
+//! refusals are logged. [`client`] is the tools' end of the socket. [`members`] are the workers' places, [`journal`] records what happened.
+
+pub mod access;
+pub mod client;
+pub mod connection;
+pub mod inbox;
+pub mod journal;
+pub mod limits;
+pub mod members;
+pub mod peer;
+pub mod primary;
+pub mod rate_limit;
+pub mod server;

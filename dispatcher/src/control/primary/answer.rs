@@ -1,0 +1,89 @@
+//! Questions and their answers.
+
+use std::time::Instant;
+
+use xfan_shm::protocol::{Reply, Request};
+
+use super::{Primary, PrimaryError, TICK};
+use crate::control::inbox::{Answer, Question};
+
+impl Primary {
+    /// Answers one question.
+    pub(super) fn answer(&mut self, question: Question) -> Result<(), PrimaryError> {
+        let Question { connection, peer, request, answer } = question;
+        let (reply, refused) = match request {
+            Request::Stats | Request::Events(_) if peer.uid() != 0 => {
+                self.waiting.push((request, answer));
+                if self.told.is_none_or(|told| told.elapsed() >= TICK) {
+                    self.tell_those_who_wait();
+                }
+                return Ok(());
+            }
+            Request::Stats => (self.stats(), Ok(())),
+            Request::Attach(attach) => self.attach(connection, peer, attach),
+            Request::Ready => (self.ready(&connection, &peer), Ok(())),
+            Request::Detach => {
+                self.begin_detach(connection.id);
+                (Answer::default(), Ok(()))
+            }
+            Request::Events(after) => (self.events_after(after), Ok(())),
+            Request::Workers(order) => (self.order(&peer, &order).into(), Ok(())),
+            // Made where connections are served.
+            Request::Connect => (Answer::default(), Ok(())),
+        };
+        // Whoever asked may be gone.
+        let _ = answer.send(reply);
+        refused
+    }
+
+    /// Answers users but root: at once if nobody was answered for a while, else with the next tick.
+    /// One report is made for all that want one, so whoever asks without a pause costs one report
+    /// per tick.
+    pub(super) fn tell_those_who_wait(&mut self) {
+        /// Most parts of the journal at a time.
+        const PAGES: usize = 16;
+        if self.waiting.is_empty() {
+            return;
+        }
+        let (mut report, mut pages) = (None, 0);
+        for (request, answer) in std::mem::take(&mut self.waiting) {
+            let reply = match request {
+                Request::Events(after) if pages < PAGES => {
+                    pages += 1;
+                    self.events_after(after).reply
+                }
+                Request::Events(_) => {
+                    self.waiting.push((request, answer));
+                    continue;
+                }
+                _ => report.get_or_insert_with(|| self.stats().reply).clone(),
+            };
+            // Whoever asked may be gone.
+            let _ = answer.send(Answer { reply, fds: Vec::new() });
+        }
+        self.told = Some(Instant::now());
+    }
+
+    /// Tells of refusals that were too many to be told one by one.
+    pub(super) fn tell_suppressed(&mut self, now: Instant) {
+        for (uid, refusals) in self.limit.suppressed(now) {
+            let who = uid.map_or("several users".into(), |uid| format!("user id {uid}"));
+            tracing::warn!("refused: {refusals} more requests of {who}");
+            self.journal.write(None, 0, "refused", format!("{refusals} more requests of {who}"));
+        }
+    }
+
+    fn stats(&mut self) -> Answer {
+        match serde_json::to_value(self.report()) {
+            Ok(report) => Reply::Stats(report).into(),
+            Err(_) => Answer::default(),
+        }
+    }
+
+    fn events_after(&self, number: u64) -> Answer {
+        match serde_json::to_value(self.journal.page(number)) {
+            Ok(page) => Reply::Events(page).into(),
+            Err(_) => Answer::default(),
+        }
+    }
+}

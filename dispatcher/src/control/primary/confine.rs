@@ -1,0 +1,122 @@
+//! How the primary confines its workers and itself, and ends what workers leave behind.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::Primary;
+use super::workers::Spawner;
+use crate::control::connection::Connections;
+use crate::control::inbox::Outbox;
+use crate::host::privileges::{empty_bounding_set, keep_capabilities, of_control};
+use crate::process::cgroup::Cgroups;
+use crate::process::inherit::Fresh;
+use crate::process::orphans;
+use crate::process::spawn::{Process, WorkerCommand};
+use crate::process::survivors::Note;
+use crate::report::Confinement;
+
+impl Spawner {
+    /// What it takes to start workers of the primary that listens on `socket`. Logs how they are confined.
+    pub(super) fn new(
+        command: &WorkerCommand,
+        socket: &Path,
+        note: Note,
+        outbox: Outbox,
+        connections: Connections,
+    ) -> Self {
+        let limits = &command.limits;
+        let (cgroups, why_not) = match Cgroups::begin(socket, limits.clone()) {
+            Ok(cgroups) => (Some(cgroups), String::new()),
+            Err(why) => (None, why),
+        };
+        let data = limits.memory.filter(|_| !cgroups.as_ref().is_some_and(Cgroups::limits_memory));
+        let (mut have, mut lack) = match &cgroups {
+            Some(cgroups) => cgroups.in_force(),
+            None => (vec![], vec!["worker_processes"]),
+        };
+        if cgroups.is_none() && limits.cpu_weight != 100 {
+            lack.push("worker_cpu_weight");
+        }
+        if data.is_some() {
+            // Each process of a worker may have as much.
+            lack.retain(|name| *name != "worker_memory");
+            have.push("worker_memory (for each process)");
+        }
+        let names = |list: &[&str]| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        let (in_force, not_enforced) = (names(&have), names(&lack));
+        let sandbox = command.sandbox.is_some();
+        let advice = if lack.is_empty() {
+            ""
+        } else {
+            "; to have all, run xfan alone in a cgroup v2 that is delegated to it (systemd: Delegate=yes)"
+        };
+        match &cgroups {
+            Some(cgroups) => tracing::info!(
+                cgroups = %cgroups.folder().display(), in_force, not_enforced, sandbox,
+                "workers are confined{advice}"
+            ),
+            None => tracing::info!(
+                in_force,
+                not_enforced,
+                sandbox,
+                "workers have no cgroups, since {why_not}: descendants that outlive them are killed one by one{advice}"
+            ),
+        }
+        let owned = |list: Vec<&str>| list.into_iter().map(str::to_owned).collect();
+        Spawner {
+            command: command.clone(),
+            socket: socket.to_owned(),
+            note,
+            outbox,
+            connections,
+            confinement: Confinement {
+                cgroups: cgroups.as_ref().map(|cgroups| cgroups.folder().display().to_string()),
+                limits: owned(have),
+                not_enforced: owned(lack),
+                sandbox,
+            },
+            cgroups,
+            fresh: Fresh::new(data),
+        }
+    }
+}
+
+impl Primary {
+    pub(super) fn cgroups(&self) -> Option<&Cgroups> {
+        self.spawner.as_ref()?.cgroups.as_ref()
+    }
+
+    /// Ends what workers have left behind. `true`: nothing is left.
+    pub(super) fn look_for_orphans(&mut self) -> bool {
+        let swept = self.cgroups().is_none_or(Cgroups::sweep);
+        if !orphans::are_adopted() {
+            return swept;
+        }
+        let processes = self.members.iter().filter_map(|member| member.process.as_ref());
+        let workers: HashSet<u32> = processes.map(Process::pid).collect();
+        // With cgroups, orphans end with the cgroup of their worker.
+        let left =
+            if self.cgroups().is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
+        swept && left == 0
+    }
+
+    /// Gives up the capabilities of the start, and with them the way to another one: the interface has its program, and the
+    /// workers run.
+    pub(super) fn give_up_capabilities(&self, socket: &Path) {
+        if self.port.is_none() {
+            return; // packets come from memory: the process is not this primary's alone
+        }
+        let own = nix::unistd::geteuid().as_raw();
+        // What is removed at the end: the socket, and the folder of the cgroups.
+        let mut folders =
+            [socket, self.cgroups().map_or(socket, Cgroups::folder)].into_iter().map(Path::parent);
+        let may_write = |folder: &Path| {
+            std::fs::metadata(folder).is_ok_and(|folder| folder.uid() == own && folder.mode() & 0o200 != 0)
+        };
+        let overriding = !folders.all(|folder| folder.is_none_or(may_write));
+        if let Err(error) = empty_bounding_set().and_then(|()| keep_capabilities(of_control(overriding))) {
+            tracing::warn!("xfan cannot give up its capabilities: {error}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Counters that one lane writes and the control thread reads.
+//!
+//! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and group
+//! `received = delivered + Σ dropped`, and for every member `delivered = committed + backlog + requeued + lost`.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use crate::memory::frames::Tally;
+
+/// A number that one thread writes.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds, as the only writer.
+    #[inline(always)]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Sets, as the only writer.
+    #[inline(always)]
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    /// Reads; from any thread.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a lane counts.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct LaneCounters {
+    /// Packets taken from the RX ring.
+    pub received: Counter,
+    /// Bytes of these packets.
+    pub bytes: Counter,
+    /// Packets pushed into a worker's ring.
+    pub delivered: Counter,
+    /// Dropped: the worker's ring was full.
+    pub ring_full: Counter,
+    /// Dropped: no worker takes packets of this flow.
+    pub no_worker: Counter,
+    /// Dropped: the frame was not the kernel's to hand over. A bug of the driver.
+    pub frame_owner: Counter,
+    /// Packets in which no 5-tuple could be read; they are delivered all the same.
+    pub unparsed: Counter,
+    /// Packets shorter than their IP length; they are delivered like all others.
+    pub cut: Counter,
+    /// Batches that held packets.
+    pub batches: Counter,
+    /// Busy time, in ticks.
+    pub busy_ticks: Counter,
+    /// Times the lane slept.
+    pub sleeps: Counter,
+    /// Times the RX ring was found empty.
+    pub emptied: Counter,
+    /// Commands obeyed.
+    pub commands: Counter,
+    /// Raised when a lane that was told to drain has found its RX ring empty.
+    pub drained: AtomicBool,
+    tally: [AtomicU32; 4],
+}
+
+impl LaneCounters {
+    /// Publishes how many frames each owner has.
+    pub fn set_tally(&self, tally: Tally) {
+        let values = [tally.total, tally.free, tally.kernel, tally.lent];
+        for (place, value) in self.tally.iter().zip(values) {
+            place.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// How many frames each owner had, when the lane last looked.
+    pub fn tally(&self) -> Tally {
+        let [total, free, kernel, lent] =
+            std::array::from_fn(|place| self.tally[place].load(Ordering::Relaxed));
+        Tally { total, free, kernel, lent }
+    }
+
+    /// Drops by cause.
+    pub fn dropped(&self) -> [(&'static str, u64); 3] {
+        [
+            ("ring_full", self.ring_full.get()),
+            ("no_worker", self.no_worker.get()),
+            ("frame_owner", self.frame_owner.get()),
+        ]
+    }
+}
+
+/// What a lane counts of one member.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct MemberCounters {
+    /// Packets pushed into the member's ring.
+    pub delivered: Counter,
+    /// Packets it gave back.
+    pub committed: Counter,
+    /// Packets for it that were dropped because its ring was full.
+    pub dropped: Counter,
+    /// Packets that were in its ring when it was gone, and went to others.
+    pub requeued: Counter,
+    /// Packets that were in its ring when it was gone, and that nobody had room for.
+    pub lost: Counter,
+    /// Times it was woken.
+    pub wakeups: Counter,
+    /// Set by the lane when the worker's index made no sense; the lane takes nothing back from it any more.
+    pub corrupt: AtomicBool,
+}

@@ -1,0 +1,258 @@
+//! The control thread's end of a lane: its thread, its commands, its counters.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::ArrayQueue;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::host::privileges::drop_all_capabilities;
+use crate::lane::HashKey;
+use crate::lane::counters::LaneCounters;
+use crate::lane::{Command, Lane, LaneConfig};
+use crate::memory::frames::{Frames, Tally};
+use crate::memory::umem::PacketMemory;
+use crate::port::rings;
+use crate::port::source::PacketSource;
+use crate::port::watch::{Arrivals, Reading};
+use crate::report;
+
+/// Commands that may wait for a lane. It obeys between two batches, so more than a few never do.
+const COMMANDS: usize = 256;
+
+/// More packets than a driver handles in one round of NAPI.
+const ROUND: u64 = 1024;
+
+/// A running lane.
+#[derive(Debug)]
+pub struct LaneHandle {
+    /// RX queue.
+    pub queue: u32,
+    /// CPU it is pinned on.
+    pub core: usize,
+    counters: Arc<LaneCounters>,
+    commands: Arc<ArrayQueue<Command>>,
+    doorbell: Arc<OwnedFd>,
+    issued: u64,
+    /// Frames that the lane keeps posted to the kernel.
+    posted: u32,
+    thread: Option<JoinHandle<Frames>>,
+    /// For the kernel's statistics; none where packets come from memory.
+    socket: Option<OwnedFd>,
+    kernel: report::Kernel,
+    /// How often the kernel had found the FILL ring empty before packets could arrive: when the
+    /// socket was bound.
+    fill_ring_empty_before: u64,
+    cut: Told,
+}
+
+/// The reports of packets that arrived cut.
+#[derive(Debug)]
+struct Told {
+    count: u64,
+    /// When the next report is allowed, and the pause after it.
+    next: Instant,
+    pause: Duration,
+}
+
+/// What a lane is made of, beside its source.
+#[derive(Debug)]
+pub struct LaneParts {
+    /// RX queue.
+    pub queue: u32,
+    /// CPU to pin it on.
+    pub core: usize,
+    /// How it spends its time.
+    pub config: LaneConfig,
+    /// Where packets lie.
+    pub memory: Arc<PacketMemory>,
+    /// UMEM offset of its first frame, frame size in bytes, number of frames.
+    pub region: (u32, u32, NonZeroU32),
+    /// Key of the flow hash.
+    pub key: HashKey,
+    /// A second descriptor of its socket.
+    pub socket: Option<OwnedFd>,
+}
+
+/// A non-blocking eventfd at 0.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn doorbell() -> io::Result<Arc<OwnedFd>> {
+    let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    Ok(Arc::new(eventfd.into()))
+}
+
+impl LaneHandle {
+    /// Starts a lane on its own thread.
+    ///
+    /// # Errors
+    /// If the thread cannot be made.
+    pub fn spawn<S: PacketSource + Send + 'static>(parts: LaneParts, source: S) -> io::Result<Self> {
+        let LaneParts { queue, core, config, memory, region, key, socket } = parts;
+        let counters = Arc::<LaneCounters>::default();
+        let commands = Arc::new(ArrayQueue::new(COMMANDS));
+        let bell = doorbell()?;
+        let (base, size, count) = region;
+        let frames = Frames::new(base, size, count.get());
+        let lane =
+            Lane::new(config, source, memory, frames, key, counters.clone(), commands.clone(), bell.clone());
+        let thread = std::thread::Builder::new().name(format!("lane-{queue}")).spawn(move || {
+            if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+                tracing::warn!(
+                    queue,
+                    core,
+                    "cannot pin the lane on its CPU; it runs wherever the kernel puts it"
+                );
+            }
+            drop_all_capabilities();
+            lane.run()
+        })?;
+        Ok(LaneHandle {
+            queue,
+            core,
+            counters,
+            commands,
+            doorbell: bell,
+            issued: 0,
+            posted: config.posted,
+            thread: Some(thread),
+            socket,
+            kernel: report::Kernel::default(),
+            fill_ring_empty_before: 0,
+            cut: Told { count: 0, next: Instant::now(), pause: Duration::from_secs(1) },
+        })
+    }
+
+    /// Hands the lane a command; it is obeyed before the next batch.
+    pub fn command(&mut self, mut command: Command) {
+        while let Err(back) = self.commands.push(command) {
+            if self.ended() {
+                return;
+            }
+            command = back;
+            self.wake();
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        self.issued += 1;
+        self.wake();
+    }
+
+    /// Wakes it, so that it settles its accounts.
+    pub fn wake(&self) {
+        // Full or not, it is readable.
+        let _ = nix::unistd::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    /// Whether all commands have been obeyed, or never will be.
+    pub fn obeyed(&self) -> bool {
+        self.counters.commands.get() == self.issued || self.ended()
+    }
+
+    /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
+    pub fn drained(&self) -> bool {
+        self.counters.drained.load(std::sync::atomic::Ordering::Acquire) || self.ended()
+    }
+
+    /// Whether its thread has ended; unasked, that is a bug.
+    pub fn ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the lane. Returns its ledger, or `None` if the lane panicked.
+    pub fn stop(&mut self) -> Option<Frames> {
+        self.refresh_kernel();
+        if self.thread.is_some() {
+            self.command(Command::Stop);
+        }
+        let frames = self.thread.take()?.join().ok()?;
+        self.socket = None;
+        Some(frames)
+    }
+
+    /// The number of packets that arrived cut since the last report; `None`: nothing to report.
+    /// After a report the next one waits for a second, and each time twice as long, up to a minute:
+    /// a driver that cuts packets does not stop.
+    pub fn newly_cut(&mut self, now: Instant) -> Option<u64> {
+        let count = self.counters.cut.get();
+        if count == self.cut.count || now < self.cut.next {
+            return None;
+        }
+        let told = std::mem::replace(&mut self.cut.count, count);
+        self.cut.next = now + self.cut.pause;
+        self.cut.pause = (self.cut.pause * 2).min(Duration::from_secs(60));
+        Some(count - told)
+    }
+
+    fn refresh_kernel(&mut self) {
+        let Some(statistics) = self.socket.as_ref().and_then(|socket| rings::statistics(socket).ok()) else {
+            return;
+        };
+        self.kernel = report::Kernel {
+            rx_dropped: statistics.rx_dropped,
+            rx_ring_full: statistics.rx_ring_full,
+            fill_ring_empty: statistics.rx_fill_ring_empty_descs.saturating_sub(self.fill_ring_empty_before),
+            rx_invalid_descs: statistics.rx_invalid_descs,
+        };
+    }
+
+    /// Packets arrive from now on. Empty FILL rings before do not count.
+    pub fn packets_come(&mut self) {
+        self.refresh_kernel();
+        self.fill_ring_empty_before += self.kernel.fill_ring_empty;
+    }
+
+    /// Starts the accounting of packets redirected to this lane.
+    pub fn arrivals(&self) -> Arrivals {
+        Arrivals::new(u64::from(self.posted) + ROUND)
+    }
+
+    /// Reads the lane's counters for [`arrivals`](Self::arrivals). `redirected` is the XDP
+    /// program's counter, which must be read first.
+    pub fn read(&mut self, redirected: u64) -> Reading {
+        let emptied = self.counters.emptied.get();
+        let received = self.counters.received.get();
+        self.refresh_kernel();
+        Reading {
+            redirected,
+            emptied,
+            accounted: received + self.kernel.rx_dropped + self.kernel.rx_ring_full,
+        }
+    }
+
+    /// What it counted.
+    pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
+        self.refresh_kernel();
+        let counters = &self.counters;
+        let Tally { total, free, kernel, lent } = counters.tally();
+        report::Lane {
+            queue: self.queue,
+            core: self.core,
+            received: counters.received.get(),
+            bytes: counters.bytes.get(),
+            delivered: counters.delivered.get(),
+            dropped: counters.dropped().into_iter().map(|(cause, count)| (cause.to_owned(), count)).collect(),
+            unparsed: counters.unparsed.get(),
+            cut: counters.cut.get(),
+            batches: counters.batches.get(),
+            busy_ns: xfan_shm::clock::ticks_to_ns(counters.busy_ticks.get()),
+            sleeps: counters.sleeps.get(),
+            kernel: self.kernel,
+            unaccounted: 0,
+            xdp,
+            // Published between batches, when nothing is the lane's.
+            frames: report::Frames { total, free, kernel, lane: 0, lent, tx: 0 },
+        }
+    }
+}
+
+impl Drop for LaneHandle {
+    /// No lane outlives the control thread's interest in it, also when starting the others failed.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,296 @@
+//! Watches the interface while a primary runs: its settings, its counters, and whether redirected
+//! packets arrive.
+//!
+//! The control thread checks often whether the interface still exists, which takes no lock. All
+//! other queries take RTNL, a lock that other processes may hold for seconds, so a separate thread
+//! makes them about once a second.
+
+mod arrivals;
+mod conditions;
+mod differences;
+mod driver;
+mod drop_counters;
+mod link;
+mod presence;
+mod unseen;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::host::interface::Interface;
+use crate::host::privileges::drop_all_capabilities;
+use crate::report::{self, Notice};
+use conditions::Seen;
+use differences::Differences;
+use driver::{Driver, Offloads};
+use link::{Link, LinkSocket};
+use presence::Presence;
+use unseen::Unseen;
+
+pub use arrivals::{Arrivals, Change as ArrivalsChange, Reading};
+pub use conditions::{Change, Expected, unaccounted};
+
+/// The time from one look at the interface to the next.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How long the first look may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a link may take to come back after attaching the program has reset it.
+const RESET: Duration = Duration::from_secs(6);
+
+/// Whether an interface has a carrier; `false` also if that cannot be read.
+pub fn has_carrier(index: u32) -> bool {
+    LinkSocket::of(index).and_then(|mut link| link.ask()).is_ok_and(|link| link.carrier)
+}
+
+/// Watches an interface.
+#[derive(Debug)]
+pub struct Watch {
+    presence: Presence,
+    driver: String,
+    expected: Expected,
+    orders: mpsc::Sender<()>,
+    looks: mpsc::Receiver<Option<Look>>,
+    /// A look was ordered, and its result has not arrived yet.
+    waiting: bool,
+    next: Instant,
+    seen: Option<Seen>,
+    /// Until this time a missing carrier is not reported: the link may still be resetting.
+    carrier_due: Option<Instant>,
+    told: conditions::Told,
+    of_interface: Differences,
+    of_driver: Differences,
+    unseen: Unseen,
+    /// What could not be read and has been reported.
+    unreadable: BTreeSet<&'static str>,
+}
+
+/// The result of one look.
+#[derive(Debug)]
+struct Look {
+    name: String,
+    link: io::Result<Link>,
+    rx_queues: io::Result<Option<u32>>,
+    offloads: io::Result<Offloads>,
+    counters: io::Result<BTreeMap<String, u64>>,
+}
+
+/// The descriptors that a look uses.
+struct Looker {
+    presence: Presence,
+    link: LinkSocket,
+    driver: Driver,
+}
+
+impl Looker {
+    /// `None`: the interface is gone, or was renamed during the look: ethtool queries go by name.
+    fn look(&mut self) -> Option<Look> {
+        let name = self.presence.name().ok()??;
+        let look = Look {
+            link: self.link.ask(),
+            rx_queues: self.driver.rx_queues(&name),
+            offloads: self.driver.offloads(&name),
+            counters: self.driver.counters(&name),
+            name,
+        };
+        (self.presence.name().ok()?? == look.name).then_some(look)
+    }
+}
+
+impl Watch {
+    /// Begins to watch an interface of the calling thread's network namespace. Counters start at
+    /// zero now. Attach the program and bind the sockets first, since both reset the counters of
+    /// some drivers. Many drivers also reset the link: if the interface `had_carrier` before, a
+    /// missing carrier is not reported at once.
+    ///
+    /// # Errors
+    /// No descriptor or thread is left.
+    pub fn begin(interface: &Interface, expected: Expected, had_carrier: bool) -> io::Result<Self> {
+        let index = interface.index;
+        let mut looker =
+            Looker { presence: Presence::of(index)?, link: LinkSocket::of(index)?, driver: Driver::open()? };
+        let (orders, ordered) = mpsc::channel();
+        let (answers, looks) = mpsc::channel();
+        // The thread ends when `orders` is dropped; nothing joins it, since it may wait for RTNL.
+        std::thread::Builder::new().name("watch".into()).spawn(move || {
+            drop_all_capabilities();
+            while ordered.recv().is_ok() && answers.send(looker.look()).is_ok() {}
+        })?;
+        let mut watch = Watch {
+            presence: Presence::of(index)?,
+            driver: interface.driver.clone(),
+            expected,
+            orders,
+            looks,
+            waiting: false,
+            next: Instant::now(),
+            seen: None,
+            carrier_due: had_carrier.then(|| Instant::now() + RESET),
+            told: conditions::Told::default(),
+            of_interface: Differences::default(),
+            of_driver: Differences::default(),
+            unseen: Unseen::default(),
+            unreadable: BTreeSet::new(),
+        };
+        watch.look_now(PATIENCE);
+        Ok(watch)
+    }
+
+    /// The interface's name; `None`: it is gone. If the query fails otherwise, returns `known` and
+    /// takes the interface as present.
+    pub fn name(&mut self, known: &str) -> Option<String> {
+        self.presence.name().unwrap_or_else(|error| {
+            self.cannot_read("the name", known, &error);
+            Some(known.to_owned())
+        })
+    }
+
+    /// Looks, and waits for the result, at most for `patience`.
+    fn look_now(&mut self, patience: Duration) {
+        let until = Instant::now() + patience;
+        let take = |watch: &mut Self| {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Ok(look) = watch.looks.recv_timeout(left) {
+                watch.take(look);
+            }
+        };
+        if self.waiting {
+            take(self);
+        }
+        if !self.waiting {
+            self.order();
+            take(self);
+        }
+    }
+
+    /// Reads the counters once more. Settings stay as last seen, since the primary itself is
+    /// detaching from the interface.
+    pub fn count_now(&mut self, patience: Duration) {
+        let seen = self.seen.clone();
+        self.look_now(patience);
+        self.seen = seen;
+    }
+
+    /// Takes results, and orders the next look when it is due. `true`: a result has arrived since
+    /// the last call.
+    pub fn look(&mut self) -> bool {
+        let mut news = false;
+        while let Ok(look) = self.looks.try_recv() {
+            self.take(look);
+            news = true;
+        }
+        if !self.waiting && Instant::now() >= self.next {
+            self.order();
+        }
+        news
+    }
+
+    fn order(&mut self) {
+        self.next = Instant::now() + PERIOD;
+        self.waiting = self.orders.send(()).is_ok();
+    }
+
+    fn take(&mut self, look: Option<Look>) {
+        self.waiting = false;
+        let Some(Look { name, link, rx_queues, offloads, counters }) = look else { return };
+        let mut seen = self.seen.take();
+        match link {
+            Ok(mut link) => {
+                self.of_interface.update(link.counters.clone());
+                link.carrier |= self.carrier_due.is_some_and(|due| Instant::now() < due);
+                seen.get_or_insert_default().link = link;
+            }
+            Err(error) => self.cannot_read("flags and counters", &name, &error),
+        }
+        match counters {
+            Ok(mut counters) => {
+                counters.retain(|counter, _| {
+                    drop_counters::is_one(&self.driver, counter) || drop_counters::may_be_one(counter)
+                });
+                self.of_driver.update(counters);
+            }
+            Err(error) => self.cannot_read("the driver's counters", &name, &error),
+        }
+        if let Some(seen) = &mut seen {
+            match rx_queues {
+                Ok(count) => seen.rx_queues = count,
+                Err(error) => self.cannot_read("the RX queues", &name, &error),
+            }
+            match offloads {
+                Ok(offloads) => seen.offloads = offloads,
+                Err(error) => self.cannot_read("the offloads", &name, &error),
+            }
+            seen.name = name;
+        }
+        self.seen = seen;
+    }
+
+    /// Reports once what cannot be read. Ignores ENODEV: [`name`](Self::name) detects that the
+    /// interface is gone.
+    fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
+        if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
+            tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan continues without");
+        }
+    }
+
+    /// All current conditions of the interface.
+    pub fn conditions(&self) -> Vec<Notice> {
+        let Some(seen) = &self.seen else { return Vec::new() };
+        conditions::conditions(seen, &self.expected, self.unseen.is_so())
+    }
+
+    /// Takes the number of packets that the XDP program has seen so far.
+    pub fn program_has_seen(&mut self, packets: u64) {
+        let counted = self.of_interface.since_start();
+        let count = |name: &str| counted.get(name).copied().unwrap_or_default();
+        let came_in = ["rx_packets", "rx_dropped", "rx_missed_errors", "rx_over_errors", "rx_fifo_errors"];
+        self.unseen.observe(came_in.into_iter().map(count).sum(), packets);
+    }
+
+    /// The changes to report now.
+    pub fn changes(&mut self) -> Vec<Change> {
+        self.told.changes(&self.conditions(), Instant::now())
+    }
+
+    /// The kernel's and the driver's counters of dropped packets, since the start.
+    pub fn nic(&self) -> report::Nic {
+        let driver = self.of_driver.since_start().iter();
+        report::Nic {
+            interface: self.of_interface.since_start().clone(),
+            driver: driver
+                .filter(|(name, since)| drop_counters::is_one(&self.driver, name) || **since > 0)
+                .map(|(name, since)| (name.clone(), *since))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_reset_at_the_start_is_not_said_to_have_no_carrier() {
+        let interface = Interface::find("lo").unwrap();
+        assert!(!has_carrier(0x7fff_fff0));
+        let expected = Expected { queues: vec![0], max_mtu: 1770 };
+        for had_carrier in [false, true] {
+            let mut watch = Watch::begin(&interface, expected.clone(), had_carrier).unwrap();
+            let said = |watch: &mut Watch| {
+                watch.take(Some(Look {
+                    name: "lo".into(),
+                    link: Ok(Link { mtu: 1500, up: true, xdp: true, ..Link::default() }),
+                    rx_queues: Ok(None),
+                    offloads: Ok(Offloads::default()),
+                    counters: Ok(BTreeMap::new()),
+                }));
+                watch.conditions().iter().any(|notice| notice.topic == "carrier")
+            };
+            assert_eq!(said(&mut watch), !had_carrier);
+            // Unless it does not come back.
+            watch.carrier_due = watch.carrier_due.map(|_| Instant::now());
+            assert!(said(&mut watch));
+        }
+    }
+}

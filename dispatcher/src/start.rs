@@ -1,0 +1,335 @@
+//! `xfan run`: from a configuration to a running primary.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use xfan_shm::layout::{Geometry, MAX_LANES};
+use xfan_xdp::AttachError;
+
+use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
+use crate::control::access::Access;
+use crate::control::members::Member;
+use crate::control::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
+use crate::control::server::{ControlError, Listener};
+use crate::host::interface::{Interface, InterfaceError};
+use crate::host::placement::{Placement, PlacementError, place};
+use crate::host::privileges::{PrivilegeError, check_privileges};
+use crate::host::sys::{self, block_signals};
+use crate::host::topology::{Machine, TopologyError};
+use crate::lane::HashKey;
+use crate::lane::LaneConfig;
+use crate::lane::handle::{LaneHandle, LaneParts};
+use crate::log::LogError;
+use crate::port::mode::{CopyMode, Mode, ModeError, modes};
+use crate::port::socket::BindError;
+use crate::port::{Port, PortError};
+use crate::process::cgroup::Limits;
+use crate::process::inherit;
+use crate::process::orphans;
+use crate::process::output::{Output, OutputError};
+use crate::process::seccomp::{Filter, FilterError};
+use crate::process::spawn::WorkerCommand;
+
+/// Why `xfan run` ended with an error.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+#[allow(missing_docs)] // each is its source
+pub enum RunError {
+    Config(#[from] ConfigError),
+    Privilege(#[from] PrivilegeError),
+    User(#[from] UserError),
+    Interface(#[from] InterfaceError),
+    Mode(#[from] ModeError),
+    Topology(#[from] TopologyError),
+    Placement(#[from] PlacementError),
+    Budget(#[from] BudgetError),
+    Port(#[from] PortError),
+    Control(#[from] ControlError),
+    Log(#[from] LogError),
+    Output(#[from] OutputError),
+    Primary(#[from] PrimaryError),
+    Filter(#[from] FilterError),
+    Io(#[from] std::io::Error),
+    #[error(
+        "`{interface}` would get {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: name the queues that get \
+         one with --queues, or lower their number (`ethtool -L {interface}`)"
+    )]
+    TooManyLanes {
+        interface: String,
+        lanes: u32,
+    },
+    #[error(
+        "{needed} file descriptors are needed for {lanes} lanes and {workers} workers, but RLIMIT_NOFILE of this process is \
+         {limit} (ulimit -n, LimitNOFILE=): raise it, or have fewer queues or workers"
+    )]
+    Descriptors {
+        needed: u64,
+        lanes: usize,
+        workers: usize,
+        limit: u64,
+    },
+    #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
+    Imbalance(Vec<String>),
+    #[error("packets were lost that are in no counter: {}", .0.join("; "))]
+    Unaccounted(Vec<String>),
+}
+
+/// Runs a primary until it is asked to end; returns its last report.
+///
+/// Attaching the XDP program is the first step that touches the NIC. Every step that can fail
+/// without it comes before: the sockets are bound, their FILL rings full, and the workers attached.
+///
+/// # Errors
+/// [`RunError`]. Everything is taken down again in either case.
+pub fn run(config: &Config) -> Result<Outcome, RunError> {
+    let descriptors = sys::raise_descriptor_limit();
+    let interface = Interface::find(&config.interface)?;
+    let queues = interface.select(&config.queues)?;
+    // Libraries call a lack of descriptors by other names.
+    let needed = descriptors_needed(queues.len(), config.workers);
+    if needed > descriptors {
+        let (lanes, workers) = (queues.len(), config.workers);
+        return Err(RunError::Descriptors { needed, lanes, workers, limit: descriptors });
+    }
+    let modes = modes(config, &interface)?;
+    check_privileges()?;
+    let user = WorkerUser::find(config.user.as_deref())?;
+    if !config.command.is_empty() {
+        user.check_beside(nix::unistd::geteuid())?;
+    }
+    let access = Access::find(&config.control, &user)?;
+    if !config.command.is_empty() && !access.lets_connect(&user) {
+        return Err(UserError::LockedOut(user.name).into());
+    }
+    let machine = Machine::discover(Some(&interface))?;
+    let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref())?;
+    for note in &placement.notes {
+        tracing::warn!("{note}");
+    }
+    let lanes = u32::try_from(queues.len()).unwrap_or(u32::MAX);
+    if lanes > MAX_LANES {
+        return Err(RunError::TooManyLanes { interface: interface.name, lanes });
+    }
+    let key = HashKey::from_bytes(match config.hash_key {
+        Some(key) => key,
+        None => random_bytes()?,
+    });
+    confine()?;
+    let mut workers = None;
+    if !config.command.is_empty() {
+        let members: Vec<_> = (0..config.workers).map(member_id).collect();
+        let output = Output::begin(config.worker_output.clone(), config.survive, &members)?;
+        let lanes = placement.lanes.iter().map(|slot| slot.cpu).filter(|_| !placement.shared);
+        let limits = Limits {
+            memory: config.worker_memory,
+            processes: config.worker_processes,
+            cpu_weight: config.worker_cpu_weight,
+            lanes: lanes.collect(),
+        };
+        let sandbox = config.worker_sandbox.then(Filter::of_sandbox).transpose()?;
+        workers = Some(WorkerCommand {
+            command: config.command.clone(),
+            user,
+            survive: config.survive,
+            limits,
+            sandbox,
+            output,
+        });
+    }
+    let start = Start { config, interface, queues, machine, placement, key };
+    let outcome = start.run(modes, &access, workers.as_ref());
+    if let Some(workers) = workers {
+        workers.output.end();
+    }
+    outcome
+}
+
+/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane, 6 for each worker
+/// (2 of them pipes for its output); and those it has for a moment while it starts a worker or answers an operator.
+fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
+    48 + 4 * lanes as u64 + 6 * workers as u64
+}
+
+/// Confines this process, and what it starts, as it needs no interface or configuration to know.
+fn confine() -> Result<(), RunError> {
+    Filter::of_primary()?.install_for_all_threads().map_err(FilterError::from)?;
+    orphans::adopt_orphans()?;
+    if let Err(error) = inherit::protect_from_oom() {
+        tracing::info!(
+            "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or set OOMScoreAdjust=-900 \
+             in its systemd unit"
+        );
+    }
+    if let Err(error) = inherit::dump_no_packets() {
+        tracing::info!("core dumps may hold packets: {error}");
+    }
+    Ok(())
+}
+
+/// Whether a mode failed for something that the next mode does not need: zero-copy, larger frames,
+/// or enough frames for the NIC's own ring.
+fn next_may_do(error: &RunError) -> bool {
+    matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
+}
+
+/// What a start needs in every mode.
+struct Start<'a> {
+    config: &'a Config,
+    interface: Interface,
+    queues: Vec<u32>,
+    machine: Machine,
+    placement: Placement,
+    key: HashKey,
+}
+
+impl Start<'_> {
+    /// Runs a primary in the first mode that can be had.
+    fn run(
+        &self,
+        modes: Vec<Mode>,
+        access: &Access,
+        workers: Option<&WorkerCommand>,
+    ) -> Result<Outcome, RunError> {
+        let mut listener = None;
+        let mut modes = modes.into_iter().peekable();
+        loop {
+            // `modes` is never empty, and the loop continues only if another mode is left.
+            let Some(mode) = modes.next() else {
+                return Err(RunError::Io(std::io::ErrorKind::InvalidInput.into()));
+            };
+            let last = modes.peek().is_none();
+            // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
+            block_signals(true)?;
+            let primary = match self.primary(mode) {
+                Err(error) if !last && next_may_do(&error) => {
+                    tracing::warn!(
+                        "no zero-copy: {error}. Trying copy mode, in which the kernel copies each packet"
+                    );
+                    continue;
+                }
+                primary => primary?,
+            };
+            let listener = match &mut listener {
+                Some(listener) => listener,
+                none => none.insert(Listener::bind(&self.config.socket, access.clone())?),
+            };
+            let outcome = primary.run(listener, workers)?;
+            match outcome.error {
+                Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
+                    if !last && !outcome.interrupted =>
+                {
+                    tracing::warn!("{error}. Zero-copy needs native XDP: starting again in copy mode");
+                }
+                error => return Ok(Outcome { error, ..outcome }),
+            }
+        }
+    }
+
+    /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted
+    /// frames, but no packets arrive yet.
+    fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
+        let Start { config, interface, queues, machine, placement, key } = self;
+        let nic_ring = match mode.bind {
+            CopyMode::ZeroCopy => interface.rx_ring,
+            CopyMode::Copy => 0,
+        };
+        let sizes = Sizes { frame_size: mode.frame_size, nic_ring };
+        let budget = FrameBudget::plan(queues.len(), config.workers, config, placement.shared, sizes)?;
+        let (port, memory, sources) =
+            Port::bind(interface.clone(), queues.clone(), config, mode, &budget, machine.nic_node())?;
+        // A thread that shares a CPU must not spin on it.
+        let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
+        let mut lanes = Vec::with_capacity(queues.len());
+        for ((source, slot), (queue, first)) in
+            sources.into_iter().zip(&placement.lanes).zip(queues.iter().zip(0u32..))
+        {
+            let parts = LaneParts {
+                queue: *queue,
+                core: slot.cpu,
+                config: LaneConfig {
+                    batch: config.batch,
+                    posted: budget.rx_ring,
+                    spin: spin(slot.shared),
+                    yields: config.idle.yielding,
+                    shared: slot.shared,
+                    port: 0,
+                },
+                memory: memory.clone(),
+                region: (
+                    region_start(first, budget.frames_per_lane, mode.frame_size),
+                    mode.frame_size,
+                    NonZeroU32::new(budget.frames_per_lane).unwrap_or(NonZeroU32::MIN),
+                ),
+                key: *key,
+                socket: Some(source.second_descriptor()?),
+            };
+            lanes.push(LaneHandle::spawn(parts, source)?);
+        }
+        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is not
+        // pinned, and does not spin.
+        let all = place(machine, lanes.len(), budget.places, config.cores.as_deref())?;
+        let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
+        let workers_share = placement.workers.iter().any(|slot| slot.shared);
+        let members = (0..budget.places)
+            .map(|number| {
+                let slot = placement.workers.get(number).or_else(|| later.get(number - config.workers));
+                let spin = spin(slot.is_none() || workers_share);
+                Member::new(member_id(number), slot.map(|slot| slot.cpu), spin, lanes.len())
+            })
+            .collect();
+        let geometry =
+            Geometry { lanes: u32::try_from(queues.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
+        Ok(Primary::new(
+            config.interface.clone(),
+            Some(port),
+            memory,
+            geometry,
+            lanes,
+            members,
+            config.workers,
+            config.idle.yielding,
+            (config.start_timeout, config.stop_timeout),
+            Care {
+                restart: config.restart,
+                hang_timeout: config.hang_timeout,
+                hold: (config.on_loss == OnLoss::Hold).then_some(config.hold_timeout),
+                on_empty: config.on_empty,
+            },
+        ))
+    }
+}
+
+/// The name of a place.
+fn member_id(number: usize) -> String {
+    format!("default/{number}")
+}
+
+/// UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though the
+/// end of the last lane's region may be at the limit.
+fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
+    u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_mode_is_tried_where_frames_are_too_few_or_too_large_for_the_first() {
+        let config = Config::from_toml_str("interface = 'eth1'\nframes = 12000", "f").unwrap();
+        let plan = |frame_size, nic_ring, lanes| {
+            let sizes = Sizes { frame_size, nic_ring };
+            FrameBudget::plan(lanes, 2, &config, false, sizes).map_err(RunError::from)
+        };
+        // The NIC's ring takes most of them, or they are twice as large: in copy mode all is well.
+        let of_ring = plan(4096, 16_384, 1).unwrap_err();
+        let of_size = plan(4096, 4096, 100).unwrap_err();
+        assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");
+        assert!(plan(2048, 0, 1).is_ok() && plan(2048, 0, 100).is_ok());
+        let bind = |error| RunError::Port(PortError::Bind(error));
+        let (interface, queue) = ("eth1".to_owned(), 0);
+        let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+        assert!(next_may_do(&bind(BindError::NoZeroCopy { interface: interface.clone(), queue, source })));
+        assert!(!next_may_do(&bind(BindError::Busy { interface, queue })));
+    }
+}

@@ -1,0 +1,76 @@
+//! IP: protocol numbers, IPv6 extension headers, the length of a jumbogram.
+
+/// Protocol number of ICMP.
+pub const ICMP: u8 = 1;
+/// Protocol number of TCP.
+pub const TCP: u8 = 6;
+/// Protocol number of UDP.
+pub const UDP: u8 = 17;
+/// Protocol number of DCCP.
+pub const DCCP: u8 = 33;
+/// Protocol number of ICMP for IPv6.
+pub const ICMPV6: u8 = 58;
+/// Protocol number of SCTP.
+pub const SCTP: u8 = 132;
+/// Protocol number of UDP-Lite.
+pub const UDP_LITE: u8 = 136;
+
+/// Most IPv6 extension headers to walk; the headers after them stay unread.
+pub const MAX_EXTENSION_HEADERS: usize = 8;
+/// Most IPv6 hop-by-hop options to read in search of the length of a jumbogram.
+pub const MAX_OPTIONS: usize = 8;
+/// The IPv6 hop-by-hop options header.
+pub(crate) const HOP_BY_HOP: u8 = 0;
+
+/// Whether a protocol's header begins with two 16-bit ports.
+#[inline(always)]
+pub fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP | DCCP | SCTP | UDP_LITE)
+}
+
+/// The payload length that the hop-by-hop options give for an IPv6 packet whose header has length
+/// 0; 0 without a jumbo payload option.
+pub(crate) fn jumbo_length(next: u8, payload: &[u8]) -> usize {
+    const PAD_1: u8 = 0;
+    const JUMBO_PAYLOAD: u8 = 0xc2;
+    let (HOP_BY_HOP, [_, units, ..]) = (next, payload) else { return 0 };
+    let end = (8 + usize::from(*units) * 8).min(payload.len());
+    let mut options = &payload[2..end];
+    for _ in 0..MAX_OPTIONS {
+        let length = match options {
+            [PAD_1, ..] => 1,
+            [JUMBO_PAYLOAD, 4, a, b, c, d, ..] => return u32::from_be_bytes([*a, *b, *c, *d]) as usize,
+            [_, length, ..] => 2 + usize::from(*length),
+            _ => break,
+        };
+        options = options.get(length..).unwrap_or_default();
+    }
+    0
+}
+
+/// Walks IPv6 extension headers: the protocol after them, whether this is a fragment, and the rest. Stops early, at
+/// the protocol of the header it could not read, where the packet is cut off or the chain too long.
+pub(crate) fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &[u8]) {
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const AUTHENTICATION: u8 = 51;
+    const DESTINATION: u8 = 60;
+    let mut protocol = first;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        let length = match (protocol, rest) {
+            (HOP_BY_HOP | ROUTING | DESTINATION, [_, units, ..]) => 8 + usize::from(*units) * 8,
+            (AUTHENTICATION, [_, units, ..]) => 8 + usize::from(*units) * 4,
+            (FRAGMENT, [next, _, high, low, _, _, _, _, behind @ ..]) => {
+                // 13 bits offset, 2 reserved, 1 "more": all 0 is an atomic fragment, a whole datagram.
+                if u16::from_be_bytes([*high, *low]) & 0xfff9 != 0 {
+                    return (*next, true, behind);
+                }
+                8
+            }
+            _ => break,
+        };
+        let Some(behind) = rest.get(length..) else { break };
+        (protocol, rest) = (rest[0], behind);
+    }
+    (protocol, false, rest)
+}
