@@ -6,8 +6,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use xfan::control::client;
 use xfan::control::journal::{Entry, Page};
-use xfan::control::server;
 use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::generator::{End, Generator, Load};
@@ -242,7 +242,7 @@ fn join_and_leave(primary: &Primary) -> Result<(Duration, Duration), Failure> {
 }
 
 fn journal(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
-    match control::ask(&primary.socket(), &Request::Events(after))? {
+    match client::ask(&primary.socket(), &Request::Events(after))? {
         Reply::Events(page) => Ok(serde_json::from_value::<Page>(page)?.entries),
         other => Err(format!("{other:?}").into()),
     }
