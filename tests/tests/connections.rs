@@ -278,7 +278,7 @@ fn a_descriptor_that_is_no_connection_is_named() {
     let _watchdog = e2e_or_skip!();
     let namespace = network();
     for (number, reason) in
-        [("0", "it is no socket"), ("999", "it is not open"), ("three", "that is no number of a descriptor")]
+        [("0", "it is not a socket"), ("999", "it is not open"), ("three", "that is not a descriptor number")]
     {
         let (code, stderr) = refused(&namespace, "", &format!("robbed {number}"));
         assert_eq!(code, Some(6), "{stderr}");

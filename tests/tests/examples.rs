@@ -47,7 +47,7 @@ fn a_secondary_prints_every_packet_and_leaves_in_good_order() {
     let namespace = network();
     let primary = Launch::on(&namespace).unwrap().with("-n 1").start().unwrap();
     let secondary = example("secondary", &primary.socket(), "");
-    secondary.wait_for_line("is member default/0").unwrap();
+    secondary.wait_for_line("as member default/0").unwrap();
     let frames = frames();
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
     let report = primary.report_after(PACKETS, true);
@@ -74,7 +74,7 @@ fn a_secondary_ends_after_a_number_of_packets_and_leaves_the_rest_to_others() {
     let first = example("secondary", &primary.socket(), &format!("--count {WANTED}"));
     let second = example("secondary", &primary.socket(), "");
     for secondary in [&first, &second] {
-        secondary.wait_for_line("is member ").unwrap();
+        secondary.wait_for_line("as member ").unwrap();
     }
     namespace.run(|| Replay::onto("tx0").run(&frames())).unwrap();
     let first = first.wait();
@@ -111,7 +111,7 @@ fn a_secondary_says_when_there_is_no_primary_or_waits_for_it() {
     // … and finds the primary when it comes.
     let waiting = example("secondary", &socket, "--wait --count 600");
     let primary = Launch::within(&namespace, folder).with("-n 1").start().unwrap();
-    waiting.wait_for_line("is member default/0").unwrap();
+    waiting.wait_for_line("as member default/0").unwrap();
     namespace.run(|| Replay::onto("tx0").run(&frames())).unwrap();
     let exit = waiting.wait();
     assert_eq!((exit.code, exit.stdout.len() as u64), (Some(0), PACKETS), "{:#?}", exit.stderr);

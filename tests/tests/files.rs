@@ -395,9 +395,13 @@ fn flow_records_wait_while_the_disk_is_full() {
     let stderr = exit.stderr.join("\n");
     let said = format!("cannot write flow records to {}: No space left on device", path.display());
     assert_eq!(stderr.matches(&said).count(), 1, "{stderr}");
-    assert_eq!(stderr.matches("takes flow records again; lost are 0, of 0 packets").count(), 1, "{stderr}");
+    assert_eq!(
+        stderr.matches("accepts flow records again; 0 records of 0 packets were lost").count(),
+        1,
+        "{stderr}"
+    );
     assert!(stderr.contains("flows written 350 (expired 350, evicted 0)"), "{stderr}");
-    assert!(stderr.contains("records lost 0 of 0 packets (waiting at the end 0)"), "{stderr}");
+    assert!(stderr.contains("records lost 0 of 0 packets (unwritten at exit 0)"), "{stderr}");
     assert_eq!(packets_in(&path), 350);
 }
 
@@ -409,7 +413,7 @@ fn flow_records_that_a_full_disk_never_takes_are_counted() {
     let (exit, _folder) = primary.stop();
     let (stderr, lost) = (exit.stderr.join("\n"), 350 - packets_in(&path));
     assert!(
-        stderr.contains(&format!("records lost {lost} of {lost} packets (waiting at the end {lost})")),
+        stderr.contains(&format!("records lost {lost} of {lost} packets (unwritten at exit {lost})")),
         "{stderr}"
     );
     assert!(

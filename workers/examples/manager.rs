@@ -1,10 +1,13 @@
-//! A manager: shows what state a dispatcher's members are in, and how much they have to do.
+//! A manager: shows the state and the load of a dispatcher's members.
 //!
 //! ```sh
 //! cargo run -p xfan-worker --example manager -- eth1
 //! ```
 //!
-//! It asks over the control socket, as whoever may join the dispatcher may; it does not become a worker.
+//! It asks over the control socket, which takes the same permission as attaching a worker. It does
+//! not become a worker.
+
+#![forbid(unsafe_code)]
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -14,16 +17,16 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Deserialize;
 
-/// Shows the members of a running dispatcher, again every second.
+/// Shows the members of a running dispatcher, every second.
 #[derive(Parser)]
 struct Arguments {
-    /// The interface whose dispatcher to ask.
+    /// Interface whose dispatcher to ask.
     #[arg(value_name = "IFACE", required_unless_present = "socket")]
     interface: Option<String>,
-    /// Its control socket, where that is not /run/xfan/IFACE.sock.
+    /// The dispatcher's control socket [default: /run/xfan/IFACE.sock].
     #[arg(long)]
     socket: Option<PathBuf>,
-    /// Show them once; rates are then those since the dispatcher's start.
+    /// Show them once, with rates since the dispatcher's start.
     #[arg(long)]
     once: bool,
 }
@@ -35,7 +38,7 @@ impl Arguments {
     }
 }
 
-/// What is wanted of the report.
+/// The parts of the report that this program shows.
 #[derive(Deserialize)]
 struct Report {
     port: String,
@@ -66,7 +69,8 @@ impl Report {
         self.groups.iter().flat_map(|group| &group.members)
     }
 
-    /// One line per member; rates are those since `earlier`, if that is of the same dispatcher.
+    /// Prints one line per member. Rates are those since `earlier`, if it is a report of the same
+    /// dispatcher, else those since the dispatcher's start.
     fn print(&self, earlier: Option<&Report>, out: &mut impl Write) -> io::Result<()> {
         let earlier = earlier.filter(|earlier| earlier.pid == self.pid);
         let elapsed = self.uptime_ns.saturating_sub(earlier.map_or(0, |earlier| earlier.uptime_ns)).max(1);
@@ -104,7 +108,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     loop {
         let report: Report = serde_json::from_value(xfan_worker::report(arguments.socket())?)?;
         if out.is_terminal() && !arguments.once {
-            // To the upper left corner, and clear what is below.
+            // Move the cursor to the upper left corner, and clear the screen below it.
             write!(out, "\x1b[H\x1b[J")?;
         }
         report.print(earlier.as_ref(), &mut out)?;

@@ -1,11 +1,14 @@
-//! The smallest secondary: finds a running primary by its interface, joins it, and prints what arrives.
+//! The smallest secondary: finds a running primary by its interface, joins it, and prints the
+//! packets that arrive.
 //!
 //! ```sh
 //! xfan run -i eth1 &
 //! cargo run -p xfan-worker --example secondary -- eth1 --wait
 //! ```
 //!
-//! SIGINT or SIGTERM ends it in good order: what is on its way to it still comes, and nothing is lost.
+//! On SIGINT or SIGTERM it first receives the packets that are on their way to it, so none is lost.
+
+#![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -15,22 +18,22 @@ use std::time::Duration;
 use clap::Parser;
 use xfan_worker::{AttachError, Packet, Received, RefusalCode, Worker, packet, say};
 
-/// Between two tries with --wait.
+/// Pause between two attempts with --wait: short for a person who waits, and next to no CPU time.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Joins a running dispatcher and prints one line for each packet.
 #[derive(Parser)]
 struct Arguments {
-    /// The interface whose dispatcher to join.
+    /// Interface whose dispatcher to join.
     #[arg(value_name = "IFACE", required_unless_present = "socket")]
     interface: Option<String>,
-    /// Its control socket, where that is not /run/xfan/IFACE.sock.
+    /// The dispatcher's control socket [default: /run/xfan/IFACE.sock].
     #[arg(long)]
     socket: Option<PathBuf>,
-    /// Wait for the dispatcher if it is not there yet.
+    /// Wait for the dispatcher if it has not started yet.
     #[arg(long)]
     wait: bool,
-    /// End after so many packets.
+    /// Exit after this many packets.
     #[arg(long)]
     count: Option<usize>,
 }
@@ -42,19 +45,19 @@ impl Arguments {
     }
 }
 
-/// Joins; with `--wait`, once there is a dispatcher.
+/// Attaches to the dispatcher. With `--wait`, waits until one listens.
 fn attach(arguments: &Arguments) -> Result<Worker, AttachError> {
     let socket = arguments.socket();
     loop {
-        let not_there = match Worker::builder().socket(&socket).leave_on_signals().attach() {
+        let unavailable = match Worker::builder().socket(&socket).leave_on_signals().attach() {
             Ok(worker) => return Ok(worker),
             Err(error @ AttachError::NoDispatcher(_)) => error,
-            // One that ends: another may follow.
+            // It is stopping. Another one may follow.
             Err(error @ AttachError::Refused { code: RefusalCode::Closing, .. }) => error,
             Err(error) => return Err(error),
         };
         if !arguments.wait {
-            return Err(not_there);
+            return Err(unavailable);
         }
         std::thread::sleep(PAUSE);
     }
@@ -72,10 +75,14 @@ fn print(out: &mut impl Write, packet: Packet<'_>) -> io::Result<()> {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let mut worker = attach(arguments)?;
-    say(format_args!("secondary: is member {} of {}", worker.member(), arguments.socket().display()));
+    say(format_args!(
+        "secondary: attached as member {} of {}",
+        worker.member(),
+        arguments.socket().display()
+    ));
     let mut left = arguments.count.unwrap_or(usize::MAX);
     let mut out = io::BufWriter::new(io::stdout().lock());
-    // What it has not printed when it has enough goes to the dispatcher's other workers.
+    // Packets that it received but did not print go to the dispatcher's other workers.
     while left > 0 {
         match worker.recv(Duration::from_millis(100))? {
             Received::Packets(batch) => {

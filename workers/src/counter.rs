@@ -4,9 +4,24 @@ use std::sync::atomic::Ordering;
 
 use xfan_shm::layout::{COUNTER_NAME, COUNTERS, Up};
 
-/// A number that `xfan stats` shows under its name, beside the member.
+/// A number that `xfan stats` shows under its name, next to the member. Made by
+/// [`Worker::counter`](crate::Worker::counter).
 ///
-/// The worker's own segment holds it, so a change is one store, seen by the dispatcher without any call.
+/// The value is stored in the worker's own segment, which the dispatcher reads. Updating it is a
+/// single store: no system call, lock or allocation.
+///
+/// # Examples
+///
+/// ```no_run
+/// # use xfan_worker::Worker;
+/// let mut worker = Worker::attach()?;
+/// let mut alerts = worker.counter("alerts")?;
+/// let mut open_files = worker.counter("open_files")?;
+/// alerts.add(1);
+/// open_files.set(7);
+/// assert_eq!(alerts.get(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Counter {
     up: Up,
@@ -17,14 +32,14 @@ pub struct Counter {
 /// Why a counter could not be published.
 #[derive(Debug, thiserror::Error)]
 pub enum CounterError {
-    /// Its name is none.
-    #[error("{0:?} is no name for a counter: 1 to {COUNTER_NAME} characters of a-z, 0-9 and _")]
+    /// The name is not valid.
+    #[error("{0:?} is not a valid counter name: use 1 to {COUNTER_NAME} characters of a-z, 0-9 and _")]
     Name(String),
-    /// Its name is taken.
-    #[error("this worker has published a counter named {0:?} already")]
+    /// This worker has published a counter of that name.
+    #[error("this worker has already published a counter named {0:?}")]
     Taken(String),
-    /// There is no room.
-    #[error("no room for counter {0:?}: a worker can publish {COUNTERS}")]
+    /// This worker has published as many counters as it can.
+    #[error("cannot publish counter {0:?}: this worker has published {COUNTERS} counters, the most it can")]
     Full(String),
 }
 
@@ -33,21 +48,21 @@ impl Counter {
         Counter { up: up.clone(), index, value: 0 }
     }
 
-    /// Adds to it; wraps around at 2⁶⁴.
+    /// Adds `more` to the value, which wraps around at 2⁶⁴.
     #[inline]
     pub fn add(&mut self, more: u64) {
         self.set(self.value.wrapping_add(more));
     }
 
-    /// Sets it, for what goes up and down.
+    /// Sets the value. Use this for a number that can decrease.
     #[inline]
     pub fn set(&mut self, value: u64) {
         self.value = value;
-        // Single writer: this value is the truth, the shared word a copy of it.
+        // This worker is the only writer: `value` is authoritative, and the shared word is a copy.
         self.up.counter(self.index).1.store(value, Ordering::Relaxed);
     }
 
-    /// Its value.
+    /// The current value.
     #[inline]
     pub fn get(&self) -> u64 {
         self.value

@@ -1,4 +1,4 @@
-//! What a worker does when there is nothing to do: it spins, then yields, then sleeps.
+//! How a worker waits while its rings are empty: it spins, then yields, then sleeps.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,26 +10,30 @@ use nix::sys::time::TimeSpec;
 use xfan_shm::bell;
 use xfan_shm::clock::ticks_per_ns;
 
-/// Longest sleep, and longest time between two looks at the control socket.
+/// Longest sleep, and longest time between two polls of the control socket. It bounds how late a
+/// worker notices a dead dispatcher or a lost wake-up, at the cost of ten wake-ups a second.
 pub(crate) const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 
-/// When to do what, in ticks, and what wakes a sleeper.
+/// The times of each step in ticks, and the descriptors that end a sleep.
 #[derive(Debug)]
 pub(crate) struct Idle {
+    /// Idle time up to which to spin.
     spin: u64,
+    /// Idle time up to which to yield.
     yielding: u64,
+    /// Time between two polls of the control socket.
     look: u64,
     control: OwnedFd,
     doorbell: OwnedFd,
-    /// When the rings were first found empty since the last packet.
+    /// When a scan first found the rings empty since the last packet.
     since: Option<u64>,
-    /// When the control socket was last looked at.
+    /// When the control socket was last polled.
     looked: u64,
-    /// The control socket has hung up.
+    /// Whether the dispatcher has closed the connection.
     hung_up: bool,
 }
 
-/// The next thing to do.
+/// What to do next while idle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Spin,
@@ -42,9 +46,9 @@ pub(crate) enum Step {
 pub(crate) enum Wake {
     /// The doorbell rang.
     Rung,
-    /// A signal came.
+    /// A signal interrupted it.
     Interrupted,
-    /// Time ran out, or the control socket has hung up.
+    /// The time is over, or the dispatcher closed the connection.
     Other,
 }
 
@@ -67,18 +71,18 @@ impl Idle {
         &self.control
     }
 
-    /// Packets were found.
+    /// Ends the idle time: a scan found packets.
     #[inline(always)]
     pub(crate) fn end(&mut self) {
         self.since = None;
     }
 
-    /// The rings are empty at `now`; returns since when they are.
+    /// Notes that the rings are empty at `now`. Returns since when they are.
     pub(crate) fn begin(&mut self, now: u64) -> u64 {
         *self.since.get_or_insert(now)
     }
 
-    /// What to do after having been idle for so many ticks.
+    /// What to do after `idle_for` ticks of idle time.
     pub(crate) fn step(&self, idle_for: u64) -> Step {
         match idle_for {
             short if short < self.spin => Step::Spin,
@@ -87,13 +91,13 @@ impl Idle {
         }
     }
 
-    /// Whether the dispatcher has hung up, as far as is known.
+    /// Whether a poll has found that the dispatcher closed the connection.
     pub(crate) fn has_hung_up(&self) -> bool {
         self.hung_up
     }
 
-    /// Looks at the control socket if the last look is long ago: who never sleeps must notice too. Returns whether
-    /// the dispatcher has just been seen to have hung up.
+    /// Polls the control socket if the last poll was long ago, so that a worker that never sleeps
+    /// also notices a dead dispatcher. Returns whether this poll found the connection closed.
     pub(crate) fn look(&mut self, now: u64) -> io::Result<bool> {
         if now.wrapping_sub(self.looked) < self.look || self.hung_up {
             return Ok(false);
@@ -108,10 +112,11 @@ impl Idle {
         Ok(self.hung_up)
     }
 
-    /// Sleeps until the doorbell rings, the dispatcher hangs up, a signal comes, or `limit` is over.
+    /// Sleeps until the doorbell rings, the dispatcher closes the connection, a signal arrives, or
+    /// `limit` is over.
     pub(crate) fn sleep(&mut self, limit: Duration) -> io::Result<Wake> {
         let limit = TimeSpec::from(limit.min(LONGEST_SLEEP));
-        // Of the control socket only its end is of interest, which poll(2) always reports.
+        // Of the control socket only the hang-up matters, which poll(2) always reports.
         let mut fds = [
             PollFd::new(self.doorbell.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.control.as_fd(), PollFlags::empty()),
@@ -131,18 +136,19 @@ impl Idle {
     }
 }
 
-/// Whether poll(2) reported anything of a descriptor whose data it was not asked about.
+/// Whether poll(2) reported a hang-up or an error of a descriptor that was polled for no events.
 fn has_ended(fd: &PollFd<'_>) -> bool {
     fd.revents().is_none_or(|events| !events.is_empty())
 }
 
-/// A duration in ticks; `u64::MAX` if it is too long for that.
+/// Converts a duration to ticks; `u64::MAX` if it is too long.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 pub(crate) fn ticks(duration: Duration) -> u64 {
     (duration.as_nanos() as f64 * ticks_per_ns()) as u64
 }
 
-/// Ticks as a duration, rounded up to the next microsecond, so that who sleeps for it does not wake too early.
+/// Converts ticks to a duration, rounded up by a microsecond, so that a sleep of this duration does
+/// not end too early.
 pub(crate) fn duration(ticks: u64) -> Duration {
     Duration::from_nanos(xfan_shm::clock::ticks_to_ns(ticks)).saturating_add(Duration::from_micros(1))
 }
@@ -167,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn times_without_end_do_not_overflow() {
+    fn infinite_times_do_not_overflow() {
         assert_eq!(idle(u64::MAX, u64::MAX).step(1 << 60), Step::Spin);
         assert_eq!(ticks(Duration::MAX), u64::MAX);
         assert!(duration(u64::MAX) > Duration::from_secs(1));

@@ -1,9 +1,9 @@
 //! The connection that a worker inherits from the dispatcher that started it.
 //!
-//! It stays open until the process ends, and so it says nothing of the worker: others may have it,
-//! too, such as the shell that started this process. The worker's own connection is made through
-//! it, for which no permission to use the control socket is needed, and which nobody else can use
-//! up.
+//! The inherited descriptor stays open until the process ends, and other processes may hold copies
+//! of it, such as the shell that started this one. Its state therefore says nothing about the
+//! worker. The worker asks through it for a connection of its own. That works without permission
+//! to use the control socket, and no other process can exhaust it.
 
 use std::env;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -17,13 +17,14 @@ use nix::sys::socket::{
 };
 use xfan_shm::protocol::{ENV_CONTROL_FD, ProtocolError, Reply, Request};
 
-use crate::attach::{AttachError, ask, be_patient};
+use crate::connection::{ask, set_timeouts};
+use crate::error::AttachError;
 
-/// Once it has been found.
+/// The inherited connection, once [`connect`] has taken it over.
 static INHERITED: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
-/// Makes a connection through the inherited one. `None`: there is none, or the dispatcher behind it
-/// is gone. `socket` is for errors.
+/// Gets a connection for this worker through the inherited one. Returns `None` if the process
+/// inherited none, or if the dispatcher behind it has exited. `socket` is used in errors only.
 pub(crate) fn connect(socket: &Path) -> Result<Option<OwnedFd>, AttachError> {
     let mut inherited = INHERITED.lock().unwrap_or_else(PoisonError::into_inner);
     if inherited.is_none() {
@@ -39,7 +40,8 @@ pub(crate) fn connect(socket: &Path) -> Result<Option<OwnedFd>, AttachError> {
     match ask(inherited, &Request::Connect, socket) {
         Ok((Reply::Connected, fds)) => match <[OwnedFd; 1]>::try_from(fds) {
             Ok([connection]) => {
-                be_patient(&connection).map_err(|errno| AttachError::Connect(socket.into(), errno.into()))?;
+                set_timeouts(&connection)
+                    .map_err(|errno| AttachError::Connect(socket.into(), errno.into()))?;
                 Ok(Some(connection))
             }
             Err(_) => Err(AttachError::Unexpected(socket.into())),
@@ -53,30 +55,34 @@ pub(crate) fn connect(socket: &Path) -> Result<Option<OwnedFd>, AttachError> {
     }
 }
 
-/// Takes over the descriptor of this number, if it is a connection.
+/// Takes over the descriptor with this number. Fails, and leaves the descriptor as it is, unless it
+/// is a Unix socket of type `SOCK_SEQPACKET`.
 fn take(number: &str) -> Result<OwnedFd, String> {
     let raw: RawFd = number
         .parse()
         .ok()
         .filter(|number| *number >= 0)
-        .ok_or_else(|| "that is no number of a descriptor".to_owned())?;
-    // SAFETY: the descriptor need not be open: each of these calls says so, and then nothing is
-    // done to it. It is borrowed for as long as this function runs.
+        .ok_or_else(|| "that is not a descriptor number".to_owned())?;
+    // SAFETY: `borrow_raw` requires that `raw` is not -1, which the filter above ensures, and that
+    // the descriptor stays open while it is borrowed. Nothing in this process owns it yet, so
+    // nothing closes it before this function returns. If it is not open at all, the first call
+    // below fails with EBADF and the function returns.
     let borrowed = unsafe { BorrowedFd::borrow_raw(raw) };
     let kind = getsockopt(&borrowed, sockopt::SockType).map_err(|errno| match errno {
         Errno::EBADF => "it is not open".to_owned(),
-        Errno::ENOTSOCK => "it is no socket".to_owned(),
+        Errno::ENOTSOCK => "it is not a socket".to_owned(),
         errno => errno.to_string(),
     })?;
     let family = getsockname::<SockaddrStorage>(raw).map(|address| address.family());
     if kind != SockType::SeqPacket || family != Ok(Some(AddressFamily::Unix)) {
-        return Err("it is another kind of socket".to_owned());
+        return Err("it is a socket of another type".to_owned());
     }
-    be_patient(borrowed).map_err(|errno| errno.to_string())?;
-    // Not for what this process starts.
+    set_timeouts(borrowed).map_err(|errno| errno.to_string())?;
+    // The processes that this worker starts must not inherit it.
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| errno.to_string())?;
-    // SAFETY: the environment says that the descriptor is for this, it is what it is said to be,
-    // and this is the only place that takes it, once.
+    // SAFETY: `from_raw_fd` requires that the descriptor is open and that nobody else owns it. The
+    // calls above succeeded, so it is open. The environment hands it to this library, and
+    // `connect` calls this function until it succeeds once, so it gets one owner.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
@@ -94,25 +100,25 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_connection_is_not_taken_and_stays_open() {
+    fn other_descriptors_are_refused_and_stay_open() {
         let refused = |number: &str| take(number).unwrap_err();
         for text in ["", "x", "-1", "3.5", "99999999999"] {
-            assert_eq!(refused(text), "that is no number of a descriptor");
+            assert_eq!(refused(text), "that is not a descriptor number");
         }
         assert_eq!(refused("1000000"), "it is not open");
         let file = File::open("/dev/null").unwrap();
-        assert_eq!(refused(&file.as_raw_fd().to_string()), "it is no socket");
+        assert_eq!(refused(&file.as_raw_fd().to_string()), "it is not a socket");
         let (stream, _peer) = pair(SockType::Stream);
-        assert_eq!(refused(&stream.as_raw_fd().to_string()), "it is another kind of socket");
+        assert_eq!(refused(&stream.as_raw_fd().to_string()), "it is a socket of another type");
         let internet = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert_eq!(refused(&internet.as_raw_fd().to_string()), "it is another kind of socket");
+        assert_eq!(refused(&internet.as_raw_fd().to_string()), "it is a socket of another type");
         for fd in [file.as_fd(), stream.as_fd(), internet.as_fd()] {
             fcntl(fd, FcntlArg::F_GETFD).unwrap();
         }
     }
 
     #[test]
-    fn a_connection_is_not_for_what_the_worker_starts() {
+    fn a_taken_connection_is_closed_on_exec() {
         let (ours, _theirs) = pair(SockType::SeqPacket);
         let raw = ours.into_raw_fd();
         let taken = take(&raw.to_string()).unwrap();

@@ -1,4 +1,4 @@
-//! Leaving: who asked for it, since when the dispatcher knows, and when to stop waiting for it.
+//! Leaving: whether a signal asked for it, and since when the dispatcher knows.
 
 use std::io;
 use std::sync::Arc;
@@ -7,31 +7,32 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// How far the worker is on its way out.
+/// The state of a worker's request to leave.
 #[derive(Debug)]
 pub(crate) struct Leave {
-    /// Set by a signal handler.
+    /// Set by the signal handlers; `None` without handlers.
     signalled: Option<Arc<AtomicBool>>,
-    /// When the dispatcher was asked, in ticks.
+    /// When the worker asked the dispatcher, in ticks.
     since: Option<u64>,
 }
 
 impl Leave {
-    /// On request only, or also on SIGTERM and SIGINT.
+    /// The state before any request. With `on_signals`, installs handlers for SIGTERM and SIGINT.
     pub(crate) fn new(on_signals: bool) -> io::Result<Self> {
         if !on_signals {
             return Ok(Leave { signalled: None, since: None });
         }
         let signalled = Arc::new(AtomicBool::new(false));
         for signal in [SIGTERM, SIGINT] {
-            // In this order: the handler that ends the process sees what an earlier signal set.
+            // The handler registered first runs first. It terminates the process only if an earlier
+            // signal has set the flag.
             flag::register_conditional_shutdown(signal, 128 + signal, signalled.clone())?;
             flag::register(signal, signalled.clone())?;
         }
         Ok(Leave { signalled: Some(signalled), since: None })
     }
 
-    /// Whether a signal asks to leave and the dispatcher does not know yet.
+    /// Whether a signal asked the worker to leave and the dispatcher does not know yet.
     #[inline(always)]
     pub(crate) fn is_due(&self) -> bool {
         match &self.signalled {
@@ -40,19 +41,19 @@ impl Leave {
         }
     }
 
-    /// As it was before anybody was asked: for the next dispatcher.
+    /// The state before any request, with the same signal handlers: for the next dispatcher.
     pub(crate) fn afresh(&self) -> Self {
         Leave { signalled: self.signalled.clone(), since: None }
     }
 
-    /// Notes that the dispatcher is being asked now; `false` if it has been before.
+    /// Notes that the worker asks the dispatcher now. Returns `false` if it has asked before.
     pub(crate) fn begin(&mut self, now: u64) -> bool {
         let first = self.since.is_none();
         self.since.get_or_insert(now);
         first
     }
 
-    /// When the dispatcher was asked, in ticks.
+    /// When the worker asked the dispatcher, in ticks.
     pub(crate) fn since(&self) -> Option<u64> {
         self.since
     }

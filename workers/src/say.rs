@@ -1,10 +1,12 @@
-//! Messages of a worker.
+//! Messages on standard error.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Writes a line to standard error, in one write. If that fails, the worker goes on without:
-/// whoever is behind it shall not end the worker, as `eprintln!` would.
+/// Writes a line to standard error, in one write. Ignores a failure, on which `eprintln!` would
+/// panic: the process that reads standard error must not be able to terminate the worker.
+///
+/// # Examples
 ///
 /// ```
 /// xfan_worker::say(format_args!("{}: {} packets", "my-worker", 3));

@@ -1,205 +1,183 @@
-//! The worker: its rings, and the loop that finds packets in them.
+//! The worker: a member of a group, and the loop that waits for packets.
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::ptr::NonNull;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use xfan_shm::Descriptor;
-use xfan_shm::clock::{BusyMeter, ticks};
+use xfan_shm::clock::ticks;
 use xfan_shm::doorbell::Sleeper;
-use xfan_shm::layout::{COUNTERS, Down, Phase, SharedRing, Up, counter_name_is_valid};
-use xfan_shm::protocol::{self, Attached, ProtocolError, Request};
-use xfan_shm::ring::Consumer;
-use xfan_shm::segment::Mapping;
+use xfan_shm::layout::{COUNTERS, Phase, counter_name_is_valid};
+use xfan_shm::protocol::{self, ProtocolError, Request};
 
-use crate::attach::{AttachError, Builder};
-use crate::batch::Batch;
+use crate::attach::{Builder, Membership};
+use crate::batch::{Batch, Received};
 use crate::counter::{Counter, CounterError};
+use crate::error::{AttachError, RecvError};
 use crate::idle::{self, Idle, Step, Wake};
 use crate::leave::Leave;
-use crate::{MAX_BATCH, Received};
+use crate::receiver::Receiver;
 
-/// After asking to leave: how long to wait for the dispatcher's word when no packet comes any more.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// After a request to leave: how long to wait for the dispatcher once no packet arrives any more.
+/// A dispatcher answers within milliseconds. 2 s leave room for a busy one, and a worker still
+/// stops within the time that service managers grant.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A member of a dispatcher's group, and the packets that come to it.
+/// A member of a dispatcher's group, and the packets that its lanes send to it.
+///
+/// Make one with [`attach`](Self::attach), [`attach_to`](Self::attach_to) or
+/// [`builder`](Self::builder), and call [`recv`](Self::recv) in a loop. Dropping the worker ends
+/// its membership: packets that it has not committed go to other workers.
 pub struct Worker {
-    // Known since the attach.
+    // Fixed while the worker is a member.
     builder: Builder,
     member: String,
-    ports: Vec<String>,
     core: Option<usize>,
-    batch: usize,
-    umem: Mapping,
-    down: Down,
-    up: Up,
     published: Vec<String>,
     // Changes with every batch.
-    rings: Vec<Consumer<SharedRing>>,
-    descriptors: Box<[Descriptor; MAX_BATCH]>,
-    /// The ring to look into first; while there is a batch, the one it is from.
-    lane: usize,
-    heartbeat: u64,
-    meter: BusyMeter,
-    // For when there is nothing to do.
+    receiver: Receiver,
+    // Used while there are no packets.
     idle: Idle,
     sleeper: Sleeper,
     wakeups: u64,
     leave: Leave,
-    // What `Batch::leave_open` left: so many packets of `lane`, and the ticks when the look for them began.
-    open: u32,
-    open_since: u64,
 }
 
-/// Why [`Worker::recv`] cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum RecvError {
-    /// The dispatcher has died or closed the connection. All its packets are committed.
-    #[error("the dispatcher is gone: it died, or it ended this worker's membership")]
-    PrimaryGone,
-    /// The dispatcher has ended this worker's membership: it hung, or did not leave as it was told. Its packets are others' now; what was
-    /// read of the last batch may be of other packets.
-    #[error(
-        "the dispatcher has ended this worker's membership, since it hung or did not leave when it was to; its packets have \
-         gone to others"
-    )]
-    Evicted,
-    /// A descriptor leads out of the packet memory. Nothing behind it in that lane can be received.
-    #[error(
-        "lane {lane} sent a corrupt descriptor: {length} bytes at offset {offset}, but the packet memory has {umem_bytes} bytes. \
-         This is a fault of the dispatcher; please report it"
-    )]
-    Corrupt {
-        /// The lane whose ring holds it.
-        lane: usize,
-        /// Where the packet is said to begin.
-        offset: u32,
-        /// How long it is said to be.
-        length: u16,
-        /// How long the packet memory is.
-        umem_bytes: usize,
-    },
-    /// A system call failed.
-    #[error("cannot {0}: {1}")]
-    System(&'static str, #[source] io::Error),
-}
-
-/// What waiting came to.
+/// What [`Worker::wait`] found.
 enum Turn {
-    /// So many packets, in a look that began at these ticks.
+    /// When the scan that found packets began, in ticks, and their number.
     Packets(u64, u32),
     Idle,
     Closed,
 }
 
-impl Worker {
-    /// Attaches to the dispatcher that started this process, as the member that it was started for; the environment says
-    /// which. Pins the calling thread to the core that the dispatcher names.
+/// The last step of attaching. It stands here because it makes a [`Worker`].
+impl Builder {
+    /// Attaches to the dispatcher, and pins the calling thread to the core that the dispatcher
+    /// assigns to this worker, if any.
     ///
     /// # Errors
-    /// [`AttachError`]
+    /// - [`AttachError::Batch`] if the batch size is out of range.
+    /// - [`AttachError::NoSocket`] if neither [`socket`](Self::socket) nor the environment names a
+    ///   control socket.
+    /// - [`AttachError::NoDispatcher`], [`AttachError::Permission`] and [`AttachError::Connect`] if
+    ///   the connection fails.
+    /// - [`AttachError::Refused`] if the dispatcher does not accept the worker, for example because
+    ///   every member has one.
+    /// - The other variants of [`AttachError`] if the exchange fails, or if the memory cannot be
+    ///   mapped or the thread not be pinned.
+    pub fn attach(self) -> Result<Worker, AttachError> {
+        self.join().map(Worker::new)
+    }
+}
+
+impl Worker {
+    /// Attaches to the dispatcher that started this process, as the member that it was started for.
+    /// Both are read from the environment. Pins the calling thread to the core that the dispatcher
+    /// assigns.
+    ///
+    /// # Errors
+    /// See [`Builder::attach`].
     pub fn attach() -> Result<Worker, AttachError> {
         Worker::builder().attach()
     }
 
-    /// Attaches to the dispatcher behind the control socket `path`, as any vacant member.
+    /// Attaches to the dispatcher that listens on the control socket `path`, as any vacant member.
+    /// Pins the calling thread to the core that the dispatcher assigns.
     ///
     /// # Errors
-    /// [`AttachError`]
+    /// See [`Builder::attach`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use xfan_worker::{Worker, default_socket};
+    ///
+    /// let worker = Worker::attach_to(default_socket("eth1"))?;
+    /// println!("member {}, {} lanes", worker.member(), worker.lanes());
+    /// # Ok::<(), xfan_worker::AttachError>(())
+    /// ```
     pub fn attach_to(path: impl Into<PathBuf>) -> Result<Worker, AttachError> {
         Worker::builder().socket(path).attach()
     }
 
-    /// Attaches with more to say.
+    /// Returns the options for attaching, at their defaults.
     pub fn builder() -> Builder {
         Builder::new()
     }
 
-    #[allow(clippy::too_many_arguments)] // one caller
-    pub(crate) fn new(
-        builder: Builder,
-        attached: Attached,
-        umem: Mapping,
-        down: Down,
-        up: Up,
-        control: OwnedFd,
-        doorbell: OwnedFd,
-        leave: Leave,
-    ) -> Self {
-        let rings = (0..attached.geometry.lanes)
-            .map(|lane| Consumer::new(SharedRing::new(&down, &up, lane)))
-            .collect();
+    fn new(membership: Membership) -> Self {
+        let Membership { builder, attached, umem, down, up, control, doorbell, leave } = membership;
+        let receiver = Receiver::new(umem, down, up, attached.geometry.lanes, attached.ports, builder.batch);
         Worker {
-            batch: builder.batch,
             builder,
             member: attached.member,
-            ports: attached.ports,
             core: attached.core,
-            umem,
-            down,
-            up,
             published: Vec::new(),
-            rings,
-            descriptors: Box::new([Descriptor::default(); MAX_BATCH]),
-            lane: 0,
-            heartbeat: 0,
-            meter: BusyMeter::new(),
+            receiver,
             idle: Idle::new(attached.spin_ns, attached.yield_ns, control, doorbell),
             sleeper: Sleeper::default(),
             wakeups: 0,
             leave,
-            open: 0,
-            open_since: 0,
         }
     }
 
-    /// After [`RecvError::PrimaryGone`] or [`RecvError::Evicted`]: attaches to the dispatcher that listens on the same socket now, or will
-    /// within `patience`, as the member that it was if that can be had, else as any. Meanwhile the kernel has the traffic. For workers
-    /// that came by themselves, and for those that a dispatcher started and that [survive](Self::survival) it.
+    /// Attaches to the next dispatcher on the same control socket. Call it after
+    /// [`RecvError::PrimaryGone`] or [`RecvError::Evicted`].
     ///
-    /// Counters are to be made anew.
+    /// The worker asks for the member that it was, and joins as any vacant member if it cannot have
+    /// that one. If no dispatcher listens yet, it waits for one, at most for `patience`. Meanwhile
+    /// the kernel's network stack receives the traffic.
+    ///
+    /// Use this in workers that attached on their own, and in workers that a dispatcher started
+    /// and that [survive](Self::survival) it. Counters are not carried over: publish them again.
     ///
     /// # Errors
-    /// [`AttachError`]; [`AttachError::Leaving`] if a signal asked the worker to leave. It may be tried again.
+    /// [`AttachError::Leaving`] if a signal asked the worker to leave. Any other [`AttachError`] as
+    /// in [`Builder::attach`]. The call may be repeated after an error.
     pub fn reattach(&mut self, patience: Duration) -> Result<(), AttachError> {
-        *self = self.builder.clone().join_next(self.member.clone(), &self.leave, patience)?;
+        let next = self.builder.clone().join_next(self.member.clone(), &self.leave, patience)?;
+        *self = Worker::new(next);
         Ok(())
     }
 
-    /// How long a worker that a dispatcher started is to look for the next one when that is gone (`survive = true` in its
-    /// configuration): the patience for [`reattach`](Self::reattach). None: it is to end then.
+    /// How long this worker should look for the next dispatcher when the one that started it is
+    /// gone: the patience for [`reattach`](Self::reattach). `None` means that the worker should
+    /// exit. It is set by `survive = true` in the dispatcher's configuration.
     pub fn survival(&self) -> Option<Duration> {
         self.builder.survival
     }
 
-    /// The member it is, such as `default/0`.
+    /// The member that the worker is, such as `default/0`.
     pub fn member(&self) -> &str {
         &self.member
     }
 
-    /// The core that the thread which attached is pinned to, if any.
+    /// The core that the attaching thread was pinned to, if any.
     pub fn core(&self) -> Option<usize> {
         self.core
     }
 
-    /// Number of lanes that serve it.
+    /// Number of lanes that send packets to this worker.
     pub fn lanes(&self) -> usize {
-        self.rings.len()
+        self.receiver.lanes()
     }
 
-    /// Names of the dispatcher's interfaces.
+    /// Names of the dispatcher's interfaces. [`Packet::port`](crate::Packet::port) is an index into
+    /// them.
     pub fn ports(&self) -> &[String] {
-        &self.ports
+        self.receiver.ports()
     }
 
-    /// Publishes a counter with value 0: `xfan stats` shows it under its name.
+    /// Publishes a counter with value 0. `xfan stats` shows it under `name`, next to the member.
+    ///
+    /// A name has 1 to 24 characters of `a-z`, `0-9` and `_`. A worker can publish 32 counters.
     ///
     /// # Errors
-    /// [`CounterError`] if the name is not possible or taken, or there are too many.
+    /// - [`CounterError::Name`] if the name is not valid.
+    /// - [`CounterError::Taken`] if this worker has published that name.
+    /// - [`CounterError::Full`] if this worker has published 32 counters.
     pub fn counter(&mut self, name: &str) -> Result<Counter, CounterError> {
         if !counter_name_is_valid(name) {
             return Err(CounterError::Name(name.into()));
@@ -211,130 +189,122 @@ impl Worker {
         if index == COUNTERS {
             return Err(CounterError::Full(name.into()));
         }
-        self.up.publish_counter(index, name);
+        self.receiver.up.publish_counter(index, name);
         self.published.push(name.into());
-        Ok(Counter::new(&self.up, index))
+        Ok(Counter::new(&self.receiver.up, index))
     }
 
-    /// Returns the packets that are there, at most a batch, all from one lane; lanes take turns. If there are none, waits for
-    /// `timeout`: spinning, yielding and sleeping for as long as the dispatcher's configuration says. With a timeout of
-    /// zero it does none of these.
+    /// Receives packets: at most a batch, all from one lane. The lanes take turns.
     ///
-    /// Finding packets costs no system call, lock or allocation.
+    /// If there are no packets, the worker waits for at most `timeout`. It spins, then yields, then
+    /// sleeps, for the times in the dispatcher's configuration. With a timeout of zero it returns
+    /// at once. Finding packets costs no system call, lock or allocation.
+    ///
+    /// Returns [`Received::Idle`] if no packet arrived in time or a signal interrupted the sleep,
+    /// and [`Received::Closed`] if no more packets will arrive.
     ///
     /// # Errors
-    /// [`RecvError`]
+    /// - [`RecvError::PrimaryGone`] if the dispatcher died, once all packets are committed.
+    /// - [`RecvError::Evicted`] if the dispatcher ended this worker's membership.
+    /// - [`RecvError::Corrupt`] if a descriptor points outside the packet memory.
+    /// - [`RecvError::System`] if a system call fails.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use xfan_worker::{Received, Worker};
+    ///
+    /// let mut worker = Worker::attach()?;
+    /// let mut bytes = 0;
+    /// loop {
+    ///     match worker.recv(Duration::from_millis(100))? {
+    ///         Received::Packets(batch) => {
+    ///             bytes += batch.iter().map(|packet| packet.data().len()).sum::<usize>();
+    ///             batch.commit();
+    ///         }
+    ///         Received::Idle => {}
+    ///         Received::Closed => break,
+    ///     }
+    /// }
+    /// println!("{bytes} bytes");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[inline]
     pub fn recv(&mut self, timeout: Duration) -> Result<Received<'_>, RecvError> {
-        self.beat();
+        self.receiver.beat();
         if self.leave.is_due() {
             self.request_detach()?;
         }
         let start = ticks();
-        let count = self.scan()?;
-        // After the look: what it found may have come for the next worker in this place.
+        let count = self.receiver.scan()?;
+        // Checked after the scan: if the worker is evicted, a packet that the scan found may be
+        // meant for the member's next worker.
         if self.is_evicted() {
             return Err(RecvError::Evicted);
         }
         if count > 0 {
             self.idle.end();
-            return Ok(Received::Packets(Batch::new(self, start, count)));
+            return Ok(Received::Packets(Batch::new(&mut self.receiver, start, count)));
         }
         Ok(match self.wait(timeout)? {
-            Turn::Packets(start, count) => Received::Packets(Batch::new(self, start, count)),
+            Turn::Packets(start, count) => Received::Packets(Batch::new(&mut self.receiver, start, count)),
             Turn::Idle => Received::Idle,
             Turn::Closed => Received::Closed,
         })
     }
 
-    /// Asks the dispatcher to let this worker go. Packets that are on their way still come: keep receiving until
-    /// [`Received::Closed`], then drop the worker, and nothing is lost. Should the dispatcher not answer,
-    /// that comes when no packet has come for 2 seconds. Asking again does nothing.
+    /// Asks the dispatcher to detach this worker.
+    ///
+    /// Packets on their way to the worker still arrive. To lose none, keep receiving until
+    /// [`Received::Closed`], then drop the worker. If the dispatcher does not answer, `Closed`
+    /// comes once no packet has arrived for 2 seconds. Further calls do nothing.
     ///
     /// # Errors
-    /// [`RecvError::System`] if the request cannot be sent. If the dispatcher is gone, that is no error here:
-    /// [`recv`](Self::recv) will tell.
+    /// [`RecvError::System`] if the request cannot be sent. A dispatcher that is gone is not an
+    /// error here: [`recv`](Self::recv) reports it.
     pub fn request_detach(&mut self) -> Result<(), RecvError> {
         if !self.leave.begin(ticks()) {
             return Ok(());
         }
         match protocol::send(self.idle.control(), &Request::Detach, &[]) {
             Ok(()) | Err(ProtocolError::Closed) => Ok(()),
-            Err(ProtocolError::Io(error)) => Err(RecvError::System("ask the dispatcher to let go", error)),
-            Err(other) => Err(RecvError::System("ask the dispatcher to let go", io::Error::other(other))),
+            Err(ProtocolError::Io(error)) => Err(RecvError::System("send the detach request", error)),
+            Err(other) => Err(RecvError::System("send the detach request", io::Error::other(other))),
         }
     }
 
-    /// Gives back the first `packets` of those that [`Batch::leave_open`] left. If it left fewer, nothing happens, and the error
-    /// says how many there are.
+    /// Commits the first `packets` of those that [`Batch::leave_open`] left. If it left fewer,
+    /// nothing is committed, and the error is their number.
     #[doc(hidden)]
     #[inline]
     pub fn commit_open(&mut self, packets: usize) -> Result<(), usize> {
-        let open = self.open;
-        match u32::try_from(packets) {
-            Ok(0) => Ok(()),
-            Ok(packets) if packets == open => {
-                self.commit(self.open_since, open);
-                Ok(())
-            }
-            Ok(packets) if packets < open => {
-                self.open_since = self.commit_first(self.open_since, packets);
-                self.open = open - packets;
-                Ok(())
-            }
-            _ => Err(open as usize),
-        }
+        self.receiver.commit_open(packets)
     }
 
-    /// Looks into each ring once, beginning where it is due, and copies and checks what it finds in the first that is not
-    /// empty. Returns how many these are.
-    #[inline]
-    fn scan(&mut self) -> Result<u32, RecvError> {
-        let lanes = self.rings.len();
-        for turn in 0..lanes {
-            let lane = self.lane + turn;
-            let lane = if lane < lanes { lane } else { lane - lanes };
-            let (umem, umem_bytes) = (self.umem.address().as_ptr(), self.umem.length());
-            let mut corrupt = None;
-            let places = &mut self.descriptors[..self.batch];
-            #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
-            let limit = places.len() as u32;
-            let count = self.rings[lane].scan(limit, |number, descriptor| {
-                let Descriptor { offset, length, .. } = descriptor;
-                if u64::from(offset) + u64::from(length) > umem_bytes as u64 {
-                    corrupt = Some((offset, length));
-                    return false; // what came before it is good
-                }
-                prefetch(umem.wrapping_add(offset as usize));
-                if let Some(place) = places.get_mut(number) {
-                    *place = descriptor;
-                }
-                true
-            });
-            if let (0, Some((offset, length))) = (count, corrupt) {
-                return Err(RecvError::Corrupt { lane, offset, length, umem_bytes });
-            }
-            if count > 0 {
-                self.lane = lane;
-                return Ok(count);
-            }
-        }
-        Ok(0)
+    /// Whether the dispatcher has ended this worker's membership.
+    ///
+    /// If so, its packets belong to other workers, and their frames may be overwritten. If not,
+    /// all data read from packets before this call was data of those packets.
+    #[inline(always)]
+    pub fn is_evicted(&self) -> bool {
+        self.receiver.is_evicted()
     }
 
-    /// Waits until there are packets, no longer than `timeout`.
+    /// Waits for packets, at most for `timeout`.
     #[inline(never)]
     fn wait(&mut self, timeout: Duration) -> Result<Turn, RecvError> {
         let entered = ticks();
         let limit = idle::ticks(timeout);
         loop {
-            // Both are read before the rings: what was pushed before them is seen by this scan.
-            let closing = self.down.phase() == Phase::Closing;
+            // Both are read before the scan. So the scan sees every packet that was published
+            // before the dispatcher closed the ring or the connection.
+            let closing = self.receiver.down.phase() == Phase::Closing;
             let hung_up = self.idle.has_hung_up();
             let now = ticks();
-            let count = self.scan()?;
+            let count = self.receiver.scan()?;
             if self.is_evicted() {
-                // Whoever asked to leave has left.
+                // To a worker that asked to leave, this is the answer.
                 let asked = self.leave.since().is_some();
                 return if asked { Ok(Turn::Closed) } else { Err(RecvError::Evicted) };
             }
@@ -343,14 +313,18 @@ impl Worker {
                 return Ok(Turn::Packets(now, count));
             }
             let idle_since = self.idle.begin(now);
-            if closing || self.farewell_is_over(now, idle_since) {
+            if closing || self.detach_timed_out(now, idle_since) {
                 return Ok(Turn::Closed);
             }
             if hung_up {
                 let asked = self.leave.since().is_some();
                 return if asked { Ok(Turn::Closed) } else { Err(RecvError::PrimaryGone) };
             }
-            if self.idle.look(now).map_err(|error| RecvError::System("look at the control socket", error))? {
+            if self
+                .idle
+                .look(now)
+                .map_err(|error| RecvError::System("poll the connection to the dispatcher", error))?
+            {
                 continue;
             }
             let waited = now.saturating_sub(entered);
@@ -366,91 +340,34 @@ impl Worker {
                     }
                 }
             }
-            self.beat();
+            self.receiver.beat();
             if self.leave.is_due() {
                 self.request_detach()?;
             }
         }
     }
 
-    /// Announces the sleep, looks once more, and sleeps if there is still nothing.
+    /// Announces the sleep, checks the rings once more, and sleeps if they are still empty. The
+    /// protocol is described in `xfan_shm::doorbell`.
     fn sleep(&mut self, limit: Duration) -> Result<Wake, RecvError> {
-        self.sleeper.announce(self.up.epoch());
-        let idle =
-            self.rings.iter().all(|ring| ring.peek(0).is_none()) && self.down.phase() == Phase::Running;
+        self.sleeper.announce(self.receiver.up.epoch());
+        let idle = self.receiver.is_empty() && self.receiver.down.phase() == Phase::Running;
         let wake = if idle { self.idle.sleep(limit) } else { Ok(Wake::Other) };
-        self.sleeper.awake(self.up.epoch());
-        let wake = wake.map_err(|error| RecvError::System("sleep", error))?;
+        self.sleeper.awake(self.receiver.up.epoch());
+        let wake = wake.map_err(|error| RecvError::System("sleep until packets arrive", error))?;
         if wake == Wake::Rung {
             self.wakeups += 1;
-            self.up.wakeups().store(self.wakeups, Ordering::Relaxed);
+            self.receiver.up.wakeups().store(self.wakeups, Ordering::Relaxed);
         }
         Ok(wake)
     }
 
-    /// Whether the dispatcher has been asked to let go, and neither it nor a packet has come for too long.
-    fn farewell_is_over(&self, now: u64, idle_since: u64) -> bool {
+    /// Whether the worker asked to leave, and since then neither an answer nor a packet arrived for
+    /// [`DETACH_TIMEOUT`].
+    fn detach_timed_out(&self, now: u64, idle_since: u64) -> bool {
         self.leave
             .since()
-            .is_some_and(|since| now.saturating_sub(since.max(idle_since)) > idle::ticks(FAREWELL))
-    }
-
-    /// Shows the dispatcher that this worker goes round.
-    #[inline(always)]
-    fn beat(&mut self) {
-        self.heartbeat += 1;
-        self.up.heartbeat().store(self.heartbeat, Ordering::Relaxed);
-    }
-
-    /// Gives back all `count` packets of the current batch, found in a look that began at `start`; the next lane's turn.
-    #[inline(always)]
-    pub(crate) fn commit(&mut self, start: u64, count: u32) {
-        self.commit_first(start, count);
-        self.lane = if self.lane + 1 < self.rings.len() { self.lane + 1 } else { 0 };
-    }
-
-    /// Gives back the first `count` packets of the current batch. The lane stays the current one, whose next packets are those
-    /// behind them. Returns the ticks until which the time is accounted for.
-    #[inline(always)]
-    pub(crate) fn commit_first(&mut self, start: u64, count: u32) -> u64 {
-        self.rings[self.lane].commit(count);
-        self.open = 0;
-        let end = ticks();
-        self.meter.add(start, end, count);
-        self.up.busy_ticks().store(self.meter.busy_ticks(), Ordering::Relaxed);
-        end
-    }
-
-    /// Remembers the first `count` packets of the current batch for [`commit_open`](Self::commit_open).
-    #[inline(always)]
-    pub(crate) fn leave_open(&mut self, start: u64, count: u32) {
-        (self.open, self.open_since) = (count, start);
-    }
-
-    #[inline(always)]
-    pub(crate) fn umem(&self) -> NonNull<u8> {
-        self.umem.address()
-    }
-
-    /// Whether the dispatcher has ended its membership, so that its packets are others' by now. What was read of packets before this
-    /// said no, was read of them.
-    #[inline(always)]
-    pub fn is_evicted(&self) -> bool {
-        // What was read of packets before this is not read after it.
-        fence(Ordering::Acquire);
-        self.down.phase() == Phase::Over
-    }
-
-    /// The lane of the current batch.
-    #[inline(always)]
-    pub(crate) fn lane(&self) -> usize {
-        self.lane
-    }
-
-    /// The first `count` descriptors of the current batch.
-    #[inline(always)]
-    pub(crate) fn descriptors(&self, count: u32) -> &[Descriptor] {
-        &self.descriptors[..count as usize]
+            .is_some_and(|since| now.saturating_sub(since.max(idle_since)) > idle::ticks(DETACH_TIMEOUT))
     }
 }
 
@@ -461,17 +378,4 @@ impl fmt::Debug for Worker {
             .field("lanes", &self.lanes())
             .finish_non_exhaustive()
     }
-}
-
-/// Asks for the line at `address` to be brought near. Any address will do: it is not dereferenced.
-#[inline(always)]
-fn prefetch(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch does not fault, and every x86-64 processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
 }

@@ -1,4 +1,4 @@
-//! The bundled workers as processes, under a dispatcher that is reduced to what a worker sees of it.
+//! The bundled workers as processes, under a minimal dispatcher (`common`).
 
 mod common;
 
@@ -49,7 +49,8 @@ impl Run {
         }
     }
 
-    /// Closes, and waits for the worker's end: its output, and what it wrote on both streams.
+    /// Closes the worker and waits for it to exit. Returns its output, also as text: standard
+    /// output and standard error.
     fn close(self) -> (Output, String, String) {
         self.primary.down.set_phase(Phase::Closing);
         let output = self.worker.wait_with_output().unwrap();
@@ -59,7 +60,7 @@ impl Run {
     }
 }
 
-/// A frame with a UDP datagram from 10.0.0.1:4096 to 10.0.0.2:53, or back.
+/// A frame with a UDP datagram from 10.0.0.1:4096 to 10.0.0.2:53, or with `back` the reverse.
 fn udp(back: bool) -> [u8; FRAME] {
     let mut frame = [0; FRAME];
     frame[12..24].copy_from_slice(&[0x08, 0, 0x45, 0, 0, 50, 0, 1, 0, 0, 64, 17]);
@@ -72,7 +73,7 @@ fn udp(back: bool) -> [u8; FRAME] {
 }
 
 #[test]
-fn count_leaves_on_sigterm_and_prints_what_it_saw() {
+fn count_leaves_on_sigterm_and_prints_totals() {
     let mut run = start(&mut Command::new(env!("CARGO_BIN_EXE_xfan-count")));
     let request = &run.primary.request;
     assert_eq!((request.member.as_deref(), request.token.as_deref()), (Some("default/0"), Some("secret")));
@@ -93,7 +94,7 @@ fn count_leaves_on_sigterm_and_prints_what_it_saw() {
 }
 
 #[test]
-fn a_second_signal_ends_at_once() {
+fn a_second_signal_terminates_at_once() {
     let mut run = start(&mut Command::new(env!("CARGO_BIN_EXE_xfan-count")));
     run.primary.send_frame(0, &udp(false));
     run.await_commits(1);
@@ -105,7 +106,7 @@ fn a_second_signal_ends_at_once() {
 }
 
 #[test]
-fn flow_writes_what_it_has_and_fails_when_the_dispatcher_dies() {
+fn flow_writes_its_records_when_the_dispatcher_dies() {
     let folder = tempfile::tempdir().unwrap();
     let template = folder.path().join("{member}.jsonl");
     let mut run = start(Command::new(env!("CARGO_BIN_EXE_xfan-flow")).arg("--output").arg(&template));

@@ -1,4 +1,4 @@
-//! A worker and a dispatcher that is reduced to what a worker sees of it. Needs no privileges.
+//! The worker SDK against a minimal dispatcher (`common`). Needs no privileges.
 
 mod common;
 
@@ -16,7 +16,7 @@ use xfan_worker::{AttachError, CounterError, Received, RecvError, RefusalCode, W
 const SOON: Duration = Duration::from_millis(5);
 const LONG: Duration = Duration::from_secs(30);
 
-/// The first bytes of the next batch's packets, committed.
+/// Receives and commits a batch. Returns the first byte of each packet.
 fn contents(worker: &mut Worker) -> Vec<u8> {
     match worker.recv(LONG).unwrap() {
         Received::Packets(batch) => {
@@ -33,7 +33,7 @@ fn error(socket: &str) -> String {
 }
 
 #[test]
-fn introduces_itself_and_learns_its_place() {
+fn a_worker_introduces_itself_and_learns_its_member() {
     let (primary, worker) = try_attach(attached(), |builder| builder.member("ids/3").program("me"));
     let worker = worker.unwrap();
     assert_eq!((worker.member(), worker.core(), worker.lanes()), ("default/0", None, 2));
@@ -47,7 +47,7 @@ fn introduces_itself_and_learns_its_place() {
 }
 
 #[test]
-fn is_pinned_to_the_core_that_the_dispatcher_names() {
+fn a_worker_is_pinned_to_the_core_it_is_assigned() {
     let core = core_affinity::get_core_ids().unwrap().last().unwrap().id;
     thread::spawn(move || {
         let (_primary, worker) = attach(protocol::Attached { core: Some(core), ..attached() });
@@ -63,7 +63,7 @@ fn is_pinned_to_the_core_that_the_dispatcher_names() {
 }
 
 #[test]
-fn packets_are_read_in_place_with_what_is_known_of_them() {
+fn packets_are_read_in_place_with_their_metadata() {
     let (mut primary, mut worker) = attach(attached());
     let before = monotonic_ns();
     primary.send(1, 7);
@@ -89,9 +89,9 @@ fn packets_are_read_in_place_with_what_is_known_of_them() {
 }
 
 #[test]
-fn times_of_a_lane_whose_clock_is_ahead_do_not_jump() {
+fn times_do_not_jump_if_a_lanes_clock_is_ahead() {
     let (mut primary, mut worker) = attach(attached());
-    // One lane's clock is a millisecond ahead of the worker's and more, the other's is right.
+    // The clock of lane 0 is a millisecond or more ahead of the worker's. That of lane 1 is right.
     for ahead in [1_000_000, 1_000_000, 2_000_000, 0, 0] {
         let stamped = (monotonic_ns() + ahead) >> 10 << 10;
         let lane = usize::from(ahead == 0);
@@ -131,7 +131,7 @@ fn rings_are_walked_around_many_times() {
 }
 
 #[test]
-fn a_dropped_batch_gives_nothing_back_and_comes_again() {
+fn a_dropped_batch_is_not_committed_and_comes_again() {
     let (mut primary, mut worker) = attach(attached());
     primary.send(0, 1);
     primary.send(1, 9);
@@ -147,7 +147,7 @@ fn a_dropped_batch_gives_nothing_back_and_comes_again() {
 }
 
 #[test]
-fn part_of_a_batch_is_given_back_and_the_rest_comes_first() {
+fn after_a_partial_commit_the_rest_comes_first() {
     let (mut primary, mut worker) = attach(attached());
     for content in 0..4 {
         primary.send(0, content);
@@ -165,7 +165,7 @@ fn part_of_a_batch_is_given_back_and_the_rest_comes_first() {
     assert_eq!(primary.take_back(0), 1);
     assert_eq!(commit_first(&mut worker, 2), 1);
     assert_eq!(primary.take_back(0), 2);
-    // All, or more than there are: then it is the next lane's turn.
+    // After a commit of all packets, or of more than there are, it is the next lane's turn.
     assert_eq!(commit_first(&mut worker, usize::MAX), 3);
     assert_eq!(primary.take_back(0), 1);
     primary.send(0, 4);
@@ -174,7 +174,7 @@ fn part_of_a_batch_is_given_back_and_the_rest_comes_first() {
 }
 
 #[test]
-fn a_batch_that_is_left_open_is_given_back_in_parts_and_never_more_than_it() {
+fn an_open_batch_is_committed_in_parts_up_to_its_end() {
     let (mut primary, mut worker) = attach(attached());
     let leave_open = |worker: &mut Worker, packets| {
         let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
@@ -190,7 +190,7 @@ fn a_batch_that_is_left_open_is_given_back_in_parts_and_never_more_than_it() {
     assert_eq!((worker.commit_open(0), worker.commit_open(3), primary.take_back(0)), (Ok(()), Ok(()), 3));
     assert_eq!((worker.commit_open(2), worker.commit_open(1), primary.take_back(0)), (Err(1), Ok(()), 1));
     assert_eq!(worker.commit_open(1), Err(0));
-    // No more than was received, and nothing that was given back otherwise.
+    // Not more than was received, and nothing that was committed otherwise.
     leave_open(&mut worker, usize::MAX);
     assert_eq!(worker.commit_open(3), Err(2));
     assert_eq!(contents(&mut worker), [4, 5]);
@@ -199,7 +199,7 @@ fn a_batch_that_is_left_open_is_given_back_in_parts_and_never_more_than_it() {
 }
 
 #[test]
-fn idles_for_the_timeout_however_it_waits() {
+fn every_idle_strategy_waits_for_the_timeout() {
     for (spin_ns, yield_ns) in [(0, 0), (u64::MAX, 0), (0, u64::MAX), (1_000_000, 1_000_000)] {
         let (primary, mut worker) = attach(protocol::Attached { spin_ns, yield_ns, ..attached() });
         let start = Instant::now();
@@ -212,7 +212,7 @@ fn idles_for_the_timeout_however_it_waits() {
 }
 
 #[test]
-fn a_sleeper_shows_that_it_lives_and_is_woken_by_the_doorbell() {
+fn a_sleeper_keeps_beating_and_the_doorbell_wakes_it() {
     let (mut primary, mut worker) = attach(attached());
     let sleeper = thread::spawn(move || (contents(&mut worker), worker));
     let beats = || primary.up.heartbeat().load(Ordering::Relaxed);
@@ -231,7 +231,7 @@ fn a_sleeper_shows_that_it_lives_and_is_woken_by_the_doorbell() {
 
 #[test]
 fn the_doorbell_alone_ends_a_sleep() {
-    // Only a doorbell that was heard counts as a wake-up; the end of a sleep's time does not.
+    // Only a ring counts as a wake-up. The end of a sleep's time does not.
     let (mut primary, mut worker) = attach(attached());
     let worker = thread::spawn(move || {
         for _ in 0..200 {
@@ -255,7 +255,7 @@ fn the_doorbell_alone_ends_a_sleep() {
 }
 
 #[test]
-fn closed_comes_after_the_backlog() {
+fn closed_follows_the_backlog() {
     let (mut primary, mut worker) = attach(attached());
     primary.send(0, 1);
     primary.send(1, 2);
@@ -269,7 +269,7 @@ fn closed_comes_after_the_backlog() {
 }
 
 #[test]
-fn a_dispatcher_that_dies_is_noticed_after_the_backlog() {
+fn a_dead_dispatcher_is_reported_after_the_backlog() {
     let answers = [(0, 0), (u64::MAX, 0)].map(|(spin_ns, yield_ns)| protocol::Attached {
         spin_ns,
         yield_ns,
@@ -286,14 +286,14 @@ fn a_dispatcher_that_dies_is_noticed_after_the_backlog() {
 }
 
 #[test]
-fn who_never_waits_notices_too() {
+fn a_worker_that_never_waits_notices_a_dead_dispatcher() {
     let (primary, mut worker) = attach(attached());
     drop(primary.connection);
     while worker.recv(Duration::ZERO).is_ok() {}
 }
 
 #[test]
-fn detaching_is_asked_for_once_and_ends_when_the_dispatcher_says_so() {
+fn a_worker_asks_to_detach_once_and_waits_for_closing() {
     let (mut primary, mut worker) = attach(attached());
     worker.request_detach().unwrap();
     worker.request_detach().unwrap();
@@ -309,14 +309,14 @@ fn detaching_is_asked_for_once_and_ends_when_the_dispatcher_says_so() {
 }
 
 #[test]
-fn a_dispatcher_that_does_not_answer_a_farewell_is_not_waited_for_for_ever() {
+fn an_unanswered_detach_request_times_out() {
     let (_primary, mut worker) = attach(attached());
     worker.request_detach().unwrap();
     assert!(matches!(worker.recv(LONG).unwrap(), Received::Closed));
 }
 
 #[test]
-fn after_a_farewell_the_end_of_the_connection_is_no_error() {
+fn after_a_detach_request_a_closed_connection_is_fine() {
     let (primary, mut worker) = attach(attached());
     drop(primary.connection);
     worker.request_detach().unwrap();
@@ -324,7 +324,7 @@ fn after_a_farewell_the_end_of_the_connection_is_no_error() {
 }
 
 #[test]
-fn a_corrupt_descriptor_is_an_error_and_what_comes_before_it_is_not() {
+fn packets_before_a_corrupt_descriptor_are_received() {
     let (mut primary, mut worker) = attach(attached());
     let offset = u32::try_from(FRAME * FRAMES - 10).unwrap();
     primary.send(0, 1);
@@ -341,7 +341,7 @@ fn a_corrupt_descriptor_is_an_error_and_what_comes_before_it_is_not() {
 }
 
 #[test]
-fn counters_are_seen_by_the_dispatcher() {
+fn the_dispatcher_sees_published_counters() {
     let (primary, mut worker) = attach(attached());
     let mut alerts = worker.counter("alerts").unwrap();
     let mut depth = worker.counter("depth").unwrap();
@@ -363,7 +363,7 @@ fn counters_are_seen_by_the_dispatcher() {
 }
 
 #[test]
-fn what_is_wrong_with_the_socket_is_said() {
+fn errors_say_what_is_wrong_with_the_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("nobody.sock").to_str().unwrap().to_owned();
     assert!(
@@ -381,7 +381,7 @@ fn what_is_wrong_with_the_socket_is_said() {
 }
 
 #[test]
-fn a_refusal_is_shown_with_its_reason() {
+fn a_refusal_shows_its_reason() {
     let socket = Socket::new();
     let path = socket.path.clone();
     let message = "this dispatcher speaks version 2, the worker version 1".to_owned();
@@ -396,7 +396,7 @@ fn a_refusal_is_shown_with_its_reason() {
 }
 
 #[test]
-fn a_report_is_asked_for_without_becoming_a_worker() {
+fn a_report_takes_no_membership() {
     let answered = |reply: Reply| {
         let socket = Socket::new();
         let path = socket.path.clone();
@@ -414,13 +414,13 @@ fn a_report_is_asked_for_without_becoming_a_worker() {
     let error = answered(Reply::Refused(refusal)).unwrap_err();
     assert_eq!(error.to_string(), "the dispatcher refused to report: not you");
     let error = answered(Reply::Attached(attached())).unwrap_err();
-    assert!(error.to_string().contains("answered something else than was asked"), "{error}");
+    assert!(error.to_string().contains("sent an unexpected reply"), "{error}");
     let error = xfan_worker::report("/nowhere/x.sock").unwrap_err();
     assert!(error.to_string().starts_with("no dispatcher listens on /nowhere/x.sock"), "{error}");
 }
 
 #[test]
-fn answers_that_make_no_sense_are_refused() {
+fn invalid_replies_are_refused() {
     for reply in [Reply::Stats(1.into()), Reply::Attached(attached())] {
         let socket = Socket::new();
         let path = socket.path.clone();

@@ -1,4 +1,7 @@
-//! `xfan-count`: reads the headers of every packet and counts. The shortest worker, and the one to measure with.
+//! `xfan-count`: reads the headers of every packet and counts packets and bytes. The shortest of
+//! the bundled workers, and the one that benchmarks run.
+
+#![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -9,39 +12,41 @@ use clap::Parser;
 use signal_hook::consts::SIGHUP;
 use xfan_worker::{AttachError, Packet, Received, RecvError, Worker, say};
 
-/// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it ends.
+/// Counts packets: a worker of the xfan packet dispatcher. Prints one JSON object when it exits.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Join the dispatcher behind this control socket; the environment says it to workers that `xfan run` starts.
+    /// Join the dispatcher that listens on this control socket. `xfan run` tells the workers it
+    /// starts.
     #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     attach: Option<PathBuf>,
-    /// The group to join; the dispatcher's first otherwise.
+    /// Group to join [default: the dispatcher's first].
     #[arg(long)]
     group: Option<String>,
-    /// The member to become, such as default/0; any vacant one otherwise.
+    /// Member to become, such as default/0 [default: any vacant member].
     #[arg(long)]
     member: Option<String>,
-    /// When the dispatcher is gone, wait for the next one on the same socket.
+    /// When the dispatcher exits, wait for the next one on the same socket.
     #[arg(long)]
     reconnect: bool,
-    /// Sleep before each commit, to be a slow worker, such as 10ms.
+    /// Sleep this long before each commit, such as 10ms, to simulate a slow worker.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     sleep_per_batch: Option<Duration>,
 }
 
-/// Ethertype, version and header length of what is read: IPv4 without options.
+/// Ethertype, version and header length of the packets it reads: IPv4 without options.
 const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
 
-/// What was seen.
+/// The totals that it prints.
 #[derive(Default, serde::Serialize)]
 struct Totals {
     member: String,
     packets: u64,
     bytes: u64,
-    /// Packets that are something else than plain IPv4, or too short to read.
+    /// Packets that are not IPv4 without options, or too short to read.
     other: u64,
-    /// Sum of addresses and ports, as proof that they were read: the order of packets does not matter.
+    /// Sum of addresses and ports. It proves that they were read, and does not depend on the order
+    /// of packets.
     checksum: u64,
 }
 
@@ -65,7 +70,7 @@ impl Totals {
 }
 
 fn count(arguments: &Arguments, totals: &mut Totals) -> Result<(), Box<dyn std::error::Error>> {
-    // It has no file to open anew; the signal is not to end it.
+    // SIGHUP asks for files to be reopened. This worker has none, but must not die of the signal.
     signal_hook::flag::register(SIGHUP, Default::default())?;
     let mut builder = Worker::builder().leave_on_signals();
     if let Some(socket) = &arguments.attach {

@@ -1,5 +1,6 @@
-//! A dispatcher reduced to what a worker sees of it: a socket, segments, rings, a doorbell.
-#![allow(dead_code)] // each file of tests uses its part
+//! A minimal dispatcher, with only what a worker sees of one: a socket, segments, rings, a
+//! doorbell.
+#![allow(dead_code)] // each test binary uses a part
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -41,7 +42,7 @@ impl Socket {
 
     /// Accepts one connection and reads its first request.
     pub fn accept(&self) -> (OwnedFd, Request) {
-        // SAFETY: the kernel has just made it for us, nobody else owns it.
+        // SAFETY: accept(2) returned a new descriptor, which nobody else owns.
         let connection = unsafe { OwnedFd::from_raw_fd(accept(self.listener.as_raw_fd()).unwrap()) };
         let (request, _) = protocol::receive(&connection, MAX_REQUEST).unwrap();
         (connection, request)
@@ -61,7 +62,7 @@ pub struct Primary {
     next_frame: usize,
 }
 
-/// What the tests' worker is told, unless they say otherwise: two lanes, and to sleep at once.
+/// The default answer to a worker: two lanes, and sleep as soon as the rings are empty.
 pub fn attached() -> Attached {
     Attached {
         member: "default/0".into(),
@@ -74,7 +75,7 @@ pub fn attached() -> Attached {
     }
 }
 
-/// Attaches a worker to a dispatcher that answers so.
+/// Attaches a worker to a dispatcher that gives this answer.
 pub fn attach(answer: Attached) -> (Primary, Worker) {
     let (primary, worker) = try_attach(answer, |builder| builder);
     (primary, worker.unwrap())
@@ -91,7 +92,7 @@ pub fn try_attach(
     (primary.join().unwrap(), worker)
 }
 
-/// Answers one worker with one message in a thread of its own.
+/// Answers one worker with one message, in a thread of its own.
 pub fn reply_once(socket: Socket, reply: Reply) -> JoinHandle<()> {
     thread::spawn(move || {
         let (connection, _) = socket.accept();
@@ -100,7 +101,7 @@ pub fn reply_once(socket: Socket, reply: Reply) -> JoinHandle<()> {
 }
 
 impl Primary {
-    /// Accepts a worker and lets it in.
+    /// Accepts a worker and makes it a member.
     pub fn answer(socket: &Socket, answer: &Attached) -> Self {
         let (connection, request) = socket.accept();
         let Request::Attach(request) = request else { panic!("{request:?}") };
@@ -120,7 +121,7 @@ impl Primary {
         protocol::send(&connection, &Reply::Attached(answer.clone()), &fds).unwrap();
         let lanes =
             (0..answer.geometry.lanes).map(|lane| Producer::new(SharedRing::new(&down, &up, lane))).collect();
-        // A worker that cannot use them hangs up instead.
+        // A worker that cannot use the segments closes the connection instead.
         if protocol::receive::<Request>(&connection, MAX_REQUEST)
             .is_ok_and(|(said, _)| said == Request::Ready)
         {
@@ -139,16 +140,19 @@ impl Primary {
         }
     }
 
-    /// Publishes a packet whose bytes are all `content`, and rings if the worker sleeps. Returns whether it rang.
+    /// Publishes a packet whose bytes are all `content`, and rings if the worker sleeps. Returns
+    /// whether it rang.
     pub fn send(&mut self, lane: usize, content: u8) -> bool {
         self.send_frame(lane, &[content; FRAME])
     }
 
-    /// The same, with these bytes; the first of them is also the hash.
+    /// Like [`send`](Self::send), with these bytes. The first one is also the hash.
     pub fn send_frame(&mut self, lane: usize, bytes: &[u8; FRAME]) -> bool {
         let offset = self.next_frame % FRAMES * FRAME;
         self.next_frame += 1;
-        // SAFETY: the frame lies within the mapping, and no worker has been told of it.
+        // SAFETY: `write` requires valid memory: `offset` is that of one of the mapping's `FRAMES`
+        // frames. Bytes need no alignment. No worker reads the frame before its descriptor is
+        // pushed.
         unsafe { self.umem.address().add(offset).cast::<[u8; FRAME]>().write(*bytes) };
         let descriptor = Descriptor {
             offset: u32::try_from(offset).unwrap(),
@@ -167,7 +171,7 @@ impl Primary {
         ring
     }
 
-    /// Takes back what the worker has committed on a lane; returns how many packets that are.
+    /// Takes back the packets that the worker has committed on a lane. Returns their number.
     pub fn take_back(&mut self, lane: usize) -> u32 {
         self.lanes[lane].take_back(|_| ()).unwrap()
     }

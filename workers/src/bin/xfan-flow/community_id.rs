@@ -10,7 +10,7 @@ use sha1::{Digest, Sha1};
 
 use crate::flow_id::{FlowId, Ports};
 
-/// The Community ID of a flow, the same for either direction.
+/// The Community ID of a flow, the same for both directions.
 pub fn community_id(flow: FlowId) -> String {
     let FlowId { key, ports } = flow.canonical();
     let mut sha1 = Sha1::new();
@@ -37,7 +37,8 @@ mod tests {
     use super::*;
     use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
-    /// The ID of a flow between two ends, seen from either; for ICMP the two numbers are type and code.
+    /// The ID of a flow between two endpoints, checked in both directions. For ICMP, `from` and
+    /// `to` are type and code.
     fn id(protocol: u8, source: &str, from: u16, destination: &str, to: u16) -> String {
         let key = FlowKey {
             source: source.parse().unwrap(),
@@ -59,10 +60,10 @@ mod tests {
         id
     }
 
-    /// The specification has ports of TCP, UDP and SCTP alone; the values are pycommunityid's for
-    /// addresses and protocol.
+    /// The specification hashes ports of TCP, UDP and SCTP only. The expected values are those of
+    /// pycommunityid for addresses and protocol.
     #[test]
-    fn has_no_ports_of_dccp_and_udp_lite() {
+    fn dccp_and_udp_lite_ports_are_not_hashed() {
         let (one, other) = ("10.1.12.1", "10.1.12.2");
         let (one6, other6) = ("2001:db8::1", "2001:db8::2");
         for (protocol, expected, expected6) in [
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn equals_the_baseline_of_the_specification_and_zeek() {
+    fn ids_equal_those_of_the_specification_and_zeek() {
         let router = "3ffe:507:0:1:200:86ff:fe05:80da";
         let host = "3ffe:507:0:1:260:97ff:fe07:69ea";
         let (near, far) = ("fe80::200:86ff:fe05:80da", "fe80::260:97ff:fe07:69ea");

@@ -1,7 +1,8 @@
-//! Which packets are one flow: those of one 5-tuple, in which an ICMP message has its type and its answer's for ports.
+//! The identity of a flow: its 5-tuple. For ICMP, the type of a message and the type of its answer
+//! take the place of the ports.
 //!
-//! Zeek, Suricata and the Community ID do so too. The dispatcher, which only has to bring the packets of a flow to one
-//! worker, tells no ports of ICMP apart.
+//! Zeek, Suricata and the Community ID identify flows in the same way. The dispatcher ignores the
+//! types: it only has to send all packets of a flow to one worker.
 
 use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 
@@ -10,23 +11,25 @@ use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, Packet, SCTP, TCP, UDP};
 pub struct FlowId {
     /// The 5-tuple. Ports are 0 where there are none.
     pub key: FlowKey,
-    /// What its ports are to the Community ID.
+    /// What the two port numbers of `key` are.
     pub ports: Ports,
 }
 
-/// What the two numbers in the place of ports are.
+/// The meaning of a flow's two port numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ports {
-    /// Not there: a fragment, a packet cut off before them, or a protocol of which the Community ID knows no ports.
+    /// There are none: the packet is a fragment or cut off before its ports, or the Community ID
+    /// defines no ports for the protocol.
     None,
-    /// Those of both ends, or an ICMP message's type and the type of its answer.
+    /// The ports of both endpoints, or the type of an ICMP message and the type of its answer.
     Pair,
-    /// An ICMP message's type and code, where there is no answer to it: the way back is another flow.
+    /// The type and code of an ICMP message that has no answer. The reverse direction is another
+    /// flow.
     OneWay,
 }
 
 impl FlowId {
-    /// The flow of a packet, in its direction.
+    /// The flow of a packet, in the packet's direction.
     pub fn of(packet: &Packet<'_>) -> Self {
         let key = packet.key;
         match (key.protocol, packet.payload) {
@@ -47,7 +50,7 @@ impl FlowId {
         FlowId { key, ports }
     }
 
-    /// The same for all packets of the flow, and for them only.
+    /// A value that is equal for all packets of a flow, and different for any other flow.
     pub fn canonical(self) -> Self {
         match self.ports {
             Ports::OneWay => self,
@@ -56,13 +59,15 @@ impl FlowId {
     }
 }
 
-/// Types of ICMP requests and answers: echo, router discovery, time stamp, information, address mask.
+/// Types of ICMP requests and their answers: echo, router discovery, time stamp, information,
+/// address mask.
 const ICMP_ANSWERS: [(u8, u8); 5] = [(8, 0), (10, 9), (13, 14), (15, 16), (17, 18)];
-/// The same for IPv6: echo, multicast listeners, router and neighbour discovery, node information, home agent discovery.
+/// Types of ICMPv6 requests and their answers: echo, multicast listeners, router discovery,
+/// neighbour discovery, node information, home agent discovery.
 const ICMPV6_ANSWERS: [(u8, u8); 6] =
     [(128, 129), (130, 131), (133, 134), (135, 136), (139, 140), (144, 145)];
 
-/// The type of the message that answers, or is answered by, one of this type.
+/// The type of the answer to messages of type `kind`, or the type of the request that they answer.
 fn counterpart(answers: &[(u8, u8)], kind: u8) -> Option<u8> {
     answers.iter().find_map(|&(request, answer)| match kind {
         _ if kind == request => Some(answer),
@@ -75,7 +80,7 @@ fn counterpart(answers: &[(u8, u8)], kind: u8) -> Option<u8> {
 mod tests {
     use super::*;
 
-    /// A message between two hosts, the lower of which sends it, or the other.
+    /// A message from 10.0.0.1 to 10.0.0.2, or with `back` in the other direction.
     fn message(protocol: u8, back: bool, payload: &[u8]) -> Packet<'_> {
         let key = FlowKey {
             source: [10, 0, 0, 1].into(),
@@ -104,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_other_types_and_requests_of_the_other_side_are_other_flows() {
+    fn other_types_and_reverse_requests_are_other_flows() {
         let ids = [(8, 0, false), (8, 0, true), (13, 0, false), (3, 1, false), (3, 1, true), (1, 3, true)]
             .map(|(kind, code, back)| FlowId::of(&message(ICMP, back, &[kind, code])).canonical());
         for (number, id) in ids.iter().enumerate() {
@@ -114,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_and_messages_cut_off_have_no_ports() {
+    fn fragments_and_cut_off_messages_have_no_ports() {
         let whole = message(ICMPV6, false, &[128, 0, 1, 1]);
         for packet in [Packet { fragment: true, ..whole }, message(ICMPV6, false, &[128])] {
             assert_eq!(ports(&packet), (0, 0, Ports::None));

@@ -1,8 +1,11 @@
 //! `xfan-flow`: writes one line of JSON for each flow.
 //!
-//! A flow ends when it has been idle for long enough, when the table is full and it is the longest idle, or when the
-//! worker ends. Nothing is lost silently: every packet is in a record, or counted as
-//! `packets_unparsed`, or, when records could not be written, as `packets_lost`.
+//! A flow ends when it has been idle for `--idle-timeout`, when the table is full and the flow is
+//! the longest idle one, or when the worker exits. Every packet is accounted for: it is part of a
+//! record, or counted as `packets_unparsed`, or, if its record could not be written, as
+//! `packets_lost`.
+
+#![forbid(unsafe_code)]
 
 mod community_id;
 mod flow_id;
@@ -28,33 +31,37 @@ use crate::table::FlowTable;
 
 /// Writes flow records: a worker of the xfan packet dispatcher.
 ///
-/// One JSON object per line: community_id proto src sport dst dport packets bytes first last tcp_flags member.
-/// Of ICMP, sport and dport are the type of a message and that of its answer, or its code if nothing answers it.
+/// One JSON object per line: community_id proto src sport dst dport packets bytes first last
+/// tcp_flags member. For ICMP, sport is the type of the message, and dport is the type of its
+/// answer, or its code if the type has no answer.
 ///
-/// On SIGHUP the output file is opened anew. While it cannot be written to, up to 16 MiB of records
-/// wait in memory.
+/// SIGHUP reopens the output file. While the file cannot be written to, up to 16 MiB of records are
+/// kept in memory.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Join the dispatcher behind this control socket; the environment says it to workers that `xfan run` starts.
+    /// Join the dispatcher that listens on this control socket. `xfan run` tells the workers it
+    /// starts.
     #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     attach: Option<PathBuf>,
-    /// The group to join; the dispatcher's first otherwise.
+    /// Group to join [default: the dispatcher's first].
     #[arg(long)]
     group: Option<String>,
-    /// The member to become, such as default/0; any vacant one otherwise.
+    /// Member to become, such as default/0 [default: any vacant member].
     #[arg(long)]
     member: Option<String>,
-    /// When the dispatcher is gone, wait for the next one on the same socket; the flows go on.
+    /// When the dispatcher exits, keep the flows and wait for the next one on the same socket.
     #[arg(long)]
     reconnect: bool,
-    /// File to append records to; {member} stands for the member, such as default-0; - is standard output.
+    /// File to append records to. {member} stands for the member, such as default-0. - is standard
+    /// output.
     #[arg(long, value_name = "FILE", default_value = "-")]
     output: String,
-    /// Most flows in the table (about 150 bytes each); when it is full, the longest idle one is written out.
+    /// Largest number of flows in the table, about 150 bytes each. When the table is full, the
+    /// longest idle flow is written out.
     #[arg(long, value_name = "FLOWS", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     max_flows: u32,
-    /// A flow without packets for so long is over.
+    /// A flow without packets for this long has ended.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     idle_timeout: Duration,
 }
@@ -70,7 +77,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    // From the first moment on: the signal is not to end it.
+    // Before anything else: SIGHUP must not terminate the worker.
     let reopen = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, reopen.clone())?;
     let mut builder = Worker::builder().leave_on_signals();
@@ -95,7 +102,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let records = totals.records;
     say(format!(
         "xfan-flow {}: packets in flows {}, flows written {} (expired {}, evicted {}), packets of no flow {} (not IP, or cut off), \
-         records lost {} of {} packets (waiting at the end {})",
+         records lost {} of {} packets (unwritten at exit {})",
         worker.member(),
         totals.packets,
         records.written,
@@ -109,14 +116,12 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     end?;
     written?;
     if records.lost > 0 {
-        return Err(
-            format!("{} flow records of {} packets are lost", records.lost, records.packets_lost).into()
-        );
+        return Err(format!("lost {} flow records of {} packets", records.lost, records.packets_lost).into());
     }
     Ok(())
 }
 
-/// Why receiving ended before its time.
+/// The error that ended receiving.
 #[derive(Debug, thiserror::Error)]
 enum End {
     #[error(transparent)]
@@ -127,8 +132,8 @@ enum End {
     Counter(#[from] CounterError),
 }
 
-/// Until the end, or until nobody reads the records; with `patience` also beyond the dispatcher's
-/// end.
+/// Meters packets until the dispatcher closes the worker, or until the reader of the records has
+/// closed its pipe. With `patience`, also waits that long for the next dispatcher.
 fn receive(
     worker: &mut Worker,
     meter: &mut Meter,

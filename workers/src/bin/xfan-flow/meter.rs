@@ -1,4 +1,5 @@
-//! From packets to records: the table, the clock, the counters and the output together.
+//! The meter: turns packets into flow records, with the table, the clock, the counters and the
+//! output.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +11,8 @@ use crate::output::{Counts, Output, OutputError};
 use crate::record::Record;
 use crate::table::{Flow, FlowTable};
 
-/// Time between two looks at the wall clock, at what has expired, and at what is to be written out.
+/// Time between two rounds. A round reads the wall clock, removes expired flows and flushes the
+/// output. So a record is written at most a second after its flow has expired.
 const ROUND: Duration = Duration::from_secs(1);
 
 /// Meters the flows of one member.
@@ -20,29 +22,30 @@ pub struct Meter {
     output: Output,
     totals: Totals,
     published: Published,
-    /// Time of the monotonic clock's zero, in nanoseconds since 1970.
+    /// Wall-clock time of the monotonic clock's zero, in nanoseconds since 1970.
     epoch: u64,
     /// When the next round is due.
     next_round: Duration,
 }
 
-/// What has been seen so far.
+/// Counts since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
     /// Packets that belong to a flow.
     pub packets: u64,
-    /// Packets that belong to none: not IP, or cut off within its header.
+    /// Packets that belong to no flow: not IP, or cut off within the IP header.
     pub unparsed: u64,
-    /// Flows that were idle for too long.
+    /// Flows that ended because they were idle.
     pub expired: u64,
-    /// Flows that had to make room.
+    /// Flows that ended because the table was full.
     pub evicted: u64,
-    /// What became of the records of flows that are over.
+    /// The records of flows that have ended.
     pub records: Counts,
-    /// Of the records lost, those that waited to be written at the end.
+    /// The part of the lost records that was unwritten when the worker exited.
     pub waited: u64,
 }
 
+/// The counters that `xfan stats` shows.
 struct Published {
     active: Counter,
     expired: Counter,
@@ -68,10 +71,10 @@ impl Published {
 }
 
 impl Meter {
-    /// Begins, and publishes the counters.
+    /// A meter for the flows of `worker`. Publishes its counters.
     ///
     /// # Errors
-    /// [`CounterError`]
+    /// [`CounterError`] if a counter cannot be published.
     pub fn new(worker: &mut Worker, table: FlowTable, output: Output) -> Result<Self, CounterError> {
         let published = Published::by(worker)?;
         let member = worker.member().to_owned();
@@ -79,17 +82,18 @@ impl Meter {
         Ok(Meter { member, table, output, totals, published, epoch: epoch(), next_round })
     }
 
-    /// Goes on with the next dispatcher, to which the worker has attached.
+    /// Continues after the worker has attached to the next dispatcher: publishes the counters again
+    /// and adopts the new member's name. Flows are kept.
     ///
     /// # Errors
-    /// [`CounterError`]
+    /// [`CounterError`] if a counter cannot be published.
     pub fn go_on(&mut self, worker: &mut Worker) -> Result<(), CounterError> {
         self.published = Published::by(worker)?;
         worker.member().clone_into(&mut self.member);
         Ok(())
     }
 
-    /// Counts the packets of a batch.
+    /// Adds the packets of a batch to their flows.
     pub fn add(&mut self, batch: &Batch<'_>) {
         let mut now = Duration::ZERO;
         for packet in batch {
@@ -107,27 +111,29 @@ impl Meter {
             }
         }
         self.publish();
-        // By the packets' time: while there is a backlog, the packet that keeps a flow alive may still be in a ring.
+        // The packets' time decides, not the current time: while there is a backlog, the packet
+        // that keeps a flow alive may still be in a ring.
         self.round(now);
     }
 
-    /// Nothing came: only time goes on.
+    /// Expires flows although no packet arrived.
     pub fn idle(&mut self) {
         self.round(Duration::from_nanos(monotonic_ns()));
     }
 
-    /// Opens the output anew.
+    /// Reopens the output file.
     pub fn reopen(&mut self) {
         self.output.reopen();
         self.publish();
     }
 
-    /// Whether there is nobody to write records for.
+    /// Whether the reader of the records has closed its pipe.
     pub fn is_in_vain(&self) -> bool {
         self.output.is_broken()
     }
 
-    /// Writes out all flows. What cannot be written is counted as lost, and an error.
+    /// Ends all flows and writes their records. Records that cannot be written are counted as lost,
+    /// and the result is an error.
     pub fn finish(&mut self) -> (Totals, Result<(), OutputError>) {
         while let Some(flow) = self.table.remove_oldest() {
             self.write(&flow);
@@ -157,7 +163,8 @@ impl Meter {
         self.output.write(&Record::new(flow, self.epoch, &self.member), flow.packets);
     }
 
-    /// What became of the records first: whoever sees how many flows have expired sees that as well.
+    /// Publishes the counts of records before those of flows: a reader that sees a flow expired
+    /// also sees what happened to its record.
     fn publish(&mut self) {
         let Counts { waiting, lost, packets_lost, .. } = self.output.counts();
         self.published.records_waiting.set(waiting);
@@ -170,7 +177,7 @@ impl Meter {
     }
 }
 
-/// Time of the monotonic clock's zero, in nanoseconds since 1970.
+/// Wall-clock time of the monotonic clock's zero, in nanoseconds since 1970.
 fn epoch() -> u64 {
     epoch_by(|| {
         let before = monotonic_ns();
@@ -179,8 +186,9 @@ fn epoch() -> u64 {
     })
 }
 
-/// The same, of the quickest of a few readings of the monotonic clock, the wall clock and the monotonic
-/// clock: a process may lose its CPU between two of them.
+/// Like [`epoch`], where `read` returns the monotonic time, the wall-clock time and the monotonic
+/// time again. Uses the quickest of four readings, since a process may lose its CPU between the
+/// clocks.
 fn epoch_by(read: impl FnMut() -> (u64, u64, u64)) -> u64 {
     let readings = std::iter::repeat_with(read).take(4);
     let quickest = readings.min_by_key(|(before, _, after)| after - before);
@@ -196,9 +204,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_epoch_is_right_if_the_process_loses_its_cpu_between_the_clocks() {
+    fn losing_the_cpu_between_clocks_keeps_the_epoch_right() {
         const EPOCH: u64 = 1_700_000_000_000_000_000;
-        // 40 ns between two readings, but for one that takes 5 ms.
+        // Two clock reads are 40 ns apart, except for one pair that is 5 ms apart.
         for (lost_before, lost_after) in [(5_000_000, 0), (0, 5_000_000)] {
             let (mut now, mut reading) = (1_000_000, 0);
             let epoch = epoch_by(|| {

@@ -1,8 +1,8 @@
-//! Where the records go: a file, or standard output, one line each.
+//! The output: records go to a file or to standard output, one line each.
 //!
-//! Records wait in memory until they are written: for the next [`flush`](Output::flush), or, when
-//! the disk is full, until there is room. A regular file always ends with a whole record; what a
-//! full disk has taken of one is cut off.
+//! Records are kept in memory until the next [`flush`](Output::flush), or, when the disk is full,
+//! until it has free space. A regular file always ends with a complete record: if a full disk takes
+//! a part of a record, that part is cut off.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -18,15 +18,17 @@ use serde::Serialize;
 
 use crate::say;
 
-/// Bytes that are gathered before they are written.
+/// Bytes to gather before a write. A write of 64 KiB carries about 250 records and fills a pipe of
+/// the default size.
 const GATHERED: usize = 64 << 10;
-/// Most bytes of records that wait while they cannot be written.
+/// Largest number of bytes to keep while they cannot be written: some 70,000 records.
 const MAX_WAITING: usize = 16 << 20;
-/// More bytes than a record has.
+/// Upper bound of the length of a record in bytes. A record has some 250.
 const LONGEST_RECORD: usize = 4 << 10;
-/// How every record begins.
+/// The bytes that every record begins with.
 const BEGINNING: &[u8] = b"{\"community_id\":";
-/// How long a slow reader of a pipe may take at the end.
+/// How long the worker waits for a slow reader of a pipe when it exits. The dispatcher gives a
+/// stopping worker more time than this.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A file of JSON lines.
@@ -35,48 +37,50 @@ pub struct Output {
     /// `None`: standard output.
     path: Option<PathBuf>,
     file: File,
-    /// Lines that are not written, from `written` on.
+    /// Lines. Those from `written` on are not in the file yet.
     bytes: Vec<u8>,
     written: usize,
-    /// What these bytes are, in order.
+    /// The lines that are not completely in the file, in order.
     lines: VecDeque<Line>,
-    /// Bytes of the first line that are in the file already.
+    /// Bytes of the first line that are already in the file.
     begun: usize,
     max_waiting: usize,
+    /// Set while writing fails.
     outage: Option<Outage>,
-    /// Nobody reads any more.
+    /// Whether the reader of the pipe has closed it.
     broken: bool,
+    /// Whether to reopen the file once the record that was begun in it is complete.
     reopen: bool,
     counts: Counts,
 }
 
-/// A line that waits. One of no packets is no record.
+/// A line that is not completely in the file. A line of 0 packets is not a record.
 struct Line {
     bytes: usize,
     packets: u64,
 }
 
-/// Nothing can be written at the moment.
+/// A period during which writing fails, and which messages have been written about it.
 #[derive(Default)]
 struct Outage {
     told: bool,
     told_of_loss: bool,
 }
 
-/// What became of the records.
+/// Counts of records by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// In the file.
+    /// Records in the file.
     pub written: u64,
-    /// In memory.
+    /// Records in memory, to be written.
     pub waiting: u64,
-    /// Nowhere, and the packets in them.
+    /// Records that could not be written.
     pub lost: u64,
-    /// Packets of the records lost.
+    /// Packets of the lost records.
     pub packets_lost: u64,
 }
 
-/// It cannot be written to.
+/// The output cannot be opened or written to.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what} {name}: {error}")]
 pub struct OutputError {
@@ -87,11 +91,12 @@ pub struct OutputError {
 }
 
 impl Output {
-    /// Opens the file that `template` names: `{member}` stands for the member, with `-` for `/`; `-` alone is
-    /// standard output. Lines are appended, so that a worker that is restarted overwrites nothing.
+    /// Opens the file that `template` names. `{member}` stands for the member, with `-` in place of
+    /// `/`. A template of `-` is standard output. Lines are appended, so a restarted worker
+    /// overwrites nothing.
     ///
     /// # Errors
-    /// [`OutputError`]
+    /// [`OutputError`] if the file cannot be opened or repaired.
     pub fn open(template: &str, member: &str) -> Result<Self, OutputError> {
         let (name, path) = if template == "-" {
             ("standard output".to_owned(), None)
@@ -123,16 +128,16 @@ impl Output {
         Ok(output)
     }
 
-    /// Takes one record of so many packets, and writes it some time before the next
-    /// [`flush`](Self::flush) has returned, if that can be. A record for which there is no room is
-    /// lost, and counted.
+    /// Queues a record of `packets` packets. It is written by the end of the next
+    /// [`flush`](Self::flush), if the file accepts it. If the memory limit is reached, the record
+    /// is lost and counted.
     pub fn write(&mut self, record: &impl Serialize, packets: u64) {
         let start = self.bytes.len();
-        // One too large for memory would end the process; one that is no JSON cannot be.
+        // Writing to a vector does not fail, and every record can be expressed in JSON.
         let whole = serde_json::to_writer(&mut self.bytes, record).is_ok();
         self.bytes.push(b'\n');
-        let room = self.bytes.len() - self.written <= self.max_waiting;
-        if !whole || !room || self.broken {
+        let fits = self.bytes.len() - self.written <= self.max_waiting;
+        if !whole || !fits || self.broken {
             self.bytes.truncate(start);
             self.counts.lost += 1;
             self.counts.packets_lost += packets;
@@ -145,15 +150,15 @@ impl Output {
         }
     }
 
-    /// Writes what waits, as far as it can be. Says on standard error when that begins to fail, and
-    /// when it works again.
+    /// Writes the queued records, as far as the file accepts them. Reports on standard error when
+    /// writing begins to fail and when it works again.
     pub fn flush(&mut self) {
         match self.try_flush() {
             Ok(()) => {
                 if self.outage.take_if(|outage| outage.told || outage.told_of_loss).is_some() {
                     let Counts { lost, packets_lost, .. } = self.counts;
                     say(format!(
-                        "xfan-flow: {} takes flow records again; lost are {lost}, of {packets_lost} packets",
+                        "xfan-flow: {} accepts flow records again; {lost} records of {packets_lost} packets were lost",
                         self.name
                     ));
                 }
@@ -166,23 +171,23 @@ impl Output {
         }
     }
 
-    /// Opens the file anew, which may have been renamed; the records that wait go to the new one.
-    /// If it cannot be opened, the old one is kept, and standard error says so. Standard output
-    /// stays what it is.
+    /// Reopens the file by its name, because it may have been renamed. Queued records go to the new
+    /// file. If it cannot be opened, this reports so on standard error and keeps the old file.
+    /// Standard output is not reopened.
     pub fn reopen(&mut self) {
         let Some(path) = self.path.clone() else { return };
-        // What has been begun is ended in the same file.
+        // A record that was begun must be completed in the same file.
         if self.try_flush().is_err() && self.begun > 0 {
             self.reopen = true;
             return;
         }
         self.reopen = false;
-        // Not to wait for the reader of a named pipe; of a regular file it means nothing.
+        // Opening a named pipe must not wait for its reader. Regular files ignore the flag.
         let nonblocking = OFlag::O_NONBLOCK.bits();
         match OpenOptions::new().append(true).create(true).custom_flags(nonblocking).open(path) {
             Ok(file) => {
                 self.file = file;
-                // The reader of a pipe is waited for, as before.
+                // Writing to a pipe waits for its reader, as before.
                 let _ = fcntl(&self.file, FcntlArg::F_SETFL(OFlag::O_APPEND));
                 if let Err(error) = self.repair() {
                     say(format!("xfan-flow: cannot read {}: {error}", self.name));
@@ -190,17 +195,17 @@ impl Output {
             }
             Err(error) => {
                 say(format!(
-                    "xfan-flow: cannot open {} anew: {error}: writing to the file as before",
+                    "xfan-flow: cannot reopen {}: {error}; still writing to the old file",
                     self.name
                 ));
             }
         }
     }
 
-    /// Writes what waits, a last time. What cannot be written is lost.
+    /// Writes the queued records a last time. Those that cannot be written are counted as lost.
     ///
     /// # Errors
-    /// [`OutputError`]
+    /// [`OutputError`] if a record could not be written.
     pub fn finish(&mut self) -> Result<(), OutputError> {
         let deadline = Instant::now() + PATIENCE;
         let result = loop {
@@ -221,12 +226,12 @@ impl Output {
         result.map_err(|error| OutputError { what: "write flow records to", name: self.name.clone(), error })
     }
 
-    /// Whether nobody reads any more, and nobody will.
+    /// Whether the reader of the pipe has closed it, so that every further record is lost.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// What became of the records.
+    /// The counts of records so far.
     pub fn counts(&self) -> Counts {
         self.counts
     }
@@ -250,7 +255,7 @@ impl Output {
         Ok(())
     }
 
-    /// Notes that so many more bytes are in the file.
+    /// Notes that `count` more bytes are in the file.
     fn advance(&mut self, count: usize) {
         self.written += count;
         self.begun += count;
@@ -262,7 +267,7 @@ impl Output {
             }
             self.lines.pop_front();
         }
-        // A long outage is over: the memory of what is written is free again.
+        // After a long outage, free the memory of the records that are now written.
         if self.written > GATHERED && self.written > self.bytes.len() / 2 {
             let whole = self.written - self.begun;
             self.bytes.drain(..whole);
@@ -270,15 +275,15 @@ impl Output {
         }
     }
 
-    /// Takes back what the file has of a record that does not fit, if that is still its end.
-    /// Otherwise the rest follows once it can be written, as in a pipe.
+    /// Cuts the begun record off the file, if it is still at its end. Otherwise, as in a pipe, the
+    /// rest of the record follows once it can be written.
     fn cut_begun(&mut self) {
         if self.begun == 0 || self.path.is_none() {
             return;
         }
         let cut = || -> io::Result<bool> {
             let (mut file, begun) = (&self.file, self.begun as u64);
-            // The end of the last write is where the file ended then.
+            // After a write in append mode, the position is the end of what was written.
             let end = file.stream_position()?;
             let ours = file.metadata()?.is_file() && file.metadata()?.len() == end && end >= begun;
             if ours {
@@ -292,13 +297,14 @@ impl Output {
         }
     }
 
-    /// Sees to it that what is appended begins a line. A process that was killed while it wrote may
-    /// have left a part of a record, which is cut off; a line that is none is ended.
+    /// Ensures that the next record begins a line. If the file ends with a part of a record, left
+    /// by a process that was killed while it wrote, cuts that part off. If it ends with another
+    /// incomplete line, completes that line.
     fn repair(&mut self) -> io::Result<()> {
         if self.path.is_none() || !self.file.metadata()?.is_file() {
             return Ok(());
         }
-        // Another worker that has the same file may be about to write.
+        // Another worker may have the same file open and be about to write.
         if_alone(&self.file.try_clone()?, || self.repair_alone())?;
         Ok(())
     }
@@ -306,7 +312,7 @@ impl Output {
     fn repair_alone(&mut self) -> io::Result<()> {
         let length = self.file.metadata()?.len();
         let mut tail = Vec::new();
-        // The same file, by a descriptor that may read. Where it may not, the file stays as it is.
+        // Open the same file for reading. If that is not permitted, the file stays as it is.
         if let Ok(mut reader) = File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd())) {
             reader.seek(SeekFrom::Start(length.saturating_sub(LONGEST_RECORD as u64)))?;
             reader.take(LONGEST_RECORD as u64).read_to_end(&mut tail)?;
@@ -318,12 +324,12 @@ impl Output {
             if begins && !is_whole {
                 self.file.set_len(length - last.len() as u64)?;
                 say(format!(
-                    "xfan-flow: {} ended within a record, whose writer was killed: its {} bytes are cut off",
+                    "xfan-flow: {} ended with an incomplete record, left by a killed writer; cut off its {} bytes",
                     self.name,
                     last.len()
                 ));
             } else {
-                // Before all that waits.
+                // The line feed goes before all queued records.
                 self.bytes.insert(self.written, b'\n');
                 self.lines.push_front(Line { bytes: 1, packets: 0 });
             }
@@ -331,9 +337,10 @@ impl Output {
         Ok(())
     }
 
+    /// Reports a failed write, once for each outage, and the first loss of records in it.
     fn note_outage(&mut self, error: &io::Error) {
         let loses = self.bytes.len() - self.written + LONGEST_RECORD > self.max_waiting;
-        // A pipe that is full for a moment is nothing to speak of.
+        // A pipe that is full for a moment is normal.
         let full_pipe = error.kind() == ErrorKind::WouldBlock;
         if full_pipe && !loses {
             return;
@@ -346,20 +353,22 @@ impl Output {
         let (name, most) = (&self.name, self.max_waiting >> 20);
         if tells {
             say(format!(
-                "xfan-flow: cannot write flow records to {name}: {error}: they wait in memory, up to {most} MiB of them, and are \
-                 written once they can be"
+                "xfan-flow: cannot write flow records to {name}: {error}; keeping up to {most} MiB of them in memory \
+                 until they can be written"
             ));
         }
         if tells_of_loss {
             say(format!(
-                "xfan-flow: {most} MiB of flow records wait to be written to {name}: more are lost (records_lost)"
+                "xfan-flow: {most} MiB of flow records wait to be written to {name}, which is the limit; further records \
+                 are lost and counted (records_lost)"
             ));
         }
     }
 }
 
-/// Does something to a file while no other worker has it open, nor can open it; `None`: one has.
-/// Each holds a shared lock for that, which nobody ever waits for.
+/// Runs `work` while no other worker has the file open. Returns `None` if one has. Every worker
+/// holds a shared lock on its file, and `work` runs under an exclusive one. No worker ever waits
+/// for a lock.
 fn if_alone<T>(file: &File, work: impl FnOnce() -> io::Result<T>) -> io::Result<Option<T>> {
     let result = if file.try_lock().is_ok() { work().map(Some) } else { Ok(None) };
     let _ = file.try_lock_shared();
@@ -395,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn the_member_is_in_the_name_and_lines_are_appended() {
+    fn the_name_holds_the_member_and_lines_are_appended() {
         let folder = tempfile::tempdir().unwrap();
         let template = folder.path().join("flows-{member}.json");
         for n in 0..2 {
@@ -418,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn on_a_full_disk_records_wait_and_what_has_no_room_is_counted() {
+    fn on_a_full_disk_records_wait_up_to_the_limit() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flows");
         let mut output = open(&path);
@@ -429,12 +438,12 @@ mod tests {
             output.flush();
         }
         assert_eq!(output.counts(), counts(0, 3, 2, 13 + 14));
-        // There is room again.
+        // The disk has free space again.
         output.reopen();
         output.flush();
         assert_eq!(output.counts(), counts(3, 0, 2, 27));
         assert_eq!(fs::read_to_string(&path).unwrap(), line(0) + &line(1) + &line(2));
-        // It is full until the end.
+        // The disk stays full until the worker exits.
         output.file = File::create("/dev/full").unwrap();
         output.write(&record(9), 100);
         assert!(output.finish().is_err());
@@ -442,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_record_left_by_a_killed_writer_is_cut_off() {
+    fn an_incomplete_record_of_a_killed_writer_is_cut() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flows");
         for length in 1..=line(2).len() {
@@ -457,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_no_record_is_ended_and_kept() {
+    fn an_incomplete_line_of_another_kind_is_completed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flows");
         for found in ["a note of the operator's".to_owned(), "x".repeat(10_000)] {
@@ -470,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_another_worker_writes_to_is_not_cut() {
+    fn a_file_that_another_worker_has_open_is_not_cut() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flows");
         let first = open(&path);
@@ -483,14 +492,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_full_disk_took_of_a_record_is_taken_back() {
+    fn a_record_cut_short_by_a_full_disk_is_written_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flows");
         let mut output = open(&path);
         for number in 0..2 {
             output.write(&record(number), 1);
         }
-        // As if the disk had become full within the second.
+        // As if the disk had become full within the second record.
         let taken = line(0).len() + 5;
         output.file.write_all(&output.bytes[..taken]).unwrap();
         output.advance(taken);
@@ -503,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_begun_in_a_pipe_is_ended_there() {
+    fn a_record_begun_in_a_pipe_is_completed_there() {
         let (mut reader, writer) = UnixStream::pair().unwrap();
         writer.set_nonblocking(true).unwrap();
         let mut output = open(Path::new("/dev/null"));
@@ -528,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_is_gone_ends_it_and_all_is_counted_as_lost() {
+    fn records_for_a_closed_pipe_are_counted_as_lost() {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let mut output = open(Path::new("/dev/null"));
@@ -543,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn a_renamed_file_gets_no_more_once_it_is_reopened() {
+    fn after_reopening_a_renamed_file_gets_no_records() {
         let folder = tempfile::tempdir().unwrap();
         let (path, old) = (folder.path().join("flows"), folder.path().join("flows.1"));
         let mut output = open(&path);
@@ -554,7 +563,7 @@ mod tests {
         output.flush();
         assert_eq!(fs::read_to_string(&old).unwrap(), line(1));
         assert_eq!(fs::read_to_string(&path).unwrap(), line(2));
-        // Where no new file can be, the old one stays.
+        // If the new file cannot be opened, the old one is kept.
         fs::rename(&path, folder.path().join("flows.2")).unwrap();
         fs::create_dir(&path).unwrap();
         output.write(&record(3), 1);

@@ -9,33 +9,35 @@ use xfan_worker::packet::{FlowKey, ICMP, ICMPV6, SCTP, TCP, UDP};
 use crate::community_id::community_id;
 use crate::table::Flow;
 
-/// The fields of a line, in order. Ports are 0 where there are none, also for fragments; for ICMP they
-/// are the message's type and that of its answer, or its code if nothing answers it.
+/// The fields of a line, in order. Ports are 0 for protocols without ports and for fragments. For
+/// ICMP, `sport` is the type of the message, and `dport` is the type of its answer, or its code if
+/// the type has no answer.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
     community_id: String,
-    /// `tcp`, `udp`, `icmp`, `icmp6`, `sctp`, or the protocol's number.
+    /// `tcp`, `udp`, `icmp`, `icmp6`, `sctp`, or the protocol number.
     proto: Cow<'static, str>,
-    /// Who sent the first packet that was seen.
+    /// Sender of the first packet seen.
     src: IpAddr,
     sport: u16,
     dst: IpAddr,
     dport: u16,
-    /// Packets of both directions, and the bytes of their frames.
+    /// Packets of both directions, and their bytes from the Ethernet header on.
     packets: u64,
     bytes: u64,
     /// Seconds since 1970, to the microsecond.
     first: f64,
     last: f64,
-    /// Letters of all flags seen, in the order FSRPAUEC; only for TCP.
+    /// Letters of all TCP flags seen, in the order FSRPAUEC. Only for TCP.
     #[serde(skip_serializing_if = "Option::is_none")]
     tcp_flags: Option<String>,
-    /// The member that saw it.
+    /// The member that metered the flow.
     member: &'a str,
 }
 
 impl<'a> Record<'a> {
-    /// The record of a flow; `epoch` is the time of the clock's zero in nanoseconds since 1970.
+    /// The record of a flow. `epoch` is the wall-clock time of the monotonic clock's zero, in
+    /// nanoseconds since 1970.
     pub fn new(flow: &Flow, epoch: u64, member: &'a str) -> Self {
         let FlowKey { source, destination, source_port, destination_port, protocol } = flow.id.key;
         Record {
@@ -75,7 +77,7 @@ fn flag_letters(flags: u8) -> String {
         .collect()
 }
 
-/// Whole microseconds, so that at most 6 decimals are printed.
+/// Nanoseconds in seconds, rounded down to microseconds so that at most 6 decimals are printed.
 #[allow(clippy::cast_precision_loss)] // 2⁵³ µs are 285 years
 fn seconds(ns: u64) -> f64 {
     (ns / 1000) as f64 / 1e6
@@ -134,8 +136,8 @@ mod tests {
                 bytes[12..14].copy_from_slice(&ethertype.to_be_bytes());
                 bytes[14] = version;
             }
-            if let Some(place) = bytes.get_mut(next) {
-                *place = protocol;
+            if let Some(byte) = bytes.get_mut(next) {
+                *byte = protocol;
             }
             let mut table = FlowTable::new(1, 1);
             if let Some(packet) = Packet::parse(&bytes) {

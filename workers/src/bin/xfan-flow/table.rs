@@ -5,20 +5,20 @@ use xfan_worker::packet::Packet;
 
 use crate::flow_id::FlowId;
 
-/// What is known of a flow. Times are monotonic nanoseconds.
+/// A flow and its counts. Times are monotonic nanoseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// What makes it this flow, in the direction of the first packet seen.
+    /// Identity of the flow, in the direction of the first packet seen.
     pub id: FlowId,
     /// Packets of both directions.
     pub packets: u64,
-    /// Bytes of their frames.
+    /// Bytes of these packets, from the Ethernet header on.
     pub bytes: u64,
-    /// When the first was received.
+    /// When the first packet was received.
     pub first: u64,
-    /// When the last was received.
+    /// When the last packet was received.
     pub last: u64,
-    /// All TCP flags seen.
+    /// The TCP flags of all packets, combined by OR.
     pub tcp_flags: u8,
 }
 
@@ -30,16 +30,16 @@ impl Flow {
     fn add(&mut self, packet: &Packet<'_>, bytes: usize, time: u64) {
         self.packets += 1;
         self.bytes += bytes as u64;
-        // Packets of one flow may come through several lanes, not quite in order.
+        // Packets of one flow may arrive through several lanes, slightly out of order.
         self.first = self.first.min(time);
         self.last = self.last.max(time);
         self.tcp_flags |= packet.tcp_flags().unwrap_or(0);
     }
 }
 
-/// The flows of the last while, by canonical identity, the longest idle first.
+/// The current flows, by canonical identity, ordered from the longest idle to the most recent.
 ///
-/// The hash is the table's own, with a random key: whoever sends packets cannot choose flows that collide.
+/// The table hashes with a random key of its own, so a sender cannot choose flows that collide.
 pub struct FlowTable {
     flows: LruCache<FlowId, Flow>,
     max_flows: usize,
@@ -47,12 +47,14 @@ pub struct FlowTable {
 }
 
 impl FlowTable {
-    /// A table that holds at most `max_flows`, at least 1, and regards as over what was idle for `idle_timeout` nanoseconds.
+    /// A table that holds at most `max_flows` flows, at least 1. A flow expires once it has been
+    /// idle for `idle_timeout` nanoseconds.
     pub fn new(max_flows: usize, idle_timeout: u64) -> Self {
         FlowTable { flows: LruCache::new_unbounded(), max_flows: max_flows.max(1), idle_timeout }
     }
 
-    /// Counts a packet, of a frame of so many bytes. Returns the flow that had to go, if the table was full.
+    /// Adds a packet of `bytes` bytes, from the Ethernet header on, to its flow. If that needs a
+    /// new entry and the table is full, removes and returns the longest idle flow.
     pub fn add(&mut self, packet: &Packet<'_>, bytes: usize, time: u64) -> Option<Flow> {
         let id = FlowId::of(packet);
         let key = id.canonical();
@@ -67,14 +69,15 @@ impl FlowTable {
         evicted
     }
 
-    /// Removes the longest idle flow if it has been idle for too long at `now`; to be called until it says `None`.
+    /// Removes and returns the longest idle flow if it has expired at `now`. Call it until it
+    /// returns `None`.
     pub fn expire(&mut self, now: u64) -> Option<Flow> {
         let (_, oldest) = self.flows.iter().next()?;
         let over = now.saturating_sub(oldest.last) >= self.idle_timeout;
         if over { self.remove_oldest() } else { None }
     }
 
-    /// Removes the longest idle flow.
+    /// Removes and returns the longest idle flow.
     pub fn remove_oldest(&mut self) -> Option<Flow> {
         self.flows.remove_lru().map(|(_, flow)| flow)
     }
@@ -118,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_idle_flow_goes_when_there_is_no_room() {
+    fn a_full_table_evicts_the_longest_idle_flow() {
         let mut table = FlowTable::new(2, 100);
         table.add(&packet(key(1)), 60, 1);
         table.add(&packet(key(2)), 60, 2);
@@ -135,7 +138,7 @@ mod tests {
         assert_eq!(table.expire(109), None);
         assert_eq!(table.expire(110).unwrap().id.key, key(1));
         assert_eq!(table.expire(110), None);
-        assert_eq!(table.expire(0), None, "a clock that went backwards");
+        assert_eq!(table.expire(0), None, "the clock went backwards");
     }
 
     #[test]
@@ -151,7 +154,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes: bounded, and every packet and byte is in exactly one flow.
+        /// For any input, the table stays bounded, and every packet and byte is in exactly one
+        /// flow.
         #[test]
         fn packets_in_equal_packets_out(
             packets in prop::collection::vec((0u8..12, any::<bool>(), 14usize..2000, 0u64..50), 0..300),
