@@ -1,4 +1,5 @@
-//! Gives the shared library a name with the version that its binary interface has: before 1.0, that is each 0.N.
+//! Sets the soname of the shared library to the version of its binary interface: 0.N before 1.0,
+//! the major version from then on.
 
 use std::env;
 

@@ -1,10 +1,10 @@
 /*
- * Counts packets and bytes, and prints one JSON object when it ends: a worker in C.
+ * Counts packets and bytes, and prints one JSON object when it exits: a worker in C.
  *
  *     cc count.c $(pkg-config --cflags --libs xfan-worker) -o count
  *     xfan run -i eth1 -n 2 -- ./count
  *
- * Or `./count SOCKET`, to join a dispatcher that runs.
+ * `./count SOCKET` joins a running dispatcher.
  */
 #include <inttypes.h>
 #include <stdbool.h>
@@ -41,7 +41,7 @@ int main(int argc, char **argv) {
     int32_t count;
     for (;;) {
         count = xfan_receive(worker, burst, BURST, TIMEOUT_MS);
-        /* Started with `survive = true`: it goes on with the next dispatcher. */
+        /* With `survive = true`, the worker continues with the next dispatcher. */
         uint32_t survival = xfan_survival_ms(worker);
         if (count == XFAN_DISPATCHER_GONE && survival > 0) {
             count = xfan_reattach(worker, survival);
@@ -60,7 +60,8 @@ int main(int argc, char **argv) {
     }
 
     int status = count == XFAN_CLOSED ? 0 : fail("cannot receive");
-    int printed = printf("{\"member\":\"%s\",\"packets\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n", xfan_member(worker), packets, bytes);
+    int printed = printf("{\"member\":\"%s\",\"packets\":%" PRIu64 ",\"bytes\":%" PRIu64 "}\n",
+                         xfan_member(worker), packets, bytes);
     if (printed < 0 || fflush(stdout) != 0) {
         perror("count: cannot print the totals");
         status = 1;

@@ -1,4 +1,4 @@
-//! What went wrong: a code that a function returns, and a sentence that is kept for [`xfan_last_error`].
+//! Errors: a function returns a code, and a sentence is kept for [`xfan_last_error`].
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -9,35 +9,36 @@ use std::ptr;
 
 use xfan_worker::{AttachError, CounterError, RecvError};
 
-/// Done.
+/// Success.
 pub const XFAN_OK: i32 = 0;
-/// No error: there will be no more packets, and all there were are committed. Free the worker.
+/// Not an error: no more packets will arrive, and all that arrived are committed. Free the worker.
 pub const XFAN_CLOSED: i32 = -1;
-/// An argument is not possible: NULL, no text, out of range.
+/// An argument is invalid: NULL, not UTF-8, or out of range.
 pub const XFAN_INVALID: i32 = -2;
 /// Neither the environment nor the options name a control socket.
 pub const XFAN_NO_SOCKET: i32 = -3;
 /// No dispatcher listens on the socket.
 pub const XFAN_NO_DISPATCHER: i32 = -4;
-/// The socket's permissions forbid to connect.
+/// The permissions of the socket or of its directory deny access.
 pub const XFAN_PERMISSION: i32 = -5;
-/// The dispatcher said no; the sentence says why.
+/// The dispatcher refused the worker. xfan_last_error has its reason.
 pub const XFAN_REFUSED: i32 = -6;
-/// The dispatcher has died. All its packets are committed.
+/// The dispatcher has died. All packets that arrived are committed.
 pub const XFAN_DISPATCHER_GONE: i32 = -7;
-/// What the dispatcher said or sent makes no sense. Both must be of the same release.
+/// The dispatcher sent invalid data. Worker and dispatcher must be of the same release.
 pub const XFAN_PROTOCOL: i32 = -8;
-/// A counter's name is not possible or taken, or there are too many.
+/// A counter's name is invalid or in use, or the worker has published as many as it can.
 pub const XFAN_COUNTER: i32 = -9;
 /// A system call failed.
 pub const XFAN_SYSTEM: i32 = -10;
-/// A fault of this library. Do nothing more with the worker than to free it.
+/// A bug in this library. The worker can only be freed.
 pub const XFAN_INTERNAL: i32 = -11;
 
-/// The dispatcher has ended this worker's membership: it hung, or did not leave when it was to. Its packets have gone to others.
+/// The dispatcher has ended this worker's membership, because the worker hung or did not leave when
+/// asked to. Its packets went to other workers.
 pub const XFAN_EVICTED: i32 = -12;
 
-/// An error on its way to C.
+/// An error to be returned to C.
 pub(crate) struct Failure {
     code: i32,
     message: Cow<'static, str>,
@@ -52,12 +53,12 @@ impl Failure {
         let text = payload.downcast_ref::<&str>().copied();
         let text =
             text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no reason");
-        Failure { code: XFAN_INTERNAL, message: format!("a fault of xfan, please report it: {text}").into() }
+        Failure { code: XFAN_INTERNAL, message: format!("a bug in xfan, please report it: {text}").into() }
     }
 
-    /// Keeps it for `xfan_last_error`; returns its code.
+    /// Keeps the error for `xfan_last_error`. Returns its code.
     fn keep(self) -> i32 {
-        // Only a thread that is ending has no place for it any more.
+        // This fails only in a thread that is exiting, which has dropped its thread-locals.
         let _ = LAST.try_with(|last| {
             let message = self.message.replace('\0', " ");
             *last.borrow_mut() = (self.code, CString::new(message).unwrap_or_default());
@@ -112,7 +113,7 @@ thread_local! {
     static LAST: RefCell<(i32, CString)> = RefCell::default();
 }
 
-/// Runs what a function does; a failure is its code. No panic gets out.
+/// Runs the body of a C function. Turns an error or a panic into a code, and keeps its sentence.
 #[inline]
 pub(crate) fn code(body: impl FnOnce() -> Result<i32, Failure>) -> i32 {
     match catch_unwind(AssertUnwindSafe(body)) {
@@ -122,7 +123,7 @@ pub(crate) fn code(body: impl FnOnce() -> Result<i32, Failure>) -> i32 {
     }
 }
 
-/// The same for functions that return a pointer: a failure is null.
+/// Like [`code`], for functions that return a pointer: null on an error or a panic.
 pub(crate) fn pointer<P: Pointer>(body: impl FnOnce() -> Result<P, Failure>) -> P {
     let mut result = P::null();
     code(|| {
@@ -132,7 +133,7 @@ pub(crate) fn pointer<P: Pointer>(body: impl FnOnce() -> Result<P, Failure>) -> 
     result
 }
 
-/// Pointers that C gets.
+/// A pointer type that a C function returns.
 pub(crate) trait Pointer {
     fn null() -> Self;
 }
@@ -149,14 +150,14 @@ impl<T> Pointer for *const T {
     }
 }
 
-/// The last error in the calling thread, as a sentence; empty if there was none. A success does not change
-/// it. It stays until the thread's next error.
+/// The last error of the calling thread as a sentence; empty if there was none. The pointer is
+/// valid until the thread's next error. A successful call does not change it.
 #[unsafe(no_mangle)]
 pub extern "C" fn xfan_last_error() -> *const c_char {
     pointer(|| Ok(LAST.try_with(|last| last.borrow().1.as_ptr()).unwrap_or(c"".as_ptr())))
 }
 
-/// The last error in the calling thread, as a code; XFAN_OK if there was none.
+/// The last error of the calling thread as a code; XFAN_OK if there was none.
 #[unsafe(no_mangle)]
 pub extern "C" fn xfan_last_error_code() -> i32 {
     code(|| Ok(LAST.try_with(|last| last.borrow().0).unwrap_or(XFAN_OK)))
@@ -168,12 +169,12 @@ mod tests {
     use std::ffi::CStr;
 
     #[test]
-    fn a_panic_becomes_an_error_of_the_thread_it_came_from() {
+    fn a_panic_becomes_an_error_of_its_thread() {
         assert_eq!((xfan_last_error_code(), text()), (XFAN_OK, String::new()));
         assert_eq!(code(|| panic!("number {}", 7)), XFAN_INTERNAL);
-        assert_eq!(text(), "a fault of xfan, please report it: number 7");
+        assert_eq!(text(), "a bug in xfan, please report it: number 7");
         assert!(pointer(|| -> Result<*const u8, Failure> { panic!("plain") }).is_null());
-        assert_eq!(text(), "a fault of xfan, please report it: plain");
+        assert_eq!(text(), "a bug in xfan, please report it: plain");
         assert_eq!(code(|| Err(Failure::invalid("a\0b"))), XFAN_INVALID);
         assert_eq!(code(|| Ok(5)), 5);
         assert_eq!((xfan_last_error_code(), text()), (XFAN_INVALID, "a b".into()));
@@ -181,7 +182,7 @@ mod tests {
     }
 
     fn text() -> String {
-        // SAFETY: it is text until the thread's next error.
+        // SAFETY: the pointer is to text with a zero byte, valid until the thread's next error.
         unsafe { CStr::from_ptr(xfan_last_error()) }.to_str().unwrap().to_owned()
     }
 }

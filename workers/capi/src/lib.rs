@@ -1,8 +1,15 @@
-//! The worker SDK for C. `include/xfan_worker.h` is made from here; what it says is what is said here.
+//! The worker SDK for C. `include/xfan_worker.h` is generated from this crate and its doc comments.
 //!
-//! C has no lifetimes that would keep a batch and its worker together. So the library remembers how much of the last burst is
-//! not committed, and refuses to commit more than that.
-#![allow(clippy::missing_safety_doc)] // the head of the header says it once for all functions
+//! C has no lifetimes that tie a batch to its worker. The library therefore remembers how many
+//! packets of the last receive call are not committed, and refuses to commit more than that.
+//!
+//! # Safety
+//!
+//! The header states once, for all functions, what every pointer argument must be. SAFETY comments
+//! here refer to that as the contract of the header: a pointer is null or valid; a worker comes
+//! from `xfan_attach`, was not freed, and is used by one thread at a time; text ends with a zero
+//! byte; an array has as many elements as its capacity says.
+#![allow(clippy::missing_safety_doc)] // see above
 
 mod error;
 
@@ -19,17 +26,19 @@ pub use error::{
     xfan_last_error, xfan_last_error_code,
 };
 
-/// An option: SIGTERM and SIGINT make xfan_receive do what xfan_request_detach does; the second ends the
-/// process at once. The handlers stay until the process ends.
+/// Option: leave on SIGTERM and SIGINT. The first signal makes xfan_receive call
+/// xfan_request_detach. The second one terminates the process immediately. The handlers stay
+/// installed until the process exits.
 pub const XFAN_LEAVE_ON_SIGNALS: u32 = 1;
 
-/// Of a packet: the dispatcher could not read a 5-tuple. It is no IP, or cut off.
+/// Packet flag: the dispatcher could not read a 5-tuple. The packet is not IP, or cut off within
+/// its headers.
 pub const XFAN_PACKET_UNPARSED: u8 = 1;
-/// Of a packet: another worker had it before, and is gone without having committed it. It may have done with
-/// it what this one is about to do.
+/// Packet flag: the packet was sent to another worker before, which was lost without committing it.
+/// That worker may have processed the packet already.
 pub const XFAN_PACKET_REDELIVERED: u8 = 2;
-/// Of a packet: its data is shorter than its IP length. It was cut on its way to this host, or by
-/// the network card's driver.
+/// Packet flag: the data is shorter than the packet's IP length. The packet was cut on its way to
+/// this host, or by the NIC's driver.
 pub const XFAN_PACKET_CUT: u8 = 4;
 
 /// A worker.
@@ -40,67 +49,74 @@ pub struct Handle {
     ports: Vec<CString>,
 }
 
-/// How to attach. All zero is a good choice.
+/// Options for xfan_attach. All zero means the defaults.
 #[repr(C)]
 pub struct Options {
-    /// The dispatcher's control socket. NULL: the environment says where, as it does for workers that
-    /// `xfan run` starts.
+    /// The dispatcher's control socket. NULL: the one that the environment names, which `xfan run`
+    /// sets for the workers it starts.
     pub socket: *const c_char,
-    /// The group to join. NULL: the dispatcher's first.
+    /// The group to join. NULL: the dispatcher's first group.
     pub group: *const c_char,
-    /// The member to become, such as "default/0". NULL: the one the environment names, or any vacant one.
+    /// The member to become, such as "default/0". NULL: the member that the environment names, or
+    /// any vacant one.
     pub member: *const c_char,
-    /// The program's name, for the dispatcher's log. NULL: the executable's file name.
+    /// The program name that the dispatcher logs and reports. NULL: the file name of the
+    /// executable.
     pub program: *const c_char,
-    /// Most packets that are received at once, 1 to 256. 0: 64.
+    /// The largest number of packets to receive at once, 1 to 256. 0: 64.
     pub batch: u32,
-    /// XFAN_LEAVE_ON_SIGNALS, or 0.
+    /// XFAN_LEAVE_ON_SIGNALS or 0.
     pub flags: u32,
 }
 
-/// A packet, where the network card put it.
+/// A packet, read in place from the memory that the NIC or the kernel wrote it to.
 #[repr(C)]
 pub struct Packet {
-    /// Its bytes, from the Ethernet header on. They may be read until the packet is committed or the worker
-    /// is freed.
+    /// The bytes of the packet, from the Ethernet header on. They may be read until the packet is
+    /// committed or the worker is freed.
     pub data: *const u8,
-    /// When the dispatcher received it, in nanoseconds of CLOCK_MONOTONIC: a multiple of 1,024, up
-    /// to 2,000 early. Within a lane it never decreases, but for packets of
+    /// When the dispatcher received the packet, in nanoseconds of CLOCK_MONOTONIC: a multiple of
+    /// 1,024, and up to 2,000 early. Within a lane it never decreases, except for packets with
     /// XFAN_PACKET_REDELIVERED.
     pub receive_time_ns: u64,
-    /// The hash of its flow, equal for both directions.
+    /// Hash of the packet's flow, equal for both directions.
     pub hash: u32,
-    /// Number of its bytes.
+    /// Length of the packet in bytes.
     pub length: u16,
-    /// The lane that received it, which is to say the RX queue; less than xfan_lanes.
+    /// The lane that received the packet, less than xfan_lanes. Lanes correspond to RX queues.
     pub lane: u16,
-    /// The interface that it came in by, for xfan_port_name.
+    /// The interface that received the packet, for xfan_port_name.
     pub port: u8,
-    /// XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED, XFAN_PACKET_CUT.
+    /// XFAN_PACKET_UNPARSED, XFAN_PACKET_REDELIVERED and XFAN_PACKET_CUT, combined by OR.
     pub flags: u8,
 }
 
-/// The worker behind a pointer from C.
+/// The worker that `worker` points to; an error if it is null.
 ///
 /// # Safety
-/// The pointer is null or from `xfan_attach`, was not freed, and no other thread uses it.
+/// The pointer is null, or it comes from `xfan_attach` and was not freed. No other reference to the
+/// worker is used while the result is.
 #[inline(always)]
 unsafe fn handle<'a>(worker: *mut Handle) -> Result<&'a mut Handle, Failure> {
-    // SAFETY: as the caller promises.
+    // SAFETY: `as_mut` requires null, or a valid pointer without another live reference: the caller
+    // ensures both.
     unsafe { worker.as_mut() }.ok_or_else(|| Failure::invalid("the worker is NULL"))
 }
 
-/// The text behind a pointer from C; none if it is null.
+/// The text that `text` points to; `None` if it is null, an error if it is not UTF-8. `name` is for
+/// the error.
 ///
 /// # Safety
-/// The pointer is null or leads to a text with a zero byte at its end, which nobody changes.
+/// The pointer is null, or it points to text that ends with a zero byte and does not change while
+/// the result is used.
 unsafe fn text<'a>(name: &str, text: *const c_char) -> Result<Option<&'a str>, Failure> {
     if text.is_null() {
         return Ok(None);
     }
-    // SAFETY: as the caller promises.
+    // SAFETY: `from_ptr` requires a valid pointer to text with a zero byte, which does not change:
+    // it is not null, and the caller ensures the rest.
     let text = unsafe { CStr::from_ptr(text) };
-    text.to_str().map(Some).map_err(|_| Failure::invalid(format!("the {name} is no UTF-8: {text:?}")))
+    text.to_str().map(Some).map_err(|_| Failure::invalid(format!("the {name} is not UTF-8: {text:?}")))
 }
 
 /// The version of this library, such as "0.1.0".
@@ -110,21 +126,22 @@ pub extern "C" fn xfan_version() -> *const c_char {
     VERSION.as_ptr().cast()
 }
 
-/// Becomes a worker of a dispatcher, and pins the calling thread to the core that it names. NULL for the
-/// options is the same as options that are all zero. Returns NULL if it does not succeed: xfan_last_error says
-/// why.
+/// Attaches to a dispatcher as a worker, and pins the calling thread to the core that the
+/// dispatcher assigns. NULL means default options.
+///
+/// Returns the worker, or NULL on an error: see xfan_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_attach(options: *const Options) -> *mut Handle {
     pointer(|| {
         let mut builder = Worker::builder();
-        // SAFETY: the pointer is null or leads to options, as the header asks for.
+        // SAFETY: `as_ref` requires null or a valid pointer: contract of the header.
         if let Some(options) = unsafe { options.as_ref() } {
             if !options.socket.is_null() {
-                // SAFETY: text, as the header asks for.
+                // SAFETY: not null, so it points to text: contract of the header.
                 let path = unsafe { CStr::from_ptr(options.socket) };
                 builder = builder.socket(OsStr::from_bytes(path.to_bytes()));
             }
-            // SAFETY: null or text, as the header asks for.
+            // SAFETY: each is null or points to text: contract of the header.
             let [group, member, program] = unsafe {
                 [
                     text("group", options.group)?,
@@ -156,16 +173,21 @@ pub unsafe extern "C" fn xfan_attach(options: *const Options) -> *mut Handle {
     })
 }
 
-/// After XFAN_DISPATCHER_GONE or XFAN_EVICTED: attaches to the dispatcher that listens on the same socket now, or
-/// will within `patience_ms`, as the member that the worker was if that can be had, else as any; UINT32_MAX:
-/// however long it takes. For workers that came by themselves, and for those that survive (xfan_survival_ms).
+/// Attaches to the next dispatcher on the same control socket. Call it after XFAN_DISPATCHER_GONE
+/// or XFAN_EVICTED.
 ///
-/// Returns XFAN_OK; XFAN_CLOSED if a signal asked the worker to leave; or another negative code, and may be
-/// tried again. Packets, counters and names from before are no more: publish the counters anew.
+/// The worker asks for the member that it was, and joins as any vacant member if it cannot have
+/// that one. If no dispatcher listens yet, it waits for one, at most for `patience_ms`; UINT32_MAX
+/// means no limit. Use this in workers that attached on their own, and in workers that survive
+/// their dispatcher (see xfan_survival_ms).
+///
+/// Returns XFAN_OK, or XFAN_CLOSED if a signal asked the worker to leave, or another negative code,
+/// after which the call may be repeated. Earlier packets, counters and names are no longer valid:
+/// publish the counters again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_reattach(worker: *mut Handle, patience_ms: u32) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         let handle = unsafe { handle(worker)? };
         let patience = match patience_ms {
             u32::MAX => Duration::MAX,
@@ -181,25 +203,28 @@ pub unsafe extern "C" fn xfan_reattach(worker: *mut Handle, patience_ms: u32) ->
     })
 }
 
-/// For how many milliseconds a worker that a dispatcher started is to look for the next one when that is gone
-/// (`survive = true` in its configuration): the patience for xfan_reattach. 0: it is to end then; also for a
-/// NULL worker.
+/// For how many milliseconds this worker should look for the next dispatcher when the one that
+/// started it is gone: the patience for xfan_reattach. It is set by `survive = true` in the
+/// dispatcher's configuration. 0 means that the worker should exit. Returns 0 for a NULL worker.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_survival_ms(worker: *mut Handle) -> u32 {
-    // SAFETY: the header asks for it.
+    // SAFETY: contract of the header.
     let survival = unsafe { worker.as_ref() }.and_then(|handle| handle.worker.survival());
     survival.map_or(0, |survival| u32::try_from(survival.as_millis()).unwrap_or(u32::MAX))
 }
 
-/// Receives packets of one lane, at most `capacity` of them and at most a batch, and describes them in
-/// `packets`. If there are none, waits for `timeout_ms`: spinning, yielding and sleeping for as long as the
-/// dispatcher's configuration says; 0 does none of these.
+/// Receives packets of one lane and describes them in the array `packets`: at most `capacity`, and
+/// at most a batch. The lanes take turns.
 ///
-/// Returns the number of packets; 0 if none came in time or a signal came: call again; or a negative code,
-/// XFAN_CLOSED among them.
+/// If there are no packets, the worker waits for at most `timeout_ms`. It spins, then yields, then
+/// sleeps, for the times in the dispatcher's configuration. With a timeout of 0 it returns at once.
+/// Finding packets costs no system call, lock or allocation.
 ///
-/// What was received before and is not committed comes again, first. Finding packets costs no system call, lock
-/// or allocation.
+/// Returns the number of packets. Returns 0 if no packet arrived in time or a signal interrupted
+/// the sleep: call again. Returns XFAN_CLOSED if no more packets will arrive, or another negative
+/// code on an error.
+///
+/// Packets that were received before and are not committed come again, first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_receive(
     worker: *mut Handle,
@@ -208,12 +233,10 @@ pub unsafe extern "C" fn xfan_receive(
     timeout_ms: u32,
 ) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         let handle = unsafe { handle(worker)? };
         if packets.is_null() || capacity == 0 {
-            return Err(Failure::invalid(
-                "there is no room for packets: the array is NULL, or its capacity 0",
-            ));
+            return Err(Failure::invalid("cannot receive packets: the array is NULL or its capacity is 0"));
         }
         let batch = match handle.worker.recv(Duration::from_millis(timeout_ms.into()))? {
             Received::Packets(batch) => batch,
@@ -233,7 +256,7 @@ pub unsafe extern "C" fn xfan_receive(
             if packet.is_cut() {
                 flags |= XFAN_PACKET_CUT;
             }
-            // What it is made from is as narrow as the fields; only the Rust interface widens it.
+            // The descriptor's fields are as narrow as these: only the Rust API widens them.
             #[allow(clippy::cast_possible_truncation)]
             let described = Packet {
                 data: data.as_ptr(),
@@ -244,7 +267,9 @@ pub unsafe extern "C" fn xfan_receive(
                 port: packet.port() as u8,
                 flags,
             };
-            // SAFETY: `count` is less than the capacity, and the header asks for room for so many.
+            // SAFETY: `add` and `write` require that the element lies within the array: `count` is
+            // less than the capacity, and the array has that many elements (contract of the
+            // header).
             unsafe { packets.add(count).write(described) };
             count += 1;
         }
@@ -253,22 +278,28 @@ pub unsafe extern "C" fn xfan_receive(
     })
 }
 
-/// Whether the packets of the last xfan_receive are still this worker's: 1, or 0 if the dispatcher has ended its
-/// membership since, because it hung or did not leave when it was to. What was read of them may then have been of
-/// other packets: ask after reading and before acting on it, where that matters. Or a negative code.
+/// Whether the packets of the last xfan_receive still belong to this worker.
+///
+/// Returns 1 if they do: all data read from them so far was data of these packets. Returns 0 if the
+/// dispatcher has ended the worker's membership, because the worker hung or did not leave when
+/// asked to: the data may be that of other packets. Check it after reading and before acting on the
+/// data, where acting on other data would do harm. Returns a negative code on an error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_is_current(worker: *mut Handle) -> i32 {
-    // SAFETY: the header asks for it.
+    // SAFETY: contract of the header.
     code(|| Ok(i32::from(!unsafe { handle(worker)? }.worker.is_evicted())))
 }
 
-/// Gives back the first `packets` of those that the last xfan_receive returned and that were not committed since:
-/// all, or a part. They must not be read any more; the others may. Committing more than there are is
-/// XFAN_INVALID, and then nothing is committed. 0 is always possible.
+/// Commits the first `packets` of those that the last xfan_receive returned and that are not
+/// committed yet: the dispatcher may reuse their memory. Committed packets must not be read any
+/// more.
+///
+/// Returns XFAN_OK. Returns XFAN_INVALID if fewer packets are uncommitted: then nothing is
+/// committed. Committing 0 packets always succeeds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_commit(worker: *mut Handle, packets: usize) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         match unsafe { handle(worker)? }.worker.commit_open(packets) {
             Ok(()) => Ok(XFAN_OK),
             Err(open) => Err(Failure::invalid(format!(
@@ -278,94 +309,101 @@ pub unsafe extern "C" fn xfan_commit(worker: *mut Handle, packets: usize) -> i32
     })
 }
 
-/// Asks the dispatcher to let this worker go. Packets that are on their way still come: keep receiving
-/// until XFAN_CLOSED, then free the worker, and nothing is lost. Asking again does nothing.
+/// Asks the dispatcher to detach this worker. Packets on their way to the worker still arrive. To
+/// lose none, keep receiving until XFAN_CLOSED, then free the worker. Further calls do nothing.
+///
+/// Returns XFAN_OK or a negative code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_request_detach(worker: *mut Handle) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         unsafe { handle(worker)? }.worker.request_detach()?;
         Ok(XFAN_OK)
     })
 }
 
-/// Ends the membership and frees the worker. What is not committed goes to other workers, so request to detach
-/// first if nothing may come twice. NULL does nothing.
+/// Ends the membership and frees the worker. Packets that are not committed go to other workers. If
+/// no packet may be delivered twice, call xfan_request_detach first and receive until XFAN_CLOSED.
+/// NULL is ignored.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_free(worker: *mut Handle) {
     if worker.is_null() {
         return;
     }
     code(|| {
-        // SAFETY: it is from `xfan_attach`, where it came out of a box, and the header asks for it not to be used after this.
+        // SAFETY: `from_raw` requires a pointer from `Box::into_raw` that is not used afterwards.
+        // It comes from `xfan_attach`, is not null and was not freed (contract of the header).
         drop(unsafe { Box::from_raw(worker) });
         Ok(XFAN_OK)
     });
 }
 
-/// Publishes a counter with value 0: `xfan stats` shows it under this name, of 1 to 24 characters a-z, 0-9
-/// and _. Returns its number, for the following functions, or a negative code.
+/// Publishes a counter with value 0. `xfan stats` shows it under `name`, next to the member. A name
+/// has 1 to 24 characters of a-z, 0-9 and _. A worker can publish 32 counters.
+///
+/// Returns the counter's number, for xfan_counter_add and xfan_counter_set, or a negative code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_counter(worker: *mut Handle, name: *const c_char) -> i32 {
     code(|| {
-        // SAFETY: the header asks for both.
+        // SAFETY: contract of the header, for both.
         let (handle, name) = unsafe { (handle(worker)?, text("name", name)?) };
         let name = name.ok_or_else(|| Failure::invalid("the name is NULL"))?;
         let counter = handle.worker.counter(name)?;
         handle.counters.push(counter);
-        Ok(i32::try_from(handle.counters.len() - 1).unwrap_or(i32::MAX)) // there are few
+        Ok(i32::try_from(handle.counters.len() - 1).unwrap_or(i32::MAX)) // less than 32
     })
 }
 
-/// Adds to a counter; wraps around at 2^64.
+/// Adds `more` to a counter, which wraps around at 2^64. Returns XFAN_OK or a negative code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_counter_add(worker: *mut Handle, counter: i32, more: u64) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         unsafe { handle(worker)? }.counter(counter)?.add(more);
         Ok(XFAN_OK)
     })
 }
 
-/// Sets a counter, for what goes up and down.
+/// Sets the value of a counter. Use this for a number that can decrease. Returns XFAN_OK or a
+/// negative code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_counter_set(worker: *mut Handle, counter: i32, value: u64) -> i32 {
     code(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         unsafe { handle(worker)? }.counter(counter)?.set(value);
         Ok(XFAN_OK)
     })
 }
 
-/// The member that the worker is, such as "default/0"; NULL for a NULL worker. Valid until the worker is
-/// freed or attached again.
+/// The member that the worker is, such as "default/0"; NULL for a NULL worker. The text is valid
+/// until the worker is freed or reattached.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_member(worker: *mut Handle) -> *const c_char {
-    // SAFETY: the header asks for it.
+    // SAFETY: contract of the header.
     pointer(|| Ok(unsafe { handle(worker)? }.member.as_ptr()))
 }
 
-/// Number of lanes that serve it, or a negative code.
+/// Number of lanes that send packets to this worker, or a negative code.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_lanes(worker: *mut Handle) -> i32 {
-    // SAFETY: the header asks for it.
+    // SAFETY: contract of the header.
     code(|| Ok(i32::try_from(unsafe { handle(worker)? }.worker.lanes()).unwrap_or(i32::MAX)))
 }
 
-/// The name of an interface, such as "eth1", from a packet's port; NULL if there is no such port. Valid until
-/// the worker is freed or attached again.
+/// The name of the interface that a packet's `port` refers to, such as "eth1"; NULL if there is no
+/// such port. The text is valid until the worker is freed or reattached.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xfan_port_name(worker: *mut Handle, port: u8) -> *const c_char {
     pointer(|| {
-        // SAFETY: the header asks for it.
+        // SAFETY: contract of the header.
         let name = unsafe { handle(worker)? }.ports.get(usize::from(port));
         Ok(name.ok_or_else(|| Failure::invalid(format!("there is no port {port}")))?.as_ptr())
     })
 }
 
-/// Names of a worker's member and ports, for C.
+/// The names of a worker's member and ports as C strings.
 fn names(worker: &Worker) -> (CString, Vec<CString>) {
-    // They come from JSON, where they could hold a zero byte.
+    // The names come from JSON, so they could contain a zero byte. Such a name becomes empty.
     let name = |name: &str| CString::new(name).unwrap_or_default();
     (name(worker.member()), worker.ports().iter().map(|port| name(port)).collect())
 }

@@ -1,4 +1,4 @@
-//! The functions as C calls them, under a dispatcher that is reduced to what a worker sees of it. Needs no privileges.
+//! The functions as C calls them, under a minimal dispatcher. Needs no privileges.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -19,7 +19,7 @@ use xfan_worker_c::*;
 
 const LONG: u32 = 30_000;
 
-/// A worker as C has it, and what it receives into.
+/// A worker as C sees it, and the array that it receives into.
 struct C {
     worker: *mut Handle,
     packets: [MaybeUninit<Packet>; 64],
@@ -28,42 +28,42 @@ struct C {
 impl C {
     fn receive(&mut self, capacity: usize, timeout_ms: u32) -> i32 {
         assert!(capacity <= self.packets.len());
-        // SAFETY: the array has room for so many.
+        // SAFETY: a worker or null, and an array of at least `capacity` elements.
         unsafe { xfan_receive(self.worker, self.packets.as_mut_ptr().cast(), capacity, timeout_ms) }
     }
 
-    /// The packet at this place of those received.
-    fn packet(&self, place: usize) -> &Packet {
-        // SAFETY: the tests look at those only that were received.
-        unsafe { self.packets[place].assume_init_ref() }
+    /// The received packet with this index.
+    fn packet(&self, index: usize) -> &Packet {
+        // SAFETY: the tests only ask for packets that were received, which are initialised.
+        unsafe { self.packets[index].assume_init_ref() }
     }
 
-    fn data(&self, place: usize) -> &[u8] {
-        let Packet { data, length, .. } = *self.packet(place);
-        // SAFETY: a packet that is not committed.
+    fn data(&self, index: usize) -> &[u8] {
+        let Packet { data, length, .. } = *self.packet(index);
+        // SAFETY: the packet is not committed, so its data is valid.
         unsafe { std::slice::from_raw_parts(data, usize::from(length)) }
     }
 
     fn commit(&self, packets: usize) -> i32 {
-        // SAFETY: a worker, or null.
+        // SAFETY: a worker or null.
         unsafe { xfan_commit(self.worker, packets) }
     }
 
     fn counter(&self, name: *const c_char) -> i32 {
-        // SAFETY: a worker, and null or text.
+        // SAFETY: a worker or null, and text or null.
         unsafe { xfan_counter(self.worker, name) }
     }
 }
 
 impl Drop for C {
     fn drop(&mut self) {
-        // SAFETY: a worker, which nobody uses any more.
+        // SAFETY: a worker or null, which is not used afterwards.
         unsafe { xfan_free(self.worker) };
     }
 }
 
 fn text(text: *const c_char) -> String {
-    // SAFETY: what the library returns is text.
+    // SAFETY: the library returns text that ends with a zero byte.
     unsafe { CStr::from_ptr(text) }.to_str().unwrap().to_owned()
 }
 
@@ -80,9 +80,9 @@ fn options(socket: *const c_char) -> Options {
     Options { socket, group: null(), member: null(), program: null(), batch: 0, flags: 0 }
 }
 
-/// Attaches with options, and expects an error.
+/// Attaches with these options, which must fail. Returns the error.
 fn refused(options: &Options) -> (i32, String) {
-    // SAFETY: options.
+    // SAFETY: valid options.
     assert!(unsafe { xfan_attach(options) }.is_null());
     error()
 }
@@ -97,14 +97,14 @@ fn attach(change: impl FnOnce(&mut Options)) -> (Primary, C) {
     let primary = thread::spawn(move || Primary::answer(&socket, &attached()));
     let mut options = options(path.as_ptr());
     change(&mut options);
-    // SAFETY: options with text.
+    // SAFETY: valid options.
     let worker = unsafe { xfan_attach(&options) };
     assert!(!worker.is_null(), "{:?}", error());
     (primary.join().unwrap(), C { worker, packets: [const { MaybeUninit::uninit() }; 64] })
 }
 
 #[test]
-fn what_c_says_of_itself_arrives_and_what_it_is_told_too() {
+fn the_introduction_and_its_answer_arrive() {
     let (primary, c) = attach(|options| {
         options.group = c"ids".as_ptr();
         options.member = c"ids/3".as_ptr();
@@ -138,13 +138,13 @@ fn packets_are_described_and_committed_in_parts() {
     let Packet { hash, lane, port, flags, receive_time_ns, .. } = *c.packet(1);
     assert_eq!((hash, lane, port, flags), (1, 0, 0, 0));
     assert!((before - before % 1024..=monotonic_ns()).contains(&receive_time_ns));
-    // No more than were received, though more are there.
+    // Not more than were received, although the ring holds more.
     assert_eq!(c.commit(3), XFAN_INVALID);
     invalid("cannot commit 3 packets: 2 are received and not committed");
     assert_eq!((c.commit(0), primary.take_back(0)), (XFAN_OK, 0));
     assert_eq!((c.commit(1), primary.take_back(0)), (XFAN_OK, 1));
-    assert_eq!(c.data(1), [1; FRAME], "what is not committed may be read");
-    // What is not committed comes again, first.
+    assert_eq!(c.data(1), [1; FRAME], "an uncommitted packet may be read");
+    // Uncommitted packets come again, first.
     assert_eq!((c.receive(64, LONG), c.data(0)[0], c.data(3)[0]), (4, 1, 4));
     assert_eq!((c.commit(4), primary.take_back(0)), (XFAN_OK, 4));
     assert_eq!(c.commit(1), XFAN_INVALID);
@@ -158,7 +158,7 @@ fn packets_are_described_and_committed_in_parts() {
 }
 
 #[test]
-fn a_burst_is_no_longer_than_a_batch() {
+fn a_call_receives_at_most_a_batch() {
     let (mut primary, mut c) = attach(|options| options.batch = 3);
     for content in 0..5 {
         primary.send(0, content);
@@ -167,7 +167,7 @@ fn a_burst_is_no_longer_than_a_batch() {
 }
 
 #[test]
-fn it_leaves_when_it_asks_to() {
+fn a_worker_that_asks_to_detach_is_closed() {
     let (mut primary, mut c) = attach(|_| ());
     // SAFETY: a worker.
     assert_eq!(unsafe { (xfan_request_detach(c.worker), xfan_request_detach(c.worker)) }, (XFAN_OK, XFAN_OK));
@@ -177,7 +177,7 @@ fn it_leaves_when_it_asks_to() {
     primary.down.set_phase(Phase::Closing);
     assert_eq!((c.receive(64, LONG), c.commit(1)), (1, XFAN_OK));
     assert_eq!((c.receive(64, LONG), c.receive(64, 0)), (XFAN_CLOSED, XFAN_CLOSED));
-    assert_eq!(xfan_last_error_code(), XFAN_OK, "that is no error");
+    assert_eq!(xfan_last_error_code(), XFAN_OK, "being closed is not an error");
     drop(c);
     let next = protocol::receive::<Request>(&primary.connection, MAX_REQUEST);
     assert!(matches!(next, Err(protocol::ProtocolError::Closed)), "{next:?}");
@@ -211,7 +211,7 @@ fn counters_have_numbers() {
     let seen: Vec<_> = primary.up.published_counters().collect();
     assert_eq!(seen, [("alerts".into(), 5), ("depth".into(), 4)]);
     assert_eq!((c.counter(c"alerts".as_ptr()), c.counter(c"A-B".as_ptr())), (XFAN_COUNTER, XFAN_COUNTER));
-    assert!(error().1.starts_with("\"A-B\" is no name for a counter"), "{:?}", error());
+    assert!(error().1.starts_with("\"A-B\" is not a valid counter name"), "{:?}", error());
     assert_eq!(c.counter(c"\xff".as_ptr()), XFAN_INVALID);
     assert_eq!(c.counter(null()), XFAN_INVALID);
     invalid("the name is NULL");
@@ -220,7 +220,7 @@ fn counters_have_numbers() {
 #[test]
 fn null_is_an_error() {
     let (mut nobody, name) = (C { worker: null_mut(), packets: [const { MaybeUninit::uninit() }; 64] }, c"n");
-    // SAFETY: null, which all of them take.
+    // SAFETY: null, which all of them accept.
     let results = unsafe {
         [
             nobody.receive(64, 0),
@@ -244,13 +244,13 @@ fn null_is_an_error() {
     // SAFETY: a worker, and null.
     assert_eq!(unsafe { xfan_receive(c.worker, null_mut(), 64, 0) }, XFAN_INVALID);
     assert_eq!(c.receive(0, 0), XFAN_INVALID);
-    invalid("there is no room for packets: the array is NULL, or its capacity 0");
+    invalid("cannot receive packets: the array is NULL or its capacity is 0");
     assert_eq!(c.receive(1, LONG), 1);
 }
 
 #[test]
-fn why_it_does_not_attach_is_said() {
-    // SAFETY: null, which it takes.
+fn errors_say_why_attaching_failed() {
+    // SAFETY: null, which it accepts.
     assert!(unsafe { xfan_attach(null()) }.is_null());
     assert_eq!(error().0, XFAN_NO_SOCKET, "unless the tests run under xfan");
     let (code, text) = refused(&options(c"/nowhere/x.sock".as_ptr()));
@@ -265,7 +265,7 @@ fn why_it_does_not_attach_is_said() {
     );
     assert_eq!(refused(&Options { batch: 257, ..options(socket) }).0, XFAN_INVALID);
     let (code, text) = refused(&Options { group: c"\xff".as_ptr(), ..options(socket) });
-    assert!((code, text.starts_with("the group is no UTF-8")) == (XFAN_INVALID, true), "{code} {text}");
+    assert!((code, text.starts_with("the group is not UTF-8")) == (XFAN_INVALID, true), "{code} {text}");
 
     let socket = Socket::new();
     let path = path(&socket);
@@ -276,23 +276,23 @@ fn why_it_does_not_attach_is_said() {
     assert_eq!(answer, (XFAN_REFUSED, "the dispatcher refused this worker: all have workers".into()));
 }
 
-/// The system's memory, with a count of what each thread takes of it.
+/// The system allocator, with a count of each thread's allocations.
 struct Counting;
 
 thread_local! {
     static TAKEN: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: the system's allocator does it all.
+// SAFETY: forwards every call to the system allocator, which upholds the contract.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let _ = TAKEN.try_with(|taken| taken.set(taken.get() + 1));
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of `dealloc`.
         unsafe { System.dealloc(memory, layout) };
     }
 }
@@ -301,7 +301,7 @@ unsafe impl GlobalAlloc for Counting {
 static MEMORY: Counting = Counting;
 
 #[test]
-fn receiving_and_committing_takes_no_memory() {
+fn receiving_and_committing_allocates_nothing() {
     let (mut primary, mut c) = attach(|_| ());
     let counter = c.counter(c"packets".as_ptr());
     for _ in 0..100 {
