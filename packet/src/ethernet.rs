@@ -5,7 +5,8 @@ pub const IPV4: u16 = 0x0800;
 /// Ethertype of IPv6.
 pub const IPV6: u16 = 0x86dd;
 
-/// The ethertype of a frame behind up to two VLAN tags, and where its payload begins.
+/// The ethertype of a frame behind up to two VLAN tags, and the offset of its payload in bytes,
+/// which is at most the frame's length. `None` if the frame ends before its ethertype.
 pub fn ethertype(frame: &[u8]) -> Option<(u16, usize)> {
     let mut at = 12;
     for _ in 0..2 {

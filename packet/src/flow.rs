@@ -1,24 +1,24 @@
-//! The flow a packet belongs to: its 5-tuple.
+//! The key of a flow: its 5-tuple.
 
 use std::net::IpAddr;
 
-/// A directed 5-tuple.
+/// A 5-tuple, in the direction of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FlowKey {
     /// Source address.
     pub source: IpAddr,
     /// Destination address.
     pub destination: IpAddr,
-    /// Source port; 0 where there is none.
+    /// Source port; 0 if the packet has none.
     pub source_port: u16,
-    /// Destination port; 0 where there is none.
+    /// Destination port; 0 if the packet has none.
     pub destination_port: u16,
-    /// Protocol number, after IPv6 extension headers.
+    /// IP protocol number. For IPv6, that of the header after the extension headers.
     pub protocol: u8,
 }
 
 impl FlowKey {
-    /// The same flow seen from its other end.
+    /// The same flow in the reverse direction.
     pub fn reversed(self) -> Self {
         FlowKey {
             source: self.destination,
@@ -29,7 +29,8 @@ impl FlowKey {
         }
     }
 
-    /// One key for both directions, and whether it is the reverse of this one.
+    /// The key that stands for both directions of the flow, and whether it is the reverse of this
+    /// one.
     pub fn canonical(self) -> (Self, bool) {
         let backwards = (self.source, self.source_port) > (self.destination, self.destination_port);
         if backwards { (self.reversed(), true) } else { (self, false) }

@@ -1,4 +1,4 @@
-//! IP: protocol numbers, IPv6 extension headers, the length of a jumbogram.
+//! IP: protocol numbers, IPv6 extension headers, the length of jumbograms.
 
 /// Protocol number of ICMP.
 pub const ICMP: u8 = 1;
@@ -15,11 +15,14 @@ pub const SCTP: u8 = 132;
 /// Protocol number of UDP-Lite.
 pub const UDP_LITE: u8 = 136;
 
-/// Most IPv6 extension headers to walk; the headers after them stay unread.
+/// Largest number of IPv6 extension headers to walk. By RFC 8200, a packet carries at most six of
+/// those walked here: destination options twice, the others once. The limit bounds the time that a
+/// packet takes.
 pub const MAX_EXTENSION_HEADERS: usize = 8;
-/// Most IPv6 hop-by-hop options to read in search of the length of a jumbogram.
+/// Largest number of IPv6 hop-by-hop options to read in search of a jumbogram's length. Hosts send
+/// one or two, plus padding. The limit bounds the time that a packet takes.
 pub const MAX_OPTIONS: usize = 8;
-/// The IPv6 hop-by-hop options header.
+/// Protocol number of the IPv6 hop-by-hop options header.
 pub(crate) const HOP_BY_HOP: u8 = 0;
 
 /// Whether a protocol's header begins with two 16-bit ports.
@@ -28,8 +31,9 @@ pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | DCCP | SCTP | UDP_LITE)
 }
 
-/// The payload length that the hop-by-hop options give for an IPv6 packet whose header has length
-/// 0; 0 without a jumbo payload option.
+/// The payload length, in bytes, of an IPv6 packet whose header has length 0: the value of its
+/// jumbo payload option, or 0 if it has none. `next` is the type of the header that `payload`
+/// begins with.
 pub(crate) fn jumbo_length(next: u8, payload: &[u8]) -> usize {
     const PAD_1: u8 = 0;
     const JUMBO_PAYLOAD: u8 = 0xc2;
@@ -48,8 +52,9 @@ pub(crate) fn jumbo_length(next: u8, payload: &[u8]) -> usize {
     0
 }
 
-/// Walks IPv6 extension headers: the protocol after them, whether this is a fragment, and the rest. Stops early, at
-/// the protocol of the header it could not read, where the packet is cut off or the chain too long.
+/// Walks IPv6 extension headers. Returns the protocol after them, whether the packet is a fragment,
+/// and the bytes after the headers. If the packet is cut off within a header, or the chain is too
+/// long, returns the protocol of the first header that was not read.
 pub(crate) fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &[u8]) {
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
@@ -61,7 +66,8 @@ pub(crate) fn skip_extension_headers(first: u8, mut rest: &[u8]) -> (u8, bool, &
             (HOP_BY_HOP | ROUTING | DESTINATION, [_, units, ..]) => 8 + usize::from(*units) * 8,
             (AUTHENTICATION, [_, units, ..]) => 8 + usize::from(*units) * 4,
             (FRAGMENT, [next, _, high, low, _, _, _, _, behind @ ..]) => {
-                // 13 bits offset, 2 reserved, 1 "more": all 0 is an atomic fragment, a whole datagram.
+                // 13 bits of offset, 2 reserved bits, 1 "more" bit. If offset and "more" are 0, the
+                // packet is an atomic fragment: a complete datagram.
                 if u16::from_be_bytes([*high, *low]) & 0xfff9 != 0 {
                     return (*next, true, behind);
                 }

@@ -1,11 +1,11 @@
-//! Parsing of packets: which flow a frame belongs to, and where its payload lies.
+//! Packet parsing: the flow that a frame belongs to, and the payload of its packet.
 //!
 //! The dispatcher and its workers must agree on what a flow is, so both read frames with
-//! [`Packet::parse`]. The crate does no I/O and allocates nothing.
+//! [`Packet::parse`]. The crate does no I/O and allocates nothing. No input makes it panic.
 //!
 //! - It reads Ethernet, up to two VLAN tags (802.1Q, 802.1ad), and IPv4 or IPv6. It walks IPv6
 //!   extension headers.
-//! - Ports are those of TCP, UDP, UDP-Lite, SCTP and DCCP. Other protocols have ports 0.
+//! - TCP, UDP, UDP-Lite, SCTP and DCCP have ports. Packets of other protocols have ports 0.
 //! - A packet ends where its IP header says, or at the end of its frame if that comes first. The
 //!   bytes after it are padding or a trailer, which are never read as ports. IPv6 with a payload
 //!   length of 0 is empty unless a jumbo payload option (RFC 2675) gives the length. IPv4 with a
@@ -14,6 +14,23 @@
 //!   same key.
 //! - VLAN tags are not part of the key, so a mirrored flow whose directions carry different tags
 //!   is one flow.
+//!
+//! # Examples
+//!
+//! ```
+//! use xfan_packet::{Packet, UDP};
+//!
+//! # let mut frame = vec![2; 12];
+//! # frame.extend([0x08, 0x00]);
+//! # frame.extend([0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+//! # frame.extend([0x12, 0x34, 0, 53, 0, 8, 0, 0]);
+//! // `frame` holds a UDP datagram from 10.0.0.1:4660 to 10.0.0.2:53.
+//! let packet = Packet::parse(&frame).expect("an IP packet");
+//! assert_eq!((packet.key.protocol, packet.key.destination_port), (UDP, 53));
+//! assert_eq!(packet.payload.len(), 8);
+//! // Both directions have one canonical key.
+//! assert_eq!(packet.key.canonical().0, packet.key.reversed().canonical().0);
+//! ```
 
 #![forbid(unsafe_code)]
 
@@ -29,19 +46,19 @@ pub use ethernet::{IPV4, IPV6, ethertype};
 pub use flow::FlowKey;
 pub use ip::{DCCP, ICMP, ICMPV6, SCTP, TCP, UDP, UDP_LITE, has_ports};
 
-/// What can be read of a frame.
+/// The IP packet in a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'a> {
-    /// The flow it belongs to.
+    /// The flow that the packet belongs to.
     pub key: FlowKey,
-    /// Whether it is a fragment of a datagram.
+    /// Whether the packet is a fragment of a datagram.
     pub fragment: bool,
-    /// What follows the IP headers, as far as it was captured and belongs to the datagram.
+    /// The bytes after the IP headers that belong to the packet and are in the frame.
     pub payload: &'a [u8],
 }
 
 impl<'a> Packet<'a> {
-    /// Reads an Ethernet frame. `None`: not IP, or cut off within the IP header.
+    /// Reads an Ethernet frame. Returns `None` if it is not IP, or is cut off within the IP header.
     pub fn parse(frame: &'a [u8]) -> Option<Self> {
         let (ethertype, offset) = ethertype(frame)?;
         let datagram = &frame[offset..];
@@ -58,7 +75,8 @@ impl<'a> Packet<'a> {
         if header[0] >> 4 != 4 || header_bytes < 20 {
             return None;
         }
-        // A total length of 0 is what segmentation offload leaves behind: then the frame tells the length.
+        // Segmentation offload leaves a total length of 0 behind. The packet then ends with its
+        // frame.
         let total = match be16(header, 2) {
             0 => datagram.len(),
             total => usize::from(total).min(datagram.len()),
@@ -99,14 +117,16 @@ impl<'a> Packet<'a> {
         Packet { key, fragment, payload }
     }
 
-    /// TCP flags, the 8 bits from CWR to FIN; `None` if it is not TCP, a fragment, or cut off.
+    /// The TCP flags: the 8 bits from CWR to FIN. `None` if the packet is not TCP, is a fragment,
+    /// or is cut off before the flags.
     pub fn tcp_flags(&self) -> Option<u8> {
         if self.key.protocol == TCP && !self.fragment { self.payload.get(13).copied() } else { None }
     }
 }
 
 /// Whether an Ethernet frame is shorter than the IP packet in it: the IP header, or the length that
-/// it gives, extends beyond the frame. The packet was cut on the wire or by the driver.
+/// it gives, extends beyond the frame. Such a packet was cut on the wire or by the driver. A frame
+/// that is not IP is never cut.
 pub fn is_cut(frame: &[u8]) -> bool {
     let Some((ethertype, offset)) = ethertype(frame) else { return false };
     let datagram = &frame[offset..];
@@ -122,6 +142,7 @@ pub fn is_cut(frame: &[u8]) -> bool {
     length.is_none_or(|length| length > datagram.len())
 }
 
+/// The big-endian number at byte `at`, which must lie within `bytes` together with the next byte.
 #[inline(always)]
 fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])

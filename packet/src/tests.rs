@@ -78,16 +78,20 @@ fn fragments_have_no_ports() {
     let mut first = vec![UDP, 0, 0, 1, 0, 0, 0, 9];
     first.extend(PORTS);
     assert_eq!(ports_of(&frame(&[], IPV6, &v6(44, &first))), (UDP, 0, 0, true));
-    first[3] = 0; // an atomic fragment
+    first[3] = 0; // an atomic fragment: a complete datagram
     assert_eq!(ports_of(&frame(&[], IPV6, &v6(44, &first))), (UDP, 0x1234, 80, false));
 }
 
 #[test]
 fn walks_extension_headers() {
-    let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop, then routing
-    chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // routing of 16 bytes, then destination
-    chain.extend([51, 0, 0, 0, 0, 0, 0, 0]); // destination, then authentication
-    chain.extend([TCP, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // authentication of 12 bytes, then TCP
+    // Hop-by-hop options, then routing.
+    let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0];
+    // Routing of 16 bytes, then destination options.
+    chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    // Destination options, then authentication.
+    chain.extend([51, 0, 0, 0, 0, 0, 0, 0]);
+    // Authentication of 12 bytes, then TCP.
+    chain.extend([TCP, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     chain.extend(PORTS);
     assert_eq!(ports_of(&frame(&[], IPV6, &v6(0, &chain))), (TCP, 0x1234, 80, false));
 }
@@ -101,7 +105,7 @@ fn ethernet_padding_is_not_payload() {
 }
 
 #[test]
-fn what_follows_an_ipv6_packet_of_length_0_is_not_payload() {
+fn the_trailer_of_an_empty_ipv6_packet_is_not_payload() {
     let empty = |next: u8, behind: &[u8]| {
         let mut packet = v6(next, behind);
         packet[4..6].fill(0);
@@ -110,7 +114,7 @@ fn what_follows_an_ipv6_packet_of_length_0_is_not_payload() {
     let trailer = empty(UDP, &PORTS);
     assert_eq!(ports_of(&trailer), (UDP, 0, 0, false));
     assert_eq!(Packet::parse(&trailer).unwrap().payload, &[] as &[u8]);
-    // Hop-by-hop options, but none that gives a length.
+    // Hop-by-hop options without a length.
     let padding = [&[UDP, 0, 1, 4, 0, 0, 0, 0][..], &PORTS].concat();
     assert_eq!(ports_of(&empty(HOP_BY_HOP, &padding)), (HOP_BY_HOP, 0, 0, false));
 }
@@ -127,9 +131,9 @@ fn a_jumbo_payload_option_gives_the_length() {
     assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 1, 0, 0], &PORTS)), whole);
     assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 0, 0, 16], &PORTS)), whole);
     assert_eq!(ports_of(&jumbo(&[0xc2, 4, 0, 0, 0, 11], &PORTS)), (UDP, 0, 0, false));
-    // Behind padding of one byte, and of more.
+    // After padding of one byte and of several bytes.
     assert_eq!(ports_of(&jumbo(&[0, 0, 1, 2, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0], &PORTS)), whole);
-    // Another length of the option, or a ninth option, is none.
+    // An option of another length, or the ninth option, is ignored.
     assert_eq!(ports_of(&jumbo(&[0xc2, 3, 0, 1, 0, 0], &PORTS)), (HOP_BY_HOP, 0, 0, false));
     assert_eq!(
         ports_of(&jumbo(&[0, 0, 0, 0, 0, 0, 0, 0, 0xc2, 4, 0, 1, 0, 0], &PORTS)),
@@ -138,7 +142,7 @@ fn a_jumbo_payload_option_gives_the_length() {
 }
 
 #[test]
-fn ipv4_of_total_length_0_ends_with_its_frame_and_of_less_than_its_header_is_empty() {
+fn ipv4_total_lengths_of_0_or_too_few_bytes_are_handled() {
     let of_total = |total: u8| {
         let mut packet = v4(TCP, 0, &PORTS);
         packet[2..4].copy_from_slice(&[0, total]);
@@ -153,7 +157,7 @@ fn ipv4_of_total_length_0_ends_with_its_frame_and_of_less_than_its_header_is_emp
 }
 
 #[test]
-fn an_extension_header_beyond_the_payload_length_is_not_read() {
+fn extension_headers_beyond_the_payload_are_not_read() {
     let of_length = |next: u8, length: u8, payload: &[u8]| {
         let mut packet = v6(next, payload);
         packet[5] = length;
@@ -187,7 +191,7 @@ fn a_packet_longer_than_its_frame_is_cut() {
         packet[at..at + 2].copy_from_slice(&length.to_be_bytes());
         is_cut(&frame(&[], ethertype, &packet))
     };
-    // No length, or one that makes no sense.
+    // No length, or an impossible one.
     assert!(!of_length(IPV4, v4(UDP, 0, &PORTS), 2, 0));
     assert!(!of_length(IPV4, v4(UDP, 0, &PORTS), 2, 5));
     assert!(!of_length(IPV6, v6(UDP, &PORTS), 4, 0));
@@ -211,7 +215,7 @@ fn a_header_cut_off_within_its_options_is_not_read() {
 }
 
 #[test]
-fn tcp_flags_of_whole_tcp_segments_only() {
+fn only_whole_tcp_segments_have_flags() {
     let mut segment = [0; 20];
     segment[13] = 0x12;
     let flags = |protocol, fragment| {
@@ -223,7 +227,7 @@ fn tcp_flags_of_whole_tcp_segments_only() {
 }
 
 proptest! {
-    // Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+    // Few cases under Miri, which is slow. No failure files: Miri's isolation forbids writing them.
     #![proptest_config(ProptestConfig {
         cases: if cfg!(miri) { 16 } else { 256 },
         failure_persistence: None,
@@ -231,7 +235,7 @@ proptest! {
     })]
 
     #[test]
-    fn any_bytes_are_read_without_panic(
+    fn no_bytes_make_the_parser_panic(
         mut bytes in prop::collection::vec(any::<u8>(), 0..200),
         ethertype in prop_oneof![Just(IPV4), Just(IPV6), Just(0x8100), any::<u16>()],
         version in prop_oneof![Just(0x45), Just(0x60), any::<u8>()],
