@@ -1,10 +1,16 @@
-//! The bell that a `doorbell` rings: what a sleeper blocks on.
+//! The bell that a `doorbell` rings: the socket that a sleeper blocks on.
 //!
-//! It is a pair of connected sockets, since the two sides do not trust each other. Both ends of an eventfd share one set of
-//! file flags: a hostile sleeper would make it blocking, fill its counter, and its ringer would sleep for ever. A pipe's
-//! reader can hold the pipe's lock for as long as it likes. A socket is the ringer's own, and it is told with every
-//! ring not to wait. Nothing can be sent to it either: a descriptor that lay there unread would be closed with the bell, and
-//! closing one may block for as long as its maker likes (a lingering TCP socket, a FUSE file).
+//! A bell is a pair of connected sockets, because the ringer must not trust the sleeper. With other
+//! primitives a hostile sleeper could block its ringer for ever:
+//!
+//! - Both ends of an eventfd share one set of file flags. The sleeper could make it blocking and
+//!   fill its counter.
+//! - The reader of a pipe can hold the pipe's lock for as long as it likes.
+//!
+//! Each end of a socket pair is a file of its own, and every ring is a non-blocking send. The
+//! ringer's end cannot receive: otherwise a sleeper could send a file descriptor, the kernel would
+//! close that together with the bell, and closing it may block for as long as its creator likes (a
+//! lingering TCP socket, a FUSE file).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,35 +22,36 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, shutdown, socketpair,
 };
 
-/// Makes a bell: the ringer's end and the sleeper's end. Both are closed on exec.
+/// Creates a bell. Returns the ringer's end and the sleeper's end, both close-on-exec.
 ///
 /// # Errors
-/// Whatever `socketpair` says; mostly that there are too many open files.
+/// The error of socketpair(2), mostly that too many files are open.
 pub fn create() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ringer, sleeper) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
     shutdown(ringer.as_raw_fd(), Shutdown::Read)?;
     Ok((ringer, sleeper))
 }
 
-/// Rings, and never waits. A sleeper that is gone, or that has not heard some hundred rings before this one, is not
-/// rung again: the one has no use for it, the other is awake by now.
+/// Rings without blocking. Errors are ignored: if the sleeper has closed its end, nobody needs the
+/// ring; and if the socket is full of rings, the sleeper is already awake.
 #[inline]
 pub fn ring(ringer: impl AsFd) {
     let _ = send(ringer.as_fd().as_raw_fd(), &[1], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-/// Takes note of all rings so far, and never waits. For a sleeper that waits with a poll of its own.
+/// Consumes all rings so far without blocking. For a sleeper that calls poll(2) itself.
 #[inline]
 pub fn silence(sleeper: impl AsFd) {
     let mut rings = [0; 512];
     let _ = recv(sleeper.as_fd().as_raw_fd(), &mut rings, MsgFlags::MSG_DONTWAIT);
 }
 
-/// Sleeps until the bell rings, and [silences](silence) it; at most for `limit`, rounded up to milliseconds. A
-/// signal ends the sleep too. Says whether it was rung; the other end's close counts as a ring.
+/// Sleeps until the bell rings, a signal arrives, or `limit`, rounded up to milliseconds, is over.
+/// [Silences](silence) the bell. Returns whether it rang. If the ringer has closed its end, that
+/// counts as a ring.
 ///
 /// # Errors
-/// Whatever `poll` says.
+/// The error of poll(2).
 pub fn sleep(sleeper: impl AsFd, limit: Duration) -> io::Result<bool> {
     let limit = PollTimeout::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
     let mut sleepers = [PollFd::new(sleeper.as_fd(), PollFlags::POLLIN)];
@@ -79,16 +86,16 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "sockets")]
-    fn a_sleeper_cannot_hold_its_ringer_up() {
+    fn a_sleeper_cannot_block_its_ringer() {
         let (ringer, sleeper) = create().unwrap();
         fcntl(&sleeper, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
         for _ in 0..10_000 {
-            ring(&ringer); // nobody listens
+            ring(&ringer); // the sleeper does not read
         }
         assert!(sleep(&sleeper, LONG).unwrap());
         let answer = send(sleeper.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL);
-        assert_eq!(answer, Err(Errno::EPIPE), "nothing lies at the ringer's end when it is closed");
+        assert_eq!(answer, Err(Errno::EPIPE), "the ringer's end receives nothing");
         drop(sleeper);
-        ring(&ringer); // nobody is there, and no SIGPIPE comes
+        ring(&ringer); // the other end is closed, and no SIGPIPE arrives
     }
 }

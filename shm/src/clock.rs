@@ -1,4 +1,4 @@
-//! Time stamps and busy time.
+//! Clocks: ticks, time stamps of packets, and busy time.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -6,19 +6,20 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
 
-/// `CLOCK_MONOTONIC` in nanoseconds.
+/// Reads `CLOCK_MONOTONIC`, in nanoseconds.
 #[inline]
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A cheap counter that all cores share: the TSC on x86-64, nanoseconds elsewhere.
+/// Reads a cheap counter that all cores share: the TSC on x86-64, the monotonic clock elsewhere.
+/// See [`ticks_to_ns`] for its unit.
 #[inline(always)]
 pub fn ticks() -> u64 {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
-        // SAFETY: every x86-64 processor has it.
+        // SAFETY: the intrinsic requires a processor with a TSC: every x86-64 processor has one.
         unsafe { core::arch::x86_64::_rdtsc() }
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
@@ -27,7 +28,7 @@ pub fn ticks() -> u64 {
     }
 }
 
-/// What the counter and the clock showed at one moment.
+/// The values of the counter and of the clock at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Moment {
     ticks: u64,
@@ -35,10 +36,10 @@ struct Moment {
 }
 
 impl Moment {
-    /// Reads both now. Takes the quickest of a few attempts, or the first that takes no more than
-    /// `ticks_enough`: a thread may lose its core between two readings. It reads the counter after
-    /// the clock. So a time computed from the moment may be late by the time in between, but is
-    /// never ahead of the clock.
+    /// Reads both. A thread may lose its core between the two readings, so this takes the quickest
+    /// of eight attempts, or the first that takes at most `ticks_enough`. The counter is read after
+    /// the clock. A time computed from the moment may therefore be late by the time between the two
+    /// readings, but it is never ahead of the clock.
     fn now(ticks_enough: u64) -> Self {
         let (mut least, mut moment) = (u64::MAX, Moment { ticks: 0, ns: 0 });
         for _ in 0..8 {
@@ -55,7 +56,9 @@ impl Moment {
     }
 }
 
-/// Ticks per nanosecond, measured once per process against the monotonic clock, for 20 ms.
+/// Ticks per nanosecond. The first call in a process measures the rate against the monotonic clock,
+/// which takes 20 ms: with readings that are exact to some 50 ns, the error is a few parts per
+/// million.
 pub fn ticks_per_ns() -> f64 {
     static RATE: OnceLock<f64> = OnceLock::new();
     *RATE.get_or_init(|| {
@@ -70,33 +73,35 @@ pub fn ticks_per_ns() -> f64 {
     })
 }
 
-/// Ticks as nanoseconds.
+/// Converts ticks to nanoseconds.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 pub fn ticks_to_ns(ticks: u64) -> u64 {
     (ticks as f64 / ticks_per_ns()) as u64
 }
 
-/// How long a [`CoarseClock`] interpolates between two readings of the kernel's clock. In that time
-/// the two differ by half a microsecond at most, since the kernel adjusts its clock by at most 500
-/// parts per million.
+/// How long a [`CoarseClock`] interpolates between two readings of the kernel's clock. The kernel
+/// adjusts its clock by at most 500 parts per million, so within 1 ms the two differ by at most
+/// half a microsecond.
 const COARSE_NS: u64 = 1_000_000;
 
-/// `CLOCK_MONOTONIC`, interpolated by [`ticks`], for a thread that reads them anyway. It reads the
-/// kernel's clock once per millisecond, differs from it by less than a microsecond, and never goes
-/// back.
+/// `CLOCK_MONOTONIC`, interpolated by [`ticks`], for a thread that reads the ticks anyway. It reads
+/// the kernel's clock once per millisecond, differs from it by less than a microsecond, and never
+/// goes back.
 #[derive(Debug)]
 pub struct CoarseClock {
+    /// The last reading of the kernel's clock.
     asked: Moment,
     /// The latest time returned, in nanoseconds.
     told: u64,
-    /// Ticks after which to read the kernel's clock again.
+    /// Ticks after a reading until the next one is due.
     limit: u64,
     /// Nanoseconds per tick, times 2³².
     scale: u64,
 }
 
 impl CoarseClock {
-    /// A clock set by the kernel's.
+    /// A clock that shows the kernel's time. The first call in a process takes 20 ms, see
+    /// [`ticks_per_ns`].
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)] // small, positive
     pub fn new() -> Self {
         let rate = ticks_per_ns();
@@ -104,14 +109,14 @@ impl CoarseClock {
         CoarseClock { asked: Moment::now(0), told: 0, limit: (rate * COARSE_NS as f64) as u64, scale }
     }
 
-    /// The time at `now`, in nanoseconds.
+    /// The time at tick `now`, in nanoseconds.
     #[inline(always)]
     pub fn ns(&mut self, now: u64) -> u64 {
         let elapsed = now.wrapping_sub(self.asked.ticks);
         let ns = if elapsed > self.limit {
             self.ask()
         } else {
-            // A millisecond of ticks times 2³² nanoseconds per tick fit 64 bits.
+            // A millisecond in ticks times the scale is about 10⁶ · 2³², which fits 64 bits.
             self.asked.ns + ((elapsed * self.scale) >> 32)
         };
         self.told = self.told.max(ns);
@@ -131,25 +136,36 @@ impl Default for CoarseClock {
     }
 }
 
-/// The unit of receive times in descriptors, as a power of two: 1,024 ns.
+/// The unit of receive times in descriptors is 2¹⁰ ns = 1,024 ns: 32 bits of it wrap after 73
+/// minutes, longer than any packet waits.
 const STAMP_SHIFT: u32 = 10;
-/// How far a receive time may be ahead of the reader's clock.
+/// How far a receive time may be ahead of the reader's clock. The clocks of two threads differ by
+/// microseconds: a second leaves a wide margin and costs little of the 73 minutes.
 const STAMP_AHEAD_NS: u64 = 1_000_000_000;
 
-/// A time as it stands in a descriptor: the low 32 bits of its number of 1,024 ns units. They wrap
-/// after 73 minutes.
+/// The stamp of a time in nanoseconds: the low 32 bits of the time in units of 1,024 ns. Stamps
+/// wrap after 73 minutes.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation)] // the low bits are wanted
 pub fn stamp(ns: u64) -> u32 {
     (ns >> STAMP_SHIFT) as u32
 }
 
-/// The time in nanoseconds of a descriptor's stamp, for a reader whose clock shows `now`. It is
-/// rounded down to 1,024 ns. It is right if it is at most 73 minutes old, and at most one second
-/// ahead of `now`.
+/// The time of a stamp in nanoseconds, rounded down to 1,024 ns, for a reader whose clock shows
+/// `now`. It is right if the stamp is at most 73 minutes old, and at most one second ahead of
+/// `now`.
 ///
-/// The clocks of two threads differ slightly. Without the second ahead, a time just ahead of the
-/// reader's clock would become one of 73 minutes ago.
+/// The clocks of two threads differ slightly. If no time ahead of `now` were allowed, a time just
+/// ahead of the reader's clock would be taken for one 73 minutes ago.
+///
+/// # Examples
+///
+/// ```
+/// use xfan_shm::clock::{stamp, stamped_ns};
+///
+/// let received = 5_000 * 1_024;
+/// assert_eq!(stamped_ns(stamp(received), received + 1_000_000), received);
+/// ```
 #[inline]
 pub fn stamped_ns(stamp: u32, now: u64) -> u64 {
     let latest = now.saturating_add(STAMP_AHEAD_NS) >> STAMP_SHIFT;
@@ -158,17 +174,23 @@ pub fn stamped_ns(stamp: u32, now: u64) -> u64 {
     latest.saturating_sub(age.into()) << STAMP_SHIFT
 }
 
-/// Sums up the time a thread spends in iterations that found work.
+/// Adds up the time that a thread spends in iterations that found work.
 ///
-/// Where threads share a core, the kernel may take the core away in the middle of an iteration, and other
-/// threads' time would be counted. An iteration that took suspiciously long (20 µs and 1 µs for each packet) is therefore
-/// left out if the kernel says that the thread was preempted since the last such look; the system call is made for these only.
+/// If threads share a core, the kernel may preempt a thread in the middle of an iteration, and the
+/// time of other threads would be counted. Such an iteration is left out. To find these, the meter
+/// asks the kernel for the thread's preemptions after every iteration that took longer than 20 µs
+/// plus 1 µs for each packet. Shorter iterations cost no system call.
 #[derive(Debug)]
 pub struct BusyMeter {
+    /// Busy time so far, in ticks.
     busy: u64,
+    /// Iterations left out.
     preempted: u64,
+    /// 20 µs in ticks, far longer than the fixed cost of an iteration.
     base: u64,
+    /// 1 µs in ticks, longer than most workers need for a packet.
     per_packet: u64,
+    /// The thread's preemptions at the last look.
     switches: i64,
 }
 
@@ -179,14 +201,15 @@ impl Default for BusyMeter {
 }
 
 impl BusyMeter {
-    /// A meter at zero. To be used by the thread that made it.
+    /// A meter at zero. Only the calling thread may use it: it counts the preemptions of one
+    /// thread.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     pub fn new() -> Self {
         let us = (ticks_per_ns() * 1e3) as u64;
         BusyMeter { busy: 0, preempted: 0, base: 20 * us, per_packet: us, switches: preemptions() }
     }
 
-    /// Adds an iteration from `start` to `end` ([`ticks`]), which handled `packets`.
+    /// Adds an iteration from `start` to `end`, in [`ticks`], that handled `packets` packets.
     #[inline(always)]
     pub fn add(&mut self, start: u64, end: u64, packets: u32) {
         let elapsed = end.wrapping_sub(start);
@@ -208,19 +231,19 @@ impl BusyMeter {
         }
     }
 
-    /// Busy time so far, in ticks.
+    /// Returns the busy time so far, in ticks.
     #[inline(always)]
     pub fn busy_ticks(&self) -> u64 {
         self.busy
     }
 
-    /// Iterations that were left out.
+    /// Number of iterations left out because the thread was preempted.
     pub fn preempted(&self) -> u64 {
         self.preempted
     }
 }
 
-/// How often the kernel took the core away from the calling thread.
+/// How often the kernel has preempted the calling thread.
 fn preemptions() -> i64 {
     getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.involuntary_context_switches())
 }
@@ -236,7 +259,8 @@ mod tests {
         let (ns, start) = (monotonic_ns(), ticks());
         std::thread::sleep(Duration::from_millis(50));
         let (by_ticks, by_clock) = (ticks_to_ns(ticks() - start), monotonic_ns() - ns);
-        // The two clocks are read one after the other: a thread may lose its core in between, but not for half the time.
+        // The thread may lose its core between reading the two clocks, but hardly for half the
+        // time.
         assert!(
             by_ticks.abs_diff(by_clock) < by_clock / 2,
             "{by_ticks} ns by ticks, {by_clock} ns by the clock"
@@ -251,13 +275,13 @@ mod tests {
             let before = monotonic_ns();
             let coarse = clock.ns(ticks());
             let after = monotonic_ns();
-            // Between the two readings, give or take a microsecond.
+            // The time lies between the two readings, give or take a microsecond.
             assert!(coarse + 1000 >= before && coarse <= after + 1000, "{before} {coarse} {after}");
             std::thread::sleep(Duration::from_micros(700));
         }
     }
 
-    /// Its rate may be wrong, and the kernel's clock may be slowed down.
+    /// The clock's rate may be wrong, and the kernel may slow its own clock down.
     #[test]
     #[cfg_attr(miri, ignore = "time")]
     fn the_coarse_clock_never_goes_back() {
@@ -276,8 +300,8 @@ mod tests {
     }
 
     proptest! {
-        // Few cases under Miri, which is slow, and no files of failures, which its isolation
-        // forbids.
+        // Few cases under Miri, which is slow. No failure files: Miri's isolation forbids writing
+        // them.
         #![proptest_config(ProptestConfig {
             cases: if cfg!(miri) { 16 } else { 256 },
             failure_persistence: None,
@@ -285,13 +309,13 @@ mod tests {
         })]
 
         #[test]
-        fn a_stamp_is_read_by_whatever_clock_is_near(
+        fn a_stamp_is_read_right_by_any_clock_near_it(
             time in 0..1u64 << 62,
             ahead in 0..STAMP_AHEAD_NS - 1024,
             waited in 0..(1u64 << 42) - STAMP_AHEAD_NS - 1024,
         ) {
             let unit = 1 << STAMP_SHIFT;
-            // The reader's clock is behind, or the packet has waited.
+            // The reader's clock is behind, or the packet has waited in its ring.
             for now in [time.saturating_sub(ahead), time + waited] {
                 prop_assert_eq!(stamped_ns(stamp(time), now), time / unit * unit);
             }
@@ -299,10 +323,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_is_read_where_it_wraps() {
+    fn a_stamp_is_read_right_where_it_wraps() {
         const LAP: u64 = 1 << 42;
         for time in [0, 1024, LAP - 1024, LAP, LAP + 1024, 7 * LAP] {
-            // Received now, just ahead, an hour ago.
+            // Received now, just ahead of the clock, an hour ago.
             for now in [time, time.saturating_sub(1024), time + 3_600_000_000_000] {
                 assert_eq!(stamped_ns(stamp(time), now), time, "{time} {now}");
             }
@@ -311,7 +335,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "system calls")]
-    fn busy_time_is_summed() {
+    fn busy_time_adds_up() {
         let mut meter = BusyMeter::new();
         meter.add(10_000, 11_000, 1);
         let first = meter.busy_ticks();

@@ -1,4 +1,4 @@
-//! A descriptor: the 16 bytes that stand for a packet on its way to a worker.
+//! A descriptor: the 16 bytes that describe a packet on its way to a worker.
 //!
 //! ```text
 //! word 0   bits  0..32  offset of the packet's first byte in the UMEM
@@ -9,59 +9,62 @@
 //!          bits 32..64  flow hash
 //! ```
 
-/// The lap mark of word 1: it belongs to the ring, not to the packet.
+/// The lap mark in word 1. It belongs to the ring, not to the packet.
 pub(crate) const LAP: u64 = 1 << 31;
 
-/// A packet, by reference.
+/// A reference to a packet in the UMEM.
 ///
-/// On a little-endian machine it lies in memory as its two words do, so that taking it from a slot is a copy.
+/// On a little-endian machine its layout in memory is that of its two words, so reading it from a
+/// slot is a plain copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(16))]
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
     pub offset: u32,
-    /// Receive time, taken once per batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024
+    /// Receive time of the packet's batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024
     /// ns, see [`stamp`](crate::clock::stamp).
     pub time: u32,
     /// Length of the packet in bytes.
     pub length: u16,
-    /// The interface the packet came in by, as the dispatcher numbers them.
+    /// The interface that received the packet, as the dispatcher numbers them.
     pub port: u8,
     /// Flags, 7 bits; see the constants of this type.
     pub flags: u8,
-    /// Hash of the packet's flow; equal for both directions.
+    /// Hash of the packet's flow, equal for both directions.
     pub hash: u32,
 }
 
 impl Descriptor {
-    /// Flag: no 5-tuple could be read; the hash is over what addresses there are.
+    /// Flag: no 5-tuple could be read. The hash covers only the addresses that could be read.
     pub const UNPARSED: u8 = 1;
 
-    /// Flag: another worker had this packet before, and may have read it, but is gone without having committed it.
+    /// Flag: the packet was sent to another worker before, which was lost without committing it and
+    /// may have read it.
     pub const REDELIVERED: u8 = 2;
 
     /// Flag: the packet was cut: its IP length extends beyond the frame.
     pub const CUT: u8 = 4;
 
-    /// A descriptor of these fields; `flags` of 7 bits.
+    /// A descriptor of these fields. Of `flags`, the lower 7 bits are used.
     #[inline(always)]
     pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {
-        // Put together in registers: then it is written in two stores.
+        // Assembled in registers, so that the compiler writes it to a slot in two stores.
         let word0 = u64::from(offset) | u64::from(time) << 32;
         let low = u64::from(length) | u64::from(port) << 16 | u64::from(flags & 0x7f) << 24;
         Descriptor::from_words(word0, low | u64::from(hash) << 32)
     }
 
-    /// The two words of a slot, with the lap mark clear.
+    /// The descriptor as the two words of a slot, with the lap mark clear.
     #[inline(always)]
     #[cfg(target_endian = "little")]
     pub(crate) fn to_words(self) -> (u64, u64) {
-        // SAFETY: as in `from_words`.
+        // SAFETY: `transmute` requires types of equal size and a valid result. Both types have 16
+        // bytes, none of them padding, and any 8 bytes are a valid `u64`.
         let [word0, word1] = unsafe { std::mem::transmute::<Descriptor, [u64; 2]>(self) };
         (word0, word1 & !LAP)
     }
 
-    /// The two words of a slot, with the lap mark clear.
+    /// The descriptor as the two words of a slot, with the lap mark clear.
     #[inline(always)]
     #[cfg(not(target_endian = "little"))]
     pub(crate) fn to_words(self) -> (u64, u64) {
@@ -76,25 +79,26 @@ impl Descriptor {
 
     /// The offset in a slot's first word.
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
+    #[allow(clippy::cast_possible_truncation)] // extracts a bit field
     pub(crate) fn offset_in(word0: u64) -> u32 {
         word0 as u32
     }
 
-    /// Reads a slot's two words; the lap mark is left out.
+    /// A descriptor from the two words of a slot, without the lap mark.
     #[inline(always)]
     #[cfg(target_endian = "little")]
     pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
         const { assert!(size_of::<Descriptor>() == 16) };
-        // SAFETY: both types have 16 bytes without padding, any of which are valid; on a little-endian machine the fields, in
-        // the order declared, lie where the words have them.
+        // SAFETY: `transmute` requires types of equal size and a valid result. Both types have 16
+        // bytes (asserted), none of them padding, and any bytes are valid field values. On a
+        // little-endian machine, the fields in declaration order have the layout of the words.
         unsafe { std::mem::transmute::<[u64; 2], Descriptor>([word0, word1 & !LAP]) }
     }
 
-    /// Reads a slot's two words; the lap mark is left out.
+    /// A descriptor from the two words of a slot, without the lap mark.
     #[inline(always)]
     #[cfg(not(target_endian = "little"))]
-    #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
+    #[allow(clippy::cast_possible_truncation)] // extracts bit fields
     pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
         Descriptor {
             offset: word0 as u32,
@@ -113,7 +117,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        // Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+        // Few cases under Miri, which is slow. No failure files: Miri's isolation forbids writing
+        // them.
         #![proptest_config(ProptestConfig {
             cases: if cfg!(miri) { 16 } else { 256 },
             failure_persistence: None,

@@ -1,19 +1,19 @@
-//! How a sleeping consumer is woken: at most once per sleep, and never when it is awake.
+//! The doorbell: wakes a sleeping consumer at most once per sleep, and never while it is awake.
 //!
-//! The sleeper owns a *sleep epoch*, a counter that only it writes: odd means asleep.
+//! The sleeper owns a *sleep epoch*, a counter that only the sleeper writes. Odd means asleep.
 //!
 //! ```text
 //! sleeper                                   ringer
 //!   epoch → odd                               publish work
 //!   fence(SeqCst)                             fence(SeqCst)
-//!   look for work again; none → sleep         epoch odd, and not rung for it yet? → ring
+//!   check for work again; none → sleep        epoch odd, and not yet rung for it? → ring
 //!   awake: epoch → even
 //! ```
 //!
-//! Of the two fences one comes first. If the sleeper's does, the ringer sees the odd epoch and rings; if the
-//! ringer's does, the sleeper sees the work. Each ringer keeps the epoch it last rang for, so a sleeper is rung at most
-//! once per ringer and sleep, however much work arrives. Every sleep also has an upper bound: a peer that
-//! lies about its epoch costs a delay and nothing more.
+//! One of the two fences comes first. If it is the sleeper's, the ringer sees the odd epoch and
+//! rings. If it is the ringer's, the sleeper sees the work. Each ringer remembers the epoch that it
+//! last rang for, so it rings at most once per sleep, however much work arrives. Every sleep also
+//! has an upper bound: a peer that lies about its epoch causes a delay and nothing else.
 
 use crate::sync::{AtomicU32, Ordering, fence};
 
@@ -24,13 +24,13 @@ pub struct Sleeper {
 }
 
 impl Sleeper {
-    /// Announces that the caller is about to sleep. It must look for work once more before it does, and call
-    /// [`awake`](Self::awake) afterwards in any case.
+    /// Announces that the caller is about to sleep. The caller must then check for work once more,
+    /// sleep only if there is none, and call [`awake`](Self::awake) in either case.
     #[inline]
     pub fn announce(&mut self, epoch: &AtomicU32) {
         self.epoch = self.epoch.wrapping_add(1) | 1;
         epoch.store(self.epoch, Ordering::Relaxed);
-        // Pairs with `Ringer::fence`.
+        // SeqCst: pairs with the fence in `Ringer::fence`.
         fence(Ordering::SeqCst);
     }
 
@@ -42,22 +42,22 @@ impl Sleeper {
     }
 }
 
-/// The ringer's end: one for each sleeper it may have to wake.
+/// The ringer's end. A ringer needs one for each sleeper that it wakes.
 #[derive(Debug, Default)]
 pub struct Ringer {
     rung: u32,
 }
 
 impl Ringer {
-    /// Orders all work published before it against the epochs read after it: call it once per batch, then
-    /// [`must_ring`](Self::must_ring) for each sleeper that got work.
+    /// Orders all work published before this call against all epochs read after it. Call it once
+    /// per batch, then [`must_ring`](Self::must_ring) for each sleeper that got work.
     #[inline(always)]
     pub fn fence() {
-        // Pairs with the fence in `Sleeper::announce`.
+        // SeqCst: pairs with the fence in `Sleeper::announce`.
         fence(Ordering::SeqCst);
     }
 
-    /// Whether the sleeper must be rung now; the answer is `true` once per sleep.
+    /// Whether the caller must ring now. Returns `true` once per sleep.
     #[inline(always)]
     pub fn must_ring(&mut self, epoch: &AtomicU32) -> bool {
         let epoch = epoch.load(Ordering::Relaxed);

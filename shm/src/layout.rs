@@ -1,19 +1,22 @@
-//! Where things lie in the two segments of a worker. The only place that turns mapped bytes into atomics.
+//! The layout of a worker's two segments. This is the only module that turns mapped bytes into
+//! atomics.
 //!
 //! ```text
-//! down segment, written by the dispatcher        up segment, written by the worker
-//!      0  header: magic, version, geometry            0  header (written once, before the worker has it)
-//!    128  phase                                     128  sleep epoch
-//!   4096  ring of lane 0: slots × 16 bytes          256  heartbeat, busy time
-//!         ring of lane 1 …                          384  consumer index of lane 0, then one line per lane
-//!                                                   …    published counters: 32 × (24-byte name, value)
+//! down segment, written by the dispatcher     up segment, written by the worker
+//!      0  header: magic, version, geometry         0  header, written by the dispatcher at first
+//!    128  phase                                  128  sleep epoch
+//!   4096  ring of lane 0: slots × 16 bytes       256  heartbeat, busy time, wake-ups
+//!         ring of lane 1                         384  consumer index of lane 0
+//!         …                                      512  consumer index of lane 1, …
+//!                                                 …   published counters: 32 × (24-byte name, value)
 //! ```
 //!
-//! Words with different writers, and words with different readers, are [`LINE`] bytes apart. The geometry is validated
-//! once, when the segments are mapped, and a private copy is used from then on.
+//! Words with different writers or different readers are [`LINE`] bytes apart. The geometry is
+//! validated once, when the segments are mapped. From then on a private copy of it is used.
 //!
-//! A segment is stored to by its writer alone. For everyone else its pages are read-only: a store there ends the process
-//! by SIGSEGV, and loads are relaxed ones with a fence behind them, as Rust wants it for read-only memory.
+//! Only its writer may store to a segment. Every other process maps it read-only, where a store
+//! raises SIGSEGV. Rust allows only relaxed atomic loads of read-only memory, so an Acquire load is
+//! written as a relaxed load followed by an Acquire fence.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -24,27 +27,31 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use crate::ring::{RingMemory, Slot};
 use crate::segment::Mapping;
 
-/// Version of the layout and of the conversation on the control socket. Both peers must have the same.
+/// Version of the layout and of the protocol on the control socket. Both peers must have the same.
+/// Increment it with every incompatible change of either.
 pub const VERSION: u32 = 3;
 
-/// Distance between words that different threads write, in bytes: two 64-byte lines, since
-/// processors fetch them in pairs.
+/// Distance in bytes between words that different threads write: two 64-byte cache lines, because
+/// processors prefetch lines in pairs.
 pub const LINE: usize = 128;
 
-/// Most lanes a worker can be served by.
+/// Largest number of lanes that can send to a worker: more than the RX queues of most NICs. It
+/// keeps the up segment below 40 KiB.
 pub const MAX_LANES: u32 = 256;
 
-/// Most slots a ring can have.
+/// Largest number of slots of a ring: 16 MiB of memory for each lane and worker.
 pub const MAX_SLOTS: u32 = 1 << 20;
 
-/// Counters a worker can publish.
+/// Number of counters that a worker can publish.
 pub const COUNTERS: usize = 32;
 
-/// Longest name of a published counter, in bytes.
+/// Longest name of a published counter, in bytes: three words.
 pub const COUNTER_NAME: usize = 24;
 
 const DOWN_MAGIC: u64 = u64::from_le_bytes(*b"xfandown");
 const UP_MAGIC: u64 = u64::from_le_bytes(*b"xfan up\0");
+// Offsets in bytes. The rings begin at a page, because their lines have other readers than the
+// header.
 const RINGS: usize = 4096;
 const PHASE: usize = LINE;
 const EPOCH: usize = LINE;
@@ -52,44 +59,56 @@ const VITALS: usize = 2 * LINE;
 const CONSUMERS: usize = 3 * LINE;
 const COUNTER: usize = COUNTER_NAME + 8;
 
-/// The sizes that both segments follow from.
+/// The numbers that determine the layout and the sizes of both segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Geometry {
-    /// Lanes that serve the worker, each with a ring of its own.
+    /// Number of lanes that send to the worker. Each has a ring of its own.
     pub lanes: u32,
-    /// Slots of each ring: a power of two.
+    /// Number of slots of each ring, a power of two.
     pub slots: u32,
 }
 
-/// A segment is not what its peer said it is.
+/// A segment cannot be mapped, or its header does not match the announced geometry.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// The geometry is outside the limits.
+    /// The numbers of lanes or slots are out of range.
     #[error(
-        "a geometry of {0} lanes and {1} slots is not possible: 1 to {MAX_LANES} lanes, slots a power of two from 8 to {MAX_SLOTS}"
+        "segments cannot hold {0} lanes of {1} slots: there must be 1 to {MAX_LANES} lanes, and the slots \
+         a power of two from 8 to {MAX_SLOTS}"
     )]
     Geometry(u32, u32),
-    /// The segment's header does not begin as it should.
+    /// The segment's header does not begin with the magic number.
     #[error("the {0} segment does not begin with its magic number: this is not an xfan segment")]
     Magic(&'static str),
-    /// The segment was made by another version.
+    /// The segment was created by another version.
     #[error(
         "the {0} segment has version {1}, this program speaks version {VERSION}: use builds of the same release"
     )]
     Version(&'static str, u32),
-    /// The segment's header contradicts what the dispatcher said on the control socket.
+    /// The segment's header differs from the geometry that the dispatcher announced on the control
+    /// socket.
     #[error("the {0} segment is for {1:?}, the dispatcher announced {2:?}")]
     Mismatch(&'static str, Geometry, Geometry),
-    /// It cannot be mapped.
+    /// The segment cannot be mapped.
     #[error("cannot map the {0} segment: {1}")]
     Map(&'static str, #[source] io::Error),
 }
 
 impl Geometry {
-    /// Checks the limits.
+    /// Checks the numbers against the limits: 1 to [`MAX_LANES`] lanes, and a power of two of
+    /// slots, from 8 to [`MAX_SLOTS`].
     ///
     /// # Errors
-    /// [`LayoutError::Geometry`]
+    /// [`LayoutError::Geometry`] if a number is out of range.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use xfan_shm::layout::Geometry;
+    ///
+    /// assert!(Geometry { lanes: 2, slots: 8192 }.validated().is_ok());
+    /// assert!(Geometry { lanes: 2, slots: 100 }.validated().is_err());
+    /// ```
     pub fn validated(self) -> Result<Self, LayoutError> {
         let possible = (1..=MAX_LANES).contains(&self.lanes)
             && (8..=MAX_SLOTS).contains(&self.slots)
@@ -97,35 +116,36 @@ impl Geometry {
         if possible { Ok(self) } else { Err(LayoutError::Geometry(self.lanes, self.slots)) }
     }
 
-    /// Bytes of one ring.
+    /// Size of a ring in bytes.
     fn ring_bytes(self) -> usize {
         self.slots as usize * size_of::<Slot>()
     }
 
-    /// Bytes of the down segment.
+    /// Size of the down segment in bytes.
     pub fn down_bytes(self) -> usize {
         RINGS + self.lanes as usize * self.ring_bytes()
     }
 
-    /// Where the published counters begin in the up segment.
+    /// Offset of the published counters in the up segment.
     fn counters(self) -> usize {
         CONSUMERS + self.lanes as usize * LINE
     }
 
-    /// Bytes of the up segment.
+    /// Size of the up segment in bytes.
     pub fn up_bytes(self) -> usize {
         self.counters() + COUNTERS * COUNTER
     }
 }
 
-/// What the dispatcher tells a worker through the down segment.
+/// The state of a worker's membership, which the dispatcher publishes in the down segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Packets keep coming.
+    /// Packets keep arriving.
     Running,
-    /// What is in the rings is the last of it: finish, commit, go.
+    /// The packets in the rings are the last. The worker should commit them and disconnect.
     Closing,
-    /// The worker is no longer a member: what is in the rings is others' now, and its memory will be written to.
+    /// The worker is no longer a member. The packets in the rings go to other workers, and their
+    /// frames will be overwritten.
     Over,
 }
 
@@ -137,20 +157,27 @@ struct Segment {
 }
 
 impl Segment {
-    /// The atomic at byte `offset`, which is a constant of this module or computed from the geometry.
+    /// The atomic at byte `offset`, which is a constant of this module or computed from the
+    /// geometry. Its bounds are checked in debug builds only: no offset depends on bytes that a
+    /// peer can write.
     #[inline(always)]
     fn u32_at(&self, offset: usize) -> &AtomicU32 {
         debug_assert!(offset.is_multiple_of(4) && offset + 4 <= self.mapping.length());
-        // SAFETY: in bounds and aligned as asserted (offsets come from the geometry that the mapping's length was
-        // checked against); every process accesses this word atomically only; lives as long as `self`.
+        // SAFETY: `as_ref` requires a valid, aligned pointer to an initialised value.
+        // - In bounds: every offset is less than the size that the geometry gives, and `Mapping`
+        //   checked that the file has that size.
+        // - Aligned: every offset is a multiple of 4, and a mapping begins at a page.
+        // - Initialised: any bytes are a valid integer.
+        // - Alive: the reference borrows `self`, which owns the mapping.
+        // All processes access these words as atomics only.
         unsafe { self.mapping.address().add(offset).cast::<AtomicU32>().as_ref() }
     }
 
-    /// Like [`u32_at`](Self::u32_at), 8 bytes.
+    /// Like [`u32_at`](Self::u32_at), for 8 bytes.
     #[inline(always)]
     fn u64_at(&self, offset: usize) -> &AtomicU64 {
         debug_assert!(offset.is_multiple_of(8) && offset + 8 <= self.mapping.length());
-        // SAFETY: as in `u32_at`.
+        // SAFETY: as in `u32_at`, with offsets that are multiples of 8.
         unsafe { self.mapping.address().add(offset).cast::<AtomicU64>().as_ref() }
     }
 
@@ -158,7 +185,8 @@ impl Segment {
         self.u32_at(8).store(VERSION, Ordering::Relaxed);
         self.u32_at(12).store(self.geometry.lanes, Ordering::Relaxed);
         self.u32_at(16).store(self.geometry.slots, Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `check_header`.
+        // Release: pairs with the Acquire fence in `check_header`. A process that sees the magic
+        // number also sees the fields above.
         self.u64_at(0).store(magic, Ordering::Release);
     }
 
@@ -166,7 +194,7 @@ impl Segment {
         if self.u64_at(0).load(Ordering::Relaxed) != magic {
             return Err(LayoutError::Magic(which));
         }
-        // Acquire: pairs with the Release in `write_header`.
+        // Acquire: pairs with the Release store in `write_header`.
         fence(Ordering::Acquire);
         let version = self.u32_at(8).load(Ordering::Relaxed);
         if version != VERSION {
@@ -188,10 +216,11 @@ impl Segment {
 pub struct Down(Segment);
 
 impl Down {
-    /// Maps a fresh segment for writing, as the dispatcher, and writes its header.
+    /// For the dispatcher: maps a new segment for writing, and writes its header.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// [`LayoutError::Geometry`] if the geometry is out of range, [`LayoutError::Map`] if the
+    /// segment cannot be mapped.
     pub fn create(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
         let geometry = geometry.validated()?;
         let mapping = Mapping::read_write(fd, geometry.down_bytes())
@@ -201,10 +230,10 @@ impl Down {
         Ok(Down(segment))
     }
 
-    /// Maps the segment read-only, as the worker, and checks its header.
+    /// For the worker: maps the segment read-only, and checks its header.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// Any [`LayoutError`].
     pub fn open(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
         let geometry = geometry.validated()?;
         let mapping =
@@ -214,7 +243,8 @@ impl Down {
         Ok(Down(segment))
     }
 
-    /// Makes sure, as the dispatcher, that no access to the segment faults. See [`Mapping::lock`].
+    /// For the dispatcher: locks the segment in memory, so that no access to it faults. See
+    /// [`Mapping::lock`].
     ///
     /// # Errors
     /// As [`Mapping::lock`].
@@ -222,17 +252,18 @@ impl Down {
         self.0.mapping.lock()
     }
 
-    /// Tells the worker, as the dispatcher. What was pushed before is seen by who sees the phase.
+    /// For the dispatcher: sets the phase. A worker that sees it also sees everything that the
+    /// caller published before.
     pub fn set_phase(&self, phase: Phase) {
-        // Release: pairs with the Acquire in `phase`.
+        // Release: pairs with the Acquire fence in `phase`.
         self.0.u32_at(PHASE).store(phase as u32, Ordering::Release);
     }
 
-    /// What the dispatcher tells the worker.
+    /// The current phase.
     #[inline]
     pub fn phase(&self) -> Phase {
         let phase = self.0.u32_at(PHASE).load(Ordering::Relaxed);
-        // Acquire: pairs with the Release in `set_phase`.
+        // Acquire: pairs with the Release store in `set_phase`.
         fence(Ordering::Acquire);
         match phase {
             0 => Phase::Running,
@@ -247,20 +278,21 @@ impl Down {
 pub struct Up(Segment);
 
 impl Up {
-    /// Writes the header of a fresh segment, and maps it, as the dispatcher.
+    /// For the dispatcher: writes the header of a new segment, and maps it read-only.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// As [`prepare`](Self::prepare) and [`watch`](Self::watch).
     pub fn create(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
         Self::prepare(&fd, geometry)?;
         Self::watch(fd, geometry)
     }
 
-    /// Writes the header of a fresh segment, as the dispatcher. It is not mapped any more when this
-    /// returns.
+    /// For the dispatcher: writes the header of a new segment. The segment is no longer mapped when
+    /// this returns.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// [`LayoutError::Geometry`] if the geometry is out of range, [`LayoutError::Map`] if the
+    /// segment cannot be mapped.
     pub fn prepare(fd: impl AsFd, geometry: Geometry) -> Result<(), LayoutError> {
         let geometry = geometry.validated()?;
         let mapping =
@@ -269,12 +301,16 @@ impl Up {
         Ok(())
     }
 
-    /// Maps a segment read-only, as the dispatcher. While a worker can still punch holes into it,
-    /// mapping, reading and unmapping it can take as long as the worker likes: see
-    /// [`segment::is_sealed_against_further_writers`](crate::segment::is_sealed_against_further_writers).
+    /// For the dispatcher: maps the segment read-only.
+    ///
+    /// Check first that the worker has sealed the segment, with
+    /// [`is_sealed_against_further_writers`](crate::segment::is_sealed_against_further_writers). As
+    /// long as the worker can punch holes into it, it can make every access to the mapping take as
+    /// long as it likes.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// [`LayoutError::Geometry`] if the geometry is out of range, [`LayoutError::Map`] if the
+    /// segment cannot be mapped.
     pub fn watch(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
         let geometry = geometry.validated()?;
         let mapping =
@@ -282,10 +318,10 @@ impl Up {
         Ok(Up(Segment { mapping: Arc::new(mapping), geometry }))
     }
 
-    /// Maps the segment for writing, as the worker, and checks its header.
+    /// For the worker: maps the segment for writing, and checks its header.
     ///
     /// # Errors
-    /// [`LayoutError`]
+    /// Any [`LayoutError`].
     pub fn open(fd: impl AsFd, geometry: Geometry) -> Result<Self, LayoutError> {
         let geometry = geometry.validated()?;
         let mapping =
@@ -295,7 +331,8 @@ impl Up {
         Ok(Up(segment))
     }
 
-    /// Makes sure, as the dispatcher, that no access to the segment faults. See [`Mapping::lock`].
+    /// For the dispatcher: locks the segment in memory, so that no access to it faults. See
+    /// [`Mapping::lock`].
     ///
     /// # Errors
     /// As [`Mapping::lock`].
@@ -303,31 +340,31 @@ impl Up {
         self.0.mapping.lock()
     }
 
-    /// The worker's sleep epoch, see `doorbell`.
+    /// The worker's sleep epoch, see [`doorbell`](crate::doorbell).
     #[inline(always)]
     pub fn epoch(&self) -> &AtomicU32 {
         self.0.u32_at(EPOCH)
     }
 
-    /// Grows with every turn of the worker's receive loop, idle or not.
+    /// A number that grows with every iteration of the worker's receive loop, idle or not.
     #[inline(always)]
     pub fn heartbeat(&self) -> &AtomicU64 {
         self.0.u64_at(VITALS)
     }
 
-    /// Busy time of the worker in ticks of [`clock::ticks`](crate::clock::ticks).
+    /// Busy time of the worker, in [`clock::ticks`](crate::clock::ticks).
     #[inline(always)]
     pub fn busy_ticks(&self) -> &AtomicU64 {
         self.0.u64_at(VITALS + 8)
     }
 
-    /// Times the worker was woken from sleep.
+    /// How often the doorbell woke the worker.
     #[inline(always)]
     pub fn wakeups(&self) -> &AtomicU64 {
         self.0.u64_at(VITALS + 16)
     }
 
-    /// The name of published counter `index`, as three words of its bytes, and its value.
+    /// The name of published counter `index`, as the three words of its bytes, and its value.
     ///
     /// # Panics
     /// If `index` is [`COUNTERS`] or more.
@@ -338,24 +375,25 @@ impl Up {
         ([word(0), word(1), word(2)], word(3))
     }
 
-    /// Publishes counter `index` under `name` with value 0, as the worker. A name is 1 to [`COUNTER_NAME`]
-    /// characters of `a-z`, `0-9` and `_`; any other is not shown.
+    /// For the worker: publishes counter `index` under `name`, with value 0. The dispatcher ignores
+    /// a counter whose name [is not valid](counter_name_is_valid).
     ///
     /// # Panics
-    /// If `index` is [`COUNTERS`] or more, or the name too long.
+    /// If `index` is [`COUNTERS`] or more, or if the name is longer than [`COUNTER_NAME`] bytes.
     pub fn publish_counter(&self, index: usize, name: &str) {
         let mut bytes = [0; COUNTER_NAME];
         bytes[..name.len()].copy_from_slice(name.as_bytes());
         let (words, value) = self.counter(index);
         value.store(0, Ordering::Relaxed);
-        // The first word last: who sees a name sees all of it.
+        // The first word is stored last, so a process that sees a name sees all of it.
         for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)).rev() {
             // Release: pairs with the Acquire fence in `published_counters`.
             word.store(u64::from_le_bytes(bytes.try_into().unwrap_or_default()), Ordering::Release);
         }
     }
 
-    /// The counters published so far. Whatever the worker wrote, names are well-formed.
+    /// The counters published so far, by name. Counters with an invalid name are left out, so every
+    /// name is safe to print, whatever the worker wrote.
     pub fn published_counters(&self) -> impl Iterator<Item = (String, u64)> + '_ {
         (0..COUNTERS).filter_map(|index| {
             let (words, value) = self.counter(index);
@@ -363,7 +401,7 @@ impl Up {
                 .iter()
                 .flat_map(|word| {
                     let bytes = word.load(Ordering::Relaxed).to_le_bytes();
-                    // Acquire: pairs with the Release in `publish_counter`.
+                    // Acquire: pairs with the Release stores in `publish_counter`.
                     fence(Ordering::Acquire);
                     bytes
                 })
@@ -375,36 +413,38 @@ impl Up {
     }
 }
 
-/// Whether a counter may be published under that name.
+/// Whether a counter may have that name: 1 to [`COUNTER_NAME`] characters of `a-z`, `0-9` and `_`.
 pub fn counter_name_is_valid(name: &str) -> bool {
     (1..=COUNTER_NAME).contains(&name.len())
         && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'))
 }
 
-/// The ring between one lane and one worker, in their two segments.
+/// The ring between one lane and one worker, in the worker's two segments.
 #[derive(Debug)]
 pub struct SharedRing {
     slots: NonNull<Slot>,
     consumer: NonNull<AtomicU32>,
-    /// Slots less one; slots are a power of two.
+    /// Number of slots, a power of two, minus one.
     mask: u32,
-    /// Keep the memory mapped.
+    /// Keeps the memory mapped.
     _mappings: (Arc<Mapping>, Arc<Mapping>),
 }
 
-// SAFETY: the pointers lead into mappings that this value keeps alive, to atomics only.
+// SAFETY: a value may move to another thread if that thread may use all it owns. The pointers point
+// to atomics, which any thread may access, in mappings that this value keeps alive.
 unsafe impl Send for SharedRing {}
 
 impl SharedRing {
-    /// The ring of `lane`.
+    /// The ring between `lane` and the worker.
     ///
     /// # Panics
-    /// If the two segments differ in geometry or `lane` is not below its lanes.
+    /// If the segments differ in geometry, or if `lane` is not less than its number of lanes.
     pub fn new(down: &Down, up: &Up, lane: u32) -> Self {
         let geometry = down.0.geometry;
         assert!(geometry == up.0.geometry && lane < geometry.lanes, "lane {lane} of {geometry:?}");
         let ring = RINGS + lane as usize * geometry.ring_bytes();
-        // SAFETY: `ring + ring_bytes <= down_bytes`, which the mapping's length was checked against.
+        // SAFETY: `add` requires that the result stays within the mapping: `ring` plus the size of
+        // a ring is at most `down_bytes`, and `Mapping` checked that the file has that size.
         let slots = unsafe { down.0.mapping.address().add(ring) }.cast();
         let consumer = NonNull::from(up.0.u32_at(CONSUMERS + lane as usize * LINE));
         SharedRing {
@@ -424,14 +464,18 @@ impl RingMemory for SharedRing {
 
     #[inline(always)]
     fn slot(&self, position: u32) -> &Slot {
-        // SAFETY: masked, so it is one of the ring's slots, which lie in the down segment that `_mappings` keeps alive; the
-        // mapping is page-aligned and rings begin at a multiple of 128, so slots are aligned; all access is atomic.
+        // SAFETY: `add` and `as_ref` require a valid, aligned pointer.
+        // - In bounds: the masked position is the number of one of the ring's slots.
+        // - Aligned: a mapping begins at a page, and a ring at a multiple of 128 bytes.
+        // - Initialised: a slot consists of atomic integers, for which any bytes are valid.
+        // - Alive: `_mappings` owns the down segment.
         unsafe { self.slots.add((position & self.mask) as usize).as_ref() }
     }
 
     #[inline(always)]
     fn consumer(&self) -> &AtomicU32 {
-        // SAFETY: points into the up segment, which `_mappings` keeps alive; all access is atomic.
+        // SAFETY: `as_ref` requires a valid pointer: it was made from a reference into the up
+        // segment, which `_mappings` owns.
         unsafe { self.consumer.as_ref() }
     }
 }
@@ -478,7 +522,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "memfd")]
-    fn wrong_segments_are_refused_with_a_reason() {
+    fn mismatched_segments_are_refused_with_a_reason() {
         let fd = segment::create("down", GEOMETRY.down_bytes()).unwrap();
         let open = |geometry| Down::open(&fd, geometry).unwrap_err().to_string();
         assert!(open(GEOMETRY).contains("not an xfan segment"));

@@ -1,35 +1,44 @@
-//! All that the dispatcher and a worker share, and nothing else.
+//! Everything that the dispatcher and a worker share, and nothing else.
 //!
-//! | module | noun |
+//! | module | contents |
 //! |---|---|
-//! | [`segment`] | a piece of shared memory with one writing process |
-//! | [`layout`] | where things lie in the two segments of a worker |
-//! | [`descriptor`] | 16 bytes that stand for a packet |
-//! | [`ring`] | the single-producer, single-consumer ring that descriptors travel through |
-//! | [`doorbell`] | who must be woken, and that it is once |
-//! | [`bell`] | what the sleeper blocks on |
-//! | [`protocol`] | the conversation on the control socket |
+//! | [`segment`] | shared memory that one process writes |
+//! | [`layout`] | the layout of a worker's two segments |
+//! | [`descriptor`] | the 16 bytes that describe a packet |
+//! | [`ring`] | the single-producer, single-consumer ring of descriptors |
+//! | [`doorbell`] | the decision whether a sleeper must be woken |
+//! | [`bell`] | the socket that a sleeper blocks on |
+//! | [`protocol`] | messages on the control socket |
 //! | [`clock`] | time stamps and busy time |
-//! | [`limits`] | which limit of open files was reached |
+//! | [`limits`] | error texts that name the limit of open files |
 //!
-//! Two processes write no word in common: the dispatcher writes a worker's *down* segment, the worker its
-//! *up* segment, and each maps the other's read-only.
+//! No two processes write to the same memory. The dispatcher writes a worker's *down* segment, the
+//! worker writes its *up* segment, and each maps the other's segment read-only.
+
+#![deny(unsafe_code)]
 
 #[cfg(not(loom))]
 pub mod bell;
+#[allow(unsafe_code)] // reads the time stamp counter
 #[cfg(not(loom))]
 pub mod clock;
+#[allow(unsafe_code)] // converts between fields and words
 pub mod descriptor;
 pub mod doorbell;
+#[allow(unsafe_code)] // turns mapped bytes into atomics
 #[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]
 pub mod limits;
+#[allow(unsafe_code)] // writes frames and fills slots
 #[cfg(all(test, loom))]
 mod models;
+#[allow(unsafe_code)] // receives descriptors with recvmsg(2)
 #[cfg(not(loom))]
 pub mod protocol;
+#[allow(unsafe_code)] // fills reserved slots
 pub mod ring;
+#[allow(unsafe_code)] // maps memory
 #[cfg(not(loom))]
 pub mod segment;
 pub(crate) mod sync;

@@ -1,17 +1,29 @@
-//! Limits of open files: which one the kernel means when it gives no more descriptors.
+//! Limits of open files: which limit the kernel means when it returns no more descriptors.
 
 use std::fmt::Display;
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// An error's text. Where the kernel gave no descriptor, the text also names the limit, its value
-/// and what raises it. This goes by the text: other crates keep no more of some errors.
+/// The text of an error. If the kernel returned no descriptor (EMFILE, ENFILE), the text also names
+/// the limit, its value and how to raise it. This inspects the text, because some crates keep
+/// nothing else of an error.
+///
+/// # Examples
+///
+/// ```
+/// use std::io::{Error, ErrorKind};
+/// use xfan_shm::limits::explained;
+///
+/// // Other errors keep their text.
+/// let error = Error::from(ErrorKind::NotFound);
+/// assert_eq!(explained(&error), error.to_string());
+/// ```
 pub fn explained(error: impl Display) -> String {
     let text = error.to_string();
     if text.contains("RLIMIT_NOFILE") || text.contains("fs.file-max") {
-        text // a sentence that has been here before
+        text // already explained
     } else if text.contains("Too many open files in system") {
-        // Reading it takes a descriptor, which root may get nonetheless.
+        // Reading the limit takes a descriptor, which the kernel may still grant to root.
         let most = std::fs::read_to_string("/proc/sys/fs/file-max");
         let is = most.map_or_else(|_| "reached".into(), |most| most.trim().to_owned());
         format!("{text}: fs.file-max of this machine is {is} (sysctl fs.file-max)")
@@ -30,7 +42,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "getrlimit")]
-    fn an_error_for_want_of_descriptors_names_the_limit() {
+    fn an_error_about_descriptors_names_the_limit() {
         let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         let emfile = format!(
             "cannot: Too many open files (os error 24): RLIMIT_NOFILE of this process is {soft} (ulimit -n, LimitNOFILE=)"

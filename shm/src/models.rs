@@ -1,8 +1,9 @@
-//! Ring and doorbell under loom, which runs every interleaving of a few steps and every value a relaxed load may see.
+//! Models of ring and doorbell for loom, which runs every interleaving of their steps with every
+//! value that a relaxed load may return. Run them with `scripts/loom`.
 //!
-//! Run them with `scripts/loom`. Each model is small on purpose: what goes wrong between two laps or in one sleep
-//! goes wrong in the first few. Loom reports a deadlock where a wake-up is lost, and a data race where a frame is written
-//! while its reader may still look at it.
+//! Each model is small on purpose: an error between two laps or around a sleep shows in the first
+//! few of them. Loom reports a lost wake-up as a deadlock, and a frame that is written while its
+//! reader may still read it as a data race.
 
 use std::collections::VecDeque;
 
@@ -16,37 +17,40 @@ use crate::ring::heap::HeapRing;
 use crate::ring::{Consumer, Producer, Reserved};
 use crate::sync::{AtomicU32, Ordering};
 
-/// Runs a model that is too large to be run whole: every interleaving with at most so many preemptions in it.
+/// Runs a model that is too large to be explored completely: every interleaving with at most
+/// `preemptions` preemptions.
 fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.check(model);
 }
 
-/// Packet memory: loom sees to it that nobody reads a frame while another writes it.
+/// Packet memory. Loom fails the model if one thread reads a frame while another writes it.
 type Frames = Arc<Vec<UnsafeCell<u32>>>;
 
 fn frames(count: u32) -> Frames {
     Arc::new((0..count).map(|_| UnsafeCell::new(0)).collect())
 }
 
-/// Writes packet `n` into a frame, as a lane whose frame it is.
+/// Writes packet `n` into a frame, as the lane that owns it.
 fn write(frames: &Frames, frame: u32, n: u32) {
     frames[frame as usize].with_mut(|body| {
-        // SAFETY: loom fails the model if anyone else accesses the frame meanwhile, and runs one thread at a time.
+        // SAFETY: loom runs one thread at a time, and fails the model if another one accesses the
+        // frame concurrently.
         unsafe { *body = n }
     });
 }
 
-/// Reads a frame, as a worker that was lent it.
+/// Reads a frame, as the worker that it was lent to.
 fn read(frames: &Frames, frame: u32) -> u32 {
     frames[frame as usize].with(|body| {
-        // SAFETY: loom fails the model if anyone writes the frame meanwhile, and runs one thread at a time.
+        // SAFETY: loom runs one thread at a time, and fails the model if another one writes the
+        // frame concurrently.
         unsafe { *body }
     })
 }
 
-/// What the sleeper blocks on, see `bell`: remembers rings, and sleeps until there is one.
+/// A model of `bell`: remembers rings, and sleeps until there is one.
 #[derive(Default)]
 struct Bell {
     rings: Mutex<u32>,
@@ -68,8 +72,9 @@ impl Bell {
     }
 }
 
-/// Moves `items` packets through a ring of `slots` that starts two laps before the wrap of positions, with as many frames as
-/// slots, each written again as soon as it is back; batches of up to `batch` are filled, and committed.
+/// Moves `items` packets through a ring of `slots` slots, filled and committed in batches of up to
+/// `batch`. The ring starts two laps before positions wrap around. There are as many frames as
+/// slots, and each is overwritten as soon as it comes back.
 fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     let start = 0u32.wrapping_sub(2 * slots);
     let ring = Arc::new(HeapRing::starting_at(slots, start));
@@ -102,7 +107,7 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     let mut reserved = Vec::new();
     let fill = |producer: &mut Producer<_>, reserved: &mut Vec<(Reserved, Descriptor)>| {
         for (slot, descriptor) in reserved.drain(..).rev() {
-            // SAFETY: the ring is there, and each slot is filled once.
+            // SAFETY: the ring exists, and each slot is filled once.
             unsafe { slot.fill(descriptor) };
         }
         producer.filled();
@@ -127,7 +132,7 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
         sent.push_back(frame);
         let descriptor = Descriptor { offset: frame, hash: n, ..Descriptor::default() };
         reserved.push((producer.reserve().expect("as many slots as frames"), descriptor));
-        // The first batch is a single one: so a later one goes over the end of a lap.
+        // The first batch has one packet, so that a later batch crosses the end of a lap.
         if n % batch == 0 {
             take(&mut producer, &mut sent, &mut free);
             fill(&mut producer, &mut reserved);
@@ -142,12 +147,12 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
 }
 
 #[test]
-fn one_slot_over_the_wrap_of_positions() {
+fn one_slot_across_the_wrap_of_positions() {
     check(3, || packets_pass_and_frames_return(1, 4, 1));
 }
 
 #[test]
-fn two_slots_over_the_wrap_of_positions() {
+fn two_slots_across_the_wrap_of_positions() {
     check(2, || packets_pass_and_frames_return(2, 5, 1));
 }
 
@@ -156,7 +161,7 @@ fn two_slots_committed_in_batches() {
     check(3, || packets_pass_and_frames_return(2, 4, 2));
 }
 
-/// A consumer that dies with packets uncommitted: what it committed and what it did not are all there is.
+/// A consumer dies with uncommitted packets. What it committed and what it did not are all packets.
 #[test]
 fn nothing_is_lost_with_a_dead_consumer() {
     loom::model(|| {
@@ -174,14 +179,15 @@ fn nothing_is_lost_with_a_dead_consumer() {
             pushed += u32::from(producer.push(Descriptor { offset: n, ..Descriptor::default() }));
             producer.take_back(|offset| back.push(offset)).unwrap();
         }
-        // The worker may still run: a dispatcher that gives up on it does not wait for it.
+        // The worker may still run: the dispatcher does not wait for a worker that it has evicted.
         producer.take_all(|packet| back.push(packet.offset));
         assert!(back.into_iter().eq(0..pushed));
         worker.join().unwrap();
     });
 }
 
-/// A worker that takes `items` packets and sleeps on its bell when there are none; returns how often it slept.
+/// A worker that takes `items` packets, and sleeps on its bell when there are none. Returns how
+/// often it slept.
 fn sleeper(bell: &Bell, epoch: &AtomicU32, items: u32, mut take: impl FnMut() -> u32) -> u32 {
     let mut sleeper = Sleeper::default();
     let (mut taken, mut sleeps) = (0, 0);
@@ -192,7 +198,7 @@ fn sleeper(bell: &Bell, epoch: &AtomicU32, items: u32, mut take: impl FnMut() ->
             sleeps += 1;
             now = take();
             if now == 0 {
-                bell.sleep(); // deadlock, if the ring that ends it never comes
+                bell.sleep(); // a deadlock, if the bell is never rung
             }
             sleeper.awake(epoch);
         }
@@ -201,7 +207,7 @@ fn sleeper(bell: &Bell, epoch: &AtomicU32, items: u32, mut take: impl FnMut() ->
     sleeps
 }
 
-/// One lane and one worker, with the ring between them as the work.
+/// One lane and one worker. The work is the packets in the ring between them.
 #[test]
 fn no_wake_up_is_lost() {
     const ITEMS: u32 = 2;
@@ -235,7 +241,7 @@ fn no_wake_up_is_lost() {
     });
 }
 
-/// Two lanes and one worker: each keeps its own account of whom it rang, and neither relies on the other's ring.
+/// Two lanes and one worker. Each lane remembers its own rings and does not rely on the other's.
 #[test]
 fn two_ringers_wake_one_sleeper() {
     check(3, || {

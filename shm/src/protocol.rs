@@ -1,18 +1,19 @@
-//! The conversation on the control socket: `SOCK_SEQPACKET`, one JSON value per message, descriptors as `SCM_RIGHTS`.
+//! The protocol on the control socket: `SOCK_SEQPACKET`, one JSON value per message, descriptors as
+//! `SCM_RIGHTS`.
 //!
-//! A worker sends [`Request::Attach`] and gets [`Reply::Attached`] with four descriptors, in this
-//! order: the packet memory (read-only), its down segment (read-only), its up segment, the
-//! sleeper's end of its [`bell`](crate::bell). It maps them, seals its own, and sends [`Request::Ready`]; with
-//! [`Reply::Joined`] packets come. The connection stays open for as long as the worker works; its
-//! end is the end of the worker.
+//! A worker sends [`Request::Attach`] and receives [`Reply::Attached`] with four descriptors, in
+//! this order: the packet memory (read-only), its down segment (read-only), its up segment, and the
+//! sleeper's end of its [`bell`](crate::bell). The worker maps the segments, seals its own, and
+//! sends [`Request::Ready`]. After [`Reply::Joined`], lanes send packets. The connection stays open
+//! as long as the worker is a member: closing it ends the membership.
 //!
-//! A worker that the dispatcher started need not connect: it inherits a descriptor that is
-//! connected already ([`ENV_CONTROL_FD`]). Through it, [`Request::Connect`] gets a connection of
-//! its own, by [`Reply::Connected`]: others may have the inherited descriptor too, such as the
-//! shell that started the worker, and it would not hang up with the worker.
+//! A worker that the dispatcher started inherits a connected descriptor ([`ENV_CONTROL_FD`]). Other
+//! processes may hold copies of that descriptor, such as the shell that started the worker, so it
+//! may stay open after the worker's death. The worker therefore sends [`Request::Connect`] through
+//! it, and receives a connection of its own with [`Reply::Connected`].
 //!
-//! An operator's tool sends [`Request::Stats`] and gets [`Reply::Stats`], likewise
-//! [`Request::Events`], or [`Request::Workers`] and gets [`Reply::Ordered`].
+//! An operator's tool sends [`Request::Stats`], [`Request::Events`] or [`Request::Workers`], and
+//! receives [`Reply::Stats`], [`Reply::Events`] or [`Reply::Ordered`].
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -26,171 +27,183 @@ use serde::{Deserialize, Serialize};
 use crate::layout::Geometry;
 use crate::limits::explained;
 
-/// Where the primary of an interface listens, unless its configuration says otherwise.
+/// The default path of the control socket of an interface's dispatcher.
+///
+/// # Examples
+///
+/// ```
+/// use std::path::Path;
+/// use xfan_shm::protocol::default_socket;
+///
+/// assert_eq!(default_socket("eth1"), Path::new("/run/xfan/eth1.sock"));
+/// ```
 #[must_use]
 pub fn default_socket(interface: &str) -> PathBuf {
     Path::new("/run/xfan").join(format!("{interface}.sock"))
 }
 
-/// Environment: where the control socket is.
+/// Environment variable: path of the control socket.
 pub const ENV_SOCKET: &str = "XFAN_SOCKET";
-/// Environment: the member that a supervised worker is to take, such as `default/0`.
+/// Environment variable: the member that a supervised worker should become, such as `default/0`.
 pub const ENV_MEMBER: &str = "XFAN_MEMBER";
-/// Environment: what proves that a process was started for that member.
+/// Environment variable: a token that proves that the process was started for that member.
 pub const ENV_TOKEN: &str = "XFAN_TOKEN";
-/// Environment: the descriptor that a supervised worker has inherited, connected to the dispatcher.
+/// Environment variable: number of the inherited descriptor that is connected to the dispatcher.
 pub const ENV_CONTROL_FD: &str = "XFAN_CONTROL_FD";
-/// Environment: for how many seconds a worker whose primary has died is to look for the next one; not set: it is to end.
+/// Environment variable: for how many seconds a worker should look for the next dispatcher when its
+/// own is gone. If it is not set, the worker should exit.
 pub const ENV_SURVIVE: &str = "XFAN_SURVIVE";
 
-/// Longest request, in bytes. Replies may be longer.
+/// Longest request, in bytes. Requests hold a few names, and the dispatcher allocates this much for
+/// whoever may connect.
 pub const MAX_REQUEST: usize = 16 << 10;
-/// Longest reply, in bytes.
+/// Longest reply, in bytes. A report has some kilobytes for each lane and member.
 pub const MAX_REPLY: usize = 4 << 20;
-/// Descriptors that come with [`Reply::Attached`].
+/// Number of descriptors sent with [`Reply::Attached`].
 pub const ATTACHED_FDS: usize = 4;
 
-/// What a client asks.
+/// A request of a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Become a member.
+    /// Makes the client a member.
     Attach(Attach),
-    /// The segments are mapped, and the worker has sealed its own
-    /// ([`seal_against_further_writers`](crate::segment::seal_against_further_writers)): let packets
-    /// come.
+    /// Has lanes send packets: the worker has mapped the segments and sealed its own
+    /// ([`seal_against_further_writers`](crate::segment::seal_against_further_writers)).
     Ready,
-    /// Another connection to the dispatcher; through an inherited one only.
+    /// Asks for another connection to the dispatcher. Valid on an inherited connection only.
     Connect,
-    /// Leave: no more packets, please; [`Phase::Closing`](crate::layout::Phase::Closing) follows when the last is in the rings.
+    /// Ends the membership. The dispatcher sends no more packets, and sets
+    /// [`Phase::Closing`](crate::layout::Phase::Closing) once the last one is in the rings.
     Detach,
-    /// Report on everything.
+    /// Asks for the report.
     Stats,
-    /// What happened after the entry of this number; 0: all that is kept.
+    /// Asks for the journal entries after the one with this number; 0 for all that are kept.
     Events(u64),
-    /// Change who works; for root.
+    /// Starts, drains, restarts or removes workers. For root only.
     Workers(WorkersOrder),
 }
 
-/// What an operator wants of the workers.
+/// An operator's order about workers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WorkersOrder {
-    /// Start so many more.
+    /// Starts this many more workers.
     Add(usize),
-    /// Give this member no new packets; when it has finished what it has, it leaves, and stays away.
+    /// Drains this member: sends it no new packets, lets its worker finish, and does not restart
+    /// it.
     Drain(String),
-    /// The same, and then start it again.
+    /// Drains this member, then starts its worker again.
     Restart(String),
-    /// The same, and then give up its place, to whoever comes.
+    /// Drains this member, then frees its slot, so that any worker may attach as this member.
     Remove(String),
 }
 
-/// A worker introduces itself.
+/// The introduction of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
-    /// [`VERSION`](crate::layout::VERSION) of the worker.
+    /// The worker's [`VERSION`](crate::layout::VERSION).
     pub version: u32,
-    /// The group to join; none: the first.
+    /// The group to join. `None`: the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// The member whose place it takes, such as `default/0`; none: any vacant one.
+    /// The member to become, such as `default/0`. `None`: any vacant one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub member: Option<String>,
-    /// Proof that it may, from [`ENV_TOKEN`].
+    /// The token that proves that the worker was started for that member, from [`ENV_TOKEN`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
-    /// Name of its program, for people.
+    /// Name of the worker's program, for logs and reports.
     pub program: String,
 }
 
-/// What the dispatcher answers.
+/// A reply of the dispatcher.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
-    /// Welcome.
+    /// The worker is accepted. [`ATTACHED_FDS`] descriptors come with this reply.
     Attached(Attached),
-    /// The worker is a member: packets come.
+    /// The worker is a member, and lanes send packets.
     Joined,
-    /// A new connection, with the reply as its only descriptor.
+    /// A new connection, which is the only descriptor that comes with this reply.
     Connected,
-    /// No.
+    /// The request is refused.
     Refused(Refusal),
-    /// The report, see the documentation of `xfan stats --json`.
+    /// The report, as `xfan stats --json` documents it.
     Stats(serde_json::Value),
-    /// A part of the journal, see the documentation of `xfan events --json`.
+    /// Journal entries, as `xfan events --json` documents them.
     Events(serde_json::Value),
-    /// An operator's order is being carried out, on these members.
+    /// The order is being carried out on these members.
     Ordered(Vec<String>),
 }
 
-/// All that a worker needs, beside the descriptors.
+/// What a worker must know, besides the descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
-    /// The member it is now, such as `default/0`.
+    /// The member that the worker now is, such as `default/0`.
     pub member: String,
-    /// Interface names; a descriptor's `port` is an index into them.
+    /// Names of the interfaces. A descriptor's `port` is an index into them.
     pub ports: Vec<String>,
-    /// Sizes of its segments.
+    /// Geometry of the worker's segments.
     #[serde(flatten)]
     pub geometry: Geometry,
     /// Length of the packet memory in bytes.
     pub umem_bytes: u64,
-    /// The core it is to run on.
+    /// The core to run on, if the dispatcher assigns one.
     pub core: Option<usize>,
-    /// How long to spin when there is nothing to do, in nanoseconds.
+    /// How long to spin while the rings are empty, in nanoseconds.
     pub spin_ns: u64,
-    /// How long to yield after that, in nanoseconds, before sleeping.
+    /// How long to yield after that and before sleeping, in nanoseconds.
     pub yield_ns: u64,
 }
 
-/// Why not.
+/// Why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// For programs.
+    /// The kind of refusal, for programs.
     pub code: RefusalCode,
-    /// For people: a sentence.
+    /// The reason, as a sentence for people.
     pub message: String,
 }
 
-/// Kinds of refusal.
+/// The kinds of refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalCode {
-    /// The two speak different versions.
+    /// Worker and dispatcher have different versions.
     Version,
-    /// There is no such member.
+    /// No member has that name.
     UnknownMember,
-    /// There is no such group.
+    /// No group has that name.
     UnknownGroup,
-    /// There is nothing to be done, or no way to do it.
+    /// The order cannot be carried out in the member's current state.
     Impossible,
-    /// The member has a worker, or all have.
+    /// The member already has a worker, or every member has one.
     Occupied,
-    /// This user or process may not.
+    /// The user or process has no permission.
     Forbidden,
-    /// The message made no sense here.
+    /// The message is invalid, or not expected at this point.
     Malformed,
     /// The dispatcher is stopping.
     Closing,
 }
 
-/// A message could not be sent or received.
+/// Why a message could not be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
-    /// The other side has closed the connection.
+    /// The peer closed the connection.
     #[error("the other side closed the connection")]
     Closed,
-    /// A message longer than allowed.
-    #[error("a message longer than {0} bytes")]
+    /// The message is longer than the limit, in bytes.
+    #[error("received a message longer than {0} bytes")]
     TooLong(usize),
-    /// Not what was expected.
-    #[error("a message that makes no sense: {0}")]
+    /// The message is not JSON, or not of the expected type.
+    #[error("received an invalid message: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// The other side will not.
+    /// The peer refused the request.
     #[error("{}", .0.message)]
     Refused(Refusal),
-    /// The system call failed.
+    /// A system call failed.
     #[error("control socket: {}", explained(.0))]
     Io(#[from] io::Error),
 }
@@ -205,21 +218,23 @@ impl From<Errno> for ProtocolError {
 }
 
 impl ProtocolError {
-    /// Whether a non-blocking socket had nothing, or no room.
+    /// Whether a non-blocking socket had no message to receive, or its send buffer was full. On a
+    /// blocking socket: whether its timeout expired.
     pub fn would_block(&self) -> bool {
         matches!(self, ProtocolError::Io(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// Whether a message did not fit the send buffer, however empty.
+    /// Whether a message is longer than the send buffer, even an empty one.
     pub fn is_too_long(&self) -> bool {
         matches!(self, ProtocolError::Io(error) if error.raw_os_error() == Some(Errno::EMSGSIZE as i32))
     }
 }
 
-/// Sends one message with descriptors.
+/// Sends one message, with copies of the descriptors `fds`.
 ///
 /// # Errors
-/// [`ProtocolError::Closed`], [`ProtocolError::Io`] (also when a non-blocking socket has no room)
+/// [`ProtocolError::Closed`] if the peer has closed the connection. [`ProtocolError::Io`] if the
+/// system call fails, also because the send buffer of a non-blocking socket is full.
 pub fn send(
     socket: impl AsFd,
     message: &impl Serialize,
@@ -244,28 +259,33 @@ pub fn send(
     }
 }
 
-/// Sends a request and receives the answer, with its descriptors.
+/// Sends a request and receives the reply with its descriptors.
 ///
 /// # Errors
-/// [`ProtocolError`]
+/// As [`send`] and [`receive`].
 pub fn ask(socket: impl AsFd, request: &Request) -> Result<(Reply, Vec<OwnedFd>), ProtocolError> {
-    // Who refuses a connection may have hung up before the request came. Its word is there all the same …
+    // A dispatcher that refuses a connection may have closed it before the request was sent. Its
+    // reply can still be received …
     match send(&socket, request, &[]) {
         Ok(()) | Err(ProtocolError::Closed) => {}
         Err(error) => return Err(error),
     }
     match receive(&socket, MAX_REPLY) {
-        // … behind an error that the kernel tells once, and first (unix(7): ECONNRESET).
+        // … after an error that the kernel reports once, before the reply (unix(7): ECONNRESET).
         Err(ProtocolError::Closed) => receive(&socket, MAX_REPLY),
         result => result,
     }
 }
 
-/// Receives one message of at most `limit` bytes, and its descriptors. Descriptors beyond
-/// [`ATTACHED_FDS`] are closed by the kernel, those the caller does not want by dropping them.
+/// Receives one message of at most `limit` bytes, and its descriptors. The kernel closes
+/// descriptors beyond [`ATTACHED_FDS`].
 ///
 /// # Errors
-/// [`ProtocolError`]
+/// - [`ProtocolError::Closed`] if the peer has closed the connection.
+/// - [`ProtocolError::TooLong`] if the message is longer than `limit`.
+/// - [`ProtocolError::Malformed`] if the message is not a `T` in JSON.
+/// - [`ProtocolError::Io`] if the system call fails, or if this process can open no more
+///   descriptors.
 pub fn receive<T: DeserializeOwned>(
     socket: impl AsFd,
     limit: usize,
@@ -281,13 +301,16 @@ pub fn receive<T: DeserializeOwned>(
     Ok((serde_json::from_slice(&bytes[..length])?, fds))
 }
 
-/// One message: its length, whether it was cut off, and its descriptors. nix gives no descriptors when there were too many of
-/// them, or too many files open, and leaves open those that fitted: a peer could use them all up. Hence libc.
+/// Receives one message. Returns its length, whether it was truncated, and its descriptors.
+///
+/// This calls libc, because `nix::sys::socket::recvmsg` leaks descriptors: if the peer sends too
+/// many, or this process can open no more, nix returns none and leaves those open that were
+/// received. A peer could exhaust the process's descriptors in this way.
 fn receive_bytes(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
 ) -> Result<(usize, bool, Vec<OwnedFd>), ProtocolError> {
-    /// Room for the descriptors, aligned as control messages are.
+    /// A buffer for the descriptors, aligned for control messages.
     #[repr(C)]
     union Control {
         _header: libc::cmsghdr,
@@ -295,20 +318,21 @@ fn receive_bytes(
     }
     #[allow(clippy::cast_possible_truncation)] // 16
     const FDS_BYTES: u32 = (ATTACHED_FDS * size_of::<RawFd>()) as u32;
-    // SAFETY: pure arithmetic.
+    // SAFETY: `CMSG_SPACE` only computes a size. It is unsafe as a binding of a C macro.
     const CONTROL_BYTES: usize = unsafe { libc::CMSG_SPACE(FDS_BYTES) } as usize;
     const _: () = assert!(CONTROL_BYTES <= size_of::<Control>());
 
     let mut control = Control { bytes: [0; 64] };
     let mut buffer = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: a struct of integers and pointers, for which zero is a value.
+    // SAFETY: `zeroed` requires a type for which all zeros are valid: integers and raw pointers.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut buffer;
     message.msg_iovlen = 1;
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = CONTROL_BYTES as _;
     let length = loop {
-        // SAFETY: the header points to `bytes` and `control`, with their lengths; both outlive the call.
+        // SAFETY: `recvmsg` requires a header whose pointers and lengths describe writable memory:
+        // they describe `buffer`, through it `bytes`, and `control`, which all outlive the call.
         let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
         match usize::try_from(length) {
             Ok(length) => break length,
@@ -317,28 +341,31 @@ fn receive_bytes(
         }
     };
     let mut fds = Vec::new();
-    // SAFETY: the kernel has filled in `message` and as much of `control` as its `msg_controllen` says; the walk
-    // stays within that.
+    // SAFETY: `CMSG_FIRSTHDR` requires a header that `recvmsg` has filled in: its `msg_controllen`
+    // is the part of `control` that the kernel wrote.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
-        // SAFETY: the walk gives null or a whole header in `control`.
+        // SAFETY: `read` requires a valid, aligned pointer: `CMSG_FIRSTHDR` and `CMSG_NXTHDR`
+        // return null or an aligned header that lies within `control`.
         let found = unsafe { header.read() };
         if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: pure arithmetic.
+            // SAFETY: `CMSG_LEN` only computes a size.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
             let count = (found.cmsg_len as usize).saturating_sub(empty) / size_of::<RawFd>();
             for index in 0..count {
-                // SAFETY: `count` descriptors follow the header, and need not be aligned; the kernel has just installed
-                // them for us, so nobody else owns them.
+                // SAFETY: the reads stay within the message, whose length says that `count`
+                // descriptors follow the header; they need no alignment. `from_raw_fd` requires an
+                // open descriptor without another owner: the kernel has just installed it.
                 fds.push(unsafe {
                     OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(index).read_unaligned())
                 });
             }
         }
-        // SAFETY: as for the first header.
+        // SAFETY: as for `CMSG_FIRSTHDR`; `header` is a header of this message.
         header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
-    // Fewer than there was room for: this process may have no more open.
+    // Descriptors were discarded although the buffer could hold more: this process can open no
+    // more.
     if message.msg_flags & libc::MSG_CTRUNC != 0 && fds.len() < ATTACHED_FDS {
         return Err(Errno::EMFILE.into());
     }
@@ -356,7 +383,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "sockets")]
-    fn messages_and_descriptors_arrive_whole() {
+    fn messages_and_descriptors_arrive_complete() {
         let (a, b) = pair();
         let request = Request::Attach(Attach {
             version: 1,
@@ -375,7 +402,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "sockets")]
-    fn what_is_wrong_has_a_name() {
+    fn every_failure_has_its_own_error() {
         let (a, b) = pair();
         send(&a, &"x".repeat(100), &[]).unwrap();
         assert!(matches!(receive::<Request>(&b, 50), Err(ProtocolError::TooLong(50))));
@@ -388,7 +415,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "sockets")]
-    fn a_refusal_is_heard_also_of_one_that_has_hung_up_without_listening() {
+    fn a_refusal_before_the_hang_up_is_received() {
         for asked_before in [false, true] {
             let (a, b) = pair();
             if asked_before {
@@ -404,7 +431,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "sockets")]
-    fn more_descriptors_than_wanted_are_all_closed() {
+    fn excess_descriptors_are_closed() {
         let (a, b) = pair();
         let (mut reader, writer) = std::io::pipe().unwrap();
         send(&a, &Request::Stats, &[writer.as_fd(); ATTACHED_FDS + 3]).unwrap();
@@ -412,7 +439,7 @@ mod tests {
         let (_, fds) = receive::<Request>(&b, MAX_REQUEST).unwrap();
         assert_eq!(fds.len(), ATTACHED_FDS);
         drop(fds);
-        // The end of the file, which only comes when nobody has the writing end any more.
+        // End of file: every copy of the writing end is closed.
         assert_eq!(io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
     }
 }

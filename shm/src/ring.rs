@@ -1,32 +1,39 @@
-//! The ring that descriptors travel through: one producing thread, one consuming process.
+//! The ring of descriptors: one producing thread, one consuming process.
 //!
 //! ```text
 //!             consumed                filled        head
 //!                │                      │            │
-//!    … free … ───┼── lent to consumer ──┼─ reserved ─┼─ free …     positions are free-running u32, masked at access
+//!    … free … ───┼── lent to consumer ──┼─ reserved ─┼─ free …
 //!                │                      │
-//!   published by │                      │ private to the producer: a slot announces itself
+//!   published by │                      │ private to the producer: each slot is published
 //!   the consumer ┘                      └ by the lap mark in its second word
 //! ```
 //!
-//! A slot is two words. The producer stores the first, then the second with Release; the second carries a mark
-//! that flips each lap. The consumer waits for the mark of its lap with Acquire on the very slot it wants, so no
-//! producer index travels between the caches. The consumer index travels back: it is stored once per commit, and the
-//! producer loads it when its private copy says *full* or when it wants its slots' frames back.
+//! Positions are free-running `u32` numbers, masked at access.
 //!
-//! The producer believes nothing: a consumer index that went backwards or past what was filled is an [`IndexError`].
-//! The algorithms are written over [`RingMemory`], so that loom runs them over its own atomics (`models`)
-//! while production runs them over mapped memory (`layout`).
+//! A slot has two words. The producer stores the first word, then the second with Release. The
+//! second word carries a mark that flips in each lap. The consumer polls that word, with Acquire,
+//! in the slot that it wants next. So there is no producer index whose cache line would have to
+//! move between the cores. The consumer index is the only word that travels back. The consumer
+//! stores it once per commit. The producer loads it when its private copy says that the ring is
+//! full, or when it wants committed frames back.
 //!
-//! What the other side writes is mapped read-only here. On such memory Rust allows relaxed atomic loads and no others, so
-//! an Acquire load is written as a relaxed load and an Acquire fence behind it; on x86-64 it is the same instruction.
+//! The producer trusts nothing that the consumer writes: a consumer index that moved backwards, or
+//! past the filled slots, is an [`IndexError`].
+//!
+//! The algorithms are written over [`RingMemory`]. So loom runs them over its own atomics
+//! (`models`), and production code runs them over mapped memory (`layout`).
+//!
+//! Each side maps the memory that the other side writes read-only. Rust allows only relaxed atomic
+//! loads of read-only memory. So an Acquire load is written as a relaxed load followed by an
+//! Acquire fence, which on x86-64 is the same instruction.
 
 use std::ptr::NonNull;
 
 use crate::descriptor::{Descriptor, LAP};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// One place in a ring: two words that only the producer writes.
+/// A slot of a ring: two words that only the producer writes.
 #[repr(C, align(16))]
 #[derive(Debug)]
 pub struct Slot {
@@ -38,68 +45,72 @@ pub struct Slot {
 const _: () = assert!(size_of::<Slot>() == 16);
 
 impl Slot {
-    /// A slot as it lies in zeroed memory.
+    /// A slot of zeroed memory.
     pub fn zeroed() -> Self {
         Slot { body: AtomicU64::new(0), mark: AtomicU64::new(0) }
     }
 }
 
-/// Where a ring lies.
+/// The memory of a ring.
 pub trait RingMemory {
-    /// Number of slots: a power of two, at least 1 and at most 2³¹; never changes.
+    /// Number of slots. It is a power of two from 1 to 2³¹, and never changes.
     fn slots(&self) -> u32;
-    /// The slot of a free-running `position`: number `position % slots`.
+    /// The slot at the free-running `position`: slot number `position % slots`.
     fn slot(&self, position: u32) -> &Slot;
     /// The consumer index: a free-running position that only the consumer writes.
     fn consumer(&self) -> &AtomicU32;
 }
 
-/// The consumer index is one that no honest consumer can have written.
+/// The consumer index has a value that a correct consumer cannot have written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the consumer index says {seen}, but only positions {consumed} to {head} are possible: \
-     the worker moved it backwards or past what it was given"
+    "the consumer index is {seen}, but only positions {consumed} to {head} are possible: \
+     the worker moved it backwards or past the packets it was sent"
 )]
 pub struct IndexError {
-    /// Where the consumer stood before.
+    /// The last valid consumer index.
     pub consumed: u32,
-    /// The first position not yet filled.
+    /// The first position that is not filled yet.
     pub head: u32,
-    /// What its segment says now.
+    /// The consumer index in the worker's segment.
     pub seen: u32,
 }
 
-/// The mark that a published slot at `position` carries. Memory starts zeroed, so lap 0 is marked by one.
+/// The mark of a published slot at `position`. Memory starts zeroed, so the mark of lap 0 is a set
+/// bit.
 #[inline(always)]
 fn lap_mark(position: u32, slots: u32) -> u64 {
-    // `slots` is a power of two: the bit above the mask is the parity of the lap. It also flips across the wrap
-    // of `position`, since 2³² is an even number of laps.
+    // `slots` is a power of two, so this bit of `position` is the parity of the lap. It also flips
+    // where `position` wraps around, since 2³² is an even number of laps.
     if position & slots == 0 { LAP } else { 0 }
 }
 
-/// The producing end.
+/// The producing end of a ring.
 #[derive(Debug)]
 pub struct Producer<M> {
     memory: M,
     slots: u32,
+    /// The next position to reserve.
     head: u32,
-    /// Up to here the slots hold descriptors; from here to the head they are reserved.
+    /// Slots before this position hold descriptors. Those from here to `head` are reserved.
     filled: u32,
+    /// Private copy of the consumer index.
     consumed: u32,
 }
 
 impl<M: RingMemory> Producer<M> {
-    /// The producing end of a ring whose memory is zeroed and whose consumer index is 0.
+    /// The producing end of a ring whose memory is zeroed, so that its consumer index is 0.
     ///
     /// # Panics
-    /// If the memory's number of slots is none that [`RingMemory::slots`] allows.
+    /// If the number of slots is not one that [`RingMemory::slots`] allows.
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
         Producer { memory, slots, head: 0, filled: 0, consumed: 0 }
     }
 
-    /// Like [`new`](Self::new), at a position that is a multiple of twice the slots: for tests near the wrap-around.
+    /// Like [`new`](Self::new), but starts at `position`, a multiple of twice the number of slots.
+    /// For tests near the wrap-around.
     #[doc(hidden)]
     pub fn starting_at(memory: M, position: u32) -> Self {
         let mut producer = Producer::new(memory);
@@ -108,36 +119,37 @@ impl<M: RingMemory> Producer<M> {
         producer
     }
 
-    /// Slots that are not lent, by the private copy of the consumer index; there may be more by now.
+    /// Number of free slots, by the private copy of the consumer index. There may be more by now.
     #[inline(always)]
     pub fn room(&self) -> u32 {
         self.slots - self.lent()
     }
 
-    /// Slots that hold descriptors the consumer has not committed, by the private copy of its index.
+    /// Number of slots that are reserved, or that hold descriptors which the consumer has not
+    /// committed, by the private copy of its index.
     #[inline(always)]
     pub fn lent(&self) -> u32 {
         self.head.wrapping_sub(self.consumed)
     }
 
-    /// Whether a quarter of the slots or more are lent, by the private copy of the consumer index.
+    /// Whether at least a quarter of the slots are lent, by the private copy of the consumer index.
     #[inline(always)]
     pub fn is_filling_up(&self) -> bool {
         self.lent() >= self.slots / 4
     }
 
-    /// The first position not yet produced.
+    /// The next position to reserve.
     #[inline(always)]
     pub fn head(&self) -> u32 {
         self.head
     }
 
-    /// Takes the next slot, and asks for its line. `None`: full by the private copy; [`take_back`](Self::take_back) may
-    /// make room.
+    /// Reserves the next slot, and prefetches its cache line. Returns `None` if the ring is full by
+    /// the private copy of the consumer index: [`take_back`](Self::take_back) may free slots.
     ///
-    /// Many slots are best [filled](Reserved::fill) from the last to the first: the consumer, which stops at the first that
-    /// is not filled, then reaches for no line that is still being written, and sees them all at once. Then say so
-    /// by [`filled`](Self::filled).
+    /// [Fill](Reserved::fill) several slots from the last to the first, then call
+    /// [`filled`](Self::filled). The consumer stops at the first slot that is not filled. So it
+    /// touches no cache line that is still being written, and sees all slots at once.
     #[inline(always)]
     pub fn reserve(&mut self) -> Option<Reserved> {
         if self.room() == 0 {
@@ -150,41 +162,44 @@ impl<M: RingMemory> Producer<M> {
         Some(Reserved { slot: NonNull::from(slot), mark })
     }
 
-    /// Publishes one descriptor. `false`: full by the private copy, nothing was written.
+    /// Publishes one descriptor. Returns `false`, and publishes nothing, if the ring is full by the
+    /// private copy of the consumer index.
     #[inline(always)]
     pub fn push(&mut self, descriptor: Descriptor) -> bool {
         debug_assert_eq!(self.filled, self.head, "a slot is reserved and not filled");
         let Some(reserved) = self.reserve() else { return false };
-        // SAFETY: `self` has the ring's memory.
+        // SAFETY: `fill` requires that the ring's memory exists, which `self` owns, and that the
+        // slot was not filled: it was just reserved.
         unsafe { reserved.fill(descriptor) };
         self.filled();
         true
     }
 
-    /// All slots that were reserved have been filled: the consumer may commit them.
+    /// Notes that all reserved slots are filled, so that the consumer may commit them.
     #[inline(always)]
     pub fn filled(&mut self) {
         self.filled = self.head;
     }
 
-    /// Loads the consumer index and hands the offset of every descriptor committed since the last call to `returned`, in
-    /// order. Returns how many these were.
+    /// Loads the consumer index, and passes the offset of every descriptor committed since the last
+    /// call to `returned`, in order. Returns their number.
     ///
     /// # Errors
-    /// [`IndexError`] if no honest consumer can have written that index. Nothing was handed back then, and what the
-    /// ring holds is still there for [`take_all`](Self::take_all).
+    /// [`IndexError`] if a correct consumer cannot have written that index. Then nothing was passed
+    /// to `returned`, and [`take_all`](Self::take_all) still returns everything that the ring
+    /// holds.
     #[inline]
     pub fn take_back(&mut self, mut returned: impl FnMut(u32)) -> Result<u32, IndexError> {
         let seen = self.memory.consumer().load(Ordering::Relaxed);
-        // Acquire: pairs with the Release in `Consumer::commit`; the consumer's reads of the packets
-        // are over before their frames are used again.
+        // Acquire: pairs with the Release in `Consumer::commit`. The consumer's reads of the
+        // packets happen before their frames are reused.
         fence(Ordering::Acquire);
         let committed = seen.wrapping_sub(self.consumed);
         if committed > self.filled.wrapping_sub(self.consumed) {
             return Err(IndexError { consumed: self.consumed, head: self.filled, seen });
         }
         for ahead in 0..committed {
-            // Own words: only this producer writes them.
+            // Relaxed: only this producer writes the slots.
             let body = self.memory.slot(self.consumed.wrapping_add(ahead)).body.load(Ordering::Relaxed);
             returned(Descriptor::offset_in(body));
         }
@@ -192,13 +207,14 @@ impl<M: RingMemory> Producer<M> {
         Ok(committed)
     }
 
-    /// Hands back every descriptor the consumer has not committed, in order, whatever its index says: for a consumer
-    /// that is gone. Returns how many these were.
+    /// Passes every descriptor that the consumer has not committed to `returned`, in order, without
+    /// reading the consumer index. For a consumer that has exited or is evicted. Returns their
+    /// number.
     pub fn take_all(&mut self, mut returned: impl FnMut(Descriptor)) -> u32 {
         let lent = self.filled.wrapping_sub(self.consumed);
         for ahead in 0..lent {
             let slot = self.memory.slot(self.consumed.wrapping_add(ahead));
-            // Own words, as above.
+            // Relaxed: only this producer writes the slots.
             returned(Descriptor::from_words(
                 slot.body.load(Ordering::Relaxed),
                 slot.mark.load(Ordering::Relaxed),
@@ -209,7 +225,7 @@ impl<M: RingMemory> Producer<M> {
     }
 }
 
-/// A slot that a producer has taken.
+/// A slot that [`Producer::reserve`] returned.
 #[derive(Clone, Copy, Debug)]
 pub struct Reserved {
     slot: NonNull<Slot>,
@@ -217,29 +233,35 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Writes the descriptor that the slot is for.
+    /// Publishes `descriptor` in this slot.
     ///
     /// # Safety
-    /// The ring's memory still exists, and the slot has not been filled.
+    /// The memory of the ring must still exist, and the slot must not have been filled since it was
+    /// reserved.
     #[inline(always)]
     pub unsafe fn fill(self, descriptor: Descriptor) {
-        // SAFETY: the slot lies in the ring's memory, which exists.
+        // SAFETY: `as_ref` requires a valid pointer without a mutable reference to its target. The
+        // slot lies in the ring's memory, which the caller ensures exists. Slots are atomics, to
+        // which only shared references exist.
         let slot = unsafe { self.slot.as_ref() };
         let (word0, word1) = descriptor.to_words();
         slot.body.store(word0, Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `Consumer::peek`; who sees the mark sees the body,
-        // and the packet's bytes that were written before this.
+        // Release: pairs with the Acquire fences in `Consumer::peek` and `Consumer::scan`. A
+        // consumer that sees the mark also sees the body, and the packet's bytes written before
+        // this.
         slot.mark.store(word1 | self.mark, Ordering::Release);
     }
 }
 
-/// Asks for the line of a slot: the consumer has read it in the last lap, so another cache has it. Lines that are asked for
-/// one after the other come at the same time; stores that miss wait for each other.
+/// Prefetches the cache line of a slot for writing. The consumer read the slot in the last lap, so
+/// the line is in another core's cache. Prefetched lines arrive in parallel, while stores that miss
+/// the cache complete one after the other.
 #[inline(always)]
 fn prefetch_for_writing(slot: &Slot) {
     #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
-    // SAFETY: a prefetch changes nothing that a program sees, and the line is there. The intrinsic with the hint for
-    // writing needs a processor feature that is no part of x86-64; without it, this is no operation.
+    // SAFETY: the instruction accesses no memory visibly, and it preserves flags and stack as the
+    // options say. It is written as assembly because the intrinsic for a write prefetch requires a
+    // processor feature beyond x86-64. On a processor without it, `prefetchw` executes as a NOP.
     unsafe {
         std::arch::asm!("prefetchw [{}]", in(reg) slot, options(nostack, preserves_flags, readonly));
     }
@@ -247,19 +269,20 @@ fn prefetch_for_writing(slot: &Slot) {
     let _ = slot;
 }
 
-/// The consuming end.
+/// The consuming end of a ring.
 #[derive(Debug)]
 pub struct Consumer<M> {
     memory: M,
     slots: u32,
+    /// Position of the first descriptor that is not committed.
     position: u32,
 }
 
 impl<M: RingMemory> Consumer<M> {
-    /// The consuming end of a ring whose memory is zeroed and whose consumer index is 0.
+    /// The consuming end of a ring whose memory is zeroed, so that its consumer index is 0.
     ///
     /// # Panics
-    /// If the memory's number of slots is none that [`RingMemory::slots`] allows.
+    /// If the number of slots is not one that [`RingMemory::slots`] allows.
     pub fn new(memory: M) -> Self {
         let slots = memory.slots();
         assert!(slots.is_power_of_two() && slots <= 1 << 31, "ring of {slots} slots");
@@ -275,8 +298,9 @@ impl<M: RingMemory> Consumer<M> {
         consumer
     }
 
-    /// The descriptor `ahead` places after the first uncommitted one, if it has been published. It may be so before one
-    /// that comes earlier: only look past those that are there.
+    /// The descriptor in the slot `ahead` of the first uncommitted one, if it is published. Slots
+    /// may be published out of order: a caller must look at them in order, and stop at the first
+    /// `None`.
     #[inline(always)]
     pub fn peek(&self, ahead: u32) -> Option<Descriptor> {
         if ahead >= self.slots {
@@ -293,12 +317,13 @@ impl<M: RingMemory> Consumer<M> {
         Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
     }
 
-    /// Hands the published descriptors to `found`, in order, with their numbers from 0: at most `limit` of them, and none
-    /// beyond the end of the lap, so that the next call may have more. Ends when `found` answers `false`; returns for
-    /// how many it answered `true`.
+    /// Passes the published descriptors to `found`, in order, each with its number from 0. Stops
+    /// after `limit` descriptors, at the end of the lap, or when `found` returns `false`. More may
+    /// be published beyond the end of the lap: the next call finds them. Returns for how many
+    /// descriptors `found` returned `true`.
     #[inline(always)]
     pub fn scan(&self, limit: u32, mut found: impl FnMut(usize, Descriptor) -> bool) -> u32 {
-        // Up to the end of the lap all marks are alike.
+        // Up to the end of the lap, all published slots carry the same mark.
         let left = self.slots - (self.position & (self.slots - 1));
         let mark = lap_mark(self.position, self.slots);
         let mut count = 0;
@@ -318,12 +343,14 @@ impl<M: RingMemory> Consumer<M> {
         count
     }
 
-    /// Gives the first `count` descriptors and their frames back: all that were seen by [`peek`](Self::peek) with
-    /// `ahead < count`, or by [`scan`](Self::scan). Their packets must not be read afterwards.
+    /// Commits the first `count` descriptors: gives their slots and frames back to the producer.
+    /// All of them must have been returned by [`peek`](Self::peek) or [`scan`](Self::scan). Their
+    /// packets must not be read afterwards.
     #[inline(always)]
     pub fn commit(&mut self, count: u32) {
         self.position = self.position.wrapping_add(count);
-        // Release: pairs with the Acquire fence in `Producer::take_back`.
+        // Release: pairs with the Acquire fence in `Producer::take_back`. The reads of the packets
+        // happen before the producer reuses their frames.
         self.memory.consumer().store(self.position, Ordering::Release);
     }
 }
@@ -344,7 +371,8 @@ pub(crate) mod heap {
             HeapRing { slots: (0..slots).map(|_| Slot::zeroed()).collect(), consumer: AtomicU32::new(0) }
         }
 
-        /// A ring that has run up to `position`, a multiple of twice its slots: marks as after an odd lap.
+        /// A ring that has run up to `position`, a multiple of twice the number of slots. All marks
+        /// are clear, as after an odd lap.
         pub(crate) fn starting_at(slots: u32, position: u32) -> Self {
             let ring = HeapRing::new(slots);
             ring.consumer.store(position, Ordering::Relaxed);
@@ -390,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_past_the_head_or_backwards_is_an_error_and_nothing_is_handed_back() {
+    fn an_impossible_consumer_index_hands_nothing_back() {
         let ring = HeapRing::new(8);
         let mut producer = Producer::new(&ring);
         for n in 0..5 {
@@ -425,7 +453,7 @@ mod tests {
         prop_oneof![4 => Just(Step::Reserve), 2 => Just(Step::Fill), 2 => (0u32..6).prop_map(Step::Commit), 1 => Just(Step::TakeBack)]
     }
 
-    /// What a consumer writes that is out of its mind.
+    /// A consumer index that a faulty or hostile consumer writes.
     #[derive(Clone, Debug)]
     enum Index {
         Any(u32),
@@ -441,7 +469,8 @@ mod tests {
         ]
     }
 
-    /// Few cases under Miri, which is slow, and no files of failures, which its isolation forbids.
+    /// Few cases under Miri, which is slow. No failure files: Miri's isolation forbids writing
+    /// them.
     fn cases() -> ProptestConfig {
         if cfg!(miri) {
             ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() }
@@ -453,7 +482,8 @@ mod tests {
     proptest! {
         #![proptest_config(cases())]
 
-        /// The ring against a queue: same order, same contents, nothing lost, starting shortly before the wrap of positions.
+        /// Compares the ring with a queue: same order, same contents, nothing lost. Half of the
+        /// cases start shortly before positions wrap around.
         #[test]
         fn behaves_like_a_queue(
             slots in (0u32..6).prop_map(|log| 1 << log),
@@ -479,7 +509,7 @@ mod tests {
                     }
                     Step::Fill => {
                         for (number, slot) in held.iter().rev() {
-                            // SAFETY: the ring is there, and each slot is filled once.
+                            // SAFETY: the ring exists, and each slot is filled once.
                             unsafe { slot.fill(numbered(*number)) };
                         }
                         producer.filled();
@@ -522,10 +552,10 @@ mod tests {
             prop_assert_eq!(rest, lent.len() - held.len());
         }
 
-        /// Whatever a consumer index says, it is an error exactly when it is none an honest consumer can have written,
-        /// and descriptors come back once, in order, and never more of them than were produced.
+        /// A consumer index is an error exactly if a correct consumer cannot have written it.
+        /// Descriptors come back once, in order, and never more of them than were produced.
         #[test]
-        fn believes_no_index_it_cannot_believe(
+        fn accepts_possible_consumer_indexes_only(
             slots in (0u32..6).prop_map(|log| 1 << log),
             near_wrap: bool,
             steps in prop::collection::vec((0u32..40, lie()), 0..200),

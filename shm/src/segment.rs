@@ -1,7 +1,8 @@
-//! A segment: a piece of shared memory that one process writes and others read.
+//! A segment: shared memory that one process writes and others read.
 //!
-//! It is a memfd, sealed against shrinking and growing, so that no peer can pull the memory out from under a mapping,
-//! and of mode 0600, so that an unprivileged process which is given a read-only descriptor of it cannot reopen it for writing.
+//! A segment is a memfd. It is sealed against shrinking and growing, so that no peer can remove
+//! memory from another's mapping. Its mode is 0600, so that an unprivileged process with a
+//! read-only descriptor of it cannot reopen it for writing.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -16,27 +17,29 @@ use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, munmap};
 use nix::sys::stat::{Mode, fchmod, fstat};
 use nix::unistd::ftruncate;
 
-/// Smallest page of any machine, in bytes.
+/// Size of the smallest page of any supported machine, in bytes.
 const PAGE: usize = 4096;
 
-/// Memory shared with another process, mapped into this one until it is dropped.
+/// A mapping of memory that is shared with another process. Dropping it unmaps the memory.
 #[derive(Debug)]
 pub struct Mapping {
     address: NonNull<u8>,
     length: usize,
 }
 
-// SAFETY: a mapping is plain memory owned by this value; all shared access to its contents is through raw
-// pointers or atomics.
+// SAFETY: a value may move to another thread if that thread may use all it owns. The mapping
+// belongs to the process, not to a thread, and any thread may unmap it.
 unsafe impl Send for Mapping {}
-// SAFETY: as above.
+// SAFETY: threads may share a value if its methods may run concurrently. `address` and `length`
+// read fields that never change, and `lock` reads memory that no Rust reference points to.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps the first `length` bytes of `fd` read-only.
     ///
     /// # Errors
-    /// If the descriptor cannot be mapped, or holds fewer bytes than that.
+    /// [`io::ErrorKind::UnexpectedEof`] if the file is shorter than `length`,
+    /// [`io::ErrorKind::InvalidInput`] if `length` is 0, else the error of mmap(2).
     pub fn read_only(fd: impl AsFd, length: usize) -> io::Result<Self> {
         Self::map(fd, length, ProtFlags::PROT_READ)
     }
@@ -44,14 +47,15 @@ impl Mapping {
     /// Maps the first `length` bytes of `fd` for reading and writing.
     ///
     /// # Errors
-    /// If the descriptor cannot be mapped for writing, or holds fewer bytes than that.
+    /// As [`read_only`](Self::read_only). [`io::ErrorKind::PermissionDenied`] if the descriptor is
+    /// read-only or the segment is sealed against writers.
     pub fn read_write(fd: impl AsFd, length: usize) -> io::Result<Self> {
         Self::map(fd, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
     }
 
     fn map(fd: impl AsFd, length: usize, protection: ProtFlags) -> io::Result<Self> {
         let size = fstat(&fd)?.st_size;
-        // Beyond the end of the file lies a SIGBUS.
+        // An access beyond the end of the file would raise SIGBUS.
         if usize::try_from(size).unwrap_or(0) < length {
             return Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
@@ -60,34 +64,37 @@ impl Mapping {
         }
         let bytes = NonZeroUsize::new(length)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "a segment of 0 bytes"))?;
-        // SAFETY: no address is asked for, so no existing mapping is replaced.
+        // SAFETY: `mmap` is unsafe because it may replace an existing mapping at a given address.
+        // The address is `None`, so the kernel chooses free address space.
         let address =
             unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE, fd, 0) }?;
         Ok(Mapping { address: address.cast(), length })
     }
 
-    /// Has the kernel map every page now, and keep it mapped. Pages that somebody took away before
-    /// come back as zeros.
+    /// Maps every page now and locks it in memory, so that no later access faults. A page that was
+    /// removed before, by a hole punched into the segment, comes back as zeros.
     ///
     /// # Errors
-    /// If the pages cannot be locked: the process has neither `CAP_IPC_LOCK` nor enough
-    /// `RLIMIT_MEMLOCK`. They are mapped all the same, but may be swapped out later.
+    /// The error of mlock(2), if the process has neither `CAP_IPC_LOCK` nor a sufficient
+    /// `RLIMIT_MEMLOCK`. The pages are mapped nevertheless, but may be swapped out later.
     pub fn lock(&self) -> io::Result<()> {
-        // SAFETY: the range is that of this mapping.
+        // SAFETY: `mlock` requires a range of mapped memory: it is that of this mapping.
         let locked = unsafe { mlock(self.address.cast(), self.length) };
         for offset in (0..self.length).step_by(PAGE) {
-            // SAFETY: in bounds; a volatile load of one byte, which others may store to.
+            // SAFETY: `add` and `read_volatile` require an address within the mapping: `offset` is
+            // less than `length`. The load is volatile because other processes may store to it.
             unsafe { self.address.add(offset).read_volatile() };
         }
         Ok(locked?)
     }
 
-    /// The first byte. The memory may change at any time and may be read-only.
+    /// Address of the first byte, aligned to a page. The memory may change at any time, and it may
+    /// be read-only.
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// Length in bytes.
+    /// Length of the mapping in bytes.
     pub fn length(&self) -> usize {
         self.length
     }
@@ -95,15 +102,17 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `map`, and whoever derived pointers from it holds the mapping alive.
+        // SAFETY: `munmap` requires that the range is this process's and not used afterwards. `map`
+        // mapped it, and every type that keeps pointers into it also owns the mapping.
         let _ = unsafe { munmap(self.address.cast(), self.length) };
     }
 }
 
-/// Creates a segment of `length` zeroed bytes that can be neither shrunk nor grown, of mode 0600.
+/// Creates a segment of `length` zeroed bytes with mode 0600 that can neither shrink nor grow.
+/// `name` appears in `/proc/PID/maps`.
 ///
 /// # Errors
-/// Whatever the system calls say; mostly that there is no memory.
+/// The error of the failing system call, mostly that there is not enough memory.
 pub fn create(name: &str, length: usize) -> io::Result<OwnedFd> {
     let name = CString::new(name)?;
     let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
@@ -114,10 +123,12 @@ pub fn create(name: &str, length: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Forbids every further writable mapping of and write to a segment that [`create`] made, to root
-/// as well, and any further sealing. It also forbids punching holes, by which a writer could take
-/// pages away from everybody else's mapping (fallocate(2), `MADV_REMOVE`). Writable mappings that
-/// exist stay. For a segment whose writer has mapped it.
+/// Forbids all further writable mappings of, and writes to, a segment made by [`create`]. This
+/// applies to every process, including root's. Existing writable mappings remain, so call it once
+/// the segment's writer has mapped it.
+///
+/// The seal also forbids punching holes (fallocate(2), `MADV_REMOVE`), which would remove pages
+/// from every other process's mapping. Further seals are forbidden, too.
 ///
 /// # Errors
 /// EPERM if the segment was sealed against sealing before. EINVAL before Linux 5.1.
@@ -126,28 +137,32 @@ pub fn seal_against_further_writers(fd: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a segment's writer has done so. Unlike sealing, asking takes no lock of the file, which
-/// whoever can write to the file can hold for as long as they like: a write(2) holds it while it
-/// reads its buffer, and that may be a mapping of a file system of their own.
+/// Whether [`seal_against_further_writers`] was called for a segment.
+///
+/// Unlike sealing, this query takes no lock of the file. A process that can write to the file can
+/// hold that lock for as long as it likes: write(2) holds it while it reads its buffer, and the
+/// buffer may be mapped from a file system that the process itself implements.
 ///
 /// # Errors
-/// Whatever the system call says.
+/// The error of fcntl(2).
 pub fn is_sealed_against_further_writers(fd: impl AsFd) -> io::Result<bool> {
     let seals = SealFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GET_SEALS)?);
     Ok(seals.contains(SealFlag::F_SEAL_FUTURE_WRITE | SealFlag::F_SEAL_SEAL))
 }
 
-/// Opens the memory behind `fd` again, read-only: what another process may be given.
+/// Opens the memory behind `fd` again, read-only. The new descriptor may be sent to another
+/// process: unlike a duplicate of `fd`, it does not allow writing.
 ///
 /// # Errors
-/// Whatever `open` says, for example when /proc is not mounted.
+/// The error of open(2), for example if /proc is not mounted.
 pub fn reopen_read_only(fd: impl AsFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
     OpenOptions::new().read(true).open(path).map(OwnedFd::from)
 }
 
-/// Opens the shared anonymous mapping that begins at `address` in this process, read-only, and takes every access by
-/// others from it (mode 0600): so memory that a library mapped can be given to another process.
+/// Opens a shared anonymous mapping of this process, read-only, and sets its mode to 0600. The
+/// mapping must begin at `address` and have `length` bytes. In this way, memory that a library
+/// mapped can be sent to another process.
 ///
 /// # Errors
 /// [`io::ErrorKind::PermissionDenied`] without `CAP_SYS_ADMIN` or `CAP_CHECKPOINT_RESTORE`;
@@ -172,7 +187,7 @@ mod tests {
         let writer = Mapping::read_write(&fd, 8192).unwrap();
         let reader_fd = reopen_read_only(&fd).unwrap();
         let reader = Mapping::read_only(&reader_fd, 8192).unwrap();
-        // SAFETY: both mappings live and are 8,192 bytes long; nobody else knows of them.
+        // SAFETY: byte 5,000 lies within both mappings, which are alive. No reference points there.
         unsafe {
             writer.address().add(5000).write_volatile(7);
             assert_eq!(reader.address().add(5000).read_volatile(), 7);
@@ -186,13 +201,14 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "memfd")]
-    fn after_the_last_seal_not_even_its_owner_can_map_it_writable() {
+    fn after_sealing_even_the_owner_cannot_map_for_writing() {
         let fd = create("xfan-test", 4096).unwrap();
         let writer = Mapping::read_write(&fd, 4096).unwrap();
         seal_against_further_writers(&fd).unwrap();
         assert_eq!(Mapping::read_write(&fd, 4096).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         let reader = Mapping::read_only(&fd, 4096).unwrap();
-        // SAFETY: both mappings live and are 4,096 bytes long; nobody else knows of them.
+        // SAFETY: the first byte lies within both mappings, which are alive. No reference points
+        // there.
         unsafe {
             writer.address().write_volatile(9);
             assert_eq!(reader.address().read_volatile(), 9);
@@ -201,7 +217,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "memfd")]
-    fn no_writer_can_take_pages_away_after_the_last_seal() {
+    fn after_sealing_no_writer_can_remove_pages() {
         use nix::fcntl::{FallocateFlags, fallocate};
         use nix::sys::mman::{MmapAdvise, madvise};
         let fd = create("xfan-test", 8192).unwrap();
@@ -211,9 +227,10 @@ mod tests {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             fallocate(&fd, flags, 0, 4096)
         };
-        // SAFETY: nobody has a reference into the mapping.
+        // SAFETY: `MADV_REMOVE` zeroes the range, which lies within the mapping. No reference
+        // points there.
         let remove = || unsafe { madvise(writer.address().cast(), 4096, MmapAdvise::MADV_REMOVE) };
-        // SAFETY: the mapping lives and is 8,192 bytes long; nobody else knows of it.
+        // SAFETY: byte 4,096 lies within the mapping, which is alive. No reference points there.
         unsafe { writer.address().add(4096).write_volatile(5) };
         assert_eq!((punch(), remove()), (Ok(()), Ok(())));
         assert!(!is_sealed_against_further_writers(&fd).unwrap());
@@ -221,7 +238,8 @@ mod tests {
         assert!(is_sealed_against_further_writers(&fd).unwrap());
         assert_eq!((punch(), remove()), (Err(Errno::EPERM), Err(Errno::EPERM)));
         reader.lock().unwrap();
-        // SAFETY: both mappings live and are 8,192 bytes long; nobody else knows of them.
+        // SAFETY: bytes 0 and 4,096 lie within both mappings, which are alive. No reference points
+        // there.
         unsafe {
             assert_eq!([0, 4096].map(|offset| reader.address().add(offset).read_volatile()), [0, 5]);
             writer.address().write_volatile(3);

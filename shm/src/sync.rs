@@ -1,4 +1,4 @@
-//! The atomics that rings and doorbells are written with: the real ones, or loom's in a model.
+//! The atomics of rings and doorbells: those of `core`, or loom's when loom checks the models.
 
 #[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};

@@ -1,8 +1,9 @@
-//! The ring between two real processes, in segments as the dispatcher and a worker share them: every descriptor of a
-//! hundred million arrives once, in order and whole, and every frame comes back once, in order, also from a worker that
-//! is killed.
+//! The ring between two real processes, in segments such as the dispatcher and a worker share. Each
+//! of a hundred million descriptors arrives once, in order and complete. Each frame comes back
+//! once, in order, also from a worker that is killed.
 //!
-//! The consuming process is this test program again, told by its environment; its standard input is the control socket.
+//! The consuming process is this test program itself, started with an environment variable. Its
+//! standard input is the control socket.
 #![cfg(not(any(miri, loom)))]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,10 +19,10 @@ use xfan_shm::{Descriptor, segment};
 
 const ENV_CONSUMER: &str = "XFAN_TEST_CONSUMER";
 
-/// Largest batch of either side.
+/// Largest batch of both sides.
 const BATCH: u32 = 64;
 
-/// What the consumer is to do.
+/// The consumer's task.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Job {
     geometry: Geometry,
@@ -31,7 +32,7 @@ struct Job {
     items: u32,
 }
 
-/// The descriptor that is sent as number `n`: no two neighbours agree in any field.
+/// Descriptor number `n`. No two neighbours agree in any field.
 fn numbered(n: u32) -> Descriptor {
     let [port, flags, ..] = n.wrapping_mul(0x9e37_79b9).to_be_bytes();
     let length = u16::try_from(n % 65_521).expect("less than 2^16");
@@ -45,7 +46,7 @@ fn numbered(n: u32) -> Descriptor {
     }
 }
 
-/// Sizes of batches, 1 to [`BATCH`], in no order: xorshift.
+/// Pseudorandom sizes of batches, 1 to [`BATCH`], by xorshift.
 struct Batches(u32);
 
 impl Batches {
@@ -57,7 +58,7 @@ impl Batches {
     }
 }
 
-/// Waits for the other process: a little on the processor, then by leaving it, since the two may share one.
+/// Waits for the other process: spins first, then yields, since the two may share a core.
 #[derive(Default)]
 struct Idle(u32);
 
@@ -72,7 +73,7 @@ impl Idle {
     }
 }
 
-/// The consuming process. As a test of its own, without the environment, it has nothing to do.
+/// The consuming process. Run as a test, without the environment variable, it does nothing.
 #[test]
 fn consumer() {
     if std::env::var_os(ENV_CONSUMER).is_none() {
@@ -110,7 +111,7 @@ fn consumer() {
     protocol::send(&socket, &next, &[]).unwrap();
 }
 
-/// A consuming process, and the producing end of the ring to it.
+/// A consuming process, and the producing end of its ring.
 struct Peer {
     process: Child,
     socket: OwnedFd,
@@ -141,8 +142,9 @@ impl Peer {
         Peer { process, socket, up, producer }
     }
 
-    /// Pushes descriptors until `items` are pushed, `stop` says so or the consumer is gone, and checks those that come back against `returned`.
-    /// Returns how many were pushed.
+    /// Pushes descriptors until `items` are pushed, `stop` returns `true` or the consumer has
+    /// exited. Checks those that come back, where `returned` is the number of the next one. Returns
+    /// how many were pushed.
     fn produce(&mut self, items: u32, returned: &mut u32, mut stop: impl FnMut() -> bool) -> u32 {
         let (mut batches, mut idle) = (Batches(7), Idle::default());
         let mut pushed = 0;
@@ -156,7 +158,7 @@ impl Peer {
             if left > 0 && self.take_back(returned) == 0 {
                 idle.wait();
                 if idle.0.is_multiple_of(4096) && self.process.try_wait().unwrap().is_some() {
-                    break; // it would be waited for for ever
+                    break; // the ring stays full for ever
                 }
             } else {
                 idle.over();
@@ -181,14 +183,14 @@ impl Drop for Peer {
     }
 }
 
-/// A start from which a ring of `slots` runs over the wrap of positions after about half of `items`.
+/// A start position from which a ring of `slots` slots wraps around after about half of `items`.
 fn start_before_wrap(items: u32, slots: u32) -> u32 {
     0u32.wrapping_sub(items / 2).next_multiple_of(2 * slots)
 }
 
 #[test]
-fn a_hundred_million_descriptors_arrive_once_in_order_and_whole() {
-    // A small ring costs a hand-over between processes for each few descriptors, so it gets fewer.
+fn a_hundred_million_descriptors_arrive_once_in_order() {
+    // A small ring needs a hand-over between the processes every few descriptors, so it gets fewer.
     let mut total = 0;
     for (slots, items) in [(8, 500_000), (64, 3_500_000), (512, 16_000_000), (8192, 80_000_000)] {
         let start = start_before_wrap(items, slots);
@@ -206,7 +208,7 @@ fn a_hundred_million_descriptors_arrive_once_in_order_and_whole() {
 }
 
 #[test]
-fn what_a_killed_consumer_has_not_committed_is_all_there() {
+fn a_killed_consumer_loses_no_descriptor() {
     for round in 0..20u32 {
         let slots = if round % 2 == 0 { 16 } else { 4096 };
         let start = start_before_wrap(100_000, slots);
@@ -221,7 +223,7 @@ fn what_a_killed_consumer_has_not_committed_is_all_there() {
         killer.join().unwrap();
         peer.process.wait().unwrap();
 
-        // The last of what it committed, then all the rest.
+        // First the last of what it committed, then everything else.
         peer.take_back(&mut returned);
         let committed = returned;
         let uncommitted = peer.producer.take_all(|descriptor| {
@@ -229,7 +231,8 @@ fn what_a_killed_consumer_has_not_committed_is_all_there() {
             returned += 1;
         });
         assert_eq!((returned, committed + uncommitted), (pushed, pushed));
-        // It counts after each commit, so that it may have died in between, one batch behind.
+        // The consumer counts after each commit. If it died in between, its count is a batch
+        // behind.
         let counted = u32::try_from(peer.up.counter(0).1.load(std::sync::atomic::Ordering::Relaxed)).unwrap();
         assert!((counted..=counted + BATCH).contains(&committed), "{committed} committed, {counted} counted");
         assert_eq!(peer.producer.room(), slots);

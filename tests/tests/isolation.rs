@@ -265,7 +265,7 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(refused(long.as_bytes()), "a message longer than 16384 bytes");
+    assert_eq!(refused(long.as_bytes()), "received a message longer than 16384 bytes");
     let messages: [&[u8]; 8] = [
         b"hello",
         b"\0",
@@ -278,7 +278,7 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
     ];
     for message in messages {
         let answer = refused(message);
-        assert!(answer.starts_with("a message that makes no sense: "), "{answer}");
+        assert!(answer.starts_with("received an invalid message: "), "{answer}");
     }
     let version = b"{\"attach\":{\"version\":99,\"member\":\"default/9\",\"program\":\"x\"}}";
     assert_eq!(refused(version), "there is no member default/9: they are default/0 to default/3");
