@@ -12,9 +12,11 @@ fn main() {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
     println!("cargo::rerun-if-changed=src/bpf");
 
-    // v3: 32-bit jumps and arithmetic, in every kernel that has AF_XDP with need_wakeup (5.4).
+    // BPF CPU v3 has 32-bit jumps and arithmetic. Every kernel that has AF_XDP with need_wakeup
+    // (Linux 5.4) runs it.
     let mut clang_args = vec!["-Wall".to_string(), "-Werror".into(), "-mcpu=v3".into()];
-    // Debian keeps asm/types.h in a directory per architecture that clang leaves out for -target bpf.
+    // Debian keeps asm/types.h in a directory for each architecture, which clang does not search
+    // with -target bpf.
     let multiarch = format!("/usr/include/{arch}-linux-gnu");
     if Path::new(&multiarch).is_dir() {
         clang_args.extend(["-idirafter".into(), multiarch]);
@@ -27,7 +29,7 @@ fn main() {
         .build_and_generate(out.join("xfan.skel.rs"));
     if let Err(error) = built {
         panic!(
-            "{SOURCE} did not compile; it needs clang 12 or newer and the kernel's headers \
+            "cannot compile {SOURCE}, which needs clang 12 or newer and the kernel's headers \
                 (Debian: apt install clang linux-libc-dev): {error:#}"
         );
     }

@@ -159,8 +159,8 @@ fn an_interface_that_runs_another_xdp_program() {
     let exit = launch(&namespace).run().unwrap();
     let id = xdp_program_id(&namespace);
     let message = format!(
-        "xfan: rx0 already runs another XDP program, \"redirect\" (id {id}); stop what uses it, or, if it was left behind, \
-         remove it with: ip link set dev rx0 xdp off"
+        "xfan: rx0 already runs another XDP program, \"redirect\" (id {id}); stop the tool that uses it, or, \
+         if that has exited, remove the program with: ip link set dev rx0 xdp off"
     );
     assert_refused(&exit, BUSY, &message);
     assert_eq!(xdp_program_id(&namespace), id, "it is still there");
@@ -179,7 +179,7 @@ fn a_second_primary() {
     let primary = launch(&namespace).start().unwrap();
     let exit = launch(&namespace).run().unwrap();
     let message = format!(
-        "xfan: another xfan primary owns rx0 (XDP program xfan_steer, id {}); stop it first, an interface has one primary",
+        "xfan: another xfan primary owns rx0 (XDP program xfan_steer, id {}); stop it first: an interface can have only one primary",
         xdp_program_id(&namespace)
     );
     assert_refused(&exit, BUSY, &message);

@@ -1,4 +1,4 @@
-//! The program's place on an interface: a link that the kernel takes away when the process ends.
+//! Attaching the program to an interface: a link that the kernel removes when the process exits.
 
 use std::fmt;
 use std::io;
@@ -13,16 +13,16 @@ use thiserror::Error;
 use crate::libbpf_log;
 use crate::privilege::Lacking;
 
-/// The program's name in the kernel, by which a primary knows another one.
+/// The program's name in the kernel, by which a primary recognises the program of another primary.
 const PROGRAM_NAME: &str = "xfan_steer";
 
-/// Where on an interface's receive path a program runs.
+/// Where on the receive path of an interface the program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum XdpMode {
-    /// In the driver, before the kernel has made a socket buffer of the packet.
+    /// In the driver, before the kernel allocates a socket buffer for the packet.
     Native,
-    /// After the driver, at the cost of a socket buffer and a copy per packet. Works on every
-    /// driver.
+    /// After the driver, at the cost of a socket buffer and a copy for each packet. Works with
+    /// every driver.
     Generic,
 }
 
@@ -47,10 +47,10 @@ impl fmt::Display for XdpMode {
 /// Why the program could not be attached.
 #[derive(Debug, Error)]
 pub enum AttachError {
-    /// A program of this name is attached: another primary's.
+    /// The program of another primary is attached.
     #[error(
         "another xfan primary owns {interface} (XDP program {PROGRAM_NAME}, id {id}); \
-         stop it first, an interface has one primary"
+         stop it first: an interface can have only one primary"
     )]
     AnotherPrimary {
         /// The interface.
@@ -58,38 +58,38 @@ pub enum AttachError {
         /// The other program's id.
         id: u32,
     },
-    /// Somebody else's program is attached.
+    /// An XDP program of another tool is attached.
     #[error(
-        "{interface} already runs another XDP program, {} (id {id}); stop what uses it, \
-         or, if it was left behind, remove it with: ip link set dev {interface} xdp off",
+        "{interface} already runs another XDP program, {} (id {id}); stop the tool that uses it, \
+         or, if that has exited, remove the program with: ip link set dev {interface} xdp off",
         quoted(name.as_deref())
     )]
     AnotherProgram {
         /// The interface.
         interface: String,
-        /// The other program's name; `None` if this process lacks CAP_SYS_ADMIN, which reading the
-        /// name takes.
+        /// The other program's name; `None` if this process lacks CAP_SYS_ADMIN, which is required
+        /// to read the name.
         name: Option<String>,
         /// The other program's id.
         id: u32,
     },
-    /// This very program is attached already.
-    #[error("the XDP program is attached already and cannot be attached to {interface} too; detach it first")]
+    /// This program is already attached.
+    #[error("cannot attach the XDP program to {interface}: it is already attached; detach it first")]
     Twice {
-        /// The interface it was to be attached to.
+        /// The interface that the caller named.
         interface: String,
     },
-    /// The kernel forbids it.
+    /// The process has no permission.
     #[error("the kernel does not let this process attach an XDP program to {interface} ({source}); {advice}")]
     Privilege {
         /// The interface.
         interface: String,
         /// The kernel's answer.
         source: io::Error,
-        /// What the process lacks.
+        /// The missing capabilities, and what to do.
         advice: String,
     },
-    /// The driver cannot run a program in native mode, or not with the interface's current
+    /// The driver cannot run a program in native mode, or cannot with the interface's current
     /// settings.
     #[error("the driver of {interface} refuses native XDP ({source}{}); {}", said(reason.as_deref()), way_out(source))]
     NoNativeMode {
@@ -97,10 +97,10 @@ pub enum AttachError {
         interface: String,
         /// The kernel's answer.
         source: io::Error,
-        /// The driver's reason in its own words, where it gives one.
+        /// The driver's error message, if it returns one.
         reason: Option<String>,
     },
-    /// There is no interface with this index, or no longer.
+    /// No interface has this index, or the interface has been removed.
     #[error("interface {interface} (index {ifindex}) does not exist in this network namespace")]
     NoSuchInterface {
         /// The interface.
@@ -108,41 +108,42 @@ pub enum AttachError {
         /// Its index.
         ifindex: u32,
     },
-    /// Anything else.
+    /// The kernel refuses for another reason.
     #[error("the kernel refuses to attach the XDP program to {interface} in {mode} mode: {source}")]
     Refused {
         /// The interface.
         interface: String,
-        /// The mode tried last.
+        /// The mode of the last attempt.
         mode: XdpMode,
         /// The kernel's answer.
         source: io::Error,
     },
 }
 
-/// The driver's own error message, quoted.
+/// The driver's error message, quoted.
 fn said(reason: Option<&str>) -> String {
     reason.map_or_else(String::new, |reason| format!(": \"{reason}\""))
 }
 
-/// What an operator can do about a driver that refuses native mode.
+/// What an operator can do if the driver refuses native mode.
 fn way_out(source: &io::Error) -> &'static str {
     if lacks_xdp(source) {
         "it has no XDP, or none for this device: choose generic mode"
     } else {
-        "its settings may not allow it: lower the MTU (many drivers stop at some 3000 bytes), turn off LRO or use \
-         fewer channels (ethtool -L); else choose generic mode"
+        "the interface's settings may not allow it: lower the MTU (many drivers accept at most some 3000 bytes), \
+         turn off LRO or use fewer channels (ethtool -L); else choose generic mode"
     }
 }
 
+/// The name of a program, quoted.
 fn quoted(name: Option<&str>) -> String {
     match name {
         Some(name) => format!("\"{name}\""),
-        None => "of a name that only CAP_SYS_ADMIN may see".into(),
+        None => "whose name only CAP_SYS_ADMIN may read".into(),
     }
 }
 
-/// A program on an interface. Dropping it takes the program off.
+/// A program that is attached to an interface. Dropping it detaches the program.
 #[derive(Debug)]
 pub(crate) struct Attachment {
     link: OwnedFd,
@@ -172,18 +173,18 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // Closing the link detaches the program only if no other process holds a copy of it, and a
-        // child process between fork and exec may hold one. If the detach fails, as on an interface
-        // that is gone, closing the link does the work.
-        // SAFETY: takes no pointers; `link` is an open file descriptor until this function is over.
+        // Closing the link detaches the program only if no other process holds a copy of the
+        // descriptor, and a child process between fork and exec may hold one. So detach explicitly.
+        // If that fails, for example because the interface was removed, closing the link suffices.
+        // SAFETY: the function takes no pointers. `link` stays open until this function returns.
         unsafe { libbpf_sys::bpf_link_detach(self.link.as_raw_fd()) };
     }
 }
 
-/// Whether native mode failed because of the driver, so that generic mode may work. Drivers report
-/// it in many ways: no support (EOPNOTSUPP, the kernel's own ENOTSUPP), an MTU, LRO or channel
-/// setting that they cannot combine with it (EINVAL, ERANGE, E2BIG, EFBIG), or too few TX queues or
-/// buffers left (ENOSPC, ENOMEM).
+/// Whether native mode failed because of the driver, so that generic mode may work. Drivers return
+/// different errors: EOPNOTSUPP or the kernel-internal ENOTSUPP without support for XDP; EINVAL,
+/// ERANGE, E2BIG or EFBIG for an MTU, LRO or channel setting that they cannot combine with XDP;
+/// ENOSPC or ENOMEM for too few TX queues or buffers.
 fn driver_cannot(error: &io::Error) -> bool {
     lacks_xdp(error)
         || error.raw_os_error().map(Errno::from_raw).is_some_and(|errno| {
@@ -201,14 +202,14 @@ fn lacks_xdp(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|raw| raw == ENOTSUPP || raw == Errno::EOPNOTSUPP as i32)
 }
 
-/// The driver's own error message (extack) for refusing native mode. bpf(2) does not return it, but
-/// attaching by netlink does. So this function tries to attach once more, by netlink.
+/// The driver's error message (extack) about native mode. bpf(2) does not return it, but attaching
+/// by netlink does. So this function attempts to attach once more, by netlink.
 fn reason_of_driver(program: BorrowedFd<'_>, ifindex: i32) -> Option<String> {
     let xdp = Xdp::new(program);
     let flags = XdpFlags::DRV_MODE | XdpFlags::UPDATE_IF_NOEXIST;
     let (attached, log) = libbpf_log::collect(|| xdp.attach(ifindex, flags));
     if attached.is_ok() {
-        // This time the driver accepted the program, so there is no error message.
+        // This attempt succeeded, so there is no error message.
         let _ = xdp.detach(ifindex, XdpFlags::DRV_MODE);
         return None;
     }
@@ -216,26 +217,27 @@ fn reason_of_driver(program: BorrowedFd<'_>, ifindex: i32) -> Option<String> {
     Some(reason.lines().next()?.trim().to_owned()).filter(|reason| !reason.is_empty())
 }
 
-/// Attaches like libbpf's `bpf_program__attach_xdp`, which has no parameter for the mode.
+/// Attaches as libbpf's `bpf_program__attach_xdp` does, which has no parameter for the mode.
 fn create_link(program: BorrowedFd<'_>, ifindex: i32, mode: XdpMode) -> io::Result<OwnedFd> {
     let options = libbpf_sys::bpf_link_create_opts {
         sz: size_of::<libbpf_sys::bpf_link_create_opts>() as libbpf_sys::size_t,
         flags: mode.flag().bits(),
         ..Default::default()
     };
-    // SAFETY: `options` lives through the call and has its size in `sz`, and its pointers are null, as they
-    // are for an XDP link; `program` is an open file descriptor.
+    // SAFETY: the function requires a valid `options` whose `sz` is its size: it outlives the call,
+    // and its pointers are null, as an XDP link has it. `program` is an open file descriptor.
     let fd = unsafe {
         libbpf_sys::bpf_link_create(program.as_raw_fd(), ifindex, libbpf_sys::BPF_XDP, &raw const options)
     };
     if fd < 0 {
         return Err(io::Error::from_raw_os_error(-fd));
     }
-    // SAFETY: the call returned a new file descriptor, which nobody else owns.
+    // SAFETY: `from_raw_fd` requires an open descriptor without another owner: the call returned a
+    // new one.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Turns the kernel's answer into what an operator can act on.
+/// Turns the kernel's error into one that an operator can act on.
 fn explain(
     program: BorrowedFd<'_>,
     device: i32,
@@ -264,8 +266,8 @@ fn explain(
     }
 }
 
-/// The error that names the program attached to an interface, if there is one. `any` is any
-/// program: libbpf's API takes one.
+/// The error that names the program attached to an interface; `None` if there is none. `any` may be
+/// any program: libbpf's API requires one.
 pub(crate) fn occupant(any: BorrowedFd<'_>, ifindex: u32, interface: &str) -> Option<AttachError> {
     let interface = interface.to_owned();
     match attached_program(any, i32::try_from(ifindex).ok()?)? {
@@ -274,8 +276,8 @@ pub(crate) fn occupant(any: BorrowedFd<'_>, ifindex: u32, interface: &str) -> Op
     }
 }
 
-/// The id of the program attached to an interface and, if this process may read it, its name. `any`
-/// is any program.
+/// The id of the program attached to an interface, and its name if this process may read it. `any`
+/// may be any program.
 fn attached_program(any: BorrowedFd<'_>, ifindex: i32) -> Option<(u32, Option<String>)> {
     let found = Xdp::new(any).query(ifindex, XdpFlags::NONE).ok()?;
     let ids = [found.prog_id, found.drv_prog_id, found.skb_prog_id, found.hw_prog_id];
@@ -289,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn falls_back_for_the_drivers_sake_alone() {
+    fn only_driver_errors_allow_generic_mode() {
         let cannot = |raw| driver_cannot(&io::Error::from_raw_os_error(raw));
         for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ERANGE, Errno::ENOMEM] {
             assert!(cannot(errno as i32), "{errno}");
@@ -301,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_other_program() {
+    fn the_error_names_the_other_program() {
         let another = |name: Option<&str>| AttachError::AnotherProgram {
             interface: "eth1".into(),
             name: name.map(String::from),
@@ -310,8 +312,8 @@ mod tests {
         assert!(
             another(Some("xdp_pass"))
                 .to_string()
-                .starts_with("eth1 already runs another XDP program, \"xdp_pass\" (id 7); stop what uses it")
+                .starts_with("eth1 already runs another XDP program, \"xdp_pass\" (id 7); stop the tool")
         );
-        assert!(another(None).to_string().contains("of a name that only CAP_SYS_ADMIN may see (id 7)"));
+        assert!(another(None).to_string().contains("whose name only CAP_SYS_ADMIN may read (id 7)"));
     }
 }

@@ -1,25 +1,27 @@
-//! The program's counters: where each packet of a queue went.
+//! The program's counters: what happened to each packet of a queue.
 
 use std::mem::{offset_of, size_of};
 use std::ops::AddAssign;
 
 use crate::object::skeleton::types;
 
-/// Packets of one RX queue by outcome, since the program was loaded. Every packet is in exactly one field.
+/// Packets of one RX queue by outcome, since the program was loaded. Each packet is counted in
+/// exactly one field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueCounters {
-    /// Handed to the queue's AF_XDP socket. The socket may have dropped some of them, for want of a frame or
-    /// of room in its RX ring: that is in its own statistics.
+    /// Redirected to the queue's AF_XDP socket. The socket may have dropped some of them, because
+    /// its FILL ring was empty or its RX ring full. Its own statistics count these.
     pub redirect: u64,
-    /// Passed to the kernel: neither IPv4 nor IPv6, such as ARP and LLDP, or shorter than its link header.
+    /// Passed to the kernel, because they are neither IPv4 nor IPv6, such as ARP and LLDP, or end
+    /// within the link header.
     pub pass_non_ip: u64,
-    /// Passed to the kernel: IPv6 neighbour or router discovery.
+    /// Passed to the kernel, because they are IPv6 neighbour or router discovery.
     pub pass_nd: u64,
-    /// Passed to the kernel: a [`PassRule`](crate::PassRule).
+    /// Passed to the kernel by a [`PassRule`](crate::PassRule).
     pub pass_rule: u64,
-    /// Passed to the kernel: the queue has no socket.
+    /// Passed to the kernel, because the queue has no socket.
     pub pass_no_socket: u64,
-    /// Dropped: longer than a frame of the socket holds.
+    /// Dropped, because they are longer than a frame of the socket can hold.
     pub drop_too_long: u64,
 }
 
@@ -33,14 +35,15 @@ const _: () = assert!(offset_of!(types::queue_counters, pass_no_socket) == 32);
 const _: () = assert!(offset_of!(types::queue_counters, drop_too_long) == 40);
 
 impl QueueCounters {
-    /// One CPU's value of an entry of the program's `counters` map, as the words it consists of: for a loader
-    /// other than [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to `queue`.
+    /// The counters in the words of one CPU's value of an entry in the program's `counters` map.
+    /// For loaders other than [`SteerProgram`](crate::SteerProgram). Entry `queue + 1` belongs to
+    /// `queue`.
     pub fn from_words(words: [u64; WORDS]) -> Self {
         let [redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long] = words;
         Self { redirect, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long }
     }
 
-    /// The same from the map's bytes; zero where there are too few of them.
+    /// The counters in the bytes of the map's value. Fields beyond the last byte are zero.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
         let (words, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
         let mut values = [0; WORDS];
@@ -50,7 +53,7 @@ impl QueueCounters {
         Self::from_words(values)
     }
 
-    /// Packets passed to the kernel, for whatever reason.
+    /// Number of packets passed to the kernel, for any reason.
     pub fn passed(&self) -> u64 {
         self.pass_non_ip + self.pass_nd + self.pass_rule + self.pass_no_socket
     }

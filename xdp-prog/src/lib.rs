@@ -1,6 +1,8 @@
-//! The kernel side of xfan: the XDP program that steers an interface's RX queues into AF_XDP sockets.
+//! The kernel side of xfan: the XDP program that redirects the packets of an interface's RX queues
+//! to AF_XDP sockets.
 //!
-//! The program is C, under `src/bpf/`; this crate compiles it into itself and gives it a small typed API:
+//! The program is written in C, under `src/bpf/`. This crate compiles it, embeds the object, and
+//! offers a small typed API to load it, attach it, set its rules and read its counters:
 //!
 //! ```no_run
 //! use std::os::fd::RawFd;
@@ -15,7 +17,7 @@
 //!     program.insert_socket(queue, &socket_of(queue))?;
 //! }
 //! program.attach(ifindex, "eth1", XdpMode::Native)?;
-//! // ... and when the sockets are done with:
+//! // Later, before the sockets are closed:
 //! program.detach();
 //! for (queue, packets) in program.counters()?.iter().enumerate() {
 //!     println!("queue {queue}: {} redirected, {} passed", packets.redirect, packets.passed());
@@ -24,12 +26,16 @@
 //! # }
 //! ```
 //!
-//! The program stays attached no longer than the process lives: the kernel detaches it when the process ends
-//! in whatever way, and the interface's traffic goes to the kernel's stack again.
+//! The kernel detaches the program when the process exits, for whatever reason. From then on, the
+//! interface's traffic goes to the kernel's network stack again.
 
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)] // creates and detaches the link with libbpf's C functions
 mod attach;
 mod counters;
 mod libbpf_log;
+#[allow(unsafe_code)] // generated code
 mod object;
 mod privilege;
 mod program;

@@ -1,4 +1,5 @@
-//! What libbpf has to say about a failure, the verifier's log above all. It prints instead of returning it.
+//! The messages of libbpf, such as the verifier's log. libbpf prints them instead of returning
+//! them.
 
 use std::cell::RefCell;
 use std::sync::Once;
@@ -6,12 +7,12 @@ use std::sync::Once;
 use libbpf_rs::{PrintLevel, set_print};
 
 thread_local! {
-    /// While this thread collects: what libbpf has printed so far.
+    /// What libbpf has printed on this thread since `collect` was called; `None` outside of it.
     static COLLECTED: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Runs `work` and returns what libbpf printed meanwhile on this thread, besides what `work` returns.
-/// Whatever libbpf prints at other times is logged.
+/// Runs `work`, and returns its result and what libbpf printed meanwhile on this thread. What
+/// libbpf prints at other times is logged.
 pub(crate) fn collect<T>(work: impl FnOnce() -> T) -> (T, String) {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {

@@ -1,4 +1,4 @@
-//! Which capabilities the calling thread lacks for loading and attaching an XDP program.
+//! The capabilities for loading and attaching an XDP program that the calling thread lacks.
 
 use std::fmt;
 use std::fs;
@@ -8,20 +8,22 @@ const CAP_SYS_ADMIN: u64 = 1 << 21;
 const CAP_PERFMON: u64 = 1 << 38;
 const CAP_BPF: u64 = 1 << 39;
 
-/// What is needed, each with the capabilities of which one will do. CAP_PERFMON, since headers have variable
-/// length: to others, the verifier forbids packet pointers that a speculating processor might misuse.
+/// The required capabilities, each with those of which one suffices. CAP_PERFMON is required
+/// because headers have variable lengths: without it, the verifier refuses packet pointers that a
+/// processor could misuse speculatively.
 const NEEDED: [(&str, u64); 3] = [
     ("CAP_BPF", CAP_BPF | CAP_SYS_ADMIN),
     ("CAP_PERFMON", CAP_PERFMON | CAP_SYS_ADMIN),
     ("CAP_NET_ADMIN", CAP_NET_ADMIN),
 ];
 
-/// The needed capabilities that a thread lacks. Says, as the end of a sentence, what to do about a refusal.
+/// The required capabilities that a thread lacks. Displays as the end of a sentence that says what
+/// to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Lacking(Vec<&'static str>);
 
 impl Lacking {
-    /// Looks at the calling thread's effective capabilities.
+    /// Reads the effective capabilities of the calling thread.
     pub(crate) fn of_this_thread() -> Self {
         let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
         let effective = status
@@ -36,7 +38,7 @@ impl Lacking {
         Self(lacking.map(|&(name, _)| name).collect())
     }
 
-    /// Whether it lacks none.
+    /// Whether the thread has all required capabilities.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -47,7 +49,7 @@ impl fmt::Display for Lacking {
         match self.0.as_slice() {
             [] => f.write_str(
                 "it has the capabilities, but not in the initial user namespace, or kernel lockdown or a security \
-                 module forbids it: run it outside of the container, or allow it there",
+                 module forbids it: run it outside of the container, or grant the permission there",
             ),
             lacking => write!(
                 f,
@@ -63,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_what_is_missing() {
+    fn the_text_names_missing_capabilities() {
         for (effective, expected) in [
             (0, "it lacks CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN:"),
             (CAP_NET_ADMIN, "it lacks CAP_BPF and CAP_PERFMON:"),

@@ -1,4 +1,4 @@
-//! The loaded program: its sockets, rules and counters, and its place on an interface.
+//! The loaded program: its sockets, rules and counters, and its attachment to an interface.
 
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -16,24 +16,25 @@ use crate::privilege::Lacking;
 use crate::rule::PassRule;
 use crate::rule_table::rule_table;
 
-/// The most RX queues a program can be loaded for: the kernel numbers queues with 16 bits.
+/// Largest number of RX queues that the program can be loaded for: the kernel numbers queues with
+/// 16 bits.
 pub const MAX_QUEUES: u32 = 65_535;
 
 /// Why the program could not be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// There is no such number of queues.
-    #[error("an interface has 1 to {MAX_QUEUES} RX queues, the XDP program was to be loaded for {0}")]
+    /// The number of queues is out of range.
+    #[error("cannot load the XDP program for {0} RX queues: an interface has 1 to {MAX_QUEUES}")]
     Queues(u32),
-    /// The kernel forbids it.
+    /// The process has no permission.
     #[error("the kernel does not let this process load an XDP program ({source:#}); {advice}")]
     Privilege {
-        /// What the process lacks.
+        /// The missing capabilities, and what to do.
         advice: String,
         /// The kernel's answer.
         source: libbpf_rs::Error,
     },
-    /// The kernel has no memory for the maps.
+    /// The kernel cannot allocate the maps.
     #[error(
         "the kernel has no memory for the maps of an XDP program with {queues} RX queues ({source:#}); \
          raise the memory limit of this process's control group, or RLIMIT_MEMLOCK on a kernel before 5.11"
@@ -44,21 +45,22 @@ pub enum LoadError {
         /// The kernel's answer.
         source: libbpf_rs::Error,
     },
-    /// The kernel refuses the program or a map, most likely for its age.
+    /// The kernel refuses the program or a map, most likely because it is too old.
     #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.10 or newer{}", Log(log))]
     Refused {
         /// The kernel's answer.
         source: libbpf_rs::Error,
-        /// What libbpf and the verifier said about it.
+        /// The messages of libbpf and of the verifier.
         log: String,
     },
 }
 
-/// The end of a log that may be long: that is where the reason stands.
+/// Displays the end of a log, which may be long.
 struct Log<'a>(&'a str);
 
 impl fmt::Display for Log<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// Enough for the verifier's reason and libbpf's summary, which end the log.
         const SHOWN_LINES: usize = 20;
         let lines: Vec<&str> = self.0.lines().collect();
         lines[lines.len().saturating_sub(SHOWN_LINES)..].iter().try_for_each(|line| write!(f, "\n  {line}"))
@@ -71,7 +73,7 @@ pub enum MapError {
     /// The program was loaded for fewer queues.
     #[error("there is no RX queue {queue}: the XDP program was loaded for queues 0 to {}", queues - 1)]
     NoSuchQueue {
-        /// The queue asked for.
+        /// The queue that the caller named.
         queue: u32,
         /// The number of queues the program was loaded for.
         queues: u32,
@@ -81,7 +83,7 @@ pub enum MapError {
     Socket {
         /// The queue.
         queue: u32,
-        /// The file descriptor that was to be its socket.
+        /// The file descriptor of the socket.
         fd: i32,
         /// The kernel's answer.
         source: libbpf_rs::Error,
@@ -96,10 +98,11 @@ pub enum MapError {
     },
 }
 
-/// The steering program, loaded and perhaps attached. Dropping it detaches and unloads it.
+/// The loaded XDP program, which may be attached to an interface. Dropping it detaches and unloads
+/// it. The crate's documentation has an example.
 #[derive(Debug)]
 pub struct SteerProgram {
-    // First, so that it is dropped first: traffic returns to the kernel before the maps go.
+    // The first field is dropped first: the program is detached before its maps are closed.
     attachment: Option<Attachment>,
     program: OwnedFd,
     sockets: MapHandle,
@@ -109,12 +112,17 @@ pub struct SteerProgram {
 }
 
 impl SteerProgram {
-    /// Loads the program for an interface with `queues` RX queues and sockets whose frames hold packets of
-    /// `max_length` bytes. No queue has a socket yet, and nothing is steered before [`attach`](Self::attach).
+    /// Loads the program for an interface with `queues` RX queues, and for sockets whose frames
+    /// hold packets of up to `max_length` bytes. No queue has a socket yet, and no packet is
+    /// redirected before [`attach`](Self::attach).
     ///
     /// # Errors
     ///
-    /// See [`LoadError`]. The process needs CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and CAP_NET_ADMIN.
+    /// - [`LoadError::Queues`] if `queues` is not 1 to [`MAX_QUEUES`].
+    /// - [`LoadError::Privilege`] if the process lacks a capability. It needs CAP_BPF and
+    ///   CAP_PERFMON (or CAP_SYS_ADMIN), and CAP_NET_ADMIN.
+    /// - [`LoadError::Memory`] if the kernel cannot allocate the maps.
+    /// - [`LoadError::Refused`] if the kernel refuses the program for another reason.
     pub fn load(queues: u32, rules: &[PassRule], max_length: u32) -> Result<Self, LoadError> {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(LoadError::Queues(queues));
@@ -122,7 +130,8 @@ impl SteerProgram {
         let (loaded, log) = libbpf_log::collect(|| load(queues, rules, max_length));
         loaded.map_err(|source| {
             let lacking = Lacking::of_this_thread();
-            // The verifier has reasons of its own to deny permission: only then is there a log of it.
+            // The verifier also returns EPERM or EACCES for its own reasons. Then libbpf prints a
+            // log.
             let denied = source.kind() == ErrorKind::PermissionDenied;
             if denied && (!lacking.is_empty() || !log.contains("PROG LOAD LOG")) {
                 return LoadError::Privilege { advice: lacking.to_string(), source };
@@ -134,14 +143,21 @@ impl SteerProgram {
         })
     }
 
-    /// Attaches the program to an interface: from now on its packets are steered.
+    /// Attaches the program to an interface. From then on it handles the interface's packets.
     ///
-    /// The interface is looked up by `ifindex`, in the calling thread's network namespace; `interface` is its
-    /// name for error messages.
+    /// The interface is identified by `ifindex`, in the network namespace of the calling thread.
+    /// `interface` is its name, for error messages.
     ///
     /// # Errors
     ///
-    /// See [`AttachError`]. The program remains loaded and can be attached again.
+    /// - [`AttachError::Twice`] if this program is already attached.
+    /// - [`AttachError::AnotherPrimary`] or [`AttachError::AnotherProgram`] if another program is
+    ///   attached to the interface.
+    /// - [`AttachError::NoNativeMode`] if the driver refuses native mode. Generic mode may work.
+    /// - [`AttachError::NoSuchInterface`], [`AttachError::Privilege`] or [`AttachError::Refused`]
+    ///   for other reasons.
+    ///
+    /// After an error, the program remains loaded and can be attached again.
     pub fn attach(&mut self, ifindex: u32, interface: &str, mode: XdpMode) -> Result<(), AttachError> {
         if self.attachment.is_some() {
             return Err(AttachError::Twice { interface: interface.into() });
@@ -150,7 +166,8 @@ impl SteerProgram {
         Ok(())
     }
 
-    /// Fails if another program is attached to the interface. This one is not attached yet.
+    /// Checks that no other program is attached to the interface. Call it while this program is not
+    /// attached.
     ///
     /// # Errors
     ///
@@ -159,23 +176,25 @@ impl SteerProgram {
         attach::occupant(self.program.as_fd(), ifindex, interface).map_or(Ok(()), Err)
     }
 
-    /// Detaches the program: the interface's packets go to the kernel again. The counters can still be read,
-    /// and the program attached again. Does nothing to a program that is not attached.
+    /// Detaches the program, so that the interface's packets go to the kernel again. Its counters
+    /// can still be read, and it can be attached again. Does nothing if the program is not
+    /// attached.
     pub fn detach(&mut self) {
         self.attachment = None;
     }
 
-    /// The mode in which the program is attached; `None` if it is not.
+    /// The mode in which the program is attached; `None` if it is not attached.
     pub fn mode(&self) -> Option<XdpMode> {
         self.attachment.as_ref().map(Attachment::mode)
     }
 
-    /// Has the packets of `queue` redirected to an AF_XDP socket that is bound to it. Replaces the socket it
-    /// had. The kernel takes the socket out by itself when it is closed.
+    /// Redirects the packets of `queue` to an AF_XDP socket that is bound to that queue. Replaces
+    /// the queue's previous socket, if any. The kernel removes a socket when it is closed.
     ///
     /// # Errors
     ///
-    /// If there is no such queue, or the file descriptor is no AF_XDP socket.
+    /// [`MapError::NoSuchQueue`] if the queue does not exist, [`MapError::Socket`] if the file
+    /// descriptor is not an AF_XDP socket.
     pub fn insert_socket(&self, queue: u32, socket: &impl AsRawFd) -> Result<(), MapError> {
         self.check_queue(queue)?;
         let fd = socket.as_raw_fd();
@@ -184,11 +203,12 @@ impl SteerProgram {
             .map_err(|source| MapError::Socket { queue, fd, source })
     }
 
-    /// Has the packets of `queue` passed to the kernel, whether or not it had a socket.
+    /// Removes the socket of `queue`, if it has one. The queue's packets then go to the kernel.
     ///
     /// # Errors
     ///
-    /// If there is no such queue.
+    /// [`MapError::NoSuchQueue`] if the queue does not exist, [`MapError::Access`] if the kernel
+    /// refuses access to the map.
     pub fn remove_socket(&self, queue: u32) -> Result<(), MapError> {
         self.check_queue(queue)?;
         match self.sockets.delete(&queue.to_ne_bytes()) {
@@ -199,31 +219,32 @@ impl SteerProgram {
         }
     }
 
-    /// Replaces all pass rules. While the kernel copies the new ones, packets may meet some of either.
+    /// Replaces all pass rules. The kernel does not copy them atomically: meanwhile a packet may be
+    /// checked against a mixture of old and new rules.
     ///
     /// # Errors
     ///
-    /// If the kernel refuses access to the map.
+    /// [`MapError::Access`] if the kernel refuses access to the map.
     pub fn set_rules(&self, rules: &[PassRule]) -> Result<(), MapError> {
         write_rules(&self.rules, rules).map_err(|source| MapError::Access { map: ".bss", source })
     }
 
-    /// Counters of each queue, by its number, summed over CPUs.
+    /// The counters of each queue, by queue number, summed over all CPUs.
     ///
     /// # Errors
     ///
-    /// If the kernel refuses access to the map.
+    /// [`MapError::Access`] if the kernel refuses access to the map.
     pub fn counters(&self) -> Result<Vec<QueueCounters>, MapError> {
         (1..=self.queues).map(|entry| self.counters_of_entry(entry)).collect()
     }
 
-    /// Counters of all queues that are not among those the program was loaded for, together. They are zero
-    /// unless somebody gives the interface more RX queues meanwhile; the packets of such a queue go to the
-    /// kernel.
+    /// The sum of the counters of all queues beyond those that the program was loaded for. They are
+    /// zero unless the number of the interface's RX queues was raised since. The packets of such a
+    /// queue go to the kernel.
     ///
     /// # Errors
     ///
-    /// If the kernel refuses access to the map.
+    /// [`MapError::Access`] if the kernel refuses access to the map.
     pub fn counters_of_new_queues(&self) -> Result<QueueCounters, MapError> {
         self.counters_of_entry(0)
     }
@@ -245,7 +266,8 @@ impl SteerProgram {
     }
 }
 
-/// Loads through the skeleton, and keeps file descriptors alone: the skeleton would borrow its storage.
+/// Loads the program through the skeleton. Keeps only duplicated file descriptors of it, because
+/// the skeleton borrows its storage.
 fn load(queues: u32, rules: &[PassRule], max_length: u32) -> Result<SteerProgram, libbpf_rs::Error> {
     let mut storage = MaybeUninit::uninit();
     let mut open = XfanSkelBuilder::default().open(&mut storage)?;
@@ -284,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refuses_impossible_numbers_of_queues() {
+    fn queue_numbers_out_of_range_are_refused() {
         for queues in [0, MAX_QUEUES + 1, u32::MAX] {
             let error = SteerProgram::load(queues, &[], 1792).unwrap_err();
             assert!(matches!(error, LoadError::Queues(n) if n == queues));
@@ -292,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn shows_the_end_of_a_log() {
+    fn the_error_shows_the_end_of_the_log() {
         let log: String = (0..30).map(|line| format!("line {line}\n")).collect();
         let source = libbpf_rs::Error::from(std::io::Error::from_raw_os_error(22));
         let text = LoadError::Refused { source, log }.to_string();

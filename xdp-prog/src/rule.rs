@@ -1,18 +1,18 @@
-//! What an operator lets pass to the kernel: a protocol, or a protocol's destination port.
+//! Pass rules: packets of a protocol, or of a protocol's destination port, that go to the kernel.
 
 use std::fmt;
 use std::str::FromStr;
 
 use thiserror::Error;
 
-/// TCP's IP protocol number.
+/// IP protocol number of TCP.
 pub(crate) const TCP: u8 = 6;
-/// UDP's IP protocol number.
+/// IP protocol number of UDP.
 pub(crate) const UDP: u8 = 17;
-/// SCTP's IP protocol number.
+/// IP protocol number of SCTP.
 pub(crate) const SCTP: u8 = 132;
 
-/// IP protocols that have a name in rules. Any other is written as its number.
+/// The IP protocols that rules know by name. Any other is written as its number.
 const NAMES: [(&str, u8); 12] = [
     ("icmp", 1),
     ("igmp", 2),
@@ -28,11 +28,14 @@ const NAMES: [(&str, u8); 12] = [
     ("sctp", SCTP),
 ];
 
-/// Packets that go to the kernel although the interface is steered: all of an IP protocol, over IPv4 and IPv6,
-/// or those to one destination port of TCP, UDP or SCTP. Source ports never count, since a sender that could
-/// choose its way past the sensor would.
+/// A rule for packets that go to the kernel instead of an AF_XDP socket: all packets of an IP
+/// protocol, over IPv4 and IPv6, or those to one destination port of TCP, UDP or SCTP. Rules cannot
+/// name source ports: a sender could choose its source port to bypass the sensor.
 ///
-/// A rule with a port does not meet fragments other than the first, which carry no ports: they are steered.
+/// A rule with a port matches only packets that contain the port. Fragments other than the first do
+/// not, so they are redirected.
+///
+/// # Examples
 ///
 /// ```
 /// use xfan_xdp::PassRule;
@@ -60,39 +63,39 @@ impl PassRule {
     }
 }
 
-/// Why a text is no pass rule.
+/// Why a text is not a pass rule.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RuleError {
-    /// The part before the slash is no protocol.
+    /// The part before the slash is not a protocol.
     #[error(
-        "pass rule \"{rule}\": \"{protocol}\" is no IP protocol; write {}, or a protocol number from 0 to 255",
+        "pass rule \"{rule}\": \"{protocol}\" is not an IP protocol; write {}, or a protocol number from 0 to 255",
         names()
     )]
     UnknownProtocol {
         /// The rule as it was written.
         rule: String,
-        /// The part of it that should have been a protocol.
+        /// The part before the slash.
         protocol: String,
     },
-    /// The part after the slash is no port.
+    /// The part after the slash is not a port.
     #[error(
-        "pass rule \"{rule}\": \"{port}\" is no destination port; write one from 1 to 65535, as in tcp/22, \
-         or leave out the slash to pass the whole protocol"
+        "pass rule \"{rule}\": \"{port}\" is not a destination port; write one from 1 to 65535, as in tcp/22, \
+         or omit the slash to pass the whole protocol"
     )]
     BadPort {
         /// The rule as it was written.
         rule: String,
-        /// The part of it that should have been a port.
+        /// The part after the slash.
         port: String,
     },
     /// The protocol has no ports.
     #[error(
-        "pass rule \"{rule}\": only tcp, udp and sctp have ports; write \"{protocol}\" to pass all of it"
+        "pass rule \"{rule}\": only tcp, udp and sctp have ports; write \"{protocol}\" to pass the whole protocol"
     )]
     NoPorts {
         /// The rule as it was written.
         rule: String,
-        /// The protocol in it.
+        /// The part before the slash.
         protocol: String,
     },
 }
@@ -131,7 +134,7 @@ fn parse_protocol(text: &str) -> Option<u8> {
     named.map(|&(_, number)| number).or_else(|| parse_number(text))
 }
 
-/// Digits only: `parse` alone would take a leading plus sign too.
+/// Parses decimal digits. `str::parse` alone would also accept a leading plus sign.
 fn parse_number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
@@ -158,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn accepts_every_name_and_writes_it_back() {
+    fn every_protocol_name_is_accepted_and_displayed() {
         for (name, protocol) in NAMES {
             let parsed = rule(name).unwrap();
             assert_eq!((parsed.protocol(), parsed.port()), (protocol, None));
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn accepts_numbers_ports_and_capitals() {
+    fn numbers_ports_and_capitals_are_accepted() {
         for (text, protocol, port, written) in [
             ("tcp/22", 6, Some(22), "tcp/22"),
             ("UDP/53", 17, Some(53), "udp/53"),
@@ -186,37 +189,37 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_protocol() {
+    fn unknown_protocols_are_refused() {
         for text in ["", "tpc", "256", "-1", "+6", " tcp", "tcp ", "/22", "tcp:22", "icmp6"] {
             assert!(matches!(rule(text), Err(RuleError::UnknownProtocol { .. })), "{text:?}");
         }
         assert_eq!(
             rule("tpc/22").unwrap_err().to_string(),
-            "pass rule \"tpc/22\": \"tpc\" is no IP protocol; write icmp, igmp, tcp, udp, gre, esp, ah, icmpv6, \
+            "pass rule \"tpc/22\": \"tpc\" is not an IP protocol; write icmp, igmp, tcp, udp, gre, esp, ah, icmpv6, \
              ospf, pim, vrrp, sctp, or a protocol number from 0 to 255"
         );
     }
 
     #[test]
-    fn refuses_what_is_no_port() {
+    fn invalid_ports_are_refused() {
         for text in ["tcp/", "tcp/0", "udp/65536", "sctp/ssh", "tcp/-1", "tcp/+22", "tcp/22/23", "tcp/ 22"] {
             assert!(matches!(rule(text), Err(RuleError::BadPort { .. })), "{text:?}");
         }
         assert_eq!(
             rule("tcp/70000").unwrap_err().to_string(),
-            "pass rule \"tcp/70000\": \"70000\" is no destination port; write one from 1 to 65535, as in tcp/22, \
-             or leave out the slash to pass the whole protocol"
+            "pass rule \"tcp/70000\": \"70000\" is not a destination port; write one from 1 to 65535, as in tcp/22, \
+             or omit the slash to pass the whole protocol"
         );
     }
 
     #[test]
-    fn refuses_a_port_where_there_are_none() {
+    fn ports_of_protocols_without_ports_are_refused() {
         for text in ["icmp/8", "89/1", "gre/"] {
             assert!(matches!(rule(text), Err(RuleError::NoPorts { .. })), "{text:?}");
         }
         assert_eq!(
             rule("icmp/8").unwrap_err().to_string(),
-            "pass rule \"icmp/8\": only tcp, udp and sctp have ports; write \"icmp\" to pass all of it"
+            "pass rule \"icmp/8\": only tcp, udp and sctp have ports; write \"icmp\" to pass the whole protocol"
         );
     }
 }

@@ -1,14 +1,15 @@
-//! Pass rules in the form the program looks them up in: `struct pass_rules`, one load per packet.
+//! Pass rules in the form that the program reads: `struct pass_rules`, looked up by one load per
+//! packet.
 
 use std::mem::{offset_of, size_of};
 
 use crate::object::skeleton::types;
 use crate::rule::{PassRule, SCTP, TCP, UDP};
 
-// As in structs.h.
+// The values of structs.h.
 const RULE_PASS: u8 = 1;
 const RULE_PORTS: u8 = 2;
-/// The protocols with ports; a protocol's index here is its index into `pass_rules.ports`.
+/// The protocols with ports. A protocol's index here is its index into `pass_rules.ports`.
 const PORT_PROTOCOLS: [u8; 3] = [TCP, UDP, SCTP];
 const PORT_BITMAP_BYTES: usize = 8192;
 
@@ -19,8 +20,8 @@ const TABLE_BYTES: usize = size_of::<types::pass_rules>();
 const _: () = assert!(TABLE_BYTES == 1 + 256 + PORT_PROTOCOLS.len() * PORT_BITMAP_BYTES);
 const _: () = assert!(TABLE_BYTES == size_of::<types::bss>(), "the rules must be all of .bss");
 
-/// `rules` as the one entry of the program's `.bss` map holds them: for a loader other than
-/// [`SteerProgram`](crate::SteerProgram).
+/// The value for the only entry of the program's `.bss` map that makes `rules` effective. For
+/// loaders other than [`SteerProgram`](crate::SteerProgram).
 pub fn rule_table(rules: &[PassRule]) -> Vec<u8> {
     let mut table = vec![0; TABLE_BYTES];
     table[ACTIVE] = u8::from(!rules.is_empty());
@@ -31,7 +32,7 @@ pub fn rule_table(rules: &[PassRule]) -> Vec<u8> {
             table[PROTOCOLS + usize::from(protocol)] = RULE_PORTS + index;
         }
     }
-    // After the ports: a rule for the whole protocol includes those for its ports.
+    // After the ports, because a rule for a whole protocol includes the rules for its ports.
     for rule in rules.iter().filter(|rule| rule.port().is_none()) {
         table[PROTOCOLS + usize::from(rule.protocol())] = RULE_PASS;
     }
@@ -52,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn a_protocol_sets_its_entry_alone() {
+    fn a_protocol_sets_only_its_own_entry() {
         let table = table(&["icmp"]);
         assert_eq!(table[ACTIVE], 1);
         assert_eq!(table[PROTOCOLS + 1], RULE_PASS);

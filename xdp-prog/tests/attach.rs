@@ -1,4 +1,4 @@
-//! The program on an interface: modes, other programs in its place, and how it goes away again.
+//! The program on an interface: modes, other programs on the same interface, and detaching.
 
 mod common;
 
@@ -14,10 +14,10 @@ use common::{FrameSender, NIC, PEER, in_own_namespace, index_of, make_veth, run,
 use libbpf_rs::{Link, Object, ObjectBuilder};
 use xfan_xdp::{AttachError, LoadError, MapError, OBJECT, PassRule, QueueCounters, SteerProgram, XdpMode};
 
-/// How long to wait for what the kernel does a little later.
+/// How long to wait for what the kernel does asynchronously.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a frame of 2,048 bytes holds.
+/// Longest packet that a frame of 2,048 bytes can hold.
 const MAX_LENGTH: u32 = 1792;
 
 fn load(rules: &[&str]) -> SteerProgram {
@@ -25,7 +25,7 @@ fn load(rules: &[&str]) -> SteerProgram {
     SteerProgram::load(1, &rules, MAX_LENGTH).unwrap()
 }
 
-/// What `ip link` says of the XDP program on an interface: "xdp", "xdpgeneric", or nothing.
+/// What `ip link` shows about the XDP program on an interface: "xdp", "xdpgeneric", or nothing.
 fn shown_by_ip(interface: &str) -> Option<String> {
     let output = Command::new("ip").args(["-o", "link", "show", "dev", interface]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -41,7 +41,8 @@ fn wait_for(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// The same program under another name of the same length, on an interface in native mode: somebody else's.
+/// Attaches the program of another tool to an interface, in native mode: the same object under
+/// another name of the same length.
 fn attach_foreign(ifindex: u32) -> (Object, Link) {
     let mut object = OBJECT.to_vec();
     for at in 0..object.len() {
@@ -51,7 +52,7 @@ fn attach_foreign(ifindex: u32) -> (Object, Link) {
     }
     let mut open = ObjectBuilder::default().open_memory(&object).unwrap();
     for mut map in open.maps_mut() {
-        // Names of maps that hold global variables contain the object's.
+        // The names of maps that hold global variables contain that of the object.
         if map.name() == "xsks" {
             map.set_max_entries(4).unwrap();
         }
@@ -102,7 +103,7 @@ fn generic_mode_works_where_the_driver_has_no_xdp() {
 }
 
 #[test]
-fn a_driver_that_refuses_an_mtu_gives_its_reason() {
+fn a_driver_that_refuses_the_mtu_is_quoted() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         for end in [NIC, PEER] {
@@ -114,14 +115,14 @@ fn a_driver_that_refuses_an_mtu_gives_its_reason() {
         assert!(reason.as_ref().is_some_and(|reason| reason.contains("MTU")), "{reason:?}");
         let said = refused.to_string();
         assert!(said.contains("lower the MTU") && !said.contains("no XDP"), "{said}");
-        // Asking for the reason has left nothing behind.
+        // Asking for the reason leaves no program attached.
         assert_eq!(shown_by_ip(NIC), None);
         program.attach(nic, NIC, XdpMode::Generic).unwrap();
     });
 }
 
 #[test]
-fn refuses_an_interface_that_another_primary_owns() {
+fn an_interface_of_another_primary_is_refused() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         for (first_choice, second_choice) in [
@@ -138,13 +139,13 @@ fn refuses_an_interface_that_another_primary_owns() {
             assert!(error.to_string().starts_with("another xfan primary owns nic "), "{error}");
             let asked = load(&[]).check_unoccupied(nic, NIC).unwrap_err();
             assert_eq!(asked.to_string(), error.to_string());
-            assert!(shown_by_ip(NIC).is_some(), "the first program is still there");
+            assert!(shown_by_ip(NIC).is_some(), "the first program is still attached");
         }
     });
 }
 
 #[test]
-fn refuses_an_interface_that_runs_another_program() {
+fn an_interface_with_another_program_is_refused() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let foreign = attach_foreign(nic);
@@ -161,7 +162,7 @@ fn refuses_an_interface_that_runs_another_program() {
 }
 
 #[test]
-fn refuses_an_interface_that_does_not_exist() {
+fn an_interface_that_does_not_exist_is_refused() {
     in_own_namespace(|| {
         for (ifindex, choice) in [
             (9999, XdpMode::Generic),
@@ -176,7 +177,7 @@ fn refuses_an_interface_that_does_not_exist() {
 }
 
 #[test]
-fn counts_real_traffic_and_leaves_it_to_the_kernel() {
+fn traffic_is_counted_and_passed_to_the_kernel() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let neighbour = ethernet(&[], ETHERTYPE_IPV6, &ipv6(ICMPV6, 255, &icmp(135)));
@@ -216,7 +217,7 @@ fn counts_real_traffic_and_leaves_it_to_the_kernel() {
 }
 
 #[test]
-fn redirects_once_a_queue_has_a_socket() {
+fn a_queue_with_a_socket_is_redirected() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let mut program = load(&[]);
@@ -242,7 +243,7 @@ fn redirects_once_a_queue_has_a_socket() {
 }
 
 #[test]
-fn refuses_wrong_queues_and_sockets() {
+fn wrong_queues_and_sockets_are_refused() {
     in_own_namespace(|| {
         let program = load(&[]);
         let error = program.insert_socket(1, &xdp_socket().unwrap()).unwrap_err();
@@ -253,11 +254,12 @@ fn refuses_wrong_queues_and_sockets() {
     });
 }
 
-/// Set for the process that the test below starts: the index of the interface it attaches to.
+/// Environment variable of the process that the test below starts: the index of the interface to
+/// attach to.
 const HOLDER: &str = "XFAN_TEST_HOLD_IFINDEX";
 
 #[test]
-fn is_detached_when_its_process_is_killed() {
+fn killing_the_process_detaches_the_program() {
     if let Ok(ifindex) = env::var(HOLDER) {
         let mut program = load(&[]);
         program.attach(ifindex.parse().unwrap(), NIC, XdpMode::Native).unwrap();
@@ -268,7 +270,7 @@ fn is_detached_when_its_process_is_killed() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let mut holder = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "is_detached_when_its_process_is_killed", "--nocapture"])
+            .args(["--exact", "killing_the_process_detaches_the_program", "--nocapture"])
             .env(HOLDER, nic.to_string())
             .stdout(Stdio::piped())
             .spawn()
@@ -289,8 +291,8 @@ fn is_detached_when_its_process_is_killed() {
     });
 }
 
-/// Takes effective capabilities from the calling thread, and from no other: the C library has no wrapper for it
-/// that would spread to all threads.
+/// Drops all effective capabilities but `kept`, for the calling thread only. The C library has no
+/// wrapper for capset(2), so this calls it directly.
 fn keep_capabilities(kept: u64) {
     #[repr(C)]
     struct Header {
@@ -308,7 +310,8 @@ fn keep_capabilities(kept: u64) {
     let header = Header { version: VERSION_3, pid: 0 };
     let words = [kept & 0xffff_ffff, kept >> 32].map(|word| u32::try_from(word).unwrap());
     let sets = words.map(|word| Sets { effective: word, permitted: word, inheritable: 0 });
-    // SAFETY: both pointers are to structures as capset(2) has them, with the two words that version 3 wants.
+    // SAFETY: capset(2) requires a header, and for version 3 an array of two sets: both pointers
+    // are to such structures, which outlive the call.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
@@ -318,7 +321,7 @@ const CAP_PERFMON: u64 = 1 << 38;
 const CAP_BPF: u64 = 1 << 39;
 
 #[test]
-fn loads_and_attaches_without_being_root() {
+fn three_capabilities_suffice_to_load_and_attach() {
     in_own_namespace(|| {
         let nic = make_veth(1);
         let foreign = attach_foreign(nic);
@@ -333,7 +336,7 @@ fn loads_and_attaches_without_being_root() {
 }
 
 #[test]
-fn names_the_capabilities_that_are_missing() {
+fn the_error_names_missing_capabilities() {
     for (kept, lacking) in [
         (0, "lacks CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN:"),
         (CAP_NET_ADMIN, "lacks CAP_BPF and CAP_PERFMON:"),

@@ -1,5 +1,5 @@
-//! Table of verdicts: what the program does with each kind of frame. It runs in the kernel by BPF_PROG_TEST_RUN,
-//! loaded by aya, so that the object is known to be free of one loader's quirks.
+//! Table of verdicts: what the program does with each kind of frame. BPF_PROG_TEST_RUN runs it in
+//! the kernel. It is loaded by aya, to show that the object does not depend on one loader.
 
 mod common;
 
@@ -15,7 +15,7 @@ use xfan_xdp::{OBJECT, PassRule, QueueCounters, rule_table};
 /// Queues of the interface. The last one has no socket.
 const QUEUES: u32 = 4;
 const NO_SOCKET: u32 = QUEUES - 1;
-/// The longest packet that a frame of the sockets holds, in bytes.
+/// Longest packet that a frame of the sockets can hold, in bytes.
 const MAX_LENGTH: usize = 3500;
 
 /// Size of `struct pass_rules`.
@@ -48,7 +48,7 @@ impl Outcome {
         }
     }
 
-    /// What one packet with this outcome adds to its queue's counters.
+    /// What a packet with this outcome adds to the counters of its queue.
     fn counted(self) -> QueueCounters {
         QueueCounters::from_words(
             [Redirect, PassNonIp, PassNd, PassRule, PassNoSocket, DropTooLong].map(|o| u64::from(o == self)),
@@ -78,7 +78,7 @@ impl Row {
     }
 }
 
-/// Frames of any length: a frame of the socket is the limit of what is redirected, and of nothing else.
+/// Frames of different lengths. The size of a socket's frame limits redirected packets only.
 fn frame_size_rows() -> Vec<Row> {
     let of = |ethertype: u16, mut frame: Vec<u8>, length: usize| {
         frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
@@ -96,7 +96,7 @@ fn frame_size_rows() -> Vec<Row> {
     ]
 }
 
-/// Frames that no rule is needed for.
+/// Frames that no rule applies to.
 fn link_rows() -> Vec<Row> {
     let tagged = |tags: &[u16]| ethernet(tags, ETHERTYPE_IPV4, &ipv4(UDP, &ports(1, 2)));
     vec![
@@ -284,7 +284,7 @@ fn ipv6_rule_rows() -> Vec<Row> {
     ]
 }
 
-/// What follows a packet in its frame counts for nothing: padding, or a trailer of the link.
+/// Bytes after the packet in its frame are ignored: padding, or a link-layer trailer.
 fn length_rows() -> Vec<Row> {
     let tcp = || ports(50_000, 22);
     let short = |total: u16| with_length(v4(TCP, &tcp()), total);
@@ -378,10 +378,11 @@ impl Loaded {
         (0..=QUEUES).map(entry).collect()
     }
 
-    /// Runs the program on a frame as if it had come in by `queue`; returns its verdict.
+    /// Runs the program on a frame as if `queue` had received it. Returns the verdict.
     fn run(&self, frame: &[u8], queue: u32) -> Result<u32, aya::programs::ProgramError> {
         let program: &Xdp = self.ebpf.program("xfan_steer").unwrap().try_into().unwrap();
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+        // egress_ifindex.
         let length = u32::try_from(frame.len()).unwrap();
         let context = [0, length, 0, self.ifindex, queue, 0].map(u32::to_ne_bytes).concat();
         let options = TestRunOptions { data_in: Some(frame), ctx_in: Some(&context), ..Default::default() };
@@ -390,7 +391,7 @@ impl Loaded {
 }
 
 #[test]
-fn every_frame_gets_its_verdict_and_is_counted_once() {
+fn every_frame_gets_its_verdict_and_counts_once() {
     in_own_namespace(|| {
         let mut loaded = Loaded::new(make_veth(QUEUES));
         let sockets: Vec<_> = (0..NO_SOCKET).map(|_| xdp_socket().unwrap()).collect();
@@ -425,7 +426,7 @@ fn every_frame_gets_its_verdict_and_is_counted_once() {
 }
 
 #[test]
-fn every_neighbour_discovery_type_passes_and_no_other() {
+fn only_neighbour_discovery_types_pass() {
     in_own_namespace(|| {
         let loaded = Loaded::new(make_veth(QUEUES));
         for kind in 0..=255 {
@@ -439,7 +440,7 @@ fn every_neighbour_discovery_type_passes_and_no_other() {
 }
 
 #[test]
-fn a_queue_that_came_later_passes_and_is_counted_apart() {
+fn packets_of_a_later_queue_pass_and_count_apart() {
     in_own_namespace(|| {
         let loaded = Loaded::new(make_veth(QUEUES + 2));
         let beyond = |outcome: Outcome| {
@@ -455,7 +456,7 @@ fn a_queue_that_came_later_passes_and_is_counted_apart() {
 }
 
 #[test]
-fn a_closed_socket_leaves_its_queue_to_the_kernel() {
+fn packets_of_a_closed_socket_pass_to_the_kernel() {
     in_own_namespace(|| {
         let mut loaded = Loaded::new(make_veth(QUEUES));
         let socket = xdp_socket().unwrap();

@@ -504,7 +504,7 @@ mod tests {
     fn a_wrong_rule_is_told_in_its_own_words() {
         assert_eq!(pass(&Value::List(vec![t("tcp/22")])), Ok(vec!["tcp/22".parse().unwrap()]));
         let Wanted(phrase) = pass(&Value::List(vec![t("icmp"), t("tpc/22")])).unwrap_err();
-        assert!(phrase.contains("\"tpc\" is no IP protocol"), "{phrase}");
+        assert!(phrase.contains("\"tpc\" is not an IP protocol"), "{phrase}");
         assert!(pass(&t("icmp")).is_err());
     }
 

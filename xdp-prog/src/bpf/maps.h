@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* The maps. The loader sets the number of entries to the interface's number of RX queues. */
+/* The maps. The loader sets their numbers of entries according to the interface's RX queues. */
 #pragma once
 
 #include <linux/bpf.h>
@@ -7,7 +7,7 @@
 
 #include "structs.h"
 
-/* RX queue -> its AF_XDP socket. */
+/* RX queue -> the queue's AF_XDP socket. */
 struct {
 	__uint(type, BPF_MAP_TYPE_XSKMAP);
 	__uint(max_entries, 1);
@@ -15,7 +15,10 @@ struct {
 	__type(value, __u32);
 } xsks SEC(".maps");
 
-/* RX queue + 1 -> its packets. Entry 0 counts queues that came into being after the program was loaded. */
+/*
+ * RX queue + 1 -> the queue's counters. Entry 0 counts packets of queues that did not exist when
+ * the program was loaded.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 2);
@@ -23,8 +26,8 @@ struct {
 	__type(value, struct queue_counters);
 } counters SEC(".maps");
 
-/* The longest packet, in bytes, that a frame of the sockets holds. Set by the loader before it loads. */
+/* Longest packet in bytes that a frame of the sockets can hold. The loader sets it. */
 const volatile __u32 max_length = 0xffffffff;
 
-/* The whole of .bss, so that the loader replaces the rules by writing one map entry. */
+/* The only variable in .bss, so the loader replaces all rules by writing one map entry. */
 struct pass_rules rules;

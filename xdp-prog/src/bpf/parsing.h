@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* Bounded walks over a frame's headers. Nothing here knows of maps or verdicts. */
+/* Parsing: bounded walks over the headers of a frame. Nothing here uses maps or verdicts. */
 #pragma once
 
 #include <linux/if_ether.h>
@@ -14,13 +14,13 @@
 #include "consts.h"
 
 /*
- * Where in the frame the walk stands. Behind an IP header the packet ends where that header says,
- * or with its frame: what follows is padding, or a trailer of the link.
+ * The position of a walk. Behind an IP header, the packet ends where that header says, or with its
+ * frame if that ends first. The bytes after it are padding or a link-layer trailer.
  */
 struct cursor {
 	void *at;
-	void *end;  /* of the frame */
-	__u32 left; /* bytes of the packet from here on */
+	void *end;  /* end of the frame */
+	__u32 left; /* bytes of the packet from `at` on */
 };
 
 #define LEFT_UNKNOWN (~0U)
@@ -30,16 +30,16 @@ struct vlan_tag {
 	__be16 inner_type;
 };
 
-/* What the extension headers that RFC 8200 and RFC 4302 define begin with. */
+/* The first bytes of the extension headers that RFC 8200 and RFC 4302 define. */
 struct extension {
 	__u8 next;
-	__u8 length; /* unit and offset depend on the header */
+	__u8 length; /* its unit and what it counts depend on the header */
 };
 
-/* What a hop-by-hop option begins with, but for OPTION_PAD_1, which has a type only. */
+/* The first bytes of a hop-by-hop option. OPTION_PAD_1 has no length. */
 struct option {
 	__u8 type;
-	__u8 length; /* of what follows */
+	__u8 length; /* bytes that follow */
 };
 
 struct fragment_header {
@@ -49,16 +49,16 @@ struct fragment_header {
 	__be32 id;
 };
 
-/* What TCP, UDP and SCTP begin with. */
+/* The first bytes of a TCP, UDP or SCTP header. */
 struct ports {
 	__be16 source;
 	__be16 destination;
 };
 
 /*
- * Steps over `size` bytes; false when the packet or the frame ends before they do. No function here
- * returns a pointer that may be NULL: clang would test packet pointers for it, which costs an
- * instruction and confuses the verifier.
+ * Steps over `size` bytes. Returns false if the packet or the frame ends before that. No function
+ * in this file returns a pointer that may be NULL: clang would compare packet pointers with NULL,
+ * which costs an instruction and confuses the verifier.
  */
 static __always_inline bool step_over(struct cursor *c, __u32 size)
 {
@@ -77,7 +77,10 @@ static __always_inline bool is_vlan(__be16 ethertype)
 	       ethertype == bpf_htons(ETHERTYPE_QINQ_OLD);
 }
 
-/* The ethertype behind at most MAX_VLAN_TAGS tags; 0, which is none, when the frame ends before it. */
+/*
+ * Steps over the Ethernet header and at most MAX_VLAN_TAGS tags. Returns the ethertype, or 0, which
+ * is not an ethertype, if the frame ends before it.
+ */
 static __always_inline __be16 parse_link(struct cursor *c)
 {
 	struct ethhdr *eth = c->at;
@@ -101,10 +104,10 @@ static __always_inline __be16 parse_link(struct cursor *c)
 
 struct ipv4 {
 	__u8 protocol;
-	bool later_fragment; /* not the first one: no header follows */
+	bool later_fragment; /* not the first fragment: no transport header follows */
 };
 
-/* Steps over the IPv4 header with its options; false when it is cut short or makes no sense. */
+/* Steps over the IPv4 header and its options. Returns false if it is cut short or invalid. */
 static __always_inline bool parse_ipv4(struct cursor *c, struct ipv4 *parsed)
 {
 	struct cursor behind = *c;
@@ -119,20 +122,20 @@ static __always_inline bool parse_ipv4(struct cursor *c, struct ipv4 *parsed)
 	size = ip->ihl * 4;
 	if (!step_over(c, size))
 		return false;
-	/* Segmentation offload leaves a total length of 0 behind. */
+	/* Segmentation offload leaves a total length of 0: the packet ends with its frame. */
 	if (total)
 		c->left = total > size ? total - size : 0;
 	return true;
 }
 
 struct ipv6 {
-	__u8 next; /* the header that follows */
+	__u8 next; /* type of the header that follows */
 	__u8 hop_limit;
 };
 
 /*
- * The packet's length that the hop-by-hop options at the cursor give; 0 without a jumbo payload
- * option. `c` is a copy: nothing is taken.
+ * The payload length in the jumbo payload option of the hop-by-hop header at the cursor, or 0
+ * without that option. `c` is a copy, so the caller's cursor does not move.
  */
 static __always_inline __u32 jumbo_length(struct cursor c)
 {
@@ -153,14 +156,15 @@ static __always_inline __u32 jumbo_length(struct cursor c)
 			return 0;
 		length = c.at;
 		if (option->type == OPTION_JUMBO_PAYLOAD && option->length == 4)
-			return step_over(&c, 4) ? (__u32)length[0] << 24 | length[1] << 16 | length[2] << 8 | length[3] : 0;
+			return step_over(&c, 4) ?
+				(__u32)length[0] << 24 | length[1] << 16 | length[2] << 8 | length[3] : 0;
 		if (!step_over(&c, option->length))
 			return 0;
 	}
 	return 0;
 }
 
-/* Steps over the fixed IPv6 header; false when it is cut short or makes no sense. */
+/* Steps over the fixed IPv6 header. Returns false if it is cut short or invalid. */
 static __always_inline bool parse_ipv6(struct cursor *c, struct ipv6 *parsed)
 {
 	struct ipv6hdr *ip = c->at;
@@ -176,7 +180,10 @@ static __always_inline bool parse_ipv6(struct cursor *c, struct ipv6 *parsed)
 	return true;
 }
 
-/* Whether what follows the fixed IPv6 header is neighbour or router discovery. `c` is a copy: nothing is taken. */
+/*
+ * Whether the fixed IPv6 header is followed by neighbour or router discovery. `c` is a copy, so the
+ * caller's cursor does not move.
+ */
 static __always_inline bool is_neighbour_discovery(struct ipv6 ip, struct cursor c)
 {
 	__u8 *type = c.at;
@@ -186,12 +193,12 @@ static __always_inline bool is_neighbour_discovery(struct ipv6 ip, struct cursor
 }
 
 enum step {
-	STEP_END,      /* no extension header, or the frame ends in it */
-	STEP_HEADER,   /* `protocol` names the header at the cursor */
-	STEP_FRAGMENT, /* likewise, but this fragment is not the first: what is at the cursor is no header */
+	STEP_END,      /* the cursor is not at an extension header, or the frame ends within it */
+	STEP_HEADER,   /* `protocol` is the type of the header at the cursor */
+	STEP_FRAGMENT, /* as STEP_HEADER, but a later fragment: no header is at the cursor */
 };
 
-/* Steps over the IPv6 extension header at the cursor if `protocol` says it is one. */
+/* Steps over the IPv6 extension header at the cursor, if `protocol` is the type of one. */
 static __always_inline enum step parse_extension(struct cursor *c, __u8 *protocol)
 {
 	struct cursor behind = *c;
@@ -211,7 +218,7 @@ static __always_inline enum step parse_extension(struct cursor *c, __u8 *protoco
 		return STEP_END;
 	if (!step_over(&behind, sizeof(*ext)))
 		return STEP_END;
-	/* AH counts words of 4 bytes less 2, the others words of 8 bytes less 1. */
+	/* AH counts words of 4 bytes, minus 2; the others count words of 8 bytes, minus 1. */
 	size = *protocol == IPPROTO_AH ? (ext->length + 2) * 4 : (ext->length + 1) * 8;
 	*protocol = ext->next;
 	return step_over(c, size) ? STEP_HEADER : STEP_END;

@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /*
- * Does a rule of the operator let this packet pass? Only what the packet's receiver decides counts, its
- * protocol and its destination port: a sender cannot hide from the sensor by the source port it chooses.
+ * Rules: whether a rule of the operator passes a packet to the kernel. Rules match the protocol and
+ * the destination port only. They ignore source ports, because a sender could choose its source
+ * port to bypass the sensor.
  */
 #pragma once
 
 #include "maps.h"
 #include "parsing.h"
 
+/* Whether `rule`, an entry of rules.protocols, passes the destination port of the header at `c`. */
 static __always_inline bool port_passes(struct cursor *c, __u8 rule)
 {
 	__u32 table = rule - RULE_PORTS;
@@ -20,7 +22,7 @@ static __always_inline bool port_passes(struct cursor *c, __u8 rule)
 	return rules.ports[table][port >> 3] & (1 << (port & 7));
 }
 
-/* `c` stands behind the link headers. */
+/* Whether a rule passes the IPv4 packet at `c`. */
 static __always_inline bool ipv4_passes(struct cursor *c)
 {
 	struct ipv4 ip;
@@ -34,7 +36,10 @@ static __always_inline bool ipv4_passes(struct cursor *c)
 	return !ip.later_fragment && port_passes(c, rule);
 }
 
-/* `c` stands behind the fixed IPv6 header. A protocol's rule meets it anywhere in the chain of headers. */
+/*
+ * Whether a rule passes an IPv6 packet. `c` is behind its fixed header. A rule for a protocol
+ * matches a header of that type anywhere in the chain.
+ */
 static __always_inline bool ipv6_passes(struct cursor *c, __u8 protocol)
 {
 	enum step step = STEP_HEADER;

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * Steers each RX queue's IP packets into the AF_XDP socket of that queue, and leaves the host what it needs:
+ * Redirects the IP packets of each RX queue to the AF_XDP socket of that queue, and passes to the
+ * kernel what the host needs:
  *
- *   frame ── Ethernet, up to 2 VLAN tags ──┬─ not IP ──────────────────────────► kernel  pass_non_ip
- *                                          ├─ IPv6 neighbour/router discovery ─► kernel  pass_nd
- *                                          ├─ a rule of the operator ──────────► kernel  pass_rule
- *                                          └─ IPv4, IPv6 ─┬─ no socket ────────► kernel  pass_no_socket
- *                                                         ├─ longer than frame ► dropped drop_too_long
- *                                                         └─ else ─────────────► socket  redirect
+ *   frame ── Ethernet, up to 2 VLAN tags
+ *     ├─ not IP ────────────────────────────────► kernel   pass_non_ip
+ *     ├─ IPv6 neighbour or router discovery ────► kernel   pass_nd
+ *     ├─ a rule of the operator ────────────────► kernel   pass_rule
+ *     └─ other IPv4 or IPv6
+ *          ├─ the queue has no socket ──────────► kernel   pass_no_socket
+ *          ├─ longer than a frame of the socket ► dropped  drop_too_long
+ *          └─ else ─────────────────────────────► socket   redirect
  *
- * An IP header that is cut short or makes no sense is redirected: a sensor wants to see it. The kernel would drop a packet
- * that is longer than a frame, too, but it counts it as if the socket had no frame left.
+ * A packet with a truncated or invalid IP header is redirected, because a sensor should see it. The
+ * kernel would also drop a packet that is longer than a frame, but it would count the packet as if
+ * the FILL ring had been empty.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -44,6 +48,7 @@ static __always_inline enum class classify(struct cursor c)
 	}
 }
 
+/* The counters of `queue`, or entry 0 if the program was loaded for fewer queues. */
 static __always_inline struct queue_counters *counters_of(__u32 queue)
 {
 	__u32 key = queue + 1, beyond = 0;
@@ -64,7 +69,7 @@ int xfan_steer(struct xdp_md *ctx)
 	struct queue_counters *counts = counters_of(queue);
 	int verdict;
 
-	if (!counts) /* never: entry 0 exists; the verifier cannot know */
+	if (!counts) /* cannot happen, since entry 0 exists, but the verifier requires the check */
 		return XDP_PASS;
 
 	switch (classify(c)) {

@@ -1,4 +1,4 @@
-//! Frames, put together from their headers: `v4(TCP, &ports(1234, 22))`.
+//! Builds frames from their headers: `v4(TCP, &ports(1234, 22))`.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -17,7 +17,8 @@ pub const DESTINATION_OPTIONS: u8 = 60;
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
 pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 
-/// A frame with MAC addresses, tags (ethertype of each, outermost first), ethertype and content.
+/// A frame with MAC addresses, tags (the ethertype of each, outermost first), ethertype and
+/// content.
 pub fn ethernet(tags: &[u16], ethertype: u16, content: &[u8]) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
     for (id, tag) in (100_u16..).zip(tags) {
@@ -43,7 +44,8 @@ pub fn ipv4(protocol: u8, content: &[u8]) -> Vec<u8> {
     ipv4_with(protocol, 0, 0, content)
 }
 
-/// `offset`: fragment offset in units of 8 bytes; `option_words`: in units of 4 bytes. No checksum: nobody looks.
+/// An IPv4 packet. `offset` is the fragment offset in units of 8 bytes, `option_words` the length
+/// of the options in units of 4 bytes. The checksum is 0, since nothing reads it.
 pub fn ipv4_with(protocol: u8, offset: u16, option_words: u8, content: &[u8]) -> Vec<u8> {
     let words = 5 + option_words;
     let length = u16::try_from(usize::from(words) * 4 + content.len()).unwrap();
@@ -83,7 +85,7 @@ pub fn authentication(next: u8, words: u8, content: &[u8]) -> Vec<u8> {
     header
 }
 
-/// An IPv6 fragment header; `offset` in units of 8 bytes.
+/// An IPv6 fragment header. `offset` is in units of 8 bytes.
 pub fn fragment(next: u8, offset: u16, content: &[u8]) -> Vec<u8> {
     let [high, low] = ((offset << 3) | 1).to_be_bytes();
     let mut header = vec![next, 0, high, low, 0, 0, 0, 1];
@@ -91,7 +93,7 @@ pub fn fragment(next: u8, offset: u16, content: &[u8]) -> Vec<u8> {
     header
 }
 
-/// The begin of a TCP, UDP or SCTP header, and some bytes more.
+/// The ports that begin a TCP, UDP or SCTP header, and some more bytes.
 pub fn ports(source: u16, destination: u16) -> Vec<u8> {
     let mut header = Vec::from(source.to_be_bytes());
     header.extend(destination.to_be_bytes());
@@ -106,27 +108,27 @@ pub fn icmp(kind: u8) -> Vec<u8> {
     message
 }
 
-/// ARP, or whatever else is padded to the minimum size.
+/// A frame of this ethertype, such as ARP, padded to the minimum size.
 pub fn padded(ethertype: u16) -> Vec<u8> {
     ethernet(&[], ethertype, &[0; 46])
 }
 
-/// The frame's first bytes.
+/// The first `bytes` bytes of a frame.
 pub fn cut(mut frame: Vec<u8>, bytes: usize) -> Vec<u8> {
     assert!(bytes < frame.len());
     frame.truncate(bytes);
     frame
 }
 
-/// An untagged frame with the packet's length as its header says it: bytes 16 and 17 of IPv4, 18
-/// and 19 of IPv6.
+/// An untagged frame with this length in its IP header: bytes 16 and 17 for IPv4, 18 and 19 for
+/// IPv6.
 pub fn with_length(mut frame: Vec<u8>, length: u16) -> Vec<u8> {
     let at = if frame[12..14] == ETHERTYPE_IPV4.to_be_bytes() { 16 } else { 18 };
     frame[at..at + 2].copy_from_slice(&length.to_be_bytes());
     frame
 }
 
-/// A hop-by-hop header of these options, which fill it.
+/// A hop-by-hop options header with these options, which must fill it.
 pub fn hop_by_hop(next: u8, options: &[u8], content: &[u8]) -> Vec<u8> {
     assert_eq!(options.len() % 8, 6);
     let mut header = vec![next, u8::try_from(options.len() / 8).unwrap()];
@@ -135,7 +137,7 @@ pub fn hop_by_hop(next: u8, options: &[u8], content: &[u8]) -> Vec<u8> {
     header
 }
 
-/// Another value for one byte of the frame.
+/// The frame with another value of one byte.
 pub fn with_byte(mut frame: Vec<u8>, at: usize, value: u8) -> Vec<u8> {
     frame[at] = value;
     frame

@@ -12,9 +12,9 @@ use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
 
-/// Runs `test` on a thread in a network namespace of its own, which vanishes with everything in it when the test
-/// is over, also if it fails. Without the privileges for it, says so and skips the test, or fails it where
-/// XFAN_REQUIRE_E2E=1 forbids skipping.
+/// Runs `test` on a thread in a network namespace of its own. The kernel removes the namespace and
+/// everything in it when the test ends, also if it fails. Without the required privileges, prints
+/// why it skips the test, or fails it if XFAN_REQUIRE_E2E=1 forbids skipping.
 pub fn in_own_namespace(test: impl FnOnce() + Send + 'static) {
     let test = move || {
         if let Err(reason) = enter_new_namespace() {
@@ -32,7 +32,7 @@ pub fn in_own_namespace(test: impl FnOnce() + Send + 'static) {
 
 fn enter_new_namespace() -> Result<(), String> {
     unshare(CloneFlags::CLONE_NEWNET)
-        .map_err(|errno| format!("a network namespace cannot be made here ({errno}); run as root"))?;
+        .map_err(|errno| format!("cannot create a network namespace ({errno}); run as root"))?;
     xdp_socket().map_err(|error| format!("this kernel has no AF_XDP sockets ({error})"))?;
     match xfan_xdp::SteerProgram::load(1, &[], 1792) {
         Err(error @ xfan_xdp::LoadError::Privilege { .. }) => Err(error.to_string()),
@@ -40,12 +40,13 @@ fn enter_new_namespace() -> Result<(), String> {
     }
 }
 
-/// One end of a veth pair; its other end is `PEER`.
+/// One end of a veth pair.
 pub const NIC: &str = "nic";
-/// The other end.
+/// The other end of the veth pair.
 pub const PEER: &str = "peer";
 
-/// Makes a silent veth pair with as many queues each, sets it up, and returns the index of `NIC`.
+/// Creates a veth pair whose ends have `queues` queues each and send nothing on their own, and sets
+/// it up. Returns the index of `NIC`.
 pub fn make_veth(queues: u32) -> u32 {
     let queues = queues.to_string();
     let ends = ["numrxqueues", &queues, "numtxqueues", &queues];
@@ -54,14 +55,14 @@ pub fn make_veth(queues: u32) -> u32 {
         &[&["link", "add", NIC], &ends[..], &["type", "veth", "peer", "name", PEER], &ends[..]].concat(),
     );
     for end in [NIC, PEER] {
-        // Otherwise the kernel would send router solicitations and multicast reports in between.
+        // Otherwise the kernel would send router solicitations and multicast reports.
         fs::write(format!("/proc/sys/net/ipv6/conf/{end}/disable_ipv6"), "1").unwrap();
         run("ip", &["link", "set", end, "arp", "off", "up"]);
     }
     index_of(NIC)
 }
 
-/// Index of an interface of this thread's namespace.
+/// Index of an interface in this thread's network namespace.
 pub fn index_of(interface: &str) -> u32 {
     nix::net::if_::if_nametoindex(interface).unwrap()
 }
@@ -73,7 +74,7 @@ pub fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {}: {stderr}", arguments.join(" "));
 }
 
-/// An AF_XDP socket, bound to nothing: enough to be an entry of the socket map.
+/// An AF_XDP socket that is not bound, which is enough for an entry of the socket map.
 pub fn xdp_socket() -> io::Result<OwnedFd> {
     socket(libc::AF_XDP, 0)
 }
@@ -100,7 +101,8 @@ impl FrameSender {
 
     pub fn send(&self, frame: &[u8]) {
         let to_bytes = libc::socklen_t::try_from(size_of_val(&self.to)).unwrap();
-        // SAFETY: `frame` and `to` live through the call and are as long as it is told; `socket` is open.
+        // SAFETY: sendto(2) requires pointers to as many bytes as the lengths say: those of `frame`
+        // and `to`, which outlive the call.
         let sent = unsafe {
             libc::sendto(
                 self.socket.as_raw_fd(),
@@ -116,11 +118,12 @@ impl FrameSender {
 }
 
 fn socket(family: i32, protocol: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes no pointers.
+    // SAFETY: socket(2) takes no pointers.
     let fd = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call returned a new file descriptor, which nobody else owns.
+    // SAFETY: `from_raw_fd` requires an open descriptor without another owner: the call returned a
+    // new one.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
