@@ -142,7 +142,7 @@ fn a_jumbo_payload_option_gives_the_length() {
 }
 
 #[test]
-fn ipv4_total_lengths_of_0_or_too_few_bytes_are_handled() {
+fn ipv4_total_length_0_or_below_its_header_is_handled() {
     let of_total = |total: u8| {
         let mut packet = v4(TCP, 0, &PORTS);
         packet[2..4].copy_from_slice(&[0, total]);

@@ -121,7 +121,7 @@ impl<M: RingMemory> Producer<M> {
 
     /// Number of free slots, by the private copy of the consumer index. There may be more by now.
     #[inline(always)]
-    pub fn room(&self) -> u32 {
+    pub fn free_slots(&self) -> u32 {
         self.slots - self.lent()
     }
 
@@ -152,7 +152,7 @@ impl<M: RingMemory> Producer<M> {
     /// touches no cache line that is still being written, and sees all slots at once.
     #[inline(always)]
     pub fn reserve(&mut self) -> Option<Reserved> {
-        if self.room() == 0 {
+        if self.free_slots() == 0 {
             return None;
         }
         let slot = self.memory.slot(self.head);
@@ -438,7 +438,7 @@ mod tests {
         let mut left = Vec::new();
         assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
         assert_eq!(left, [3, 4]);
-        assert_eq!(producer.room(), 7);
+        assert_eq!(producer.free_slots(), 7);
     }
 
     #[derive(Clone, Debug)]
@@ -592,7 +592,7 @@ mod tests {
             let mut rest = Vec::new();
             prop_assert_eq!(producer.take_all(|descriptor| rest.push(descriptor)), pushed - back);
             prop_assert!(rest.into_iter().eq((back..pushed).map(numbered)));
-            prop_assert_eq!(producer.room(), slots);
+            prop_assert_eq!(producer.free_slots(), slots);
         }
     }
 }

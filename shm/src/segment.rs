@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "memfd")]
-    fn after_sealing_even_the_owner_cannot_map_for_writing() {
+    fn after_sealing_the_owner_cannot_map_for_writing() {
         let fd = create("xfan-test", 4096).unwrap();
         let writer = Mapping::read_write(&fd, 4096).unwrap();
         seal_against_further_writers(&fd).unwrap();

@@ -235,6 +235,6 @@ fn a_killed_consumer_loses_no_descriptor() {
         // behind.
         let counted = u32::try_from(peer.up.counter(0).1.load(std::sync::atomic::Ordering::Relaxed)).unwrap();
         assert!((counted..=counted + BATCH).contains(&committed), "{committed} committed, {counted} counted");
-        assert_eq!(peer.producer.room(), slots);
+        assert_eq!(peer.producer.free_slots(), slots);
     }
 }

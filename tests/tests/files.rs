@@ -466,7 +466,7 @@ fn rotated_files_hold_every_record_once() {
     fs::rename(&path, old(ROTATIONS)).unwrap();
     fs::create_dir(&path).unwrap();
     hang_up(&primary);
-    let line = primary.process.wait_for_line(" anew: ").unwrap();
+    let line = primary.process.wait_for_line("cannot reopen ").unwrap();
     assert!(line.contains("Is a directory"), "{line}");
     send(&mut tx, &frames(0, 100));
     primary.report_after(u64::from(sent) + 100, true);

@@ -252,7 +252,7 @@ fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
     // The reason in veth's own words.
     assert!(message.starts_with("xfan: the driver of rx0 refuses native XDP ("), "{message}");
     assert!(message.contains("Peer MTU is too large to set XDP\")"), "{message}");
-    assert!(message.contains("lower the MTU (many drivers stop at some 3000 bytes)"), "{message}");
+    assert!(message.contains("lower the MTU (many drivers accept at most some 3000 bytes)"), "{message}");
     // Without being asked for native mode it says the same, and goes on.
     let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
     assert_eq!(primary.report().mode, "generic, copy");

@@ -286,7 +286,7 @@ fn a_dead_dispatcher_is_reported_after_the_backlog() {
 }
 
 #[test]
-fn a_worker_that_never_waits_notices_a_dead_dispatcher() {
+fn a_worker_that_never_waits_notices_the_death() {
     let (primary, mut worker) = attach(attached());
     drop(primary.connection);
     while worker.recv(Duration::ZERO).is_ok() {}

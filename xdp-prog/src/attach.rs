@@ -84,7 +84,7 @@ pub enum AttachError {
     Privilege {
         /// The interface.
         interface: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
         /// The missing capabilities, and what to do.
         advice: String,
@@ -95,7 +95,7 @@ pub enum AttachError {
     NoNativeMode {
         /// The interface.
         interface: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
         /// The driver's error message, if it returns one.
         reason: Option<String>,
@@ -115,7 +115,7 @@ pub enum AttachError {
         interface: String,
         /// The mode of the last attempt.
         mode: XdpMode,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }

@@ -31,7 +31,7 @@ pub enum LoadError {
     Privilege {
         /// The missing capabilities, and what to do.
         advice: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
     /// The kernel cannot allocate the maps.
@@ -42,13 +42,13 @@ pub enum LoadError {
     Memory {
         /// Number of queues asked for.
         queues: u32,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
     /// The kernel refuses the program or a map, most likely because it is too old.
     #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.10 or newer{}", Log(log))]
     Refused {
-        /// The kernel's answer.
+        /// The kernel's error.
         source: libbpf_rs::Error,
         /// The messages of libbpf and of the verifier.
         log: String,
@@ -85,7 +85,7 @@ pub enum MapError {
         queue: u32,
         /// The file descriptor of the socket.
         fd: i32,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
     /// The kernel refuses access to a map.
@@ -93,7 +93,7 @@ pub enum MapError {
     Access {
         /// The map.
         map: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: libbpf_rs::Error,
     },
 }

@@ -189,7 +189,7 @@ impl Link {
 
     /// Takes a packet of a member that is no more, if there is room.
     fn inherit(&mut self, descriptor: Descriptor, frames: &mut Frames) -> bool {
-        if self.link.ring.room() == 0 {
+        if self.link.ring.free_slots() == 0 {
             self.take_back(frames);
         }
         self.link.ring.push(descriptor)

@@ -234,7 +234,7 @@ fn null_is_an_error() {
     };
     assert_eq!(results, [XFAN_INVALID; 7]);
     invalid("the worker is NULL");
-    // SAFETY: as above.
+    // SAFETY: null, which all of them accept.
     unsafe {
         assert!(xfan_member(null_mut()).is_null() && xfan_port_name(null_mut(), 0).is_null());
         xfan_free(null_mut());

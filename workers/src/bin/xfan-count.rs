@@ -16,8 +16,8 @@ use xfan_worker::{AttachError, Packet, Received, RecvError, Worker, say};
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Join the dispatcher that listens on this control socket. `xfan run` tells the workers it
-    /// starts.
+    /// Control socket of the dispatcher to join [default: the one that `xfan run` sets in the
+    /// environment].
     #[arg(long, value_name = "SOCKET", visible_alias = "socket")]
     attach: Option<PathBuf>,
     /// Group to join [default: the dispatcher's first].

@@ -259,7 +259,7 @@ impl Pair {
                 *returned = returned.wrapping_add(1);
             });
             self.intact &= committed.is_ok();
-            if self.there.room() < REST {
+            if self.there.free_slots() < REST {
                 // As a lane, which looks again a batch later: looking all the time would slow the commits.
                 (0..32).for_each(|_| std::hint::spin_loop());
             }

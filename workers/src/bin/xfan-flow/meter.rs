@@ -204,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn losing_the_cpu_between_clocks_keeps_the_epoch_right() {
+    fn the_epoch_is_right_if_the_cpu_is_lost_in_between() {
         const EPOCH: u64 = 1_700_000_000_000_000_000;
         // Two clock reads are 40 ns apart, except for one pair that is 5 ms apart.
         for (lost_before, lost_after) in [(5_000_000, 0), (0, 5_000_000)] {
