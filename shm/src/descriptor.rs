@@ -9,6 +9,8 @@
 //!          bits 32..64  flow hash
 //! ```
 
+use crate::ids::{PortId, UmemOffset};
+
 /// The lap mark of word 1: it belongs to the ring, not to the packet.
 pub(crate) const LAP: u64 = 1 << 31;
 
@@ -19,14 +21,14 @@ pub(crate) const LAP: u64 = 1 << 31;
 #[repr(C, align(16))]
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
-    pub offset: u32,
+    pub offset: UmemOffset,
     /// Receive time, taken once per batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024
     /// ns, see [`stamp`](crate::clock::stamp).
     pub time: u32,
     /// Length of the packet in bytes.
     pub length: u16,
     /// The interface the packet came in by, as the dispatcher numbers them.
-    pub port: u8,
+    pub port: PortId,
     /// Flags, 7 bits; see the constants of this type.
     pub flags: u8,
     /// Hash of the packet's flow; equal for both directions.
@@ -45,10 +47,10 @@ impl Descriptor {
 
     /// A descriptor of these fields; `flags` of 7 bits.
     #[inline(always)]
-    pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {
+    pub fn new(offset: UmemOffset, time: u32, length: u16, port: PortId, flags: u8, hash: u32) -> Self {
         // Put together in registers: then it is written in two stores.
-        let word0 = u64::from(offset) | u64::from(time) << 32;
-        let low = u64::from(length) | u64::from(port) << 16 | u64::from(flags & 0x7f) << 24;
+        let word0 = u64::from(offset.0) | u64::from(time) << 32;
+        let low = u64::from(length) | u64::from(port.0) << 16 | u64::from(flags & 0x7f) << 24;
         Descriptor::from_words(word0, low | u64::from(hash) << 32)
     }
 
@@ -66,9 +68,9 @@ impl Descriptor {
     #[cfg(not(target_endian = "little"))]
     pub(crate) fn to_words(self) -> (u64, u64) {
         (
-            u64::from(self.offset) | u64::from(self.time) << 32,
+            u64::from(self.offset.0) | u64::from(self.time) << 32,
             u64::from(self.length)
-                | u64::from(self.port) << 16
+                | u64::from(self.port.0) << 16
                 | u64::from(self.flags & 0x7f) << 24
                 | u64::from(self.hash) << 32,
         )
@@ -77,8 +79,8 @@ impl Descriptor {
     /// The offset in a slot's first word.
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
-    pub(crate) fn offset_in(word0: u64) -> u32 {
-        word0 as u32
+    pub(crate) fn offset_in(word0: u64) -> UmemOffset {
+        UmemOffset(word0 as u32)
     }
 
     /// Reads a slot's two words; the lap mark is left out.
@@ -97,10 +99,10 @@ impl Descriptor {
     #[allow(clippy::cast_possible_truncation)] // taking bit fields apart
     pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
         Descriptor {
-            offset: word0 as u32,
+            offset: UmemOffset(word0 as u32),
             time: (word0 >> 32) as u32,
             length: word1 as u16,
-            port: (word1 >> 16) as u8,
+            port: PortId((word1 >> 16) as u8),
             flags: (word1 >> 24) as u8 & 0x7f,
             hash: (word1 >> 32) as u32,
         }
@@ -122,6 +124,7 @@ mod tests {
 
         #[test]
         fn words_hold_every_field(offset: u32, time: u32, length: u16, port: u8, flags in 0u8..128, hash: u32) {
+            let (offset, port) = (UmemOffset(offset), PortId(port));
             let descriptor = Descriptor { offset, time, length, port, flags, hash };
             let (word0, word1) = descriptor.to_words();
             prop_assert_eq!(word1 & LAP, 0);

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`segment`] | a piece of shared memory with one writing process |
 //! | [`layout`] | where things lie in the two segments of a worker |
+//! | [`ids`] | numbers that must not be swapped |
 //! | [`descriptor`] | 16 bytes that stand for a packet |
 //! | [`ring`] | the single-producer, single-consumer ring that descriptors travel through |
 //! | [`doorbell`] | who must be woken, and that it is once |
@@ -21,6 +22,7 @@ pub mod bell;
 pub mod clock;
 pub mod descriptor;
 pub mod doorbell;
+pub mod ids;
 #[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]

@@ -24,6 +24,7 @@
 use std::ptr::NonNull;
 
 use crate::descriptor::{Descriptor, LAP};
+use crate::ids::UmemOffset;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// One place in a ring: two words that only the producer writes.
@@ -174,7 +175,7 @@ impl<M: RingMemory> Producer<M> {
     /// [`IndexError`] if no honest consumer can have written that index. Nothing was handed back then, and what the
     /// ring holds is still there for [`take_all`](Self::take_all).
     #[inline]
-    pub fn take_back(&mut self, mut returned: impl FnMut(u32)) -> Result<u32, IndexError> {
+    pub fn take_back(&mut self, mut returned: impl FnMut(UmemOffset)) -> Result<u32, IndexError> {
         let seen = self.memory.consumer().load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `Consumer::commit`; the consumer's reads of the packets
         // are over before their frames are used again.
@@ -382,11 +383,19 @@ pub(crate) mod heap {
 mod tests {
     use super::heap::HeapRing;
     use super::*;
+    use crate::ids::PortId;
     use proptest::prelude::*;
     use std::collections::VecDeque;
 
     fn numbered(n: u32) -> Descriptor {
-        Descriptor { offset: n, time: !n, length: 60, port: 3, flags: 5, hash: n.rotate_left(9) }
+        Descriptor {
+            offset: UmemOffset(n),
+            time: !n,
+            length: 60,
+            port: PortId(3),
+            flags: 5,
+            hash: n.rotate_left(9),
+        }
     }
 
     #[test]
@@ -409,7 +418,7 @@ mod tests {
         assert_eq!(producer.take_back(none), Err(IndexError { consumed: 3, head: 5, seen: 2 }));
         let mut left = Vec::new();
         assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
-        assert_eq!(left, [3, 4]);
+        assert_eq!(left, [3, 4].map(UmemOffset));
         assert_eq!(producer.room(), 7);
     }
 

@@ -19,10 +19,11 @@ use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use xfan_shm::ids::UmemOffset;
 use xsk_rs::FrameDesc;
 
 use crate::link::{Link, LinkError};
-use crate::xsk::Xsk;
+use crate::xsk::{FRAME_BYTES, Xsk};
 pub use crate::xsk::{MAX_FRAME_BYTES, XskError};
 
 /// Frames under way at most.
@@ -48,7 +49,7 @@ pub struct TxSocket {
 
 impl AsRawFd for TxSocket {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.xsk.tx.fd().as_raw_fd()
+        self.xsk.rx.fd().as_raw_fd()
     }
 }
 
@@ -133,8 +134,8 @@ impl TxSocket {
             let queues = link.tx_queues;
             return Err(TxError::NoQueue { interface: interface.into(), queue, queues });
         }
-        let mut xsk = Xsk::bind(interface, queue, FRAMES)?;
-        let free = std::mem::take(&mut xsk.frames);
+        let xsk = Xsk::bind(interface, queue, FRAMES)?;
+        let free = xsk.frames.clone();
         let max_frame_bytes = link.max_frame_bytes().min(MAX_FRAME_BYTES);
         Ok(Self { queue, interface: interface.into(), max_frame_bytes, xsk, free, sent: 0, refused: 0 })
     }
@@ -215,16 +216,18 @@ impl TxSocket {
         let mut cursor = data.cursor();
         cursor.set_pos(0);
         cursor.write_all(frame).expect("the length was checked against the frame's");
-        // SAFETY: as above; from here on it is the kernel's until it comes back through the COMPLETION ring.
-        let produced = unsafe { self.xsk.tx.produce_one(&descriptor) };
-        assert_eq!(produced, 1, "the TX ring holds all frames there are");
+        let offset = UmemOffset(u32::try_from(descriptor.addr()).expect("the memory is small"));
+        let length = u32::try_from(frame.len()).expect("the length was checked against the frame's");
+        // The frame is the kernel's until it comes back through the COMPLETION ring.
+        assert!(self.xsk.tx.push(offset, length), "the TX ring holds all frames there are");
+        self.xsk.tx.publish();
         Ok(())
     }
 
-    /// Has the kernel transmit what is in the TX ring, and tells how that went. (xsk-rs' wake-up does not tell.)
+    /// Has the kernel transmit what is in the TX ring, and tells how that went.
     fn push(&self) -> io::Result<()> {
-        let socket = self.xsk.tx.fd().as_raw_fd();
-        // SAFETY: no buffer and no address are given; the descriptor is open as long as `tx` lives.
+        let socket = self.as_raw_fd();
+        // SAFETY: no buffer and no address are given; the descriptor is open as long as `self` lives.
         let result =
             unsafe { libc::sendto(socket, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -257,10 +260,9 @@ impl TxSocket {
 
     /// Takes back the frames that the kernel has completed.
     fn reclaim(&mut self) {
-        let mut descriptor = FrameDesc::default();
-        // SAFETY: the ring and the descriptors it yields belong to this socket's memory.
-        while unsafe { self.xsk.completion.consume_one(&mut descriptor) } == 1 {
-            self.free.push(descriptor);
-        }
+        let mut completed = [UmemOffset::default(); FRAMES.get() as usize];
+        let count = self.xsk.completion.take(&mut completed);
+        let frame = |offset: &UmemOffset| self.xsk.frames[(offset.0 / FRAME_BYTES) as usize];
+        self.free.extend(completed[..count].iter().map(frame));
     }
 }

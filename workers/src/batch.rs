@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{monotonic_ns, stamped_ns};
+use xfan_shm::ids::{LaneId, PortId};
 
 use crate::worker::Worker;
 
@@ -83,7 +84,7 @@ impl<'a> Batch<'a> {
 
     /// The lane that received them, which is to say the RX queue, counted from 0 over all ports.
     #[inline]
-    pub fn lane(&self) -> usize {
+    pub fn lane(&self) -> LaneId {
         self.worker.lane()
     }
 
@@ -156,7 +157,7 @@ impl<'b> Packet<'b> {
         // SAFETY: `offset + length` is within the mapped packet memory, as `Worker::scan` checked for every
         // descriptor of a batch on this private copy of it. The batch borrows the worker, which owns the mapping; the
         // dispatcher leaves a frame alone until it is committed, which consumes the batch that this borrows.
-        unsafe { slice::from_raw_parts(self.batch.umem.add(offset as usize).as_ptr(), usize::from(length)) }
+        unsafe { slice::from_raw_parts(self.batch.umem.add(offset.index()).as_ptr(), usize::from(length)) }
     }
 
     /// The hash of its flow, equal for both directions. The dispatcher's key goes into it, so it differs from one start of the
@@ -168,19 +169,19 @@ impl<'b> Packet<'b> {
 
     /// The lane that received it, as in [`Batch::lane`].
     #[inline]
-    pub fn lane(&self) -> usize {
+    pub fn lane(&self) -> LaneId {
         self.batch.lane()
     }
 
     /// The interface that it came in by, as an index into [`Worker::ports`].
     #[inline]
-    pub fn port(&self) -> usize {
-        usize::from(self.descriptor.port)
+    pub fn port(&self) -> PortId {
+        self.descriptor.port
     }
 
     /// The name of the interface that it came in by, such as `eth1`.
     pub fn port_name(&self) -> &'b str {
-        self.batch.worker.ports().get(self.port()).map_or("?", String::as_str)
+        self.batch.worker.ports().get(self.port().index()).map_or("?", String::as_str)
     }
 
     /// When the dispatcher received it, by `CLOCK_MONOTONIC`: a multiple of 1,024 ns, up to 2 µs

@@ -69,6 +69,7 @@ pub use report::{ReportError, report};
 pub use say::say;
 pub use worker::{RecvError, Worker};
 pub use xfan_packet as packet;
+pub use xfan_shm::ids::{LaneId, PortId};
 pub use xfan_shm::protocol::{RefusalCode, default_socket};
 
 /// Most packets in one batch.

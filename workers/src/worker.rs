@@ -11,6 +11,7 @@ use std::time::Duration;
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{BusyMeter, ticks};
 use xfan_shm::doorbell::Sleeper;
+use xfan_shm::ids::{LaneId, UmemOffset};
 use xfan_shm::layout::{COUNTERS, Down, Phase, SharedRing, Up, counter_name_is_valid};
 use xfan_shm::protocol::{self, Attached, ProtocolError, Request};
 use xfan_shm::ring::Consumer;
@@ -75,9 +76,9 @@ pub enum RecvError {
     )]
     Corrupt {
         /// The lane whose ring holds it.
-        lane: usize,
+        lane: LaneId,
         /// Where the packet is said to begin.
-        offset: u32,
+        offset: UmemOffset,
         /// How long it is said to be.
         length: u16,
         /// How long the packet memory is.
@@ -131,7 +132,7 @@ impl Worker {
         leave: Leave,
     ) -> Self {
         let rings = (0..attached.geometry.lanes)
-            .map(|lane| Consumer::new(SharedRing::new(&down, &up, lane)))
+            .map(|lane| Consumer::new(SharedRing::new(&down, &up, LaneId(lane))))
             .collect();
         Worker {
             batch: builder.batch,
@@ -301,18 +302,18 @@ impl Worker {
             let limit = places.len() as u32;
             let count = self.rings[lane].scan(limit, |number, descriptor| {
                 let Descriptor { offset, length, .. } = descriptor;
-                if u64::from(offset) + u64::from(length) > umem_bytes as u64 {
+                if u64::from(offset.0) + u64::from(length) > umem_bytes as u64 {
                     corrupt = Some((offset, length));
                     return false; // what came before it is good
                 }
-                prefetch(umem.wrapping_add(offset as usize));
+                prefetch(umem.wrapping_add(offset.index()));
                 if let Some(place) = places.get_mut(number) {
                     *place = descriptor;
                 }
                 true
             });
             if let (0, Some((offset, length))) = (count, corrupt) {
-                return Err(RecvError::Corrupt { lane, offset, length, umem_bytes });
+                return Err(RecvError::Corrupt { lane: lane_id(lane), offset, length, umem_bytes });
             }
             if count > 0 {
                 self.lane = lane;
@@ -443,8 +444,8 @@ impl Worker {
 
     /// The lane of the current batch.
     #[inline(always)]
-    pub(crate) fn lane(&self) -> usize {
-        self.lane
+    pub(crate) fn lane(&self) -> LaneId {
+        lane_id(self.lane)
     }
 
     /// The first `count` descriptors of the current batch.
@@ -452,6 +453,13 @@ impl Worker {
     pub(crate) fn descriptors(&self, count: u32) -> &[Descriptor] {
         &self.descriptors[..count as usize]
     }
+}
+
+/// The lane of the ring with this index.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation)] // there are as many rings as a u32 says
+fn lane_id(ring: usize) -> LaneId {
+    LaneId(ring as u32)
 }
 
 impl fmt::Debug for Worker {

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
+use xfan_shm::ids::UmemOffset;
 use xfan_shm::segment::{Mapping, open_mapping_read_only, reopen_read_only};
 use xsk_rs::config::{FrameSize, QueueSize, UmemConfig};
 use xsk_rs::umem::{Umem, UmemCreateError};
@@ -134,11 +135,11 @@ impl PacketMemory {
     /// # Safety
     /// Nobody writes the packet while the slice is used: its frame is not the kernel's.
     #[inline(always)]
-    pub unsafe fn packet(&self, offset: u32, length: u32) -> Option<&[u8]> {
-        if u64::from(offset) + u64::from(length) > self.length as u64 {
+    pub unsafe fn packet(&self, offset: UmemOffset, length: u32) -> Option<&[u8]> {
+        if u64::from(offset.0) + u64::from(length) > self.length as u64 {
             return None;
         }
         // SAFETY: in bounds as checked, mapped as long as `self`, and not written by this function's contract.
-        Some(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset as usize), length as usize) })
+        Some(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset.index()), length as usize) })
     }
 }
