@@ -253,7 +253,6 @@ impl Start<'_> {
             sources.into_iter().zip(&placement.lanes).zip(queues.iter().zip((0..).map(LaneId)))
         {
             let parts = LaneParts {
-                id,
                 port: port.id,
                 queue: *queue,
                 core: slot.cpu,

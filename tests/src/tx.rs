@@ -1,8 +1,8 @@
 //! Sends frames through one TX queue, each exactly once.
 //!
-//! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever the frame; on a veth
-//! the peer receives it on its RX queue q. Frames are handed over one by one, since so the kernel's answer names the
-//! frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
+//! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever
+//! the frame; on a veth the peer receives it on its RX queue q. Frames are handed over one by one,
+//! since so the kernel's answer names the frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
 //!
 //! | sendto(2) | the frame | we |
 //! |---|---|---|
@@ -11,8 +11,9 @@
 //! | EAGAIN, ENOBUFS | is still in the TX ring: no room for it yet | ask again |
 //! | anything else | is lost with the socket | fail |
 //!
-//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all have left the veth
-//! and been handled by the receiver's XDP program: nothing is under way any more.
+//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all
+//! have left the veth and been handled by the receiver's XDP program: nothing is under way any
+//! more.
 
 use std::io::{self, Write};
 use std::num::NonZeroU32;
@@ -166,11 +167,12 @@ impl TxSocket {
         Err(TxError::Length { interface: self.interface.clone(), bytes, limit: self.max_frame_bytes })
     }
 
-    /// Sends one frame, waiting while the receiver is full. When it returns without error, the driver has taken the
-    /// frame, once; with an error, it has not.
+    /// Sends one frame, waiting while the receiver is full. When it returns without error, the
+    /// driver has taken the frame, once; with an error, it has not.
     ///
     /// # Errors
-    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is down or gone.
+    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is
+    /// down or gone.
     pub fn send(&mut self, frame: &[u8]) -> Result<(), TxError> {
         self.check_length(frame.len())?;
         let begin = Instant::now();
@@ -198,7 +200,8 @@ impl TxSocket {
         }
     }
 
-    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP program, or freed.
+    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP
+    /// program, or freed.
     ///
     /// # Errors
     /// Some are held by the receiver for long.
@@ -210,8 +213,8 @@ impl TxSocket {
     fn submit(&mut self, frame: &[u8]) -> Result<(), TxError> {
         self.reclaim_until(1)?;
         let mut descriptor = self.free.pop().expect("one was waited for");
-        // SAFETY: the descriptor is of this memory, and as it was in `free` neither the kernel nor anyone else uses the
-        // frame.
+        // SAFETY: the descriptor is of this memory, and as it was in `free` neither the kernel nor
+        // anyone else uses the frame.
         let mut data = unsafe { self.xsk.umem.data_mut(&mut descriptor) };
         let mut cursor = data.cursor();
         cursor.set_pos(0);
@@ -227,7 +230,8 @@ impl TxSocket {
     /// Has the kernel transmit what is in the TX ring, and tells how that went.
     fn push(&self) -> io::Result<()> {
         let socket = self.as_raw_fd();
-        // SAFETY: no buffer and no address are given; the descriptor is open as long as `self` lives.
+        // SAFETY: no buffer and no address are given; the descriptor is open as long as `self`
+        // lives.
         let result =
             unsafe { libc::sendto(socket, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -11,11 +11,12 @@ use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 
 /// Bytes of a frame of packet memory: one page, the most AF_XDP allows.
 pub const FRAME_BYTES: u32 = 4096;
-/// Longest Ethernet frame, in bytes: a frame of packet memory less the headroom that xsk-rs keeps free.
+/// Longest Ethernet frame, in bytes: a frame of packet memory less the headroom that xsk-rs keeps
+/// free.
 pub const MAX_FRAME_BYTES: usize = FRAME_BYTES as usize - 256;
 
-/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it, which takes seconds on
-/// a busy machine; so long a bind is tried again.
+/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it,
+/// which takes seconds on a busy machine; so long a bind is tried again.
 const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -42,7 +43,8 @@ fn hint(errno: &Option<i32>) -> &'static str {
     }
 }
 
-/// A socket in copy mode with memory of its own, and all frames of that memory, which are the caller's.
+/// A socket in copy mode with memory of its own, and all frames of that memory, which are the
+/// caller's.
 pub struct Xsk {
     pub umem: Umem,
     /// In the order in which they lie in the memory.
@@ -56,8 +58,9 @@ pub struct Xsk {
 }
 
 impl Xsk {
-    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with `frame_count` frames (a
-    /// power of two) and rings that hold as many; the FILL ring holds twice as many.
+    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with
+    /// `frame_count` frames (a power of two) and rings that hold as many; the FILL ring holds twice
+    /// as many.
     pub fn bind(interface: &str, queue: u32, frame_count: NonZeroU32) -> Result<Self, XskError> {
         let failed = |error: &dyn Error| {
             let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
@@ -90,8 +93,9 @@ impl Xsk {
             let error = match unsafe { Socket::new(socket_config, &umem, &name, queue) } {
                 Ok((tx_queue, rx, Some((fill, completion_queue)))) => {
                     let entries = frame_count.get();
-                    // SAFETY: the handles that keep the rings mapped are kept beside them and not used
-                    // otherwise; the sizes are those that the socket and the memory were made with.
+                    // SAFETY: the handles that keep the rings mapped are kept beside them and not
+                    // used otherwise; the sizes are those that the socket and the memory were made
+                    // with.
                     let (tx, completion) =
                         unsafe { (TxRing::find(rx.fd(), entries), CompletionRing::find(rx.fd(), entries)) };
                     return Ok(Self {

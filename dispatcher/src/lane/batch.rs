@@ -1,5 +1,5 @@
-//! A batch's three steps: take its frames from the kernel, read and describe its packets, push their
-//! descriptors into the rings of a group.
+//! A batch's three steps: take its frames from the kernel, read and describe its packets, push
+//! their descriptors into the rings of a group.
 //!
 //! Three loops rather than one: the processor then works on several packets at once, and the values
 //! of each loop fit into its registers. The steps are functions of what they use rather than of the
@@ -103,9 +103,9 @@ pub(super) fn describe(
     }
 }
 
-/// Pushes each descriptor into the ring of the member that takes it, and reorders them meanwhile. All
-/// slots are reserved before one is filled: so their lines, which the workers' caches have, arrive at
-/// the same time. The first is filled last, and with it a worker sees all of its slots.
+/// Pushes each descriptor into the ring of the member that takes it, and reorders them meanwhile.
+/// All slots are reserved before one is filled: so their lines, which the workers' caches have,
+/// arrive at the same time. The first is filled last, and with it a worker sees all of its slots.
 #[inline(never)]
 pub(super) fn push(
     frames: &mut Frames,

@@ -2,8 +2,8 @@
 //!
 //! A change moves the fewest buckets possible. A member that joins takes an equal share from the
 //! others, and no other bucket moves. When a member leaves, its buckets go to the members with the
-//! fewest. The buckets of a member whose packets are held do not move: the held packets would arrive
-//! after newer ones of their flows.
+//! fewest. The buckets of a member whose packets are held do not move: the held packets would
+//! arrive after newer ones of their flows.
 
 use xfan_shm::ids::MemberId;
 
@@ -41,8 +41,8 @@ impl BucketTable {
         self.with_members_and_fixed(members, &[])
     }
 
-    /// The table with exactly these members, as near to this one as possible. Members that are also in
-    /// `fixed` keep their buckets, and get more only if there is no other member.
+    /// The table with exactly these members, as near to this one as possible. Members that are also
+    /// in `fixed` keep their buckets, and get more only if there is no other member.
     ///
     /// # Panics
     /// If a member is [`NOBODY`] or there are more members than buckets.
@@ -61,7 +61,8 @@ impl BucketTable {
         }
         let buckets = BUCKETS - wanted.iter().sum::<usize>();
         let takers = if others.is_empty() { &fixed } else { &others };
-        // What each of the others may keep: an equal share; the remainder goes to those that have most, so that they keep it.
+        // What each of the others may keep: an equal share; the remainder goes to those that have
+        // most, so that they keep it.
         let mut by_load: Vec<(MemberId, usize)> =
             takers.iter().map(|&member| (member, self.share(member))).collect();
         by_load.sort_by_key(|&(member, share)| (std::cmp::Reverse(share), member));
@@ -151,7 +152,8 @@ mod tests {
             assert!((rest / 3..=rest / 3 + 1).contains(&joined.share(member)), "{joined:?}");
         }
         assert_eq!(moved(&before, &joined), joined.share(d));
-        // A member that leaves gives to those that are not fixed; if all are, to those that are left.
+        // A member that leaves gives to those that are not fixed; if all are, to those that are
+        // left.
         let left = joined.with_members_and_fixed(&[b, c], &[b]);
         assert_eq!((left.share(b), left.share(c)), (fixed, rest));
         assert_fair(&left.with_members_and_fixed(&[b], &[b]), &[b]);
@@ -180,7 +182,8 @@ mod tests {
                 let members: Vec<MemberId> = members.into_iter().map(MemberId).collect();
                 let next = table.with_members(&members);
                 assert_fair(&next, &members);
-                // The fewest possible: what newcomers and shrunken shares need, that is what each gained.
+                // The fewest possible: what newcomers and shrunken shares need, that is what each
+                // gained.
                 let gained: usize = members.iter().map(|&m| next.share(m).saturating_sub(table.share(m))).sum();
                 prop_assert_eq!(moved(&table, &next), gained);
                 table = next;

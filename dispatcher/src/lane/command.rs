@@ -25,8 +25,8 @@ pub enum Command {
         /// The table.
         table: Box<BucketTable>,
     },
-    /// A member's worker is gone: keep what it has not committed, and new packets of its flows, until
-    /// another worker joins as this member.
+    /// A member's worker is gone: keep what it has not committed, and new packets of its flows,
+    /// until another worker joins as this member.
     Hold {
         /// The group.
         group: GroupId,

@@ -1,7 +1,7 @@
 //! Counters that one lane writes and the control thread reads.
 //!
-//! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and each
-//! group `received = frame_owner + delivered + ring_full + no_worker`, and for every member
+//! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and
+//! each group `received = frame_owner + delivered + ring_full + no_worker`, and for every member
 //! `delivered = committed + backlog + requeued + lost`.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -106,7 +106,7 @@ pub struct MemberCounters {
     pub lost: Counter,
     /// Times it was woken.
     pub wakeups: Counter,
-    /// Set by the lane when the worker's index was impossible; the lane takes nothing back from it any
-    /// more.
+    /// Set by the lane when the worker's index was impossible; the lane takes nothing back from it
+    /// any more.
     pub corrupt: AtomicBool,
 }

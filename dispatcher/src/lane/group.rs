@@ -14,9 +14,9 @@ use super::link::{Link, MemberLink};
 use crate::config::MAX_MEMBERS;
 use crate::memory::frames::Frames;
 
-/// A lane takes frames back from a ring that has lent this many: often enough that the frames in use
-/// stay in the cache, seldom enough that the consumer index, a line that another core writes, is
-/// loaded once for many packets.
+/// A lane takes frames back from a ring that has lent this many: often enough that the frames in
+/// use stay in the cache, seldom enough that the consumer index, a line that another core writes,
+/// is loaded once for many packets.
 const TAKE_BACK: u32 = 256;
 
 const _: () = assert!(MAX_MEMBERS <= u64::BITS as usize);
@@ -28,8 +28,8 @@ pub(super) struct LaneGroup {
     pub(super) table: BucketTable,
     /// By member; one for each value of a table entry, so that no entry is out of range.
     links: Box<[Option<Link>; 256]>,
-    /// Members that ever had a worker, as bits: an idle lane does not look at the other links, each of
-    /// which is a cache line.
+    /// Members that ever had a worker, as bits: an idle lane does not look at the other links, each
+    /// of which is a cache line.
     joined: u64,
     counters: Arc<GroupCounters>,
 }
@@ -87,8 +87,8 @@ impl LaneGroup {
         }
     }
 
-    /// A worker joins as `member`. What was held for it comes first. Returns whether a ring is filling
-    /// up.
+    /// A worker joins as `member`. What was held for it comes first. Returns whether a ring is
+    /// filling up.
     #[cold]
     pub(super) fn join(&mut self, frames: &mut Frames, member: MemberId, link: MemberLink) -> bool {
         let predecessor = self.links[member.index()].take_if(|link| link.held.is_some());

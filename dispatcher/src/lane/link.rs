@@ -38,7 +38,8 @@ pub(super) struct Link {
     pub(super) counted: u32,
     /// Dropped, not yet counted.
     dropped: u32,
-    /// The worker's index was impossible, or the worker is gone: the lane takes nothing back any more.
+    /// The worker's index was impossible, or the worker is gone: the lane takes nothing back any
+    /// more.
     distrusted: bool,
     /// The worker is gone, and had a chance to see this many of the packets that are in the ring.
     pub(super) held: Option<u32>,
@@ -91,8 +92,8 @@ impl Link {
         }
     }
 
-    /// Hands over what was not committed, in order, marked where the worker that is gone may have seen
-    /// it. Returns the number of packets.
+    /// Hands over what was not committed, in order, marked where the worker that is gone may have
+    /// seen it. Returns the number of packets.
     pub(super) fn bequeath(&mut self, mut heir: impl FnMut(Descriptor)) -> u32 {
         let (mut number, seen) = (0, self.held.unwrap_or(u32::MAX));
         self.ring.take_all(|mut descriptor| {

@@ -12,13 +12,13 @@
 //! ```
 //!
 //! The frame invariant: every frame is free, the kernel's, the lane's or lent, and after each batch
-//! none is the lane's. The kernel always has `posted` frames: the budget made at start holds that many
-//! beside all that the rings can lend, so a worker, however slow, cannot starve another worker of
-//! frames.
+//! none is the lane's. The kernel always has `posted` frames: the budget made at start holds that
+//! many beside all that the rings can lend, so a worker, however slow, cannot starve another worker
+//! of frames.
 //!
-//! Every group gets every packet whose frame the kernel rightly handed over. So for each lane and each
-//! group `received = frame_owner + delivered + ring_full + no_worker`: the drops by frame owner come
-//! before the groups and are the lane's, the others are counted per group.
+//! Every group gets every packet whose frame the kernel rightly handed over. So for each lane and
+//! each group `received = frame_owner + delivered + ring_full + no_worker`: the drops by frame
+//! owner come before the groups and are the lane's, the others are counted per group.
 //!
 //! The loop allocates nothing, takes no lock, logs nothing, and makes no system call per packet: a
 //! batch costs at most one `clock_gettime` (vDSO) and one `write` per sleeping worker.
@@ -50,7 +50,7 @@ use crossbeam_queue::ArrayQueue;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{BusyMeter, CoarseClock, stamp, ticks};
-use xfan_shm::ids::{LaneId, PortId, QueueId};
+use xfan_shm::ids::{PortId, QueueId};
 
 use crate::memory::frames::{Frames, Region};
 use crate::memory::umem::PacketMemory;
@@ -64,8 +64,8 @@ use idle::{Idle, Turn};
 /// Most packets handled in one turn.
 pub const MAX_BATCH: usize = 64;
 
-/// Most commands in a lane's queue. The lane obeys between two batches, so it rarely holds more than a
-/// few.
+/// Most commands in a lane's queue. The lane obeys between two batches, so it rarely holds more
+/// than a few.
 const COMMANDS: usize = 256;
 
 /// Longest sleep: how old the counters and the backlog of an idle lane can be.
@@ -89,8 +89,6 @@ pub struct LaneConfig {
 /// What a lane is made of, beside its source.
 #[derive(Debug)]
 pub struct LaneParts {
-    /// Its number among all lanes.
-    pub id: LaneId,
     /// The port it belongs to, for descriptors.
     pub port: PortId,
     /// RX queue of the port.
@@ -194,7 +192,8 @@ impl<S: PacketSource> Lane<S> {
             if count > 0 {
                 // Not `now`: packets may have come after it.
                 self.dispatch(&mut batch[..count], stamp(clock.ns(ticks())));
-                // The end of this turn is the beginning of the next: reading the counter is not free.
+                // The end of this turn is the beginning of the next: reading the counter is not
+                // free.
                 let start = std::mem::replace(&mut now, ticks());
                 #[allow(clippy::cast_possible_truncation)] // at most MAX_BATCH
                 self.meter.add(start, now, count as u32);

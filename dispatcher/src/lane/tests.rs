@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicU64;
 use xfan_packet::{FlowKey, TCP};
 use xfan_shm::bell;
 use xfan_shm::clock::{monotonic_ns, stamped_ns};
-use xfan_shm::ids::{GroupId, MemberId, UmemOffset};
+use xfan_shm::ids::{GroupId, LaneId, MemberId, UmemOffset};
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::segment::{self, Mapping};
@@ -106,7 +106,6 @@ fn bench_of(groups: usize, frames: u32) -> Bench {
     let zero = Duration::ZERO;
     let frames = NonZeroU32::new(frames).unwrap();
     let parts = LaneParts {
-        id: LaneId(0),
         port: PortId(3),
         queue: QueueId(0),
         core: 0,
@@ -227,7 +226,8 @@ impl Bench {
         self.shared.groups[0].delivered.get()
     }
 
-    /// Packets dropped in the only group: `ring_full` and `no_worker`, and before it: `frame_owner`.
+    /// Packets dropped in the only group: `ring_full` and `no_worker`, and before it:
+    /// `frame_owner`.
     fn dropped(&self) -> [u64; 3] {
         let [group] = &*self.shared.groups else { panic!("several groups") };
         [group.ring_full.get(), group.no_worker.get(), self.shared.counters.frame_owner.get()]
@@ -286,7 +286,7 @@ fn member_of(key: &FlowKey, members: &[u8]) -> u8 {
 }
 
 #[test]
-fn each_flow_goes_to_its_member_in_order_with_both_directions() {
+fn both_directions_of_a_flow_reach_one_member() {
     let mut bench = bench();
     let mut peers = [bench.join(0), bench.join(1)];
     bench.steer(&[0, 1]);
@@ -315,7 +315,7 @@ fn each_flow_goes_to_its_member_in_order_with_both_directions() {
 }
 
 #[test]
-fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
+fn a_full_ring_costs_only_its_member() {
     let mut bench = bench();
     let (slow, mut quick) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -340,7 +340,7 @@ fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
 }
 
 #[test]
-fn without_a_member_packets_are_dropped_and_counted() {
+fn packets_without_a_member_are_dropped_and_counted() {
     let mut bench = bench();
     bench.feed((0..20).map(|n| packet(flow(n))));
     assert_eq!(bench.dropped(), [0, 20, 0]);
@@ -356,7 +356,7 @@ fn without_a_member_packets_are_dropped_and_counted() {
 }
 
 #[test]
-fn what_the_last_member_had_is_lost_and_its_frames_are_free() {
+fn packets_of_the_last_member_are_lost_and_freed() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -374,7 +374,7 @@ fn what_the_last_member_had_is_lost_and_its_frames_are_free() {
 }
 
 #[test]
-fn what_a_retired_member_had_goes_to_the_others_in_order_before_newer_packets() {
+fn requeued_packets_come_before_newer_ones() {
     let mut bench = bench();
     let (mut gone, mut heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -412,7 +412,7 @@ fn numbered(n: u8) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_may_have_seen() {
+fn held_packets_reach_the_next_worker_in_order() {
     let mut bench = bench();
     let (mut gone, mut other) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -454,7 +454,7 @@ fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_m
 }
 
 #[test]
-fn a_ring_that_is_held_fills_up_and_all_it_has_fits_into_the_next_ones() {
+fn a_full_held_ring_fits_into_the_next_one() {
     let mut bench = bench();
     let gone = bench.join(0);
     bench.steer(&[0]);
@@ -477,7 +477,7 @@ fn a_ring_that_is_held_fills_up_and_all_it_has_fits_into_the_next_ones() {
 }
 
 #[test]
-fn what_is_held_for_nobody_goes_to_the_others() {
+fn held_packets_without_a_next_worker_are_requeued() {
     let mut bench = bench();
     let (gone, mut heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -499,7 +499,7 @@ fn what_is_held_for_nobody_goes_to_the_others() {
 }
 
 #[test]
-fn what_the_heirs_have_no_room_for_is_lost_and_its_frames_are_free() {
+fn packets_that_fit_no_other_ring_are_lost_and_freed() {
     let mut bench = bench();
     let (gone, heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -513,7 +513,7 @@ fn what_the_heirs_have_no_room_for_is_lost_and_its_frames_are_free() {
 }
 
 #[test]
-fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
+fn an_impossible_index_costs_only_its_worker() {
     let mut bench = bench();
     let (mut liar, mut honest) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -527,7 +527,8 @@ fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
     assert!(!honest.counters.corrupt.load(Ordering::Acquire));
     let count = honest.take().len() as u64;
     assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
-    // Also if it tells the truth now: nothing is taken back until it is retired, and then all it had goes to the other.
+    // Also if it tells the truth now: nothing is taken back until it is retired, and then all it
+    // had goes to the other.
     liar.ring.commit(0u32.wrapping_sub(1000));
     bench.lane.settle();
     assert_eq!(u64::from(bench.lane.frames.tally().lent), had);
@@ -540,7 +541,7 @@ fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
 }
 
 #[test]
-fn a_frame_that_is_not_the_kernels_is_neither_delivered_nor_used_again() {
+fn a_frame_that_was_not_posted_is_not_delivered() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -554,7 +555,7 @@ fn a_frame_that_is_not_the_kernels_is_neither_delivered_nor_used_again() {
 }
 
 #[test]
-fn frames_without_a_tuple_are_delivered_and_say_so() {
+fn packets_without_a_tuple_are_flagged() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -565,7 +566,7 @@ fn frames_without_a_tuple_are_delivered_and_say_so() {
 }
 
 #[test]
-fn packets_of_which_the_frame_holds_less_are_counted_flagged_and_delivered() {
+fn cut_packets_are_counted_flagged_and_delivered() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -584,7 +585,7 @@ fn packets_of_which_the_frame_holds_less_are_counted_flagged_and_delivered() {
 }
 
 #[test]
-fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
+fn only_a_sleeping_worker_is_rung_and_once() {
     let mut bench = bench();
     let peer = bench.join(0);
     bench.steer(&[0]);
@@ -601,7 +602,7 @@ fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
 }
 
 #[test]
-fn a_packet_that_arrives_while_the_lane_looks_has_no_time_before_that() {
+fn a_packet_has_no_time_before_its_arrival() {
     let mut bench = bench();
     let peer = bench.join(0);
     bench.steer(&[0]);

@@ -6,14 +6,15 @@
 //!                (FILL, NIC, RX)
 //! ```
 //!
-//! Between [`accepting`](Frames::accepting) and the end of its batch a packet's frame is the lane's;
-//! the ledger already counts it as lent. With several groups a frame is lent to each of them, and is
-//! free when the last has given it back: the ledger counts these loans. With one group it has no
-//! counts and none is kept.
+//! Between [`accepting`](Frames::accepting) and the end of its batch a packet's frame is the
+//! lane's; the ledger already counts it as lent. With several groups a frame is lent to each of
+//! them, and is free when the last has given it back: the ledger counts these loans. With one group
+//! there is nothing to count.
 //!
-//! Free frames are a stack: the frame used last is the one most likely in the cache. A mark per frame
-//! says whether the kernel has it. A frame that the kernel does not have is free if it is on the
-//! stack, else lent. The ledger is private to the lane, which publishes the totals in its counters.
+//! Free frames are a stack: the frame used last is the one most likely in the cache. A mark per
+//! frame says whether the kernel has it. A frame that the kernel does not have is free if it is on
+//! the stack, else lent. The ledger is private to the lane, which publishes the totals in its
+//! counters.
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
@@ -64,8 +65,8 @@ pub struct Tally {
     pub tx: u32,
 }
 
-/// Bytes of the smallest frame: frames are numbered in these units. A packet begins within the first
-/// unit of its frame, behind 256 bytes of headroom.
+/// Bytes of the smallest frame: frames are numbered in these units. A packet begins within the
+/// first unit of its frame, behind 256 bytes of headroom.
 const UNIT: u32 = 2048;
 
 /// The ledger.
@@ -93,7 +94,8 @@ impl Frames {
     /// The frames of `region`, all free. Each packet will be lent to `groups` groups, at least one.
     ///
     /// # Panics
-    /// If the region is not as described there, reaches beyond 4 GiB, or there are more than 255 groups.
+    /// If the region is not as described there, reaches beyond 4 GiB, or there are more than 255
+    /// groups.
     pub fn new(region: Region, groups: usize) -> Self {
         let Region { base: UmemOffset(base), frame_size: size, frames } = region;
         let count = frames.get();
@@ -154,8 +156,8 @@ impl Frames {
         }
     }
 
-    /// A group is done with a packet: a worker has given it back, or nobody in the group took it. When
-    /// the last group is done, the frame is free.
+    /// A group is done with a packet: a worker has given it back, or nobody in the group took it.
+    /// When the last group is done, the frame is free.
     #[inline(always)]
     pub fn give_back(&mut self, offset: UmemOffset) {
         if !self.is_shared() || self.last_loan_ends(offset) {
@@ -200,7 +202,8 @@ impl Frames {
         Tally { total, free, kernel, lent: total - free - kernel, tx: 0 }
     }
 
-    /// Counts frame by frame: for tests and the final balance, where it must equal [`tally`](Self::tally).
+    /// Counts frame by frame: for tests and the final balance, where it must equal
+    /// [`tally`](Self::tally).
     pub fn audit(&self) -> Tally {
         let free: HashSet<UmemOffset> = self.stack[..self.free].iter().copied().collect();
         let mut tally = Tally::default();
@@ -259,7 +262,8 @@ impl Drop for Accepting<'_> {
     }
 }
 
-/// Takes frames back. Accumulates the height of the stack in a register and stores it once, on drop.
+/// Takes frames back. Accumulates the height of the stack in a register and stores it once, on
+/// drop.
 #[derive(Debug)]
 pub struct Returning<'a> {
     start: u32,
@@ -314,7 +318,8 @@ mod tests {
         let mut frames = frames(4096, 4096, 2, 1);
         assert_eq!(frames.post(1), [UmemOffset(4096)]);
         frames.accepting().accept(UmemOffset(4096)).unwrap();
-        // The same frame in two packets, as with a broken FILL ring; a free one; another lane's; none.
+        // The same frame in two packets, as with a broken FILL ring; a free one; another lane's;
+        // none.
         for offset in [4096, 8192, 0, 3 * 4096].map(UmemOffset) {
             assert_eq!(frames.accepting().accept(offset), Err(OwnerError { offset }));
         }

@@ -73,7 +73,8 @@ impl PacketMemory {
         let config = UmemConfig::builder()
             .frame_size(FrameSize::new(frame_size).map_err(|error| invalid(error.to_string()))?)
             .fill_queue_size(QueueSize::new(fill_ring).map_err(|error| invalid(error.to_string()))?)
-            // Every lane gets a COMPLETION ring of this size; nothing is transmitted, so it stays empty.
+            // Every lane gets a COMPLETION ring of this size; nothing is transmitted, so it stays
+            // empty.
             .comp_queue_size(QueueSize::new(64).map_err(|error| invalid(error.to_string()))?)
             .build()
             .map_err(|error| invalid(error.to_string()))?;
@@ -86,14 +87,16 @@ impl PacketMemory {
         let first = frames.first().copied().unwrap_or_default();
         // SAFETY: the descriptor is this UMEM's, and nobody uses the memory yet.
         let data = unsafe { umem.data(&first) };
-        // A frame's descriptor points behind its headroom; the UMEM begins before that of the first.
+        // A frame's descriptor points behind its headroom; the UMEM begins before that of the
+        // first.
         // SAFETY: `addr` bytes lie between the beginning of the UMEM and the data.
         let base = unsafe { NonNull::from(data.contents()).cast::<u8>().sub(first.addr()) };
         let read_only = open_mapping_read_only(base, length).map_err(UmemError::Open)?;
         Ok(PacketMemory { base, length, read_only, backing: Backing::Umem(umem) })
     }
 
-    /// Memory behind no socket: a segment, mapped for writing. For benchmarks and tests of the dispatch path alone.
+    /// Memory behind no socket: a segment, mapped for writing. For benchmarks and tests of the
+    /// dispatch path alone.
     ///
     /// # Errors
     /// [`UmemError::Open`]
@@ -139,7 +142,8 @@ impl PacketMemory {
         if u64::from(offset.0) + u64::from(length) > self.length as u64 {
             return None;
         }
-        // SAFETY: in bounds as checked, mapped as long as `self`, and not written by this function's contract.
+        // SAFETY: in bounds as checked, mapped as long as `self`, and not written by this
+        // function's contract.
         Some(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset.index()), length as usize) })
     }
 }

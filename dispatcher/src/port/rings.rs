@@ -58,7 +58,8 @@ impl RingMap {
         if length < needed {
             return Err(io::Error::other(format!("a ring of {needed} bytes is mapped with {length}")));
         }
-        // SAFETY: the kernel says that these offsets lie within the ring's memory, which is mapped as checked.
+        // SAFETY: the kernel says that these offsets lie within the ring's memory, which is mapped
+        // as checked.
         let part = |offset: usize| unsafe { address.cast::<u8>().add(offset) };
         Ok(RingMap {
             producer: part(place(offsets.producer)?).cast(),
@@ -131,12 +132,13 @@ impl<T> ConsumerEnd<T> {
         }
         let count = batch.len().min(ready as usize);
         for slot in &mut batch[..count] {
-            // SAFETY: the kernel has published this entry, and leaves it alone until the consumer index
-            // passes it.
+            // SAFETY: the kernel has published this entry, and leaves it alone until the consumer
+            // index passes it.
             put(slot, unsafe { self.map.entry::<T>(self.consumed).read() });
             self.consumed = self.consumed.wrapping_add(1);
         }
-        // Release: pairs with the kernel's smp_load_acquire of the consumer index; the entries are read.
+        // Release: pairs with the kernel's smp_load_acquire of the consumer index; the entries are
+        // read.
         self.map.consumer().store(self.consumed, Ordering::Release);
         count
     }
@@ -318,8 +320,8 @@ impl CompletionRing {
         ConsumerEnd::find(socket, &mmap_offsets(socket)?.cr, entries, at).map(CompletionRing)
     }
 
-    /// Takes back frames, at most as many as fit into `batch`: the offsets of the packets submitted.
-    /// Returns their number.
+    /// Takes back frames, at most as many as fit into `batch`: the offsets of the packets
+    /// submitted. Returns their number.
     #[inline(always)]
     pub fn take(&mut self, batch: &mut [UmemOffset]) -> usize {
         self.0.take(batch, |packet, address| *packet = offset(address))

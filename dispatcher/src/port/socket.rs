@@ -152,8 +152,8 @@ impl XskSource {
         let started = std::time::Instant::now();
         let mut told = false;
         let (tx, rx, fill_and_completion) = loop {
-            // SAFETY: this socket's FILL and COMPLETION rings are its own, as no other socket of this UMEM is bound to
-            // this queue; frames are posted to it by its lane only.
+            // SAFETY: this socket's FILL and COMPLETION rings are its own, as no other socket of
+            // this UMEM is bound to this queue; frames are posted to it by its lane only.
             match unsafe { Socket::new(config, umem, &name, queue.0) } {
                 Ok(parts) => break parts,
                 Err(error) => {
@@ -175,8 +175,8 @@ impl XskSource {
         };
         let (fill, completion) = fill_and_completion
             .ok_or_else(|| fail(io::Error::other("the queue has rings already: it is listed twice")))?;
-        // SAFETY: the handles, which keep the rings mapped, are kept beside them and never used; the sizes are those that the
-        // socket and the UMEM were made with.
+        // SAFETY: the handles, which keep the rings mapped, are kept beside them and never used;
+        // the sizes are those that the socket and the UMEM were made with.
         let rings = unsafe { (RxRing::find(rx.fd(), rx_ring), FillRing::find(rx.fd(), fill_ring)) };
         let lost = |source| BindError::Rings { interface: interface.to_owned(), queue, source };
         Ok(XskSource {
@@ -224,7 +224,8 @@ impl PacketSource for XskSource {
         }
         self.fill.publish();
         if self.fill.needs_wakeup() {
-            // A zero-copy driver that ran out of frames waits for this; in copy mode the flag is never raised.
+            // A zero-copy driver that ran out of frames waits for this; in copy mode the flag is
+            // never raised.
             rings::kick(self.handles.rx.fd());
         }
     }

@@ -21,7 +21,8 @@ pub trait PacketSource {
     /// Takes packets, at most as many as fit into `batch`; returns how many.
     fn receive(&mut self, batch: &mut [Received]) -> usize;
 
-    /// Posts `count` free frames for future packets, or fewer if fewer are free or fit the FILL ring.
+    /// Posts `count` free frames for future packets, or fewer if fewer are free or fit the FILL
+    /// ring.
     fn post(&mut self, frames: &mut Frames, count: u32);
 
     /// Sleeps until there are packets, `doorbell` is rung, or `timeout` has passed.

@@ -15,8 +15,8 @@ use crate::text;
 pub use notice::{Level, Notice};
 pub use table::{render, render_members};
 
-/// The [`version`](Report::version) of reports as described here. Readers ignore fields that they do
-/// not know; the number rises when a field is removed or changes its meaning.
+/// The [`version`](Report::version) of reports as described here. Readers ignore fields that they
+/// do not know; the number rises when a field is removed or changes its meaning.
 pub const VERSION: u32 = 1;
 
 /// Everything about one primary: what `xfan stats --json` prints.
@@ -230,7 +230,8 @@ pub struct GroupLane {
     pub dropped: BTreeMap<String, u64>,
 }
 
-/// A member of a group, with the worker that it has or had. `delivered = committed + backlog + requeued + lost`.
+/// A member of a group, with the worker that it has or had. `delivered = committed + backlog +
+/// requeued + lost`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Such as `default/0`.
@@ -269,10 +270,11 @@ pub struct Member {
     pub dropped: u64,
     /// Packets in its rings.
     pub backlog: u64,
-    /// Packets that were in its rings when its worker left, and went to other members, which count them
-    /// as `delivered`, too.
+    /// Packets that were in its rings when its worker left, and went to other members, which count
+    /// them as `delivered`, too.
     pub requeued: u64,
-    /// Packets that were in its rings when its worker left, and that no other ring had a free slot for.
+    /// Packets that were in its rings when its worker left, and that no other ring had a free slot
+    /// for.
     pub lost: u64,
     /// Times a lane woke it.
     pub wakeups: u64,
@@ -293,8 +295,8 @@ impl Lane {
     }
 }
 
-/// The same, without control characters in its texts: a report may come from whatever process listens
-/// on a socket.
+/// The same, without control characters in its texts: a report may come from whatever process
+/// listens on a socket.
 fn printable<T: Serialize + DeserializeOwned + Clone>(original: &T) -> T {
     fn each(value: &mut Value) {
         match value {
@@ -347,8 +349,8 @@ impl Report {
         self.groups.iter().flat_map(|group| &group.members)
     }
 
-    /// Packets received by the lanes, and delivered and dropped by them. With several groups a packet
-    /// is delivered, or dropped, once for each.
+    /// Packets received by the lanes, and delivered and dropped by them. With several groups a
+    /// packet is delivered, or dropped, once for each.
     pub fn totals(&self) -> (u64, u64, u64) {
         let groups = || self.groups.iter().flat_map(|group| &group.lanes);
         let dropped_by_lanes = self.lanes().flat_map(|lane| lane.dropped.values());
@@ -360,8 +362,8 @@ impl Report {
         )
     }
 
-    /// What does not add up, in sentences; nothing at rest. While packets flow, counters are read one
-    /// after the other, and may differ by the packets that moved meanwhile.
+    /// What does not add up, in sentences; nothing at rest. While packets flow, counters are read
+    /// one after the other, and may differ by the packets that moved meanwhile.
     pub fn imbalances(&self) -> Vec<String> {
         let mut found = Vec::new();
         for lane in self.lanes() {

@@ -1,8 +1,9 @@
 //! The report as a table of at most 80 columns.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::{Lane, Level, Member, Port, Report, Xdp};
+use super::{Group, Lane, Level, Member, Port, Report, Xdp};
 
 /// Renders a report. Rates and utilisation are of the time since `earlier`, a report of the same
 /// primary; without one, of the time since its start.
@@ -203,28 +204,19 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     if report.log_lines_lost > 0 {
         writeln!(out, "log      {} lines lost", report.log_lines_lost)?;
     }
-    let (received, delivered, dropped) = report.totals();
-    write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
-    let mut causes = std::collections::BTreeMap::new();
-    let of_groups = report.groups.iter().flat_map(|group| &group.lanes).flat_map(|lane| &lane.dropped);
-    let dropped = report.lanes().flat_map(|lane| &lane.dropped).chain(of_groups);
-    for (cause, count) in dropped.filter(|(_, count)| **count > 0) {
-        *causes.entry(cause).or_insert(0) += count;
-    }
-    if !causes.is_empty() {
-        let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
-        write!(out, "\n         ({})", causes.join(", "))?;
+    for group in &report.groups {
+        write_packets(out, report, group)?;
     }
     let cut: u64 = report.lanes().map(|lane| lane.cut).sum();
     if cut > 0 {
-        write!(out, "\ncut      {cut} packets: their frames hold less than their IP length")?;
+        writeln!(out, "cut      {cut} packets: their frames hold less than their IP length")?;
     }
     let frames = |field: fn(&super::Frames) -> u32| {
         report.lanes().map(|lane| u64::from(field(&lane.frames))).sum::<u64>()
     };
     writeln!(
         out,
-        "\nframes   total {} = free {} + kernel {} + lane {} + lent {} + tx {}",
+        "frames   total {} = free {} + kernel {} + lane {} + lent {} + tx {}",
         frames(|frames| frames.total),
         frames(|frames| frames.free),
         frames(|frames| frames.kernel),
@@ -232,6 +224,29 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         frames(|frames| frames.lent),
         frames(|frames| frames.tx)
     )
+}
+
+/// What became of the packets in a group, which gets all that the lanes accept.
+fn write_packets(out: &mut String, report: &Report, group: &Group) -> std::fmt::Result {
+    let received: u64 = report.lanes().map(|lane| lane.received).sum();
+    let delivered: u64 = group.lanes.iter().map(|lane| lane.delivered).sum();
+    let before = report.lanes().flat_map(|lane| &lane.dropped);
+    let mut causes = BTreeMap::<&str, u64>::new();
+    for (cause, count) in before.chain(group.lanes.iter().flat_map(|lane| &lane.dropped)) {
+        *causes.entry(cause).or_default() += count;
+    }
+    let dropped: u64 = causes.values().sum();
+    write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
+    if report.groups.len() > 1 {
+        write!(out, " in group {:.24}", group.name)?;
+    }
+    writeln!(out)?;
+    causes.retain(|_, count| *count > 0);
+    if !causes.is_empty() {
+        let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
+        writeln!(out, "         ({})", causes.join(", "))?;
+    }
+    Ok(())
 }
 
 /// Counters of the NIC that have counted something.
@@ -270,7 +285,7 @@ fn short(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Group, Lane, Nic, Notice, Port};
+    use crate::report::{GroupLane, Nic, Notice};
     use xfan_shm::ids::QueueId;
 
     #[test]
@@ -346,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_that_arrived_cut_are_shown_if_there_are_any() {
+    fn cut_packets_are_shown_if_there_are_any() {
         let port = Port { lanes: vec![Lane::default(); 2], ..Port::default() };
         let mut report = Report { ports: vec![port], ..Report::default() };
         assert!(!render(&report, None).contains("cut"));
@@ -356,7 +371,45 @@ mod tests {
     }
 
     #[test]
-    fn that_packets_wait_is_seen_whatever_their_worker_is_doing() {
+    fn ports_and_groups_are_shown_one_after_the_other() {
+        let port = |name: &str, frame_owner| Port {
+            name: name.into(),
+            lanes: vec![Lane {
+                received: 10,
+                dropped: [("frame_owner".to_owned(), frame_owner)].into(),
+                ..Lane::default()
+            }],
+            ..Port::default()
+        };
+        let lane = |port: &str, ring_full| GroupLane {
+            port: port.into(),
+            delivered: 9 - ring_full,
+            dropped: [("ring_full".to_owned(), ring_full)].into(),
+            ..GroupLane::default()
+        };
+        let group = |name: &str, ring_full| Group {
+            name: name.into(),
+            lanes: vec![lane("east", 0), lane("west", ring_full)],
+            ..Group::default()
+        };
+        let report = Report {
+            ports: vec![port("east", 1), port("west", 1)],
+            groups: vec![group("ids", 0), group("flows", 4)],
+            ..Report::default()
+        };
+        let text = render(&report, None);
+        assert!(text.contains("east: ") && text.contains("\nwest: "), "{text}");
+        let lanes = text.lines().filter(|line| line.starts_with("    0 "));
+        let dropped: Vec<_> = lanes.filter_map(|line| line.split_whitespace().nth(4)).collect();
+        assert_eq!(dropped, ["1", "5"], "{text}");
+        let ids = "packets  received 20 = delivered 18 + dropped 2 in group ids\n         (frame_owner 2)\n";
+        let flows = "packets  received 20 = delivered 14 + dropped 6 in group flows\n         \
+                     (frame_owner 2, ring_full 4)\n";
+        assert!(text.contains(ids) && text.contains(flows), "{text}");
+    }
+
+    #[test]
+    fn a_member_whose_packets_are_held_is_shown_as_held() {
         let member = Member { state: "starting".into(), held: true, ..Member::default() };
         let group = Group { members: vec![member], ..Group::default() };
         let text = render_members(&Report { groups: vec![group], ..Report::default() });

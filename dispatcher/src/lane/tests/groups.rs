@@ -75,7 +75,7 @@ fn a_full_ring_or_no_worker_costs_its_group_only() {
 }
 
 #[test]
-fn a_frame_of_a_broken_driver_is_dropped_before_all_groups() {
+fn a_frame_that_was_not_posted_reaches_no_group() {
     let mut bench = bench_of(2, frames_for(2));
     let mut peers = [bench.join_in(A, 0, Arc::default()), bench.join_in(B, 0, Arc::default())];
     bench.steer_in(A, &[0]);
@@ -91,7 +91,7 @@ fn a_frame_of_a_broken_driver_is_dropped_before_all_groups() {
 }
 
 #[test]
-fn a_retired_members_packets_are_requeued_in_its_group_only() {
+fn packets_are_requeued_within_their_group() {
     let mut bench = bench_of(2, frames_for(3));
     let (gone, mut heir) = (bench.join_in(A, 0, Arc::default()), bench.join_in(A, 1, Arc::default()));
     let mut other = bench.join_in(B, 0, Arc::default());
@@ -115,7 +115,7 @@ fn a_retired_members_packets_are_requeued_in_its_group_only() {
 }
 
 #[test]
-fn what_one_group_holds_or_loses_the_other_has_had() {
+fn one_group_holds_or_loses_what_another_has_read() {
     let mut bench = bench_of(2, frames_for(2));
     let gone = bench.join_in(A, 0, Arc::default());
     let mut other = bench.join_in(B, 0, Arc::default());
@@ -190,7 +190,8 @@ struct Slot {
     held: bool,
 }
 
-/// The members of `group` that the table has: those with a worker, and those whose packets are held.
+/// The members of `group` that the table has: those with a worker, and those whose packets are
+/// held.
 fn in_table(slots: &[Slot], group: usize) -> Vec<u8> {
     (0u8..2).filter(|member| takes(&slots[group * 2 + usize::from(*member)])).collect()
 }
@@ -202,8 +203,8 @@ fn takes(slot: &Slot) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever workers do in whichever group, every frame has one owner, no lent frame is posted, and
-    /// both equations hold.
+    /// Whatever workers do in whichever group, every frame has one owner, no lent frame is posted,
+    /// and both equations hold.
     #[test]
     fn frames_are_freed_once_whatever_happens(
         (groups, steps) in (1usize..4)

@@ -1,7 +1,7 @@
 //! The dispatch path alone: packets in memory → parse → hash → ring → worker process → commit.
 //!
-//! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control socket, worker
-//! processes that attach and run as an unprivileged user.
+//! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control
+//! socket, worker processes that attach and run as an unprivileged user.
 
 use std::num::NonZeroU32;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -25,7 +25,7 @@ use xfan::process::cgroup::Limits;
 use xfan::process::output::Output;
 use xfan::process::spawn::WorkerCommand;
 use xfan::report::Report;
-use xfan_shm::ids::{LaneId, PortId, QueueId, UmemOffset};
+use xfan_shm::ids::{PortId, QueueId, UmemOffset};
 use xfan_shm::layout::Geometry;
 use xfan_shm::segment::{self, Mapping};
 use xfan_tests::primary::Folder;
@@ -37,9 +37,9 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the workers at a time, and
-/// no ring is ever full: when all are, the lane waits. There are not more than a cycle of lane and workers takes, so that
-/// those of one worker's flows cannot stay away.
+/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the
+/// workers at a time, and no ring is ever full: when all are, the lane waits. There are not more
+/// than a cycle of lane and workers takes, so that those of one worker's flows cannot stay away.
 const FRAMES: NonZeroU32 = NonZeroU32::new(4096).expect("not 0");
 const POSTED: u32 = FRAMES.get() / 2;
 const BATCH: usize = 64;
@@ -151,7 +151,6 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let memory = Arc::new(PacketMemory::of_segment(&fd, mapping)?);
     let spin = Duration::from_millis(if shared { 0 } else { 1000 });
     let parts = LaneParts {
-        id: LaneId(0),
         port: PortId(0),
         queue: QueueId(0),
         core: lane_cpu,
