@@ -96,6 +96,7 @@ impl From<&RunError> for Exit {
             RunError::Output(_) => Self::Usage,
             RunError::Primary(error) => error.into(),
             RunError::Topology(_)
+            | RunError::Memory(_)
             | RunError::Control(_)
             | RunError::Filter(_)
             | RunError::Io(_)

@@ -126,8 +126,8 @@ fn workers(action: &WorkersAction) -> Ended {
     let (flags, order) = match action {
         WorkersAction::List { primary, json } => {
             let report = report_of(primary)?;
-            let members: Vec<_> = report.groups.iter().flat_map(|group| &group.members).collect();
-            return print(&if *json { to_json(&members)? + "\n" } else { report::render_members(&members) });
+            let members: Vec<_> = report.members().collect();
+            return print(&if *json { to_json(&members)? + "\n" } else { report::render_members(&report) });
         }
         WorkersAction::Add { count, order } => (order, WorkersOrder::Add(usize::from(*count))),
         WorkersAction::Drain(flags) => (&flags.order, WorkersOrder::Drain(flags.member.clone())),

@@ -1,8 +1,10 @@
 //! `xfan run`: from a configuration to a running primary.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Duration;
 
+use xfan_shm::ids::{LaneId, PortId, QueueId};
 use xfan_shm::layout::{Geometry, MAX_LANES};
 use xfan_xdp::AttachError;
 
@@ -15,11 +17,12 @@ use crate::host::interface::{Interface, InterfaceError};
 use crate::host::placement::{Placement, PlacementError, place};
 use crate::host::privileges::{PrivilegeError, check_privileges};
 use crate::host::sys::{self, block_signals};
-use crate::host::topology::{Machine, TopologyError};
-use crate::lane::HashKey;
-use crate::lane::LaneConfig;
-use crate::lane::handle::{LaneHandle, LaneParts};
+use crate::host::topology::{Machine, TopologyError, with_memory_bound_to};
+use crate::lane::handle::LaneHandle;
+use crate::lane::{HashKey, LaneConfig, LaneParts};
 use crate::log::LogError;
+use crate::memory::frames::Region;
+use crate::memory::umem::{PacketMemory, UmemError};
 use crate::port::mode::{CopyMode, Mode, ModeError, modes};
 use crate::port::socket::BindError;
 use crate::port::{Port, PortError};
@@ -29,6 +32,9 @@ use crate::process::orphans;
 use crate::process::output::{Output, OutputError};
 use crate::process::seccomp::{Filter, FilterError};
 use crate::process::spawn::WorkerCommand;
+
+/// The name of the group of all workers.
+const GROUP: &str = "default";
 
 /// Why `xfan run` ended with an error.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +49,7 @@ pub enum RunError {
     Topology(#[from] TopologyError),
     Placement(#[from] PlacementError),
     Budget(#[from] BudgetError),
+    Memory(#[from] UmemError),
     Port(#[from] PortError),
     Control(#[from] ControlError),
     Log(#[from] LogError),
@@ -176,7 +183,7 @@ fn next_may_do(error: &RunError) -> bool {
 struct Start<'a> {
     config: &'a Config,
     interface: Interface,
-    queues: Vec<u32>,
+    queues: Vec<QueueId>,
     machine: Machine,
     placement: Placement,
     key: HashKey,
@@ -235,15 +242,18 @@ impl Start<'_> {
         };
         let sizes = Sizes { frame_size: mode.frame_size, nic_ring };
         let budget = FrameBudget::plan(queues.len(), config.workers, config, placement.shared, sizes)?;
-        let (port, memory, sources) =
-            Port::bind(interface.clone(), queues.clone(), config, mode, &budget, machine.nic_node())?;
+        let memory = Arc::new(packet_memory(&budget, queues.len(), mode, machine.nic_node())?);
+        // The first port: its name is the first that a worker gets.
+        let (port, sources) =
+            Port::bind(PortId(0), interface.clone(), queues.clone(), &config.pass, mode, &budget, &memory)?;
         // A thread that shares a CPU must not spin on it.
         let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
         let mut lanes = Vec::with_capacity(queues.len());
-        for ((source, slot), (queue, first)) in
-            sources.into_iter().zip(&placement.lanes).zip(queues.iter().zip(0u32..))
+        for ((source, slot), (queue, id)) in
+            sources.into_iter().zip(&placement.lanes).zip(queues.iter().zip((0..).map(LaneId)))
         {
             let parts = LaneParts {
+                port: port.id,
                 queue: *queue,
                 core: slot.cpu,
                 config: LaneConfig {
@@ -252,15 +262,11 @@ impl Start<'_> {
                     spin: spin(slot.shared),
                     yields: config.idle.yielding,
                     shared: slot.shared,
-                    port: 0,
                 },
                 memory: memory.clone(),
-                region: (
-                    region_start(first, budget.frames_per_lane, mode.frame_size),
-                    mode.frame_size,
-                    NonZeroU32::new(budget.frames_per_lane).unwrap_or(NonZeroU32::MIN),
-                ),
+                region: Region::of_lane(id, mode.frame_size, frames_per_lane(&budget)),
                 key: *key,
+                groups: 1,
                 socket: Some(source.second_descriptor()?),
             };
             lanes.push(LaneHandle::spawn(parts, source)?);
@@ -283,6 +289,7 @@ impl Start<'_> {
             config.interface.clone(),
             Some(port),
             memory,
+            GROUP.to_owned(),
             geometry,
             lanes,
             members,
@@ -301,13 +308,27 @@ impl Start<'_> {
 
 /// The name of a place.
 fn member_id(number: usize) -> String {
-    format!("default/{number}")
+    format!("{GROUP}/{number}")
 }
 
-/// UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though the
-/// end of the last lane's region may be at the limit.
-fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
-    u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
+/// Makes the packet memory of all ports, on the NUMA node of the NIC if it has one.
+fn packet_memory(
+    budget: &FrameBudget,
+    lanes: usize,
+    mode: Mode,
+    node: Option<usize>,
+) -> Result<PacketMemory, UmemError> {
+    let lanes = u32::try_from(lanes).unwrap_or(u32::MAX);
+    let frames = frames_per_lane(budget).saturating_mul(NonZeroU32::new(lanes).unwrap_or(NonZeroU32::MIN));
+    let make = || PacketMemory::of_sockets(mode.frame_size, frames, budget.fill_ring);
+    match node {
+        Some(node) => with_memory_bound_to(node, make),
+        None => make(),
+    }
+}
+
+fn frames_per_lane(budget: &FrameBudget) -> NonZeroU32 {
+    NonZeroU32::new(budget.frames_per_lane).unwrap_or(NonZeroU32::MIN)
 }
 
 #[cfg(test)]
@@ -327,7 +348,7 @@ mod tests {
         assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");
         assert!(plan(2048, 0, 1).is_ok() && plan(2048, 0, 100).is_ok());
         let bind = |error| RunError::Port(PortError::Bind(error));
-        let (interface, queue) = ("eth1".to_owned(), 0);
+        let (interface, queue) = ("eth1".to_owned(), QueueId(0));
         let source = std::io::Error::from_raw_os_error(libc::EINVAL);
         assert!(next_may_do(&bind(BindError::NoZeroCopy { interface: interface.clone(), queue, source })));
         assert!(!next_may_do(&bind(BindError::Busy { interface, queue })));

@@ -9,6 +9,8 @@
 //!          bits 32..64  flow hash
 //! ```
 
+use crate::ids::{PortId, UmemOffset};
+
 /// The lap mark in word 1. It belongs to the ring, not to the packet.
 pub(crate) const LAP: u64 = 1 << 31;
 
@@ -20,14 +22,14 @@ pub(crate) const LAP: u64 = 1 << 31;
 #[repr(C, align(16))]
 pub struct Descriptor {
     /// Offset of the packet's first byte in the UMEM, in bytes.
-    pub offset: u32,
+    pub offset: UmemOffset,
     /// Receive time of the packet's batch: the low 32 bits of `CLOCK_MONOTONIC` in units of 1,024
     /// ns, see [`stamp`](crate::clock::stamp).
     pub time: u32,
     /// Length of the packet in bytes.
     pub length: u16,
     /// The interface that received the packet, as the dispatcher numbers them.
-    pub port: u8,
+    pub port: PortId,
     /// Flags, 7 bits; see the constants of this type.
     pub flags: u8,
     /// Hash of the packet's flow, equal for both directions.
@@ -47,10 +49,10 @@ impl Descriptor {
 
     /// A descriptor of these fields. Of `flags`, the lower 7 bits are used.
     #[inline(always)]
-    pub fn new(offset: u32, time: u32, length: u16, port: u8, flags: u8, hash: u32) -> Self {
+    pub fn new(offset: UmemOffset, time: u32, length: u16, port: PortId, flags: u8, hash: u32) -> Self {
         // Assembled in registers, so that the compiler writes it to a slot in two stores.
-        let word0 = u64::from(offset) | u64::from(time) << 32;
-        let low = u64::from(length) | u64::from(port) << 16 | u64::from(flags & 0x7f) << 24;
+        let word0 = u64::from(offset.0) | u64::from(time) << 32;
+        let low = u64::from(length) | u64::from(port.0) << 16 | u64::from(flags & 0x7f) << 24;
         Descriptor::from_words(word0, low | u64::from(hash) << 32)
     }
 
@@ -69,9 +71,9 @@ impl Descriptor {
     #[cfg(not(target_endian = "little"))]
     pub(crate) fn to_words(self) -> (u64, u64) {
         (
-            u64::from(self.offset) | u64::from(self.time) << 32,
+            u64::from(self.offset.0) | u64::from(self.time) << 32,
             u64::from(self.length)
-                | u64::from(self.port) << 16
+                | u64::from(self.port.0) << 16
                 | u64::from(self.flags & 0x7f) << 24
                 | u64::from(self.hash) << 32,
         )
@@ -80,8 +82,8 @@ impl Descriptor {
     /// The offset in a slot's first word.
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)] // extracts a bit field
-    pub(crate) fn offset_in(word0: u64) -> u32 {
-        word0 as u32
+    pub(crate) fn offset_in(word0: u64) -> UmemOffset {
+        UmemOffset(word0 as u32)
     }
 
     /// A descriptor from the two words of a slot, without the lap mark.
@@ -101,10 +103,10 @@ impl Descriptor {
     #[allow(clippy::cast_possible_truncation)] // extracts bit fields
     pub(crate) fn from_words(word0: u64, word1: u64) -> Self {
         Descriptor {
-            offset: word0 as u32,
+            offset: UmemOffset(word0 as u32),
             time: (word0 >> 32) as u32,
             length: word1 as u16,
-            port: (word1 >> 16) as u8,
+            port: PortId((word1 >> 16) as u8),
             flags: (word1 >> 24) as u8 & 0x7f,
             hash: (word1 >> 32) as u32,
         }
@@ -127,6 +129,7 @@ mod tests {
 
         #[test]
         fn words_hold_every_field(offset: u32, time: u32, length: u16, port: u8, flags in 0u8..128, hash: u32) {
+            let (offset, port) = (UmemOffset(offset), PortId(port));
             let descriptor = Descriptor { offset, time, length, port, flags, hash };
             let (word0, word1) = descriptor.to_words();
             prop_assert_eq!(word1 & LAP, 0);

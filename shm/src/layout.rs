@@ -24,6 +24,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use crate::ids::LaneId;
 use crate::ring::{RingMemory, Slot};
 use crate::segment::Mapping;
 
@@ -439,14 +440,14 @@ impl SharedRing {
     ///
     /// # Panics
     /// If the segments differ in geometry, or if `lane` is not less than its number of lanes.
-    pub fn new(down: &Down, up: &Up, lane: u32) -> Self {
+    pub fn new(down: &Down, up: &Up, lane: LaneId) -> Self {
         let geometry = down.0.geometry;
-        assert!(geometry == up.0.geometry && lane < geometry.lanes, "lane {lane} of {geometry:?}");
-        let ring = RINGS + lane as usize * geometry.ring_bytes();
+        assert!(geometry == up.0.geometry && lane.0 < geometry.lanes, "lane {lane} of {geometry:?}");
+        let ring = RINGS + lane.index() * geometry.ring_bytes();
         // SAFETY: `add` requires that the result stays within the mapping: `ring` plus the size of
         // a ring is at most `down_bytes`, and `Mapping` checked that the file has that size.
         let slots = unsafe { down.0.mapping.address().add(ring) }.cast();
-        let consumer = NonNull::from(up.0.u32_at(CONSUMERS + lane as usize * LINE));
+        let consumer = NonNull::from(up.0.u32_at(CONSUMERS + lane.index() * LINE));
         SharedRing {
             slots,
             consumer,
@@ -483,6 +484,7 @@ impl RingMemory for SharedRing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::UmemOffset;
     use crate::ring::{Consumer, Producer};
     use crate::{Descriptor, segment};
 
@@ -499,10 +501,10 @@ mod tests {
         let (their_down, their_up) =
             (Down::open(&down_fd, GEOMETRY).unwrap(), Up::open(&up_fd, GEOMETRY).unwrap());
         for lane in 0..3 {
-            let mut producer = Producer::new(SharedRing::new(&down, &up, lane));
-            let mut consumer = Consumer::new(SharedRing::new(&their_down, &their_up, lane));
+            let mut producer = Producer::new(SharedRing::new(&down, &up, LaneId(lane)));
+            let mut consumer = Consumer::new(SharedRing::new(&their_down, &their_up, LaneId(lane)));
             for n in 0..20 {
-                let sent = Descriptor { offset: n, hash: lane, ..Descriptor::default() };
+                let sent = Descriptor { offset: UmemOffset(n), hash: lane, ..Descriptor::default() };
                 assert!(producer.push(sent));
                 assert_eq!(consumer.peek(0), Some(sent));
                 consumer.commit(1);

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`segment`] | shared memory that one process writes |
 //! | [`layout`] | the layout of a worker's two segments |
+//! | [`ids`] | numbers that must not be swapped, each a type of its own |
 //! | [`descriptor`] | the 16 bytes that describe a packet |
 //! | [`ring`] | the single-producer, single-consumer ring of descriptors |
 //! | [`doorbell`] | the decision whether a sleeper must be woken |
@@ -25,6 +26,7 @@ pub mod clock;
 #[allow(unsafe_code)] // converts between fields and words
 pub mod descriptor;
 pub mod doorbell;
+pub mod ids;
 #[allow(unsafe_code)] // turns mapped bytes into atomics
 #[cfg(not(loom))]
 pub mod layout;

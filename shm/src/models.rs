@@ -13,6 +13,7 @@ use loom::thread;
 
 use crate::Descriptor;
 use crate::doorbell::{Ringer, Sleeper};
+use crate::ids::UmemOffset;
 use crate::ring::heap::HeapRing;
 use crate::ring::{Consumer, Producer, Reserved};
 use crate::sync::{AtomicU32, Ordering};
@@ -89,7 +90,7 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
             let mut expected = next;
             let seen = consumer.scan(batch, |_, packet| {
                 assert_eq!(packet.hash, expected, "packets come in order");
-                assert_eq!(read(&theirs, packet.offset), expected, "with their contents");
+                assert_eq!(read(&theirs, packet.offset.0), expected, "with their contents");
                 expected += 1;
                 true
             });
@@ -115,8 +116,8 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
     let mut sent = VecDeque::new();
     let take = |producer: &mut Producer<_>, sent: &mut VecDeque<u32>, free: &mut Vec<u32>| {
         let count = producer.take_back(|offset| {
-            assert_eq!(Some(offset), sent.pop_front(), "frames return in order, once");
-            free.push(offset);
+            assert_eq!(Some(offset.0), sent.pop_front(), "frames return in order, once");
+            free.push(offset.0);
         });
         if count.unwrap() == 0 {
             thread::yield_now();
@@ -130,7 +131,7 @@ fn packets_pass_and_frames_return(slots: u32, items: u32, batch: u32) {
         let frame = free.remove(0);
         write(&memory, frame, n);
         sent.push_back(frame);
-        let descriptor = Descriptor { offset: frame, hash: n, ..Descriptor::default() };
+        let descriptor = Descriptor { offset: UmemOffset(frame), hash: n, ..Descriptor::default() };
         reserved.push((producer.reserve().expect("as many slots as frames"), descriptor));
         // The first batch has one packet, so that a later batch crosses the end of a lap.
         if n % batch == 0 {
@@ -176,11 +177,11 @@ fn nothing_is_lost_with_a_dead_consumer() {
         let mut pushed = 0;
         let mut back = Vec::new();
         for n in 0..3 {
-            pushed += u32::from(producer.push(Descriptor { offset: n, ..Descriptor::default() }));
-            producer.take_back(|offset| back.push(offset)).unwrap();
+            pushed += u32::from(producer.push(Descriptor { offset: UmemOffset(n), ..Descriptor::default() }));
+            producer.take_back(|offset| back.push(offset.0)).unwrap();
         }
         // The worker may still run: the dispatcher does not wait for a worker that it has evicted.
-        producer.take_all(|packet| back.push(packet.offset));
+        producer.take_all(|packet| back.push(packet.offset.0));
         assert!(back.into_iter().eq(0..pushed));
         worker.join().unwrap();
     });

@@ -31,6 +31,7 @@
 use std::ptr::NonNull;
 
 use crate::descriptor::{Descriptor, LAP};
+use crate::ids::UmemOffset;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// A slot of a ring: two words that only the producer writes.
@@ -189,7 +190,7 @@ impl<M: RingMemory> Producer<M> {
     /// to `returned`, and [`take_all`](Self::take_all) still returns everything that the ring
     /// holds.
     #[inline]
-    pub fn take_back(&mut self, mut returned: impl FnMut(u32)) -> Result<u32, IndexError> {
+    pub fn take_back(&mut self, mut returned: impl FnMut(UmemOffset)) -> Result<u32, IndexError> {
         let seen = self.memory.consumer().load(Ordering::Relaxed);
         // Acquire: pairs with the Release in `Consumer::commit`. The consumer's reads of the
         // packets happen before their frames are reused.
@@ -410,11 +411,19 @@ pub(crate) mod heap {
 mod tests {
     use super::heap::HeapRing;
     use super::*;
+    use crate::ids::PortId;
     use proptest::prelude::*;
     use std::collections::VecDeque;
 
     fn numbered(n: u32) -> Descriptor {
-        Descriptor { offset: n, time: !n, length: 60, port: 3, flags: 5, hash: n.rotate_left(9) }
+        Descriptor {
+            offset: UmemOffset(n),
+            time: !n,
+            length: 60,
+            port: PortId(3),
+            flags: 5,
+            hash: n.rotate_left(9),
+        }
     }
 
     #[test]
@@ -437,7 +446,7 @@ mod tests {
         assert_eq!(producer.take_back(none), Err(IndexError { consumed: 3, head: 5, seen: 2 }));
         let mut left = Vec::new();
         assert_eq!(producer.take_all(|d| left.push(d.offset)), 2);
-        assert_eq!(left, [3, 4]);
+        assert_eq!(left, [3, 4].map(UmemOffset));
         assert_eq!(producer.free_slots(), 7);
     }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
+use xfan_shm::ids::{LaneId, PortId, UmemOffset};
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::protocol::{self, MAX_REQUEST};
 use xfan_shm::ring::{Consumer, Producer, RingMemory};
@@ -37,10 +38,10 @@ fn numbered(n: u32) -> Descriptor {
     let [port, flags, ..] = n.wrapping_mul(0x9e37_79b9).to_be_bytes();
     let length = u16::try_from(n % 65_521).expect("less than 2^16");
     Descriptor {
-        offset: n,
+        offset: UmemOffset(n),
         time: !n,
         length,
-        port,
+        port: PortId(port),
         flags: flags & 0x7f,
         hash: n.rotate_left(13) ^ 0x5bd1_e995,
     }
@@ -83,7 +84,7 @@ fn consumer() {
     let (job, fds) = protocol::receive::<Job>(&socket, MAX_REQUEST).unwrap();
     let [down, up] = <[OwnedFd; 2]>::try_from(fds).unwrap();
     let (down, up) = (Down::open(down, job.geometry).unwrap(), Up::open(up, job.geometry).unwrap());
-    let ring = SharedRing::new(&down, &up, 0);
+    let ring = SharedRing::new(&down, &up, LaneId(0));
     ring.consumer().store(job.start, std::sync::atomic::Ordering::Release);
     let mut consumer = Consumer::starting_at(ring, job.start);
     protocol::send(&socket, &"ready", &[]).unwrap();
@@ -138,7 +139,7 @@ impl Peer {
         protocol::send(&socket, &job, &[read_only.as_fd(), up_fd.as_fd()]).unwrap();
         let (ready, _) = protocol::receive::<String>(&socket, MAX_REQUEST).unwrap();
         assert_eq!(ready, "ready");
-        let producer = Producer::starting_at(SharedRing::new(&down, &up, 0), job.start);
+        let producer = Producer::starting_at(SharedRing::new(&down, &up, LaneId(0)), job.start);
         Peer { process, socket, up, producer }
     }
 

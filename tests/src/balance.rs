@@ -7,9 +7,9 @@ use xfan::report::Report;
 /// # Panics
 /// A sum does not hold.
 pub fn assert_balanced(report: &Report, sent: u64) {
-    let redirected: u64 = report.lanes.iter().map(|lane| lane.xdp.redirect).sum();
+    let redirected: u64 = report.lanes().map(|lane| lane.xdp.redirect).sum();
     assert_eq!(redirected, sent, "redirected = sent\n{report:#?}");
-    for lane in &report.lanes {
+    for lane in report.lanes() {
         let kernel = lane.kernel.rx_dropped + lane.kernel.rx_ring_full;
         assert_eq!(
             lane.xdp.redirect,
@@ -22,11 +22,11 @@ pub fn assert_balanced(report: &Report, sent: u64) {
     // received = delivered + Σ dropped; Σ frames by owner = frames; lent = backlog;
     // for each member, delivered = committed + backlog + requeued + lost.
     assert_eq!(report.imbalances(), Vec::<String>::new(), "{report:#?}");
-    let members = || report.groups.iter().flat_map(|group| &group.members);
-    let ring_full: u64 = report.lanes.iter().map(|lane| lane.dropped["ring_full"]).sum();
+    let lanes = report.groups.iter().flat_map(|group| &group.lanes);
+    let ring_full: u64 = lanes.map(|lane| lane.dropped["ring_full"]).sum();
     assert_eq!(
         ring_full,
-        members().map(|member| member.dropped).sum::<u64>(),
+        report.members().map(|member| member.dropped).sum::<u64>(),
         "ring_full = Σ members' drops"
     );
 }

@@ -308,9 +308,9 @@ impl Primary {
     /// It does not answer.
     pub fn report_after(&self, packets: u64, committed: bool) -> Report {
         self.report_when(|report| {
-            let redirected: u64 = report.lanes.iter().map(|lane| lane.xdp.redirect).sum();
+            let redirected: u64 = report.lanes().map(|lane| lane.xdp.redirect).sum();
             let lost: u64 =
-                report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+                report.lanes().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
             let backlog: u64 =
                 report.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
             redirected == packets

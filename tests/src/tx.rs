@@ -1,8 +1,8 @@
 //! Sends frames through one TX queue, each exactly once.
 //!
-//! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever the frame; on a veth
-//! the peer receives it on its RX queue q. Frames are handed over one by one, since so the kernel's answer names the
-//! frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
+//! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever
+//! the frame; on a veth the peer receives it on its RX queue q. Frames are handed over one by one,
+//! since so the kernel's answer names the frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
 //!
 //! | sendto(2) | the frame | we |
 //! |---|---|---|
@@ -11,18 +11,20 @@
 //! | EAGAIN, ENOBUFS | is still in the TX ring: no room for it yet | ask again |
 //! | anything else | is lost with the socket | fail |
 //!
-//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all have left the veth
-//! and been handled by the receiver's XDP program: nothing is under way any more.
+//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all
+//! have left the veth and been handled by the receiver's XDP program: nothing is under way any
+//! more.
 
 use std::io::{self, Write};
 use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use xfan_shm::ids::UmemOffset;
 use xsk_rs::FrameDesc;
 
 use crate::link::{Link, LinkError};
-use crate::xsk::Xsk;
+use crate::xsk::{FRAME_BYTES, Xsk};
 pub use crate::xsk::{MAX_FRAME_BYTES, XskError};
 
 /// Frames under way at most.
@@ -48,7 +50,7 @@ pub struct TxSocket {
 
 impl AsRawFd for TxSocket {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.xsk.tx.fd().as_raw_fd()
+        self.xsk.rx.fd().as_raw_fd()
     }
 }
 
@@ -133,8 +135,8 @@ impl TxSocket {
             let queues = link.tx_queues;
             return Err(TxError::NoQueue { interface: interface.into(), queue, queues });
         }
-        let mut xsk = Xsk::bind(interface, queue, FRAMES)?;
-        let free = std::mem::take(&mut xsk.frames);
+        let xsk = Xsk::bind(interface, queue, FRAMES)?;
+        let free = xsk.frames.clone();
         let max_frame_bytes = link.max_frame_bytes().min(MAX_FRAME_BYTES);
         Ok(Self { queue, interface: interface.into(), max_frame_bytes, xsk, free, sent: 0, refused: 0 })
     }
@@ -165,11 +167,12 @@ impl TxSocket {
         Err(TxError::Length { interface: self.interface.clone(), bytes, limit: self.max_frame_bytes })
     }
 
-    /// Sends one frame, waiting while the receiver is full. When it returns without error, the driver has taken the
-    /// frame, once; with an error, it has not.
+    /// Sends one frame, waiting while the receiver is full. When it returns without error, the
+    /// driver has taken the frame, once; with an error, it has not.
     ///
     /// # Errors
-    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is down or gone.
+    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is
+    /// down or gone.
     pub fn send(&mut self, frame: &[u8]) -> Result<(), TxError> {
         self.check_length(frame.len())?;
         let begin = Instant::now();
@@ -197,7 +200,8 @@ impl TxSocket {
         }
     }
 
-    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP program, or freed.
+    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP
+    /// program, or freed.
     ///
     /// # Errors
     /// Some are held by the receiver for long.
@@ -209,22 +213,25 @@ impl TxSocket {
     fn submit(&mut self, frame: &[u8]) -> Result<(), TxError> {
         self.reclaim_until(1)?;
         let mut descriptor = self.free.pop().expect("one was waited for");
-        // SAFETY: the descriptor is of this memory, and as it was in `free` neither the kernel nor anyone else uses the
-        // frame.
+        // SAFETY: the descriptor is of this memory, and as it was in `free` neither the kernel nor
+        // anyone else uses the frame.
         let mut data = unsafe { self.xsk.umem.data_mut(&mut descriptor) };
         let mut cursor = data.cursor();
         cursor.set_pos(0);
         cursor.write_all(frame).expect("the length was checked against the frame's");
-        // SAFETY: as above; from here on it is the kernel's until it comes back through the COMPLETION ring.
-        let produced = unsafe { self.xsk.tx.produce_one(&descriptor) };
-        assert_eq!(produced, 1, "the TX ring holds all frames there are");
+        let offset = UmemOffset(u32::try_from(descriptor.addr()).expect("the memory is small"));
+        let length = u32::try_from(frame.len()).expect("the length was checked against the frame's");
+        // The frame is the kernel's until it comes back through the COMPLETION ring.
+        assert!(self.xsk.tx.push(offset, length), "the TX ring holds all frames there are");
+        self.xsk.tx.publish();
         Ok(())
     }
 
-    /// Has the kernel transmit what is in the TX ring, and tells how that went. (xsk-rs' wake-up does not tell.)
+    /// Has the kernel transmit what is in the TX ring, and tells how that went.
     fn push(&self) -> io::Result<()> {
-        let socket = self.xsk.tx.fd().as_raw_fd();
-        // SAFETY: no buffer and no address are given; the descriptor is open as long as `tx` lives.
+        let socket = self.as_raw_fd();
+        // SAFETY: no buffer and no address are given; the descriptor is open as long as `self`
+        // lives.
         let result =
             unsafe { libc::sendto(socket, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -257,10 +264,9 @@ impl TxSocket {
 
     /// Takes back the frames that the kernel has completed.
     fn reclaim(&mut self) {
-        let mut descriptor = FrameDesc::default();
-        // SAFETY: the ring and the descriptors it yields belong to this socket's memory.
-        while unsafe { self.xsk.completion.consume_one(&mut descriptor) } == 1 {
-            self.free.push(descriptor);
-        }
+        let mut completed = [UmemOffset::default(); FRAMES.get() as usize];
+        let count = self.xsk.completion.take(&mut completed);
+        let frame = |offset: &UmemOffset| self.xsk.frames[(offset.0 / FRAME_BYTES) as usize];
+        self.free.extend(completed[..count].iter().map(frame));
     }
 }

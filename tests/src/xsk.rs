@@ -5,14 +5,18 @@ use std::io;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
+use xfan::port::rings::{CompletionRing, TxRing};
 use xsk_rs::config::{BindFlags, FrameSize, Interface, LibxdpFlags, QueueSize, SocketConfig, UmemConfig};
 use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 
-/// Longest frame, in bytes: one page, the most AF_XDP allows, less the headroom that xsk-rs keeps free.
-pub const MAX_FRAME_BYTES: usize = 4096 - 256;
+/// Bytes of a frame of packet memory: one page, the most AF_XDP allows.
+pub const FRAME_BYTES: u32 = 4096;
+/// Longest Ethernet frame, in bytes: a frame of packet memory less the headroom that xsk-rs keeps
+/// free.
+pub const MAX_FRAME_BYTES: usize = FRAME_BYTES as usize - 256;
 
-/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it, which takes seconds on
-/// a busy machine; so long a bind is tried again.
+/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it,
+/// which takes seconds on a busy machine; so long a bind is tried again.
 const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -39,19 +43,24 @@ fn hint(errno: &Option<i32>) -> &'static str {
     }
 }
 
-/// A socket in copy mode with memory of its own, and all frames of that memory, which are the caller's.
+/// A socket in copy mode with memory of its own, and all frames of that memory, which are the
+/// caller's.
 pub struct Xsk {
     pub umem: Umem,
+    /// In the order in which they lie in the memory.
     pub frames: Vec<FrameDesc>,
-    pub tx: TxQueue,
+    pub tx: TxRing,
     pub rx: RxQueue,
     pub fill: FillQueue,
-    pub completion: CompQueue,
+    pub completion: CompletionRing,
+    /// Keep the two rings mapped that are accessed directly.
+    _mapped: (TxQueue, CompQueue),
 }
 
 impl Xsk {
-    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with `frame_count` frames (a
-    /// power of two) and rings that hold as many; the FILL ring holds twice as many.
+    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with
+    /// `frame_count` frames (a power of two) and rings that hold as many; the FILL ring holds twice
+    /// as many.
     pub fn bind(interface: &str, queue: u32, frame_count: NonZeroU32) -> Result<Self, XskError> {
         let failed = |error: &dyn Error| {
             let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
@@ -61,7 +70,7 @@ impl Xsk {
         };
         let ring = QueueSize::new(frame_count.get()).map_err(|error| failed(&error))?;
         let fill_ring = QueueSize::new(frame_count.get() * 2).map_err(|error| failed(&error))?;
-        let page = FrameSize::new(4096).map_err(|error| failed(&error))?;
+        let page = FrameSize::new(FRAME_BYTES).map_err(|error| failed(&error))?;
         let umem_config = UmemConfig::builder()
             .frame_size(page)
             .fill_queue_size(fill_ring)
@@ -82,8 +91,22 @@ impl Xsk {
                 Umem::new(umem_config, frame_count, false).map_err(|error| failed(&error))?;
             // SAFETY: the memory is new and not shared with another socket.
             let error = match unsafe { Socket::new(socket_config, &umem, &name, queue) } {
-                Ok((tx, rx, Some((fill, completion)))) => {
-                    return Ok(Self { umem, frames, tx, rx, fill, completion });
+                Ok((tx_queue, rx, Some((fill, completion_queue)))) => {
+                    let entries = frame_count.get();
+                    // SAFETY: the handles that keep the rings mapped are kept beside them and not
+                    // used otherwise; the sizes are those that the socket and the memory were made
+                    // with.
+                    let (tx, completion) =
+                        unsafe { (TxRing::find(rx.fd(), entries), CompletionRing::find(rx.fd(), entries)) };
+                    return Ok(Self {
+                        umem,
+                        frames,
+                        tx: tx.map_err(|error| failed(&error))?,
+                        rx,
+                        fill,
+                        completion: completion.map_err(|error| failed(&error))?,
+                        _mapped: (tx_queue, completion_queue),
+                    });
                 }
                 Ok((_, _, None)) => unreachable!("new memory brings its FILL and COMPLETION rings"),
                 Err(error) => failed(&error),

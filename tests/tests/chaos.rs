@@ -265,7 +265,7 @@ fn run(policy: &str) {
 
     let members = || report.groups[0].members.iter();
     let sum = |field: fn(&Member) -> u64| members().map(field).sum::<u64>();
-    let kernel: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+    let kernel: u64 = report.lanes().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
     let dropped = report.totals().2;
     let (lost, requeued) = (sum(|member| member.lost), sum(|member| member.requeued));
     let seen = testimony(primary.folder());
@@ -291,7 +291,7 @@ fn run(policy: &str) {
     let (missing, at_least) = (sent - seen.packets, at_least.max(kernel + dropped));
     println!("{missing} were seen by nobody: {at_least} to {} should be", kernel + dropped + lost);
     assert!((at_least..=kernel + dropped + lost).contains(&missing));
-    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+    assert!(report.lanes().all(|lane| lane.frames.lent == 0));
     // The hostile one of the four is gone.
     let mapped = mapped / 4 * 3;
     while descriptors(&primary) > open || segments(&primary) > mapped {

@@ -72,20 +72,22 @@ impl<'a> Metering<'a> {
 
     /// Holds a report, taken when workers had committed all, against what was sent.
     fn check(&self, report: &Report, what: &str) {
-        assert_eq!(report.lanes.len(), self.sent.len());
-        for (lane, sent) in report.lanes.iter().zip(&self.sent) {
+        assert_eq!(report.ports[0].lanes.len(), self.sent.len());
+        for ((lane, of_group), sent) in report.lanes().zip(&report.groups[0].lanes).zip(&self.sent) {
             let expected = expectation(sent);
             let what = format!("{what}, queue {}", lane.queue);
             assert_eq!(lane.xdp, outcomes(&expected), "{what}");
             assert_eq!(lane.received, expected.redirected, "{what}");
             assert_eq!(lane.bytes, expected.redirected_bytes, "{what}");
-            assert_eq!((lane.delivered, lane.unparsed), (expected.redirected, expected.unreadable), "{what}");
+            let delivered = (of_group.delivered, lane.unparsed);
+            assert_eq!(delivered, (expected.redirected, expected.unreadable), "{what}");
             assert_eq!(lane.cut, expected.cut, "{what}");
-            assert!(lane.dropped.values().all(|dropped| *dropped == 0), "{what}: {:?}", lane.dropped);
+            let dropped: u64 = lane.dropped.values().chain(of_group.dropped.values()).sum();
+            assert_eq!(dropped, 0, "{what}: {:?} {:?}", lane.dropped, of_group.dropped);
             assert_eq!(lane.kernel, Kernel::default(), "{what}");
         }
         let expected = expectation(self.sent.iter().flatten());
-        assert_eq!(report.unserved, Xdp::default(), "{what}");
+        assert_eq!(report.ports[0].unserved, Xdp::default(), "{what}");
         assert_eq!(report.totals(), (expected.redirected, expected.redirected, 0), "{what}");
         let members = &report.groups[0].members;
         let sum = |of: fn(&xfan::report::Member) -> u64| members.iter().map(of).sum::<u64>();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use xfan::report::{Lane, Report, Xdp};
+use xfan_shm::ids::QueueId;
 use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
@@ -90,8 +91,8 @@ impl Hosts {
 
 /// Outcomes of all queues.
 fn outcomes(report: &Report) -> Xdp {
-    let mut sum = report.unserved;
-    report.lanes.iter().for_each(|lane| sum.add(lane.xdp));
+    let mut sum = report.ports[0].unserved;
+    report.lanes().for_each(|lane| sum.add(lane.xdp));
     sum
 }
 
@@ -254,8 +255,8 @@ fn queues_without_a_lane_are_the_hosts() {
     let report = hosts.settled(&primary, before);
     let lane = |xdp: &Lane| (xdp.queue, xdp.xdp, xdp.received);
     let served = Xdp { redirect: datagrams, pass: 2, pass_non_ip: 1, pass_rule: 1, ..Xdp::default() };
-    let lanes: Vec<_> = report.lanes.iter().map(lane).collect();
-    assert_eq!(lanes, [(0, served, datagrams), (1, served, datagrams)]);
+    let lanes: Vec<_> = report.lanes().map(lane).collect();
+    assert_eq!(lanes, [(QueueId(0), served, datagrams), (QueueId(1), served, datagrams)]);
     let unserved = Xdp {
         pass: 2 * (datagrams + 2),
         pass_non_ip: 2,
@@ -263,7 +264,7 @@ fn queues_without_a_lane_are_the_hosts() {
         pass_no_socket: 2 * datagrams,
         ..Xdp::default()
     };
-    assert_eq!(report.unserved, unserved);
+    assert_eq!(report.ports[0].unserved, unserved);
     // The host has received what came by the other queues …
     let mut buffer = [0; 100];
     for number in (0..DATAGRAMS).chain(0..DATAGRAMS) {
@@ -333,7 +334,7 @@ fn tagged_frames_reach_workers_byte_for_byte() {
     namespace.run(|| Replay::onto("tx0").run(&all)).unwrap();
 
     let report = primary.report_after(frames.len() as u64, true);
-    assert_eq!(report.lanes[0].xdp.pass_non_ip, 1, "behind a third tag nobody looks");
+    assert_eq!(report.ports[0].lanes[0].xdp.pass_non_ip, 1, "behind a third tag nobody looks");
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
     assert!(worker.join().unwrap() == frames, "the worker got other bytes than were sent");

@@ -29,7 +29,7 @@ fn generic_mode_gets_packets_as_they_were_sent() {
         (0..64).map(|number| traffic::tcp(from, to, 1 + number * 1000, &[7; 1000])).collect();
     namespace.run(|| Replay::onto("tx0").run(&segments)).unwrap();
     let report = primary.report_after(64, true);
-    assert_eq!((report.lanes[0].bytes, report.lanes[0].xdp.drop_too_long), (64 * 1054, 0));
+    assert_eq!((report.ports[0].lanes[0].bytes, report.ports[0].lanes[0].xdp.drop_too_long), (64 * 1054, 0));
     // Under whatever name the interface has then.
     namespace.ip("link set dev rx0 down").unwrap();
     namespace.ip("link set dev rx0 name other").unwrap();
@@ -81,7 +81,11 @@ fn interfaces_below_do_not_merge_packets_either() {
         let segments: Vec<_> = (0..64).map(segment).collect();
         namespace.run(|| Replay::onto("tx0").run(&segments)).unwrap();
         let report = primary.report_after(64, true);
-        assert_eq!((report.lanes[0].bytes, report.lanes[0].xdp.drop_too_long), (64 * 1054, 0), "{above}");
+        assert_eq!(
+            (report.ports[0].lanes[0].bytes, report.ports[0].lanes[0].xdp.drop_too_long),
+            (64 * 1054, 0),
+            "{above}"
+        );
         let (exit, _folder) = primary.stop();
         assert_eq!(exit.code, Some(0), "{exit:#?}");
         assert!(exit.stderr.iter().any(|line| line.contains("\"gro of low0\"")), "{exit:#?}");

@@ -155,7 +155,7 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
     let [liar, other] = [0, 1].map(|place| &report.groups[0].members[place]);
     assert_eq!((liar.committed, liar.requeued, liar.lost, liar.backlog, liar.buckets), (0, share, 0, 0, 0));
     assert_eq!((other.delivered, other.buckets, other.state.as_str()), (PACKETS, 4096, "running"));
-    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+    assert!(report.lanes().all(|lane| lane.frames.lent == 0));
 
     // It is killed, and the other gets every flow.
     send_synthetic(&namespace, 6);

@@ -116,7 +116,7 @@ fn workers_of_another_user_join_and_leave_under_traffic_and_nothing_is_lost_for_
     for member in &report.groups[0].members {
         assert_eq!((member.lost, member.requeued), (0, 0), "{member:#?}");
     }
-    assert_eq!(report.lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), 0);
+    assert_eq!(report.groups[0].lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), 0);
     assert_eq!(counted(&first), member(&report, "default/1").committed);
     assert_eq!(counted(&second), member(&report, "default/2").committed);
     assert_eq!(primary.stop().0.code, Some(0));
@@ -191,7 +191,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     }
     send_synthetic(&namespace, 7);
     let report = primary.report_after(3 * PACKETS, true);
-    assert_eq!(report.lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), PACKETS);
+    assert_eq!(report.groups[0].lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), PACKETS);
     assert_eq!(ordered(&primary, "restart default/0"), ["default/0"]);
     assert_eq!(primary.stop().0.code, Some(0));
 }
@@ -419,7 +419,7 @@ fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
         }
         std::thread::yield_now();
     };
-    let passed = |report: &Report| report.lanes.iter().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
+    let passed = |report: &Report| report.lanes().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
 
     send_synthetic(&namespace, 7);
     let report = primary.report_when(|report| passed(report) == PACKETS);

@@ -852,7 +852,7 @@ fn names_of_interfaces_and_programs_steer_no_terminal() {
         plain(&exit.stdout);
         if arguments == ["stats", "--json"] {
             let report: Report = serde_json::from_str(&exit.stdout[0]).unwrap();
-            assert_eq!(report.port, name, "for machines it is whole");
+            assert_eq!(report.ports[0].name, name, "for machines it is whole");
         }
     }
     let exit = primary.end(Signal::SIGTERM);

@@ -35,7 +35,7 @@ fn members(report: &Report) -> [&Member; 2] {
 /// Sends all frames through each socket, and waits after each chunk until `fast` has committed all it got.
 fn send(primary: &Primary, sockets: &mut [TxSocket], frames: &[Vec<u8>], fast: &[usize]) {
     for chunk in frames.chunks(CHUNK) {
-        let before: u64 = primary.report().lanes.iter().map(|lane| lane.xdp.redirect).sum();
+        let before: u64 = primary.report().lanes().map(|lane| lane.xdp.redirect).sum();
         for socket in &mut *sockets {
             chunk.iter().for_each(|frame| socket.send(frame).unwrap());
             socket.finish().unwrap();
@@ -90,8 +90,11 @@ fn a_worker_that_sleeps_drops_only_its_own_packets() {
         (0, fast.committed, 1500 - SLOTS - slow.dropped)
     );
     assert!(fast.delivered > 0 && slow.dropped > 0, "both have flows: {report:#?}");
-    assert_eq!(report.lanes[0].dropped["ring_full"], slow.dropped);
-    assert_eq!((report.lanes[0].dropped["no_worker"], u64::from(report.lanes[0].frames.lent)), (0, SLOTS));
+    assert_eq!(report.groups[0].lanes[0].dropped["ring_full"], slow.dropped);
+    assert_eq!(
+        (report.groups[0].lanes[0].dropped["no_worker"], u64::from(report.ports[0].lanes[0].frames.lent)),
+        (0, SLOTS)
+    );
 
     // It does not wake up for SIGTERM either: what it held is lost, and counted.
     let fast_delivered = fast.delivered;
@@ -130,8 +133,8 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
     assert_eq!((slow.delivered, slow.committed), (2 * (slow_share + SLOTS), 2 * slow_share));
     assert_eq!((slow.backlog, slow.dropped), (2 * SLOTS, 2 * (slow_share - SLOTS)));
     assert_eq!((fast.delivered, fast.committed, fast.dropped), (4 * fast_share, 4 * fast_share, 0));
-    for lane in &report.lanes {
-        assert_eq!(lane.dropped["ring_full"], slow_share - SLOTS);
+    for (lane, of_group) in report.lanes().zip(&report.groups[0].lanes) {
+        assert_eq!(of_group.dropped["ring_full"], slow_share - SLOTS);
         assert_eq!(u64::from(lane.frames.lent), SLOTS);
     }
 
@@ -143,7 +146,7 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
     let [slow, fast] = members(&report);
     assert_eq!((slow.committed, slow.dropped), (4 * slow_share + 2 * SLOTS, 2 * (slow_share - SLOTS)));
     assert_eq!((fast.committed, fast.dropped), (6 * fast_share, 0));
-    assert!(report.lanes.iter().all(|lane| lane.frames.lent == 0));
+    assert!(report.lanes().all(|lane| lane.frames.lent == 0));
 
     let committed = (slow.committed, fast.committed);
     let (exit, _folder) = primary.stop();
@@ -171,8 +174,8 @@ fn what_the_kernel_drops_is_counted_to_the_last_packet() {
 
     let report = primary.report_after(1000, true);
     assert_balanced(&report, 1000);
-    let lane = &report.lanes[0];
-    assert_eq!((lane.received, lane.delivered), (64, 64));
+    let lane = &report.ports[0].lanes[0];
+    assert_eq!((lane.received, report.groups[0].lanes[0].delivered), (64, 64));
     assert_eq!(lane.kernel.rx_dropped + lane.kernel.rx_ring_full, 1000 - 64);
     assert_eq!(primary.stop().0.code, Some(0));
 }

@@ -255,7 +255,7 @@ fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
     assert!(message.contains("lower the MTU (many drivers accept at most some 3000 bytes)"), "{message}");
     // Without being asked for native mode it says the same, and goes on.
     let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
-    assert_eq!(primary.report().mode, "generic, copy");
+    assert_eq!(primary.report().ports[0].mode, "generic, copy");
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0));
     let warning =
@@ -294,8 +294,8 @@ fn the_interface_is_left_alone_until_the_workers_are_there() {
     assert_eq!(leftovers::xdp_program(&namespace, "rx0").unwrap(), None);
     // The frames are posted by then: some drivers take what there is when the program is attached, and nothing later.
     let report = primary.report();
-    assert_eq!(report.mode, "not attached, copy");
-    assert_eq!(report.lanes.iter().map(|lane| lane.frames.kernel).collect::<Vec<_>>(), [512, 512]);
+    assert_eq!(report.ports[0].mode, "not attached, copy");
+    assert_eq!(report.lanes().map(|lane| lane.frames.kernel).collect::<Vec<_>>(), [512, 512]);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
 }

@@ -78,7 +78,7 @@ fn a_renamed_interface_is_followed() {
     namespace.ip("link set dev rx0 down").unwrap();
     namespace.ip("link set dev rx0 name mirror0").unwrap();
     namespace.ip("link set dev mirror0 up").unwrap();
-    let report = primary.report_when(|report| report.port == "mirror0");
+    let report = primary.report_when(|report| report.ports[0].name == "mirror0");
     assert_balanced(&report, PACKETS);
     // What comes next under the old name is another interface.
     namespace.ip("link add name rx0 type veth peer name other0").unwrap();
@@ -93,14 +93,16 @@ fn a_renamed_interface_is_followed() {
 
 /// The report, once it says something of this topic; and what it says.
 fn told(primary: &Primary, topic: &str) -> Notice {
-    let notice =
-        |report: &Report| report.notices.iter().find(|notice| notice.topic.starts_with(topic)).cloned();
+    let notice = |report: &Report| {
+        report.ports[0].notices.iter().find(|notice| notice.topic.starts_with(topic)).cloned()
+    };
     notice(&primary.report_when(|report| notice(report).is_some())).unwrap()
 }
 
 /// Waits until the report says nothing of this topic.
 fn told_no_longer(primary: &Primary, topic: &str) {
-    primary.report_when(|report| !report.notices.iter().any(|notice| notice.topic.starts_with(topic)));
+    primary
+        .report_when(|report| !report.ports[0].notices.iter().any(|notice| notice.topic.starts_with(topic)));
 }
 
 /// What its journal says about the interface.
@@ -120,8 +122,8 @@ fn each_change_is_said_in_log_journal_and_report() {
     }
     namespace.ip("link set dev rx0 promisc on").unwrap();
     let primary = start(&namespace);
-    assert_eq!(primary.report().lanes.len(), 2);
-    let serious = |report: &Report| report.notices.iter().any(|notice| notice.level > Level::Info);
+    assert_eq!(primary.report().ports[0].lanes.len(), 2);
+    let serious = |report: &Report| report.ports[0].notices.iter().any(|notice| notice.level > Level::Info);
     assert!(!serious(&primary.report()), "{:#?}", primary.report());
 
     let changes: [(&str, &str, &str, &str); 5] = [
@@ -198,7 +200,7 @@ fn what_is_so_at_the_start_is_said() {
         assert_eq!(log.iter().filter(|line| said(line)).count(), 1, "{text}: {log:#?}");
     }
     assert_eq!(journal(&primary).len(), 2);
-    assert_eq!(primary.report().notices.len(), expected.len());
+    assert_eq!(primary.report().ports[0].notices.len(), expected.len());
     // What is said of the table is for people; a note is not worth a line of it.
     let (exit, _folder) = primary.stop();
     let table = exit.stdout.join("\n");
@@ -231,8 +233,8 @@ fn packets_that_do_not_fit_a_frame_are_counted_and_told() {
     let long = traffic::udp("10.3.0.2:4000".parse().unwrap(), "10.3.0.1:53".parse().unwrap(), &[0; 2900]);
     namespace.run(|| Replay::onto("tx0").run(&vec![long; 100])).unwrap();
     // Counted, and not as lost.
-    let report = primary.report_when(|report| report.lanes[0].xdp.drop_too_long == 100);
-    assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].kernel.rx_dropped), (0, 0));
+    let report = primary.report_when(|report| report.ports[0].lanes[0].xdp.drop_too_long == 100);
+    assert_eq!((report.ports[0].lanes[0].xdp.redirect, report.ports[0].lanes[0].kernel.rx_dropped), (0, 0));
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
 }
@@ -259,7 +261,7 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     let send = || namespace.run(|| to_queue_0.run(&frames)).unwrap();
     send();
     let report = primary.report_after(PACKETS, true);
-    assert_eq!(report.lanes[0].unaccounted, 0);
+    assert_eq!(report.ports[0].lanes[0].unaccounted, 0);
 
     let of_queue_1 = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();
     let right = meddle::sockets(pid);
@@ -269,14 +271,17 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     let text = "packets of queue 0 that were redirected to its socket and did not arrive: 100: ";
     assert!(notice.level == Level::Error && notice.to_string().starts_with(text), "{notice}");
     let report = primary.report();
-    assert_eq!((report.lanes[0].xdp.redirect, report.lanes[0].received), (2 * PACKETS, PACKETS));
-    assert_eq!(report.lanes[0].unaccounted, PACKETS);
+    assert_eq!(
+        (report.ports[0].lanes[0].xdp.redirect, report.ports[0].lanes[0].received),
+        (2 * PACKETS, PACKETS)
+    );
+    assert_eq!(report.ports[0].lanes[0].unaccounted, PACKETS);
     assert!(losses(&primary)[0].starts_with(text), "{:#?}", losses(&primary));
     primary.process.wait_for_line(&format!(" ERROR {text}")).unwrap();
     // The driver has counted them.
-    let report = primary.report_when(|report| report.nic.driver["rx_queue_0_drops"] > 0);
+    let report = primary.report_when(|report| report.ports[0].nic.driver["rx_queue_0_drops"] > 0);
     assert_eq!(
-        (report.nic.driver["rx_queue_0_drops"], report.nic.interface["rx_dropped"]),
+        (report.ports[0].nic.driver["rx_queue_0_drops"], report.ports[0].nic.interface["rx_dropped"]),
         (PACKETS, PACKETS)
     );
 
@@ -284,7 +289,7 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     meddle::redirect_to(pid, 0, &right[0]);
     primary.report_when(|report| {
         send();
-        !report.notices.iter().any(|notice| notice.topic == "unaccounted")
+        !report.ports[0].notices.iter().any(|notice| notice.topic == "unaccounted")
     });
     assert!(losses(&primary)[1].starts_with("packets of queue 0 arrive again; 100 were lost"));
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{monotonic_ns, stamped_ns};
+use xfan_shm::ids::{LaneId, PortId};
 
 use crate::receiver::Receiver;
 
@@ -135,7 +136,7 @@ impl<'a> Batch<'a> {
     /// The lane that received the packets. Lanes correspond to RX queues, numbered from 0 across
     /// all ports.
     #[inline]
-    pub fn lane(&self) -> usize {
+    pub fn lane(&self) -> LaneId {
         self.receiver.lane()
     }
 
@@ -232,7 +233,7 @@ impl<'b> Packet<'b> {
         // - Not written: the dispatcher reuses a frame only once it is committed. Committing
         //   consumes the batch, which this slice borrows. An evicted worker is the exception that
         //   `Batch::is_current` documents.
-        unsafe { slice::from_raw_parts(self.batch.umem.add(offset as usize).as_ptr(), usize::from(length)) }
+        unsafe { slice::from_raw_parts(self.batch.umem.add(offset.index()).as_ptr(), usize::from(length)) }
     }
 
     /// Hash of the packet's flow, equal for both directions. It depends on the dispatcher's hash
@@ -244,20 +245,20 @@ impl<'b> Packet<'b> {
 
     /// The lane that received the packet, as in [`Batch::lane`].
     #[inline]
-    pub fn lane(&self) -> usize {
+    pub fn lane(&self) -> LaneId {
         self.batch.lane()
     }
 
     /// The interface that received the packet, as an index into
     /// [`Worker::ports`](crate::Worker::ports).
     #[inline]
-    pub fn port(&self) -> usize {
-        usize::from(self.descriptor.port)
+    pub fn port(&self) -> PortId {
+        self.descriptor.port
     }
 
     /// Name of the interface that received the packet, such as `eth1`.
     pub fn port_name(&self) -> &'b str {
-        self.batch.receiver.ports().get(self.port()).map_or("?", String::as_str)
+        self.batch.receiver.ports().get(self.port().index()).map_or("?", String::as_str)
     }
 
     /// When the dispatcher received the packet, by `CLOCK_MONOTONIC`. The time is a multiple of

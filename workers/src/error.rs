@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use xfan_shm::ids::{LaneId, UmemOffset};
 use xfan_shm::layout::LayoutError;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ENV_CONTROL_FD, ENV_SOCKET, ProtocolError, RefusalCode};
@@ -137,9 +138,9 @@ pub enum RecvError {
     )]
     Corrupt {
         /// The lane whose ring holds the descriptor.
-        lane: usize,
+        lane: LaneId,
         /// Offset of the packet according to the descriptor, in bytes.
-        offset: u32,
+        offset: UmemOffset,
         /// Length of the packet according to the descriptor, in bytes.
         length: u16,
         /// Length of the packet memory, in bytes.

@@ -88,6 +88,7 @@ pub use report::{ReportError, report};
 pub use say::say;
 pub use worker::Worker;
 pub use xfan_packet as packet;
+pub use xfan_shm::ids::{LaneId, PortId};
 pub use xfan_shm::protocol::{RefusalCode, default_socket};
 
 /// Upper limit of [`Builder::batch`], in packets. A worker keeps a private copy of the batch's

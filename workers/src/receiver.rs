@@ -5,6 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{BusyMeter, ticks};
+use xfan_shm::ids::LaneId;
 use xfan_shm::layout::{Down, Phase, SharedRing, Up};
 use xfan_shm::ring::Consumer;
 use xfan_shm::segment::Mapping;
@@ -42,7 +43,7 @@ impl Receiver {
         ports: Vec<String>,
         batch: usize,
     ) -> Self {
-        let rings = (0..lanes).map(|lane| Consumer::new(SharedRing::new(&down, &up, lane))).collect();
+        let rings = (0..lanes).map(|lane| Consumer::new(SharedRing::new(&down, &up, LaneId(lane)))).collect();
         Receiver {
             umem,
             down,
@@ -75,18 +76,18 @@ impl Receiver {
             let limit = copies.len() as u32;
             let count = self.rings[lane].scan(limit, |number, descriptor| {
                 let Descriptor { offset, length, .. } = descriptor;
-                if u64::from(offset) + u64::from(length) > umem_bytes as u64 {
+                if u64::from(offset.0) + u64::from(length) > umem_bytes as u64 {
                     corrupt = Some((offset, length));
                     return false; // the packets before this one are valid
                 }
-                prefetch(umem.wrapping_add(offset as usize));
+                prefetch(umem.wrapping_add(offset.index()));
                 if let Some(copy) = copies.get_mut(number) {
                     *copy = descriptor;
                 }
                 true
             });
             if let (0, Some((offset, length))) = (count, corrupt) {
-                return Err(RecvError::Corrupt { lane, offset, length, umem_bytes });
+                return Err(RecvError::Corrupt { lane: lane_id(lane), offset, length, umem_bytes });
             }
             if count > 0 {
                 self.lane = lane;
@@ -179,8 +180,8 @@ impl Receiver {
 
     /// The lane of the current batch.
     #[inline(always)]
-    pub(crate) fn lane(&self) -> usize {
-        self.lane
+    pub(crate) fn lane(&self) -> LaneId {
+        lane_id(self.lane)
     }
 
     /// Names of the interfaces that the descriptors' port numbers refer to.
@@ -193,6 +194,13 @@ impl Receiver {
     pub(crate) fn descriptors(&self, count: u32) -> &[Descriptor] {
         &self.descriptors[..count as usize]
     }
+}
+
+/// The lane of the ring with this index.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation)] // the number of rings is a u32
+fn lane_id(ring: usize) -> LaneId {
+    LaneId(ring as u32)
 }
 
 /// Prefetches the cache line at `address`, which need not be valid: a prefetch does not

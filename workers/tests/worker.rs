@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use common::{FRAME, FRAMES, Socket, attach, attached, reply_once, try_attach};
 use xfan_shm::Descriptor;
 use xfan_shm::clock::{monotonic_ns, stamp};
+use xfan_shm::ids::{LaneId, PortId, UmemOffset};
 use xfan_shm::layout::{Geometry, Phase, VERSION};
 use xfan_shm::protocol::{self, MAX_REQUEST, Refusal, Reply, Request};
 use xfan_worker::{AttachError, CounterError, Received, RecvError, RefusalCode, Worker};
@@ -68,15 +69,15 @@ fn packets_are_read_in_place_with_their_metadata() {
     let before = monotonic_ns();
     primary.send(1, 7);
     let flags = Descriptor::UNPARSED | Descriptor::CUT;
-    let unparsed = Descriptor { flags, port: 9, ..Descriptor::default() };
+    let unparsed = Descriptor { flags, port: PortId(9), ..Descriptor::default() };
     assert!(primary.lanes[1].push(unparsed));
     let Received::Packets(batch) = worker.recv(LONG).unwrap() else { panic!() };
-    assert_eq!((batch.len(), batch.is_empty(), batch.lane()), (2, false, 1));
+    assert_eq!((batch.len(), batch.is_empty(), batch.lane()), (2, false, LaneId(1)));
     let packets: Vec<_> = batch.iter().collect();
     assert_eq!(packets[0].data(), [7; FRAME]);
     assert_eq!(
         (packets[0].hash(), packets[0].lane(), packets[0].port(), packets[0].port_name()),
-        (7, 1, 1, "west")
+        (7, LaneId(1), PortId(1), "west")
     );
     assert!(packets[0].is_parsed() && !packets[1].is_parsed());
     assert!(!packets[0].is_cut() && packets[1].is_cut());
@@ -326,16 +327,16 @@ fn after_a_detach_request_a_closed_connection_is_fine() {
 #[test]
 fn packets_before_a_corrupt_descriptor_are_received() {
     let (mut primary, mut worker) = attach(attached());
-    let offset = u32::try_from(FRAME * FRAMES - 10).unwrap();
+    let offset = UmemOffset(u32::try_from(FRAME * FRAMES - 10).unwrap());
     primary.send(0, 1);
     assert!(primary.lanes[0].push(Descriptor { offset, length: 10, ..Descriptor::default() }));
     assert!(primary.lanes[0].push(Descriptor { offset, length: 11, ..Descriptor::default() }));
     assert_eq!(contents(&mut worker), [1, 0]);
     let error = worker.recv(LONG).unwrap_err();
-    assert!(matches!(error, RecvError::Corrupt { lane: 0, length: 11, .. }), "{error}");
+    assert!(matches!(error, RecvError::Corrupt { lane: LaneId(0), length: 11, .. }), "{error}");
     assert!(error.to_string().contains("11 bytes at offset 4086, but the packet memory has 4096"), "{error}");
     assert_eq!(primary.take_back(0), 2);
-    let outside = Descriptor { offset: u32::MAX, length: u16::MAX, ..Descriptor::default() };
+    let outside = Descriptor { offset: UmemOffset(u32::MAX), length: u16::MAX, ..Descriptor::default() };
     assert!(primary.lanes[1].push(outside));
     assert!(matches!(worker.recv(LONG), Err(RecvError::Corrupt { .. })));
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use xfan_shm::bell;
 use xfan_shm::clock::ticks_to_ns;
+use xfan_shm::ids::LaneId;
 use xfan_shm::layout::{COUNTERS, Down, Geometry, LayoutError, Phase, SharedRing, Up};
 use xfan_shm::ring::Producer;
 use xfan_shm::segment;
@@ -243,7 +244,7 @@ impl Member {
         let links = (0..geometry.lanes)
             .zip(&self.counters)
             .map(|(lane, counters)| MemberLink {
-                ring: Producer::new(SharedRing::new(&down, &up, lane)),
+                ring: Producer::new(SharedRing::new(&down, &up, LaneId(lane))),
                 up: up.clone(),
                 doorbell: doorbell.clone(),
                 counters: counters.clone(),

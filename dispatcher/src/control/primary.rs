@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use xfan_shm::ids::{GroupId, MemberId};
 use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::Request;
 
@@ -33,9 +34,8 @@ use crate::control::server::Listener;
 use crate::group::life::{Change, State};
 use crate::group::restart::Starts;
 use crate::host::sys;
-use crate::lane::BucketTable;
-use crate::lane::Command;
 use crate::lane::handle::LaneHandle;
+use crate::lane::{BUCKETS, BucketTable, Command, NOBODY};
 use crate::memory::umem::PacketMemory;
 use crate::port::Port;
 use crate::port::watch::{Arrivals, Watch, has_carrier};
@@ -52,6 +52,9 @@ pub use workers::Care;
 /// How often the control thread looks after what sends no event: vanished interfaces, lanes that ended, liars.
 const TICK: Duration = Duration::from_millis(50);
 
+/// The group of all workers.
+const GROUP: GroupId = GroupId(0);
+
 /// What a primary is made of.
 #[derive(Debug)]
 pub struct Primary {
@@ -61,6 +64,8 @@ pub struct Primary {
     pub port: Option<Port>,
     /// Where packets lie.
     pub memory: Arc<PacketMemory>,
+    /// Name of the group.
+    pub group: String,
     /// Sizes of every worker's segments.
     pub geometry: Geometry,
     /// One for each queue.
@@ -113,6 +118,7 @@ impl Primary {
         name: String,
         port: Option<Port>,
         memory: Arc<PacketMemory>,
+        group: String,
         geometry: Geometry,
         lanes: Vec<LaneHandle>,
         members: Vec<Member>,
@@ -125,6 +131,7 @@ impl Primary {
             name,
             port,
             memory,
+            group,
             geometry,
             lanes,
             members,
@@ -339,9 +346,9 @@ impl Primary {
     }
 
     /// The places of those whom this is true of.
-    fn places_of(&self, wanted: impl Fn(&Member) -> bool) -> Vec<u8> {
+    fn places_of(&self, wanted: impl Fn(&Member) -> bool) -> Vec<MemberId> {
         let places = self.members.iter().enumerate().filter(|(_, member)| wanted(member));
-        places.filter_map(|(place, _)| u8::try_from(place).ok()).collect()
+        places.map(|(place, _)| member_of(place)).collect()
     }
 
     /// Deals the flows out anew to those that are to have some.
@@ -354,7 +361,7 @@ impl Primary {
     fn steer(&mut self) {
         self.deal();
         for lane in &mut self.lanes {
-            lane.command(Command::Steer(Box::new(self.table.clone())));
+            lane.command(Command::Steer { group: GROUP, table: Box::new(self.table.clone()) });
         }
     }
 
@@ -457,26 +464,41 @@ impl Primary {
             .enumerate()
             .filter(|(place, member)| *place < self.places || !member.is_untouched())
             .map(|(place, member)| {
-                let buckets = u8::try_from(place).map_or(0, |place| self.table.share(place));
+                let buckets = self.table.share(member_of(place));
                 let output = self.spawner.as_ref().map(|spawner| &spawner.command.output);
                 member.report(buckets, output.map_or(0, |output| output.dropped(&member.id)))
             })
             .collect();
-        Report {
-            port: self.name.clone(),
+        let port = report::Port {
+            name: self.name.clone(),
             mode: self.mode(),
-            pid: std::process::id(),
-            uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            lanes,
             unserved,
             nic: self.watch.as_ref().map(Watch::nic).unwrap_or_default(),
             notices: self.notices(),
+        };
+        let group = report::Group {
+            name: self.group.clone(),
+            buckets: BUCKETS,
+            lanes: self.lanes.iter().map(|lane| lane.report_of(GROUP, &self.name)).collect(),
+            members,
+        };
+        Report {
+            version: report::VERSION,
+            pid: std::process::id(),
+            uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            ports: vec![port],
+            groups: vec![group],
             confinement: self.spawner.as_ref().map(|spawner| spawner.confinement.clone()).unwrap_or_default(),
             control: report::Control { refused: self.refused, ..self.control.report() },
-            lanes,
-            groups: vec![report::Group { name: "default".into(), members }],
             log_lines_lost: crate::log::lost(),
         }
     }
+}
+
+/// The member in this place; there are never more than a bucket table can name.
+fn member_of(place: usize) -> MemberId {
+    u8::try_from(place).map_or(NOBODY, MemberId)
 }
 
 /// Has every SIGHUP become an event, while the primary starts, runs and stops.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use nix::net::if_::if_nameindex;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType};
+use xfan_shm::ids::QueueId;
 
 use crate::config::Queues;
 
@@ -69,7 +70,7 @@ pub enum InterfaceError {
         /// The interface.
         name: String,
         /// The queue asked for.
-        queue: u32,
+        queue: QueueId,
         /// RX queues the interface has.
         count: u32,
     },
@@ -143,10 +144,13 @@ impl Interface {
     /// # Errors
     ///
     /// A queue that the interface does not have.
-    pub fn select(&self, queues: &Queues) -> Result<Vec<u32>, InterfaceError> {
-        let Queues::List(list) = queues else { return Ok((0..self.rx_queues).collect()) };
-        match list.iter().find(|&&queue| queue >= self.rx_queues) {
-            None => Ok(list.clone()),
+    pub fn select(&self, queues: &Queues) -> Result<Vec<QueueId>, InterfaceError> {
+        let queues: Vec<_> = match queues {
+            Queues::All => (0..self.rx_queues).map(QueueId).collect(),
+            Queues::List(list) => list.iter().copied().map(QueueId).collect(),
+        };
+        match queues.iter().find(|queue| queue.0 >= self.rx_queues) {
+            None => Ok(queues),
             Some(&queue) => {
                 Err(InterfaceError::NoQueue { name: self.name.clone(), queue, count: self.rx_queues })
             }
@@ -155,8 +159,8 @@ impl Interface {
 
     /// The queues that get no lane: their packets go to the kernel as before.
     #[must_use]
-    pub fn without_lane(&self, lanes: &[u32]) -> Vec<u32> {
-        (0..self.rx_queues).filter(|queue| !lanes.contains(queue)).collect()
+    pub fn without_lane(&self, lanes: &[QueueId]) -> Vec<QueueId> {
+        (0..self.rx_queues).map(QueueId).filter(|queue| !lanes.contains(queue)).collect()
     }
 
     /// The interface's folder in `/sys`, if `/sys` shows this interface.
@@ -489,9 +493,9 @@ mod tests {
     #[test]
     fn queues_must_be_there() {
         let four = interface(4);
-        assert_eq!(four.select(&Queues::All).unwrap(), [0, 1, 2, 3]);
-        assert_eq!(four.select(&Queues::List(vec![3, 1])).unwrap(), [3, 1]);
-        assert_eq!(four.without_lane(&[3, 1]), [0, 2]);
+        assert_eq!(four.select(&Queues::All).unwrap(), [0, 1, 2, 3].map(QueueId));
+        assert_eq!(four.select(&Queues::List(vec![3, 1])).unwrap(), [3, 1].map(QueueId));
+        assert_eq!(four.without_lane(&[3, 1].map(QueueId)), [0, 2].map(QueueId));
         let message = four.select(&Queues::List(vec![0, 4])).unwrap_err().to_string();
         assert_eq!(message, "`eth1` has no RX queue 4: it has 4 (0 to 3); see `ethtool -l eth1`");
     }

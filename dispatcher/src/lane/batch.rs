@@ -1,30 +1,38 @@
-//! A batch's three steps: take its frames from the kernel, read and describe its packets, push their descriptors.
+//! A batch's three steps: take its frames from the kernel, read and describe its packets, push
+//! their descriptors into the rings of a group.
 //!
-//! Three loops rather than one: so the processor works at several packets at once, and what each needs fits into its
-//! registers. They are functions of what they use rather than of the lane: so the compiler knows that what they
-//! write is not what they read.
+//! Three loops rather than one: the processor then works on several packets at once, and the values
+//! of each loop fit into its registers. The steps are functions of what they use rather than of the
+//! lane: the compiler then knows that what they write is not what they read.
 
 use std::mem::MaybeUninit;
 
 use xfan_packet::is_cut;
 use xfan_shm::Descriptor;
+use xfan_shm::ids::{PortId, UmemOffset};
 use xfan_shm::ring::Reserved;
 
-use super::{Link, MAX_BATCH};
-use crate::lane::{BucketTable, HashKey};
+use super::group::bit;
+use super::link::Link;
+use super::{BucketTable, HashKey, MAX_BATCH};
 use crate::memory::frames::Frames;
 use crate::memory::umem::PacketMemory;
 use crate::port::source::Received;
 
-/// Sums of one batch.
+/// Sums of one batch, before any group.
 #[derive(Default)]
 pub(super) struct Sums {
     pub(super) bytes: u64,
-    pub(super) ring_full: u64,
-    pub(super) no_worker: u64,
     pub(super) frame_owner: u64,
     pub(super) unparsed: u64,
     pub(super) cut: u64,
+}
+
+/// Sums of one batch in one group.
+#[derive(Default)]
+pub(super) struct Pushed {
+    pub(super) ring_full: u64,
+    pub(super) no_worker: u64,
     /// Members that got packets, as bits.
     pub(super) touched: u64,
 }
@@ -33,11 +41,11 @@ pub(super) struct Sums {
 #[derive(Clone, Copy)]
 pub(super) struct Stamp {
     pub(super) time: u32,
-    pub(super) port: u8,
+    pub(super) port: PortId,
 }
 
-/// Takes the packets' frames from the kernel and asks for their headers. Returns how many these are: at the front
-/// of `batch`, from which those are taken out whose frames the kernel did not have.
+/// Takes the packets' frames from the kernel and prefetches their headers. Returns how many packets
+/// are left at the front of `batch`: it removes those whose frames the kernel did not have.
 #[inline(never)]
 pub(super) fn accept(
     frames: &mut Frames,
@@ -75,8 +83,8 @@ pub(super) fn describe(
 ) {
     let Stamp { time, port } = stamp;
     for (&Received { offset, length }, descriptor) in batch.iter().zip(descriptors) {
-        // SAFETY: the ledger says that the kernel had the frame and has handed it over; nobody else gets it before its
-        // descriptor is pushed.
+        // SAFETY: the ledger says that the kernel had the frame and has handed it over; nobody else
+        // gets it before its descriptor is pushed.
         let frame = unsafe { memory.packet(offset, length) };
         let (hash, flags) = match frame.and_then(|frame| key.hash_plain(frame)) {
             Some(hash) => (hash, 0),
@@ -95,29 +103,29 @@ pub(super) fn describe(
     }
 }
 
-/// Pushes each descriptor into the ring of the member that takes it. All slots are reserved before one is filled: so
-/// their lines, which the workers' caches have, come at the same time. The first is filled last, and with it a
-/// worker sees all of its slots.
+/// Pushes each descriptor into the ring of the member that takes it, and reorders them meanwhile.
+/// All slots are reserved before one is filled: so their lines, which the workers' caches have,
+/// arrive at the same time. The first is filled last, and with it a worker sees all of its slots.
 #[inline(never)]
 pub(super) fn push(
     frames: &mut Frames,
     table: &BucketTable,
-    members: &mut [Option<Link>; 256],
+    links: &mut [Option<Link>; 256],
     descriptors: &mut [Descriptor],
-    sums: &mut Sums,
+    sums: &mut Pushed,
 ) {
     let mut slots = [const { MaybeUninit::<Reserved>::uninit() }; MAX_BATCH];
     let (mut touched, mut reserved) = (0u64, 0);
     for number in 0..descriptors.len().min(MAX_BATCH) {
         let Descriptor { hash, offset, .. } = descriptors[number];
-        let place = table.member(hash);
-        let Some(link) = &mut members[usize::from(place)] else {
+        let member = table.member(hash);
+        let Some(link) = &mut links[member.index()] else {
             sums.no_worker += 1;
             frames.give_back(offset);
             continue;
         };
-        touched |= 1u64.wrapping_shl(u32::from(place));
-        let Some(slot) = link.link.ring.reserve().or_else(|| link.reserve_again(frames)) else {
+        touched |= bit(member);
+        let Some(slot) = link.ring.reserve().or_else(|| link.reserve_again(frames)) else {
             sums.ring_full += 1;
             frames.give_back(offset);
             continue;
@@ -136,14 +144,14 @@ pub(super) fn push(
     sums.touched = touched;
 }
 
-/// Asks for a packet's first line.
+/// Prefetches a packet's first cache line.
 #[inline(always)]
-fn prefetch(memory: &PacketMemory, offset: u32) {
+fn prefetch(memory: &PacketMemory, offset: UmemOffset) {
     #[cfg(target_arch = "x86_64")]
     {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = memory.base().as_ptr().wrapping_add(offset as usize);
-        // SAFETY: a prefetch of any address faults never.
+        let line = memory.base().as_ptr().wrapping_add(offset.index());
+        // SAFETY: a prefetch cannot fault, whatever the address.
         unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -1,7 +1,8 @@
 //! Counters that one lane writes and the control thread reads.
 //!
-//! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and group
-//! `received = delivered + Σ dropped`, and for every member `delivered = committed + backlog + requeued + lost`.
+//! A lane adds with a plain load and store, once per batch: nobody else writes. For every lane and
+//! each group `received = frame_owner + delivered + ring_full + no_worker`, and for every member
+//! `delivered = committed + backlog + requeued + lost`.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -38,13 +39,8 @@ pub struct LaneCounters {
     pub received: Counter,
     /// Bytes of these packets.
     pub bytes: Counter,
-    /// Packets pushed into a worker's ring.
-    pub delivered: Counter,
-    /// Dropped: the worker's ring was full.
-    pub ring_full: Counter,
-    /// Dropped: no worker takes packets of this flow.
-    pub no_worker: Counter,
-    /// Dropped: the frame was not the kernel's to hand over. A bug of the driver.
+    /// Dropped before any group gets it: the frame was not the kernel's to hand over, a bug of the
+    /// driver.
     pub frame_owner: Counter,
     /// Packets in which no 5-tuple could be read; they are delivered all the same.
     pub unparsed: Counter,
@@ -62,33 +58,36 @@ pub struct LaneCounters {
     pub commands: Counter,
     /// Raised when a lane that was told to drain has found its RX ring empty.
     pub drained: AtomicBool,
-    tally: [AtomicU32; 4],
+    tally: [AtomicU32; 5],
 }
 
 impl LaneCounters {
     /// Publishes how many frames each owner has.
     pub fn set_tally(&self, tally: Tally) {
-        let values = [tally.total, tally.free, tally.kernel, tally.lent];
-        for (place, value) in self.tally.iter().zip(values) {
-            place.store(value, Ordering::Relaxed);
+        let values = [tally.total, tally.free, tally.kernel, tally.lent, tally.tx];
+        for (published, value) in self.tally.iter().zip(values) {
+            published.store(value, Ordering::Relaxed);
         }
     }
 
     /// How many frames each owner had, when the lane last looked.
     pub fn tally(&self) -> Tally {
-        let [total, free, kernel, lent] =
-            std::array::from_fn(|place| self.tally[place].load(Ordering::Relaxed));
-        Tally { total, free, kernel, lent }
+        let [total, free, kernel, lent, tx] =
+            std::array::from_fn(|owner| self.tally[owner].load(Ordering::Relaxed));
+        Tally { total, free, kernel, lent, tx }
     }
+}
 
-    /// Drops by cause.
-    pub fn dropped(&self) -> [(&'static str, u64); 3] {
-        [
-            ("ring_full", self.ring_full.get()),
-            ("no_worker", self.no_worker.get()),
-            ("frame_owner", self.frame_owner.get()),
-        ]
-    }
+/// What a lane counts of one group.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct GroupCounters {
+    /// Packets pushed into a worker's ring.
+    pub delivered: Counter,
+    /// Dropped: the worker's ring was full.
+    pub ring_full: Counter,
+    /// Dropped: no worker takes packets of this flow.
+    pub no_worker: Counter,
 }
 
 /// What a lane counts of one member.
@@ -101,12 +100,13 @@ pub struct MemberCounters {
     pub committed: Counter,
     /// Packets for it that were dropped because its ring was full.
     pub dropped: Counter,
-    /// Packets that were in its ring when it was gone, and went to others.
+    /// Packets that were in its ring when it left, and went to others.
     pub requeued: Counter,
-    /// Packets that were in its ring when it was gone, and that nobody had room for.
+    /// Packets that were in its ring when it left, and that no other ring had a free slot for.
     pub lost: Counter,
     /// Times it was woken.
     pub wakeups: Counter,
-    /// Set by the lane when the worker's index made no sense; the lane takes nothing back from it any more.
+    /// Set by the lane when the worker's index was impossible; the lane takes nothing back from it
+    /// any more.
     pub corrupt: AtomicBool,
 }

@@ -6,6 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use xfan_packet::{FlowKey, TCP, UDP};
 
+use xfan_shm::ids::MemberId;
+
 use super::{BucketTable, HashKey};
 
 /// The number of keys that each family is hashed with.
@@ -132,12 +134,12 @@ fn assert_even(what: &str, flows: impl IntoIterator<Item = FlowKey>, random: &mu
     }
     let keys: Vec<HashKey> = (0..KEYS).map(|_| random.key()).collect();
     for workers in [2, 3, 16] {
-        let table = BucketTable::empty().with_members(&(0..workers).collect::<Vec<u8>>());
+        let table = BucketTable::empty().with_members(&(0..workers).map(MemberId).collect::<Vec<_>>());
         let even = f64::from(u32::try_from(flows.len()).unwrap()) / f64::from(workers);
         let (mut sum, mut fullest) = (0.0, 0.0);
         for key in &keys {
             let mut loads = vec![0u32; usize::from(workers)];
-            flows.iter().for_each(|flow| loads[usize::from(table.member(key.hash_key(flow)))] += 1);
+            flows.iter().for_each(|flow| loads[table.member(key.hash_key(flow)).index()] += 1);
             sum += loads.iter().map(|load| (f64::from(*load) - even).powi(2) / even).sum::<f64>();
             fullest += f64::from(*loads.iter().max().unwrap()) / even / f64::from(KEYS);
         }
@@ -158,7 +160,7 @@ fn endpoints_alike_but_for_complementary_bits_do_not_meet() {
     let end = |value: u32| End { address: 0x0a00_0102 | u128::from(value) << 19, port: 0xc000 };
     let flows: Vec<FlowKey> =
         (0..16).map(|value| Version::V4.flow(end(value), end(31 - value), TCP)).collect();
-    let table = BucketTable::empty().with_members(&[0, 1]);
+    let table = BucketTable::empty().with_members(&[0, 1].map(MemberId));
     let mut random = Random(1);
     let keys = (0..1000).map(|_| random.key());
     let member = |key: &HashKey, flow: &FlowKey| table.member(key.hash_key(flow));

@@ -1,28 +1,22 @@
 //! The control thread's end of a lane: its thread, its commands, its counters.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_queue::ArrayQueue;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use xfan_shm::ids::{GroupId, QueueId};
 
 use crate::host::privileges::drop_all_capabilities;
-use crate::lane::HashKey;
-use crate::lane::counters::LaneCounters;
-use crate::lane::{Command, Lane, LaneConfig};
+use crate::lane::{Command, Lane, LaneParts, Shared};
 use crate::memory::frames::{Frames, Tally};
-use crate::memory::umem::PacketMemory;
 use crate::port::rings;
 use crate::port::source::PacketSource;
 use crate::port::watch::{Arrivals, Reading};
 use crate::report;
-
-/// Commands that may wait for a lane. It obeys between two batches, so more than a few never do.
-const COMMANDS: usize = 256;
 
 /// More packets than a driver handles in one round of NAPI.
 const ROUND: u64 = 1024;
@@ -31,12 +25,10 @@ const ROUND: u64 = 1024;
 #[derive(Debug)]
 pub struct LaneHandle {
     /// RX queue.
-    pub queue: u32,
+    pub queue: QueueId,
     /// CPU it is pinned on.
     pub core: usize,
-    counters: Arc<LaneCounters>,
-    commands: Arc<ArrayQueue<Command>>,
-    doorbell: Arc<OwnedFd>,
+    shared: Arc<Shared>,
     issued: u64,
     /// Frames that the lane keeps posted to the kernel.
     posted: u32,
@@ -59,52 +51,19 @@ struct Told {
     pause: Duration,
 }
 
-/// What a lane is made of, beside its source.
-#[derive(Debug)]
-pub struct LaneParts {
-    /// RX queue.
-    pub queue: u32,
-    /// CPU to pin it on.
-    pub core: usize,
-    /// How it spends its time.
-    pub config: LaneConfig,
-    /// Where packets lie.
-    pub memory: Arc<PacketMemory>,
-    /// UMEM offset of its first frame, frame size in bytes, number of frames.
-    pub region: (u32, u32, NonZeroU32),
-    /// Key of the flow hash.
-    pub key: HashKey,
-    /// A second descriptor of its socket.
-    pub socket: Option<OwnedFd>,
-}
-
-/// A non-blocking eventfd at 0.
-///
-/// # Errors
-/// Whatever the kernel says.
-pub fn doorbell() -> io::Result<Arc<OwnedFd>> {
-    let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-    Ok(Arc::new(eventfd.into()))
-}
-
 impl LaneHandle {
     /// Starts a lane on its own thread.
     ///
     /// # Errors
-    /// If the thread cannot be made.
+    /// If the lane or its thread cannot be made.
     pub fn spawn<S: PacketSource + Send + 'static>(parts: LaneParts, source: S) -> io::Result<Self> {
-        let LaneParts { queue, core, config, memory, region, key, socket } = parts;
-        let counters = Arc::<LaneCounters>::default();
-        let commands = Arc::new(ArrayQueue::new(COMMANDS));
-        let bell = doorbell()?;
-        let (base, size, count) = region;
-        let frames = Frames::new(base, size, count.get());
-        let lane =
-            Lane::new(config, source, memory, frames, key, counters.clone(), commands.clone(), bell.clone());
+        let lane = Lane::new(&parts, source)?;
+        let shared = lane.shared().clone();
+        let LaneParts { queue, core, config, socket, .. } = parts;
         let thread = std::thread::Builder::new().name(format!("lane-{queue}")).spawn(move || {
             if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
                 tracing::warn!(
-                    queue,
+                    queue = queue.0,
                     core,
                     "cannot pin the lane on its CPU; it runs wherever the kernel puts it"
                 );
@@ -115,9 +74,7 @@ impl LaneHandle {
         Ok(LaneHandle {
             queue,
             core,
-            counters,
-            commands,
-            doorbell: bell,
+            shared,
             issued: 0,
             posted: config.posted,
             thread: Some(thread),
@@ -128,9 +85,9 @@ impl LaneHandle {
         })
     }
 
-    /// Hands the lane a command; it is obeyed before the next batch.
+    /// Hands the lane a command, which it carries out before the next batch.
     pub fn command(&mut self, mut command: Command) {
-        while let Err(back) = self.commands.push(command) {
+        while let Err(back) = self.shared.commands.push(command) {
             if self.ended() {
                 return;
             }
@@ -144,21 +101,21 @@ impl LaneHandle {
 
     /// Wakes it, so that it settles its accounts.
     pub fn wake(&self) {
-        // Full or not, it is readable.
-        let _ = nix::unistd::write(&self.doorbell, &1u64.to_ne_bytes());
+        // Even if the counter is full, the doorbell is readable.
+        let _ = nix::unistd::write(&self.shared.doorbell, &1u64.to_ne_bytes());
     }
 
     /// Whether all commands have been obeyed, or never will be.
     pub fn obeyed(&self) -> bool {
-        self.counters.commands.get() == self.issued || self.ended()
+        self.shared.counters.commands.get() == self.issued || self.ended()
     }
 
     /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
     pub fn drained(&self) -> bool {
-        self.counters.drained.load(std::sync::atomic::Ordering::Acquire) || self.ended()
+        self.shared.counters.drained.load(Ordering::Acquire) || self.ended()
     }
 
-    /// Whether its thread has ended; unasked, that is a bug.
+    /// Whether its thread has ended; a lane that was not told to [`Command::Stop`] has a bug then.
     pub fn ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
@@ -174,11 +131,11 @@ impl LaneHandle {
         Some(frames)
     }
 
-    /// The number of packets that arrived cut since the last report; `None`: nothing to report.
-    /// After a report the next one waits for a second, and each time twice as long, up to a minute:
-    /// a driver that cuts packets does not stop.
+    /// The number of packets that arrived cut since the last report; `None`: nothing to report. The
+    /// pause after a report is a second, and doubles each time up to a minute: a driver that cuts
+    /// packets does not stop.
     pub fn newly_cut(&mut self, now: Instant) -> Option<u64> {
-        let count = self.counters.cut.get();
+        let count = self.shared.counters.cut.get();
         if count == self.cut.count || now < self.cut.next {
             return None;
         }
@@ -214,8 +171,8 @@ impl LaneHandle {
     /// Reads the lane's counters for [`arrivals`](Self::arrivals). `redirected` is the XDP
     /// program's counter, which must be read first.
     pub fn read(&mut self, redirected: u64) -> Reading {
-        let emptied = self.counters.emptied.get();
-        let received = self.counters.received.get();
+        let emptied = self.shared.counters.emptied.get();
+        let received = self.shared.counters.received.get();
         self.refresh_kernel();
         Reading {
             redirected,
@@ -224,18 +181,17 @@ impl LaneHandle {
         }
     }
 
-    /// What it counted.
+    /// What it counted of all its packets.
     pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
         self.refresh_kernel();
-        let counters = &self.counters;
-        let Tally { total, free, kernel, lent } = counters.tally();
+        let counters = &self.shared.counters;
+        let Tally { total, free, kernel, lent, tx } = counters.tally();
         report::Lane {
             queue: self.queue,
             core: self.core,
             received: counters.received.get(),
             bytes: counters.bytes.get(),
-            delivered: counters.delivered.get(),
-            dropped: counters.dropped().into_iter().map(|(cause, count)| (cause.to_owned(), count)).collect(),
+            dropped: BTreeMap::from([("frame_owner".to_owned(), counters.frame_owner.get())]),
             unparsed: counters.unparsed.get(),
             cut: counters.cut.get(),
             batches: counters.batches.get(),
@@ -244,9 +200,23 @@ impl LaneHandle {
             kernel: self.kernel,
             unaccounted: 0,
             xdp,
-            // Published between batches, when nothing is the lane's.
-            frames: report::Frames { total, free, kernel, lane: 0, lent, tx: 0 },
+            // Published between batches, when the lane itself has none.
+            frames: report::Frames { total, free, kernel, lane: 0, lent, tx },
         }
+    }
+
+    /// What it counted of a group, as a lane of the port of this name.
+    pub fn report_of(&self, group: GroupId, port: &str) -> report::GroupLane {
+        let mut report =
+            report::GroupLane { port: port.to_owned(), queue: self.queue, ..report::GroupLane::default() };
+        if let Some(counters) = self.shared.groups.get(group.index()) {
+            report.delivered = counters.delivered.get();
+            report.dropped = BTreeMap::from([
+                ("ring_full".to_owned(), counters.ring_full.get()),
+                ("no_worker".to_owned(), counters.no_worker.get()),
+            ]);
+        }
+        report
     }
 }
 

@@ -20,7 +20,8 @@ use xfan_packet::{FlowKey, Packet, TCP, UDP, ethertype};
 pub struct HashKey([u64; 6]);
 
 impl HashKey {
-    /// Spreads 128 bits by SplitMix64 (Steele, Lea, Flood: *Fast splittable pseudorandom number generators*, 2014).
+    /// Spreads 128 bits by SplitMix64 (Steele, Lea, Flood: *Fast splittable pseudorandom number
+    /// generators*, 2014).
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
         let (low, high) = bytes.split_at(8);
         let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word: u64, byte| word << 8 | u64::from(*byte));
@@ -34,8 +35,8 @@ impl HashKey {
         }))
     }
 
-    /// Hashes the flow of a frame. The flag says whether a 5-tuple could be read; if not, the hash is over the
-    /// Ethernet addresses.
+    /// Hashes the flow of a frame. The flag says whether a 5-tuple could be read; if not, the hash
+    /// is over the Ethernet addresses.
     #[inline(always)]
     pub fn hash_frame(&self, frame: &[u8]) -> (u32, bool) {
         match self.hash_plain(frame) {

@@ -12,7 +12,8 @@ pub(super) enum Turn {
     Sleep,
 }
 
-/// Spin, then yield, then sleep. The first idle turn settles accounts, and so does every thousandth.
+/// Spin, then yield, then sleep. The first idle turn settles accounts, and so does every
+/// thousandth.
 pub(super) struct Idle {
     since: Option<u64>,
     turns: u32,

@@ -2,33 +2,43 @@
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicU64;
 
 use xfan_packet::{FlowKey, TCP};
+use xfan_shm::bell;
 use xfan_shm::clock::{monotonic_ns, stamped_ns};
-use xfan_shm::layout::{Down, Geometry};
-use xfan_shm::ring::Consumer;
+use xfan_shm::ids::{GroupId, LaneId, MemberId, UmemOffset};
+use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
+use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::segment::{self, Mapping};
 
 use super::*;
-use crate::lane::NOBODY;
+use crate::lane::counters::MemberCounters;
 use crate::memory::frames::Tally;
+
+mod groups;
 
 const FRAME: u32 = 2048;
 const POSTED: u32 = 8;
 const SLOTS: u32 = 16;
-/// Enough for two members, whatever they do.
-const FRAMES: u32 = POSTED + 2 * SLOTS + 64;
+/// Enough for two members of a group, whatever they do.
+const FRAMES: u32 = frames_for(2);
 const KEY: [u8; 16] = [5; 16];
+
+/// Frames for so many members of all groups.
+const fn frames_for(members: u32) -> u32 {
+    POSTED + members * SLOTS + 64
+}
 
 /// An RX queue in memory.
 struct Script {
     packets: VecDeque<Vec<u8>>,
-    posted: VecDeque<u32>,
+    posted: VecDeque<UmemOffset>,
     memory: Arc<PacketMemory>,
     /// Hands out this frame again, as a broken driver does.
-    again: Option<u32>,
+    again: Option<UmemOffset>,
     /// Has each packet arrive this long after the lane has asked for it, and notes when.
     late: Option<(Duration, Arc<AtomicU64>)>,
 }
@@ -43,11 +53,11 @@ impl PacketSource for Script {
         while count < batch.len() && !self.packets.is_empty() {
             let Some(frame) = self.again.take().or_else(|| self.posted.pop_front()) else { break };
             let packet = self.packets.pop_front().unwrap();
-            let offset = frame + 256;
-            // SAFETY: the lane posted the frame, so nobody reads it; it has room for a short packet.
+            let offset = UmemOffset(frame.0 + 256);
+            // SAFETY: the lane posted the frame, so nobody reads it; the packet is shorter than it.
             unsafe {
-                let place = self.memory.base().add(offset as usize);
-                place.as_ptr().copy_from_nonoverlapping(packet.as_ptr(), packet.len());
+                let start = self.memory.base().add(offset.index());
+                start.as_ptr().copy_from_nonoverlapping(packet.as_ptr(), packet.len());
             }
             batch[count] = Received { offset, length: u32::try_from(packet.len()).unwrap() };
             count += 1;
@@ -62,11 +72,10 @@ impl PacketSource for Script {
     fn wait(&mut self, _: BorrowedFd<'_>, _: Duration) {}
 }
 
-/// A lane and the commands to it.
+/// A lane and what the control thread has of it.
 struct Bench {
     lane: Lane<Script>,
-    commands: Arc<ArrayQueue<Command>>,
-    counters: Arc<LaneCounters>,
+    shared: Arc<Shared>,
 }
 
 /// A worker's end.
@@ -77,8 +86,14 @@ struct Peer {
     counters: Arc<MemberCounters>,
 }
 
+/// A lane that serves one group.
 fn bench() -> Bench {
-    let length = (FRAME * FRAMES) as usize;
+    bench_of(1, FRAMES)
+}
+
+/// A lane that serves several groups.
+fn bench_of(groups: usize, frames: u32) -> Bench {
+    let length = (FRAME * frames) as usize;
     let fd = segment::create("lane-test", length).unwrap();
     let memory = Arc::new(PacketMemory::of_segment(&fd, Mapping::read_write(&fd, length).unwrap()).unwrap());
     let source = Script {
@@ -88,56 +103,89 @@ fn bench() -> Bench {
         again: None,
         late: None,
     };
-    let (counters, commands) = (Arc::<LaneCounters>::default(), Arc::new(ArrayQueue::new(16)));
     let zero = Duration::ZERO;
-    let lane = Lane::new(
-        LaneConfig { batch: 64, posted: POSTED, spin: zero, yields: zero, shared: false, port: 3 },
-        source,
+    let frames = NonZeroU32::new(frames).unwrap();
+    let parts = LaneParts {
+        port: PortId(3),
+        queue: QueueId(0),
+        core: 0,
+        config: LaneConfig { batch: 64, posted: POSTED, spin: zero, yields: zero, shared: false },
         memory,
-        Frames::new(0, FRAME, FRAMES),
-        HashKey::from_bytes(KEY),
-        counters.clone(),
-        commands.clone(),
-        crate::lane::handle::doorbell().unwrap(),
-    );
-    Bench { lane, commands, counters }
+        region: Region { base: UmemOffset(0), frame_size: FRAME, frames },
+        key: HashKey::from_bytes(KEY),
+        groups,
+        socket: None,
+    };
+    let lane = Lane::new(&parts, source).unwrap();
+    let shared = lane.shared().clone();
+    Bench { lane, shared }
+}
+
+/// The only group.
+const ONLY: GroupId = GroupId(0);
+
+/// A table of these members.
+fn table(members: &[u8]) -> BucketTable {
+    let members: Vec<MemberId> = members.iter().copied().map(MemberId).collect();
+    BucketTable::empty().with_members(&members)
 }
 
 impl Bench {
     fn command(&mut self, command: Command) -> bool {
-        self.commands.push(command).unwrap();
+        self.shared.commands.push(command).unwrap();
         self.lane.obey()
     }
 
-    fn join(&mut self, place: usize) -> Peer {
-        self.join_as(place, Arc::default())
+    fn join(&mut self, member: u8) -> Peer {
+        self.join_as(member, Arc::default())
     }
 
-    /// Another worker joins in the place that these counters are of.
-    fn join_as(&mut self, place: usize, counters: Arc<MemberCounters>) -> Peer {
+    /// Another worker joins as the member that these counters are of.
+    fn join_as(&mut self, member: u8, counters: Arc<MemberCounters>) -> Peer {
+        self.join_in(ONLY, member, counters)
+    }
+
+    fn join_in(&mut self, group: GroupId, member: u8, counters: Arc<MemberCounters>) -> Peer {
         let geometry = Geometry { lanes: 1, slots: SLOTS };
         let down_fd = segment::create("down", geometry.down_bytes()).unwrap();
         let up_fd = segment::create("up", geometry.up_bytes()).unwrap();
         let (down, up) = (Down::create(&down_fd, geometry).unwrap(), Up::create(&up_fd, geometry).unwrap());
         let (ringer, doorbell) = bell::create().unwrap();
         let link = MemberLink {
-            ring: Producer::new(SharedRing::new(&down, &up, 0)),
+            ring: Producer::new(SharedRing::new(&down, &up, LaneId(0))),
             up,
             doorbell: Arc::new(ringer),
             counters: counters.clone(),
         };
-        self.command(Command::Join(place, Box::new(link)));
+        self.command(Command::Join { group, member: MemberId(member), link: Box::new(link) });
         let up = Up::open(&up_fd, geometry).unwrap();
-        let ring = Consumer::new(SharedRing::new(&Down::open(&down_fd, geometry).unwrap(), &up, 0));
+        let ring = Consumer::new(SharedRing::new(&Down::open(&down_fd, geometry).unwrap(), &up, LaneId(0)));
         Peer { ring, up, doorbell, counters }
     }
 
-    fn retire(&mut self, place: usize, others: &[u8]) {
-        self.command(Command::Retire(place, Box::new(BucketTable::empty().with_members(others))));
+    fn retire(&mut self, member: u8, others: &[u8]) {
+        self.retire_in(ONLY, member, others);
+    }
+
+    fn retire_in(&mut self, group: GroupId, member: u8, others: &[u8]) {
+        let (member, table) = (MemberId(member), Box::new(table(others)));
+        self.command(Command::Retire { group, member, table });
+    }
+
+    fn hold(&mut self, member: u8) {
+        self.hold_in(ONLY, member);
+    }
+
+    fn hold_in(&mut self, group: GroupId, member: u8) {
+        self.command(Command::Hold { group, member: MemberId(member) });
     }
 
     fn steer(&mut self, members: &[u8]) {
-        self.command(Command::Steer(Box::new(BucketTable::empty().with_members(members))));
+        self.steer_in(ONLY, members);
+    }
+
+    fn steer_in(&mut self, group: GroupId, members: &[u8]) {
+        self.command(Command::Steer { group, table: Box::new(table(members)) });
     }
 
     /// Feeds packets, one batch after the other, until none is left or no frame.
@@ -156,9 +204,11 @@ impl Bench {
 
     /// Both equations, at any time between batches.
     fn balanced(&self) {
-        let counters = &self.counters;
-        let dropped: u64 = counters.dropped().iter().map(|(_, count)| count).sum();
-        assert_eq!(counters.received.get(), counters.delivered.get() + dropped);
+        let counters = &self.shared.counters;
+        for group in &self.shared.groups {
+            let dropped = counters.frame_owner.get() + group.ring_full.get() + group.no_worker.get();
+            assert_eq!(counters.received.get(), group.delivered.get() + dropped);
+        }
         assert_eq!(self.lane.frames.tally(), self.lane.frames.audit());
         assert_eq!(counters.tally(), self.lane.frames.tally());
     }
@@ -171,8 +221,16 @@ impl Bench {
         *packet.unwrap().last().unwrap()
     }
 
+    /// Packets delivered in the only group.
+    fn delivered(&self) -> u64 {
+        self.shared.groups[0].delivered.get()
+    }
+
+    /// Packets dropped in the only group: `ring_full` and `no_worker`, and before it:
+    /// `frame_owner`.
     fn dropped(&self) -> [u64; 3] {
-        self.counters.dropped().map(|(_, count)| count)
+        let [group] = &*self.shared.groups else { panic!("several groups") };
+        [group.ring_full.get(), group.no_worker.get(), self.shared.counters.frame_owner.get()]
     }
 }
 
@@ -222,33 +280,33 @@ fn packet(key: FlowKey) -> Vec<u8> {
     frame
 }
 
-/// Which place takes a flow in a table of these members.
-fn place_of(key: &FlowKey, members: &[u8]) -> u8 {
-    BucketTable::empty().with_members(members).member(HashKey::from_bytes(KEY).hash_key(key))
+/// Which member takes a flow in a table of these members.
+fn member_of(key: &FlowKey, members: &[u8]) -> u8 {
+    table(members).member(HashKey::from_bytes(KEY).hash_key(key)).0
 }
 
 #[test]
-fn each_flow_goes_to_its_member_in_order_with_both_directions() {
+fn both_directions_of_a_flow_reach_one_member() {
     let mut bench = bench();
     let mut peers = [bench.join(0), bench.join(1)];
     bench.steer(&[0, 1]);
     for round in 0..20u16 {
         let keys: Vec<FlowKey> = (0..4).map(|n| flow(round * 4 + n)).collect();
         bench.feed(keys.iter().flat_map(|key| [packet(*key), packet(key.reversed())]));
-        for (place, peer) in (0..).zip(&mut peers) {
+        for (member, peer) in (0..).zip(&mut peers) {
             let expected: Vec<u32> = keys
                 .iter()
-                .filter(|key| place_of(key, &[0, 1]) == place)
+                .filter(|key| member_of(key, &[0, 1]) == member)
                 .flat_map(|key| [HashKey::from_bytes(KEY).hash_key(key); 2])
                 .collect();
             let got = peer.take();
             assert_eq!(got.iter().map(|descriptor| descriptor.hash).collect::<Vec<_>>(), expected);
-            assert!(got.iter().all(|d| (d.length, d.port, d.time, d.flags) == (60, 3, 77, 0)));
+            assert!(got.iter().all(|d| (d.length, d.port, d.time, d.flags) == (60, PortId(3), 77, 0)));
         }
     }
     bench.lane.settle();
     bench.balanced();
-    assert_eq!(bench.counters.delivered.get(), 160);
+    assert_eq!(bench.delivered(), 160);
     assert_eq!(bench.dropped(), [0, 0, 0]);
     let committed: u64 = peers.iter().map(|peer| peer.counters.committed.get()).sum();
     assert_eq!(committed, 160);
@@ -257,7 +315,7 @@ fn each_flow_goes_to_its_member_in_order_with_both_directions() {
 }
 
 #[test]
-fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
+fn a_full_ring_costs_only_its_member() {
     let mut bench = bench();
     let (slow, mut quick) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -265,7 +323,7 @@ fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
     for n in 0..100 {
         let key = flow(n);
         bench.feed([packet(key)]);
-        if place_of(&key, &[0, 1]) == 0 {
+        if member_of(&key, &[0, 1]) == 0 {
             for_slow += 1;
         } else {
             for_quick += 1;
@@ -282,23 +340,23 @@ fn a_full_ring_costs_its_member_only_and_the_kernel_keeps_its_frames() {
 }
 
 #[test]
-fn without_a_member_packets_are_dropped_and_counted() {
+fn packets_without_a_member_are_dropped_and_counted() {
     let mut bench = bench();
     bench.feed((0..20).map(|n| packet(flow(n))));
     assert_eq!(bench.dropped(), [0, 20, 0]);
-    // A table that names a place nobody has.
+    // A table that names a member without a worker.
     bench.steer(&[7]);
     bench.feed((0..5).map(|n| packet(flow(n))));
     assert_eq!(bench.dropped(), [0, 25, 0]);
     assert_eq!(
         bench.lane.frames.tally(),
-        Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 }
+        Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0, tx: 0 }
     );
     assert_eq!(BucketTable::empty().member(0), NOBODY);
 }
 
 #[test]
-fn what_the_last_member_had_is_lost_and_its_frames_are_free() {
+fn packets_of_the_last_member_are_lost_and_freed() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
@@ -316,7 +374,7 @@ fn what_the_last_member_had_is_lost_and_its_frames_are_free() {
 }
 
 #[test]
-fn what_a_retired_member_had_goes_to_the_others_in_order_before_newer_packets() {
+fn requeued_packets_come_before_newer_ones() {
     let mut bench = bench();
     let (mut gone, mut heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -354,7 +412,7 @@ fn numbered(n: u8) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_may_have_seen() {
+fn held_packets_reach_the_next_worker_in_order() {
     let mut bench = bench();
     let (mut gone, mut other) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -363,7 +421,7 @@ fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_m
     assert!(had > 1 && own > 0);
     assert!(gone.ring.peek(1).is_some());
     gone.ring.commit(1);
-    bench.command(Command::Hold(0));
+    bench.hold(0);
     bench.feed((12..16).map(numbered));
     // It is not dead after all, and goes on as if nothing had happened: nobody listens.
     gone.ring.commit(1);
@@ -379,7 +437,7 @@ fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_m
     bench.feed((16..20).map(numbered));
     let taken = next.take();
     let numbers: Vec<u8> = taken.iter().map(|descriptor| bench.last_byte(*descriptor)).collect();
-    let its = |n: &u8| place_of(&flow(u16::from(n % 4)), &[0, 1]) == 0;
+    let its = |n: &u8| member_of(&flow(u16::from(n % 4)), &[0, 1]) == 0;
     let expected: Vec<u8> = (0..20).filter(its).skip(1).collect();
     assert_eq!(numbers, expected);
     for (descriptor, number) in taken.iter().zip(numbers) {
@@ -396,15 +454,15 @@ fn what_is_held_comes_to_the_next_in_the_place_in_order_and_says_what_the_last_m
 }
 
 #[test]
-fn a_ring_that_is_held_fills_up_and_all_it_has_fits_into_the_next_ones() {
+fn a_full_held_ring_fits_into_the_next_one() {
     let mut bench = bench();
     let gone = bench.join(0);
     bench.steer(&[0]);
     bench.feed((0..4).map(numbered));
-    bench.command(Command::Hold(0));
+    bench.hold(0);
     // Once more: nothing has changed.
     bench.feed((4..6).map(numbered));
-    bench.command(Command::Hold(0));
+    bench.hold(0);
     bench.feed((6..20).map(numbered));
     assert_eq!(bench.dropped(), [20 - u64::from(SLOTS), 0, 0]);
     let mut next = bench.join_as(0, gone.counters.clone());
@@ -419,14 +477,14 @@ fn a_ring_that_is_held_fills_up_and_all_it_has_fits_into_the_next_ones() {
 }
 
 #[test]
-fn what_is_held_for_nobody_goes_to_the_others() {
+fn held_packets_without_a_next_worker_are_requeued() {
     let mut bench = bench();
     let (gone, mut heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
     bench.feed((0..8).map(numbered));
     heir.take();
     let seen = gone.counters.delivered.get();
-    bench.command(Command::Hold(0));
+    bench.hold(0);
     bench.feed((8..12).map(numbered));
     heir.take();
     let held = gone.counters.delivered.get();
@@ -441,7 +499,7 @@ fn what_is_held_for_nobody_goes_to_the_others() {
 }
 
 #[test]
-fn what_the_heirs_have_no_room_for_is_lost_and_its_frames_are_free() {
+fn packets_that_fit_no_other_ring_are_lost_and_freed() {
     let mut bench = bench();
     let (gone, heir) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -455,7 +513,7 @@ fn what_the_heirs_have_no_room_for_is_lost_and_its_frames_are_free() {
 }
 
 #[test]
-fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
+fn an_impossible_index_costs_only_its_worker() {
     let mut bench = bench();
     let (mut liar, mut honest) = (bench.join(0), bench.join(1));
     bench.steer(&[0, 1]);
@@ -469,7 +527,8 @@ fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
     assert!(!honest.counters.corrupt.load(Ordering::Acquire));
     let count = honest.take().len() as u64;
     assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
-    // Also if it tells the truth now: nothing is taken back until it is retired, and then all it had goes to the other.
+    // Also if it tells the truth now: nothing is taken back until it is retired, and then all it
+    // had goes to the other.
     liar.ring.commit(0u32.wrapping_sub(1000));
     bench.lane.settle();
     assert_eq!(u64::from(bench.lane.frames.tally().lent), had);
@@ -482,12 +541,12 @@ fn a_consumer_index_that_makes_no_sense_is_told_and_costs_nobody_else() {
 }
 
 #[test]
-fn a_frame_that_is_not_the_kernels_is_neither_delivered_nor_used_again() {
+fn a_frame_that_was_not_posted_is_not_delivered() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
     bench.feed([packet(flow(1))]);
-    let lent = peer.ring.peek(0).unwrap().offset - 256;
+    let lent = UmemOffset(peer.ring.peek(0).unwrap().offset.0 - 256);
     // The driver hands over the frame that the worker is reading.
     bench.lane.source.again = Some(lent);
     bench.feed([packet(flow(2)), packet(flow(3))]);
@@ -496,26 +555,26 @@ fn a_frame_that_is_not_the_kernels_is_neither_delivered_nor_used_again() {
 }
 
 #[test]
-fn frames_without_a_tuple_are_delivered_and_say_so() {
+fn packets_without_a_tuple_are_flagged() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
     bench.feed([vec![0; 14], vec![0xff; 60], packet(flow(1))]);
-    assert_eq!(bench.counters.unparsed.get(), 2);
+    assert_eq!(bench.shared.counters.unparsed.get(), 2);
     let flags: Vec<u8> = peer.take().iter().map(|descriptor| descriptor.flags).collect();
     assert_eq!(flags, [Descriptor::UNPARSED, Descriptor::UNPARSED, 0]);
 }
 
 #[test]
-fn packets_of_which_the_frame_holds_less_are_counted_flagged_and_delivered() {
+fn cut_packets_are_counted_flagged_and_delivered() {
     let mut bench = bench();
     let mut peer = bench.join(0);
     bench.steer(&[0]);
     // 40 bytes of IP behind 14 of Ethernet; what follows is padding.
     let of = |length: usize| packet(flow(1))[..length].to_vec();
     bench.feed([of(60), of(54), of(53), of(37), of(30), of(14)]);
-    assert_eq!((bench.counters.cut.get(), bench.counters.unparsed.get()), (4, 2));
-    assert_eq!((bench.counters.delivered.get(), bench.dropped()), (6, [0, 0, 0]));
+    assert_eq!((bench.shared.counters.cut.get(), bench.shared.counters.unparsed.get()), (4, 2));
+    assert_eq!((bench.delivered(), bench.dropped()), (6, [0, 0, 0]));
     const UNPARSED: u8 = Descriptor::UNPARSED;
     const CUT: u8 = Descriptor::CUT;
     let taken = peer.take();
@@ -526,7 +585,7 @@ fn packets_of_which_the_frame_holds_less_are_counted_flagged_and_delivered() {
 }
 
 #[test]
-fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
+fn only_a_sleeping_worker_is_rung_and_once() {
     let mut bench = bench();
     let peer = bench.join(0);
     bench.steer(&[0]);
@@ -543,23 +602,23 @@ fn a_sleeper_is_rung_once_and_one_that_is_awake_is_not() {
 }
 
 #[test]
-fn a_packet_that_arrives_while_the_lane_looks_has_no_time_before_that() {
+fn a_packet_has_no_time_before_its_arrival() {
     let mut bench = bench();
     let peer = bench.join(0);
     bench.steer(&[0]);
     let arrived = Arc::<AtomicU64>::default();
     bench.lane.source.late = Some((Duration::from_millis(3), arrived.clone()));
     bench.lane.source.packets.push_back(packet(flow(1)));
-    let Bench { lane, commands, counters } = bench;
+    let Bench { lane, shared } = bench;
     let lane = std::thread::spawn(move || lane.run());
-    while counters.delivered.get() == 0 {
+    while shared.groups[0].delivered.get() == 0 {
         std::thread::yield_now();
     }
     let time = stamped_ns(peer.ring.peek(0).unwrap().time, monotonic_ns());
     let (arrived, now) = (arrived.load(Ordering::Relaxed), monotonic_ns());
     // A microsecond for the clock, one for the unit.
     assert!(time + 2048 >= arrived && time <= now, "{arrived} {time} {now}");
-    commands.push(Command::Stop).unwrap();
+    shared.commands.push(Command::Stop).unwrap();
     lane.join().unwrap();
 }
 
@@ -569,8 +628,11 @@ fn stop_retires_all_and_ends_the_loop() {
     let peer = bench.join(0);
     bench.steer(&[0]);
     bench.feed((0..3).map(|n| packet(flow(n))));
-    bench.commands.push(Command::Stop).unwrap();
+    bench.shared.commands.push(Command::Stop).unwrap();
     let frames = bench.lane.run();
     assert_eq!(peer.counters.lost.get(), 3);
-    assert_eq!(frames.audit(), Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0 });
+    assert_eq!(
+        frames.audit(),
+        Tally { total: FRAMES, free: FRAMES - POSTED, kernel: POSTED, lent: 0, tx: 0 }
+    );
 }

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
+use xfan_shm::ids::UmemOffset;
 use xfan_shm::segment::{Mapping, open_mapping_read_only, reopen_read_only};
 use xsk_rs::config::{FrameSize, QueueSize, UmemConfig};
 use xsk_rs::umem::{Umem, UmemCreateError};
@@ -72,7 +73,8 @@ impl PacketMemory {
         let config = UmemConfig::builder()
             .frame_size(FrameSize::new(frame_size).map_err(|error| invalid(error.to_string()))?)
             .fill_queue_size(QueueSize::new(fill_ring).map_err(|error| invalid(error.to_string()))?)
-            // Every lane gets a COMPLETION ring of this size; nothing is transmitted, so it stays empty.
+            // Every lane gets a COMPLETION ring of this size; nothing is transmitted, so it stays
+            // empty.
             .comp_queue_size(QueueSize::new(64).map_err(|error| invalid(error.to_string()))?)
             .build()
             .map_err(|error| invalid(error.to_string()))?;
@@ -85,14 +87,16 @@ impl PacketMemory {
         let first = frames.first().copied().unwrap_or_default();
         // SAFETY: the descriptor is this UMEM's, and nobody uses the memory yet.
         let data = unsafe { umem.data(&first) };
-        // A frame's descriptor points behind its headroom; the UMEM begins before that of the first.
+        // A frame's descriptor points behind its headroom; the UMEM begins before that of the
+        // first.
         // SAFETY: `addr` bytes lie between the beginning of the UMEM and the data.
         let base = unsafe { NonNull::from(data.contents()).cast::<u8>().sub(first.addr()) };
         let read_only = open_mapping_read_only(base, length).map_err(UmemError::Open)?;
         Ok(PacketMemory { base, length, read_only, backing: Backing::Umem(umem) })
     }
 
-    /// Memory behind no socket: a segment, mapped for writing. For benchmarks and tests of the dispatch path alone.
+    /// Memory behind no socket: a segment, mapped for writing. For benchmarks and tests of the
+    /// dispatch path alone.
     ///
     /// # Errors
     /// [`UmemError::Open`]
@@ -134,11 +138,12 @@ impl PacketMemory {
     /// # Safety
     /// Nobody writes the packet while the slice is used: its frame is not the kernel's.
     #[inline(always)]
-    pub unsafe fn packet(&self, offset: u32, length: u32) -> Option<&[u8]> {
-        if u64::from(offset) + u64::from(length) > self.length as u64 {
+    pub unsafe fn packet(&self, offset: UmemOffset, length: u32) -> Option<&[u8]> {
+        if u64::from(offset.0) + u64::from(length) > self.length as u64 {
             return None;
         }
-        // SAFETY: in bounds as checked, mapped as long as `self`, and not written by this function's contract.
-        Some(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset as usize), length as usize) })
+        // SAFETY: in bounds as checked, mapped as long as `self`, and not written by this
+        // function's contract.
+        Some(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset.index()), length as usize) })
     }
 }

@@ -6,15 +6,14 @@ pub mod socket;
 pub mod source;
 pub mod watch;
 
-use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
-use xfan_xdp::{AttachError, LoadError, MapError, QueueCounters, SteerProgram, XdpMode};
+use xfan_shm::ids::{PortId, QueueId};
+use xfan_xdp::{AttachError, LoadError, MapError, PassRule, QueueCounters, SteerProgram, XdpMode};
 
-use crate::config::{Config, FrameBudget, ModeChoice};
+use crate::config::{FrameBudget, ModeChoice};
 use crate::host::interface::{Interface, InterfaceError, NoMerging};
-use crate::memory::umem::{PacketMemory, UmemError};
+use crate::memory::umem::PacketMemory;
 use crate::port::mode::{Mode, largest_mtu, max_length};
 use crate::port::socket::{BindError, XskSource};
 use crate::port::watch::Expected;
@@ -32,9 +31,6 @@ pub enum PortError {
     /// A socket cannot be registered.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// The packet memory cannot be made.
-    #[error(transparent)]
-    Umem(#[from] UmemError),
     /// A socket cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -49,9 +45,11 @@ pub enum PortError {
 /// An interface that this process dispatches.
 #[derive(Debug)]
 pub struct Port {
+    /// Its number, by which descriptors name it.
+    pub id: PortId,
     /// The interface.
     pub interface: Interface,
-    queues: Vec<u32>,
+    queues: Vec<QueueId>,
     /// The sockets of `queues`, in the same order.
     sockets: Vec<OwnedFd>,
     program: SteerProgram,
@@ -63,36 +61,29 @@ pub struct Port {
 }
 
 impl Port {
-    /// Prepares a port in one mode without touching the NIC: loads the XDP program, makes the
-    /// packet memory, and binds a socket to each queue. Zero-copy drivers take frames when the
-    /// program is [attached](Self::attach); the FILL rings should be full by then.
+    /// Prepares a port in one mode without touching the NIC: loads the XDP program, and binds a
+    /// socket on `memory` to each queue. Zero-copy drivers take frames when the program is
+    /// [attached](Self::attach); the FILL rings should be full by then.
     ///
     /// # Errors
     /// [`PortError`]
     pub fn bind(
+        id: PortId,
         interface: Interface,
-        queues: Vec<u32>,
-        config: &Config,
+        queues: Vec<QueueId>,
+        pass: &[PassRule],
         mode: Mode,
         budget: &FrameBudget,
-        node: Option<usize>,
-    ) -> Result<(Self, Arc<PacketMemory>, Vec<XskSource>), PortError> {
+        memory: &PacketMemory,
+    ) -> Result<(Self, Vec<XskSource>), PortError> {
         let name = &interface.name;
-        let program = SteerProgram::load(interface.rx_queues, &config.pass, max_length(mode.frame_size))?;
+        let program = SteerProgram::load(interface.rx_queues, pass, max_length(mode.frame_size))?;
         program.check_unoccupied(interface.index, name)?;
-        let lanes = u32::try_from(queues.len()).unwrap_or(u32::MAX);
-        let count = NonZeroU32::new(lanes.saturating_mul(budget.frames_per_lane)).unwrap_or(NonZeroU32::MIN);
-        let make_memory = || PacketMemory::of_sockets(mode.frame_size, count, budget.fill_ring);
-        let memory = match node {
-            Some(node) => crate::host::topology::with_memory_bound_to(node, make_memory)?,
-            None => make_memory()?,
-        };
-        let bind =
-            |&queue| XskSource::bind(name, queue, &memory, budget.rx_ring, budget.fill_ring, mode.bind);
+        let bind = |&queue| XskSource::bind(name, queue, memory, budget, mode.bind);
         let sources = queues.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
         let sockets = sources.iter().map(XskSource::second_descriptor).collect::<Result<_, _>>()?;
-        let port = Port { interface, queues, sockets, program, mode, attached: None, no_merging: None };
-        Ok((port, Arc::new(memory), sources))
+        let port = Port { id, interface, queues, sockets, program, mode, attached: None, no_merging: None };
+        Ok((port, sources))
     }
 
     /// Attaches the XDP program. It passes every packet to the kernel until the port is
@@ -145,7 +136,7 @@ impl Port {
     /// [`PortError::Map`]
     pub fn open(&self) -> Result<(), PortError> {
         for (queue, socket) in self.queues.iter().zip(&self.sockets) {
-            self.program.insert_socket(*queue, socket)?;
+            self.program.insert_socket(queue.0, socket)?;
         }
         Ok(())
     }
@@ -156,7 +147,7 @@ impl Port {
     /// [`PortError::Map`]
     pub fn shut(&self) -> Result<(), PortError> {
         for queue in &self.queues {
-            self.program.remove_socket(*queue)?;
+            self.program.remove_socket(queue.0)?;
         }
         Ok(())
     }
@@ -181,7 +172,7 @@ impl Port {
     /// The XDP program's counters: of each served queue, in order, and the sum of all other queues.
     pub fn counters(&self) -> (Vec<report::Xdp>, report::Xdp) {
         let counters = self.program.counters().unwrap_or_default();
-        let served = |queue: &u32| counters.get(*queue as usize).map_or_else(report::Xdp::default, xdp);
+        let served = |queue: &QueueId| counters.get(queue.index()).map_or_else(report::Xdp::default, xdp);
         let mut unserved =
             self.program.counters_of_new_queues().as_ref().map_or_else(|_| report::Xdp::default(), xdp);
         for queue in self.interface.without_lane(&self.queues) {

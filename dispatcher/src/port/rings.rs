@@ -1,4 +1,11 @@
-//! Direct access to the RX and FILL rings of an AF_XDP socket.
+//! Direct access to the four rings of an AF_XDP socket.
+//!
+//! | ring | entries | who produces | here |
+//! |---|---|---|---|
+//! | [`RxRing`] | received packets | the kernel | take them |
+//! | [`FillRing`] | frames for future packets | this process | post them |
+//! | [`TxRing`] | packets to transmit | this process | submit them |
+//! | [`CompletionRing`] | frames of transmitted packets | the kernel | take them back |
 //!
 //! libxdp maps them before it binds the socket: kernels before 6.4 refuse to map a ring of a bound
 //! socket (`xsk_mmap` in net/xdp/xsk.c: EBUSY). Their addresses are in /proc/self/maps, as mappings
@@ -11,6 +18,7 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
@@ -18,6 +26,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::stat::fstat;
 use procfs::process::{MMapPath, Process};
+use xfan_shm::ids::UmemOffset;
 
 use crate::port::source::Received;
 
@@ -49,7 +58,8 @@ impl RingMap {
         if length < needed {
             return Err(io::Error::other(format!("a ring of {needed} bytes is mapped with {length}")));
         }
-        // SAFETY: the kernel says that these offsets lie within the ring's memory, which is mapped as checked.
+        // SAFETY: the kernel says that these offsets lie within the ring's memory, which is mapped
+        // as checked.
         let part = |offset: usize| unsafe { address.cast::<u8>().add(offset) };
         Ok(RingMap {
             producer: part(place(offsets.producer)?).cast(),
@@ -78,21 +88,114 @@ impl RingMap {
         unsafe { self.flags.as_ref() }
     }
 
-    /// The entry at a position.
+    /// The entry at a position. Entries are `T`, as `find` was told.
     #[inline(always)]
     fn entry<T>(&self, position: u32) -> NonNull<T> {
-        // SAFETY: a masked position is within the ring's entries, of which each is a `T` (by the two callers).
+        // SAFETY: a masked position is within the ring's entries, of which each is a `T`.
         unsafe { self.entries.cast::<T>().add((position & self.mask) as usize) }
+    }
+}
+
+/// The end of a ring on which the kernel produces entries of type `T`.
+#[derive(Debug)]
+struct ConsumerEnd<T> {
+    map: RingMap,
+    produced: u32,
+    consumed: u32,
+    entries: PhantomData<T>,
+}
+
+impl<T> ConsumerEnd<T> {
+    /// As [`RingMap::find`].
+    fn find(
+        socket: &impl AsRawFd,
+        offsets: &libc::xdp_ring_offset,
+        entries: u32,
+        at: u64,
+    ) -> io::Result<Self> {
+        let map = RingMap::find(socket, offsets, entries, size_of::<T>(), at)?;
+        let consumed = map.consumer().load(Ordering::Relaxed);
+        Ok(ConsumerEnd { map, produced: consumed, consumed, entries: PhantomData })
+    }
+
+    /// Hands each slot of `batch` the next entry, as long as there are any. Returns their number.
+    #[inline(always)]
+    fn take<S>(&mut self, batch: &mut [S], mut put: impl FnMut(&mut S, T)) -> usize {
+        let mut ready = self.produced.wrapping_sub(self.consumed);
+        if ready == 0 {
+            // Acquire: pairs with the kernel's smp_store_release in xskq_prod_submit.
+            self.produced = self.map.producer().load(Ordering::Acquire);
+            ready = self.produced.wrapping_sub(self.consumed);
+            if ready == 0 {
+                return 0;
+            }
+        }
+        let count = batch.len().min(ready as usize);
+        for slot in &mut batch[..count] {
+            // SAFETY: the kernel has published this entry, and leaves it alone until the consumer
+            // index passes it.
+            put(slot, unsafe { self.map.entry::<T>(self.consumed).read() });
+            self.consumed = self.consumed.wrapping_add(1);
+        }
+        // Release: pairs with the kernel's smp_load_acquire of the consumer index; the entries are
+        // read.
+        self.map.consumer().store(self.consumed, Ordering::Release);
+        count
+    }
+}
+
+/// The end of a ring on which this process produces entries of type `T`.
+#[derive(Debug)]
+struct ProducerEnd<T> {
+    map: RingMap,
+    produced: u32,
+    consumed: u32,
+    entries: PhantomData<T>,
+}
+
+impl<T> ProducerEnd<T> {
+    /// As [`RingMap::find`].
+    fn find(
+        socket: &impl AsRawFd,
+        offsets: &libc::xdp_ring_offset,
+        entries: u32,
+        at: u64,
+    ) -> io::Result<Self> {
+        let map = RingMap::find(socket, offsets, entries, size_of::<T>(), at)?;
+        let produced = map.producer().load(Ordering::Relaxed);
+        Ok(ProducerEnd { map, produced, consumed: produced, entries: PhantomData })
+    }
+
+    /// Entries that can be pushed.
+    #[inline(always)]
+    fn free(&mut self) -> u32 {
+        let size = self.map.mask + 1;
+        // Reload below half: the index is a line that the kernel writes.
+        if size - self.produced.wrapping_sub(self.consumed) < size / 2 {
+            // Acquire: pairs with the kernel's smp_store_release in __xskq_cons_release.
+            self.consumed = self.map.consumer().load(Ordering::Acquire);
+        }
+        size - self.produced.wrapping_sub(self.consumed)
+    }
+
+    /// Writes an entry that is free. The kernel sees it after [`publish`](Self::publish).
+    #[inline(always)]
+    fn push(&mut self, entry: T) {
+        // SAFETY: the entry is ours until the producer index passes it.
+        unsafe { self.map.entry::<T>(self.produced).write(entry) };
+        self.produced = self.produced.wrapping_add(1);
+    }
+
+    #[inline(always)]
+    fn publish(&mut self) {
+        // Release: pairs with the kernel's smp_load_acquire of the producer index.
+        self.map.producer().store(self.produced, Ordering::Release);
     }
 }
 
 /// Received packets, from the kernel.
 #[derive(Debug)]
-pub struct RxRing {
-    map: RingMap,
-    produced: u32,
-    consumed: u32,
-}
+pub struct RxRing(ConsumerEnd<libc::xdp_desc>);
 
 impl RxRing {
     /// Finds the RX ring of a socket.
@@ -104,50 +207,23 @@ impl RxRing {
     /// # Errors
     /// The ring is not mapped, or a system call fails.
     pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
-        let offsets = mmap_offsets(socket)?;
         #[allow(clippy::cast_sign_loss)] // 0
         let at = libc::XDP_PGOFF_RX_RING as u64;
-        let map = RingMap::find(socket, &offsets.rx, entries, size_of::<libc::xdp_desc>(), at)?;
-        let consumed = map.consumer().load(Ordering::Relaxed);
-        Ok(RxRing { map, produced: consumed, consumed })
+        ConsumerEnd::find(socket, &mmap_offsets(socket)?.rx, entries, at).map(RxRing)
     }
 
-    /// Takes packets.
+    /// Takes packets, at most as many as fit into `batch`. Returns their number.
     #[inline(always)]
     pub fn receive(&mut self, batch: &mut [Received]) -> usize {
-        let mut ready = self.produced.wrapping_sub(self.consumed);
-        if ready == 0 {
-            // Acquire: pairs with the kernel's smp_store_release in xskq_prod_submit.
-            self.produced = self.map.producer().load(Ordering::Acquire);
-            ready = self.produced.wrapping_sub(self.consumed);
-            if ready == 0 {
-                return 0;
-            }
-        }
-        let count = batch.len().min(ready as usize);
-        for packet in &mut batch[..count] {
-            // SAFETY: entries of the RX ring are `xdp_desc`; the kernel has published this one and leaves it alone
-            // until the consumer index passes it.
-            let descriptor = unsafe { self.map.entry::<libc::xdp_desc>(self.consumed).read() };
-            // An aligned UMEM of at most 4 GiB has 32-bit addresses.
-            #[allow(clippy::cast_possible_truncation)]
-            let offset = descriptor.addr as u32;
-            *packet = Received { offset, length: descriptor.len };
-            self.consumed = self.consumed.wrapping_add(1);
-        }
-        // Release: pairs with the kernel's smp_load_acquire of the consumer index; the entries are read.
-        self.map.consumer().store(self.consumed, Ordering::Release);
-        count
+        self.0.take(batch, |packet, descriptor| {
+            *packet = Received { offset: offset(descriptor.addr), length: descriptor.len };
+        })
     }
 }
 
 /// Frames posted to the kernel for future packets.
 #[derive(Debug)]
-pub struct FillRing {
-    map: RingMap,
-    produced: u32,
-    consumed: u32,
-}
+pub struct FillRing(ProducerEnd<u64>);
 
 impl FillRing {
     /// Finds the FILL ring of a socket.
@@ -159,46 +235,104 @@ impl FillRing {
     /// # Errors
     /// The ring is not mapped, or a system call fails.
     pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
-        let offsets = mmap_offsets(socket)?;
         let at = libc::XDP_UMEM_PGOFF_FILL_RING;
-        let map = RingMap::find(socket, &offsets.fr, entries, size_of::<u64>(), at)?;
-        let produced = map.producer().load(Ordering::Relaxed);
-        Ok(FillRing { map, produced, consumed: produced })
+        ProducerEnd::find(socket, &mmap_offsets(socket)?.fr, entries, at).map(FillRing)
     }
 
-    /// Entries that can be pushed.
+    /// Frames that can be posted.
     #[inline(always)]
-    pub fn room(&mut self) -> u32 {
-        let size = self.map.mask + 1;
-        // Reload below half: the index is a line that the kernel writes.
-        if size - self.produced.wrapping_sub(self.consumed) < size / 2 {
-            // Acquire: pairs with the kernel's smp_store_release in __xskq_cons_release.
-            self.consumed = self.map.consumer().load(Ordering::Acquire);
-        }
-        size - self.produced.wrapping_sub(self.consumed)
+    pub fn free(&mut self) -> u32 {
+        self.0.free()
     }
 
-    /// Writes an entry that is free according to [`room`](Self::room). The kernel sees it after
+    /// Posts a frame, where one is [free](Self::free). The kernel sees it after
     /// [`publish`](Self::publish).
     #[inline(always)]
-    pub fn push(&mut self, address: u64) {
-        // SAFETY: entries of the FILL ring are u64; this one is ours until the producer index passes it.
-        unsafe { self.map.entry::<u64>(self.produced).write(address) };
-        self.produced = self.produced.wrapping_add(1);
+    pub fn push(&mut self, frame: UmemOffset) {
+        self.0.push(u64::from(frame.0));
     }
 
-    /// Hands the pushed entries to the kernel.
+    /// Hands the posted frames to the kernel.
     #[inline(always)]
     pub fn publish(&mut self) {
-        // Release: pairs with the kernel's smp_load_acquire of the producer index.
-        self.map.producer().store(self.produced, Ordering::Release);
+        self.0.publish();
     }
 
     /// Whether the driver must be woken after frames are posted (need_wakeup).
     #[inline(always)]
     pub fn needs_wakeup(&self) -> bool {
-        self.map.flags().load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
+        self.0.map.flags().load(Ordering::Relaxed) & libc::XDP_RING_NEED_WAKEUP != 0
     }
+}
+
+/// Packets submitted to the kernel for transmission.
+#[derive(Debug)]
+pub struct TxRing(ProducerEnd<libc::xdp_desc>);
+
+impl TxRing {
+    /// Finds the TX ring of a socket.
+    ///
+    /// # Safety
+    /// The ring has `entries` entries and stays mapped as long as the value lives, and nothing else
+    /// submits packets to it.
+    ///
+    /// # Errors
+    /// The ring is not mapped, or a system call fails.
+    pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
+        #[allow(clippy::cast_sign_loss)] // positive
+        let at = libc::XDP_PGOFF_TX_RING as u64;
+        ProducerEnd::find(socket, &mmap_offsets(socket)?.tx, entries, at).map(TxRing)
+    }
+
+    /// Submits a packet; `false`: the ring is full. The kernel sees the packet after
+    /// [`publish`](Self::publish), and has its frame until the [`CompletionRing`] returns it.
+    #[inline(always)]
+    pub fn push(&mut self, offset: UmemOffset, length: u32) -> bool {
+        if self.0.free() == 0 {
+            return false;
+        }
+        self.0.push(libc::xdp_desc { addr: u64::from(offset.0), len: length, options: 0 });
+        true
+    }
+
+    /// Hands the submitted packets to the kernel.
+    #[inline(always)]
+    pub fn publish(&mut self) {
+        self.0.publish();
+    }
+}
+
+/// Frames of transmitted packets, from the kernel.
+#[derive(Debug)]
+pub struct CompletionRing(ConsumerEnd<u64>);
+
+impl CompletionRing {
+    /// Finds the COMPLETION ring of a socket.
+    ///
+    /// # Safety
+    /// The ring has `entries` entries and stays mapped as long as the value lives, and nothing else
+    /// takes frames from it.
+    ///
+    /// # Errors
+    /// The ring is not mapped, or a system call fails.
+    pub unsafe fn find(socket: &impl AsRawFd, entries: u32) -> io::Result<Self> {
+        let at = libc::XDP_UMEM_PGOFF_COMPLETION_RING;
+        ConsumerEnd::find(socket, &mmap_offsets(socket)?.cr, entries, at).map(CompletionRing)
+    }
+
+    /// Takes back frames, at most as many as fit into `batch`: the offsets of the packets
+    /// submitted. Returns their number.
+    #[inline(always)]
+    pub fn take(&mut self, batch: &mut [UmemOffset]) -> usize {
+        self.0.take(batch, |packet, address| *packet = offset(address))
+    }
+}
+
+/// An address in an aligned UMEM of at most 4 GiB, which has 32 bits.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation)]
+fn offset(address: u64) -> UmemOffset {
+    UmemOffset(address as u32)
 }
 
 /// Address and length of the mapping of a socket at file offset `at`.

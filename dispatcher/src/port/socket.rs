@@ -9,9 +9,11 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use xfan_shm::ids::QueueId;
 use xsk_rs::config::{BindFlags, Interface, LibxdpFlags, QueueSize, SocketConfig};
 use xsk_rs::{CompQueue, FillQueue, RxQueue, Socket, TxQueue};
 
+use crate::config::FrameBudget;
 use crate::memory::frames::Frames;
 use crate::memory::umem::PacketMemory;
 use crate::port::mode::CopyMode;
@@ -30,7 +32,7 @@ pub enum BindError {
         /// Interface name.
         interface: String,
         /// RX queue.
-        queue: u32,
+        queue: QueueId,
     },
     /// Zero-copy does not work on this queue.
     #[error(
@@ -41,7 +43,7 @@ pub enum BindError {
         /// Interface name.
         interface: String,
         /// RX queue.
-        queue: u32,
+        queue: QueueId,
         /// What the kernel said.
         source: io::Error,
     },
@@ -51,7 +53,7 @@ pub enum BindError {
         /// Interface name.
         interface: String,
         /// RX queue.
-        queue: u32,
+        queue: QueueId,
         /// What the kernel said.
         source: io::Error,
     },
@@ -61,7 +63,7 @@ pub enum BindError {
         /// Interface name.
         interface: String,
         /// RX queue.
-        queue: u32,
+        queue: QueueId,
         /// What is wrong.
         source: io::Error,
     },
@@ -84,7 +86,7 @@ fn why_no_zero_copy(source: &io::Error) -> &'static str {
 
 impl BindError {
     /// `source` is the error of bind(2) for this queue in this mode.
-    fn new(interface: &str, queue: u32, mode: CopyMode, source: io::Error) -> Self {
+    fn new(interface: &str, queue: QueueId, mode: CopyMode, source: io::Error) -> Self {
         let interface = interface.to_owned();
         match (mode, source.raw_os_error()) {
             (_, Some(libc::EBUSY)) => BindError::Busy { interface, queue },
@@ -126,12 +128,12 @@ impl XskSource {
     /// [`BindError`]
     pub fn bind(
         interface: &str,
-        queue: u32,
+        queue: QueueId,
         memory: &PacketMemory,
-        rx_ring: u32,
-        fill_ring: u32,
+        budget: &FrameBudget,
         mode: CopyMode,
     ) -> Result<Self, BindError> {
+        let FrameBudget { rx_ring, fill_ring, .. } = *budget;
         let fail = |source| BindError::new(interface, queue, mode, source);
         let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
         let umem = memory.umem().ok_or_else(|| fail(invalid("the packet memory is no UMEM".into())))?;
@@ -150,9 +152,9 @@ impl XskSource {
         let started = std::time::Instant::now();
         let mut told = false;
         let (tx, rx, fill_and_completion) = loop {
-            // SAFETY: this socket's FILL and COMPLETION rings are its own, as no other socket of this UMEM is bound to
-            // this queue; frames are posted to it by its lane only.
-            match unsafe { Socket::new(config, umem, &name, queue) } {
+            // SAFETY: this socket's FILL and COMPLETION rings are its own, as no other socket of
+            // this UMEM is bound to this queue; frames are posted to it by its lane only.
+            match unsafe { Socket::new(config, umem, &name, queue.0) } {
                 Ok(parts) => break parts,
                 Err(error) => {
                     let source = errno_of(&error);
@@ -160,7 +162,7 @@ impl XskSource {
                         if !std::mem::replace(&mut told, true) {
                             tracing::info!(
                                 interface,
-                                queue,
+                                queue = queue.0,
                                 "the queue is busy: waiting up to {BUSY_PATIENCE:?} for it"
                             );
                         }
@@ -173,8 +175,8 @@ impl XskSource {
         };
         let (fill, completion) = fill_and_completion
             .ok_or_else(|| fail(io::Error::other("the queue has rings already: it is listed twice")))?;
-        // SAFETY: the handles, which keep the rings mapped, are kept beside them and never used; the sizes are those that the
-        // socket and the UMEM were made with.
+        // SAFETY: the handles, which keep the rings mapped, are kept beside them and never used;
+        // the sizes are those that the socket and the UMEM were made with.
         let rings = unsafe { (RxRing::find(rx.fd(), rx_ring), FillRing::find(rx.fd(), fill_ring)) };
         let lost = |source| BindError::Rings { interface: interface.to_owned(), queue, source };
         Ok(XskSource {
@@ -216,13 +218,14 @@ impl PacketSource for XskSource {
 
     #[inline(always)]
     fn post(&mut self, frames: &mut Frames, count: u32) {
-        let room = self.fill.room();
-        for offset in frames.post(count.min(room)) {
-            self.fill.push(u64::from(*offset));
+        let free = self.fill.free();
+        for frame in frames.post(count.min(free)) {
+            self.fill.push(*frame);
         }
         self.fill.publish();
         if self.fill.needs_wakeup() {
-            // A zero-copy driver that ran out of frames waits for this; in copy mode the flag is never raised.
+            // A zero-copy driver that ran out of frames waits for this; in copy mode the flag is
+            // never raised.
             rings::kick(self.handles.rx.fd());
         }
     }
@@ -245,7 +248,8 @@ mod tests {
 
     #[test]
     fn an_errno_is_called_by_its_own_name() {
-        let error = |mode, errno| BindError::new("eth1", 3, mode, io::Error::from_raw_os_error(errno));
+        let error =
+            |mode, errno| BindError::new("eth1", QueueId(3), mode, io::Error::from_raw_os_error(errno));
         for mode in [CopyMode::ZeroCopy, CopyMode::Copy] {
             assert!(matches!(error(mode, libc::EBUSY), BindError::Busy { .. }));
             let gone = error(mode, libc::ENODEV);

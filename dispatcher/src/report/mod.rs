@@ -8,59 +8,71 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use xfan_shm::ids::QueueId;
 
 use crate::text;
 
 pub use notice::{Level, Notice};
 pub use table::{render, render_members};
 
-/// Everything about one primary.
+/// The [`version`](Report::version) of reports as described here. Readers ignore fields that they
+/// do not know; the number rises when a field is removed or changes its meaning.
+pub const VERSION: u32 = 1;
+
+/// Everything about one primary: what `xfan stats --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Interface name.
-    pub port: String,
-    /// How packets come in: XDP mode and bind mode, such as `native, copy`.
-    pub mode: String,
+    /// [`VERSION`].
+    pub version: u32,
     /// Process id of the primary.
     pub pid: u32,
     /// Nanoseconds since the primary started.
     pub uptime_ns: u64,
-    /// XDP outcomes of queues that have no lane, summed up.
-    pub unserved: Xdp,
+    /// The interfaces that packets come from.
+    pub ports: Vec<Port>,
+    /// The groups that packets go to. Each gets all packets that the lanes accept.
+    pub groups: Vec<Group>,
     /// What came over the control socket.
     pub control: Control,
+    /// How workers are confined.
+    #[serde(default)]
+    pub confinement: Confinement,
+    /// Lines of the primary's log that were not written.
+    #[serde(default)]
+    pub log_lines_lost: u64,
+}
+
+/// An interface, or the packets in memory of a benchmark.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Interface name.
+    pub name: String,
+    /// How packets come in: XDP mode and bind mode, such as `native, copy`.
+    pub mode: String,
+    /// One for each RX queue served.
+    pub lanes: Vec<Lane>,
+    /// XDP outcomes of queues that have no lane, summed up.
+    pub unserved: Xdp,
     /// The kernel's and the driver's counters of dropped packets.
     #[serde(default)]
     pub nic: Nic,
     /// Conditions that affect packets now, most important first.
     #[serde(default)]
     pub notices: Vec<Notice>,
-    /// How workers are confined.
-    #[serde(default)]
-    pub confinement: Confinement,
-    /// One for each RX queue served.
-    pub lanes: Vec<Lane>,
-    /// Who the packets go to.
-    pub groups: Vec<Group>,
-    /// Lines of the primary's log that were not written.
-    #[serde(default)]
-    pub log_lines_lost: u64,
 }
 
-/// A lane. `received = delivered + Σ dropped`.
+/// A lane. For each group, `received - Σ dropped` is what [`GroupLane`] counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lane {
     /// RX queue.
-    pub queue: u32,
+    pub queue: QueueId,
     /// CPU it is pinned on.
     pub core: usize,
     /// Packets taken from the RX ring.
     pub received: u64,
     /// Bytes of these.
     pub bytes: u64,
-    /// Packets pushed into workers' rings.
-    pub delivered: u64,
-    /// Packets dropped, by cause.
+    /// Packets dropped before any group gets them, by cause: `frame_owner`.
     pub dropped: BTreeMap<String, u64>,
     /// Packets without a readable 5-tuple; delivered like all others.
     pub unparsed: u64,
@@ -141,7 +153,7 @@ impl Xdp {
 pub struct Frames {
     /// All.
     pub total: u32,
-    /// Nobody's.
+    /// Unused.
     pub free: u32,
     /// The kernel's: on the FILL or RX ring, or in the NIC.
     pub kernel: u32,
@@ -188,7 +200,7 @@ pub struct Control {
     pub too_many: u64,
     /// Ended, since what came made no sense.
     pub malformed: u64,
-    /// Workers that were not given a place.
+    /// Workers that were not admitted.
     pub refused: u64,
 }
 
@@ -197,11 +209,29 @@ pub struct Control {
 pub struct Group {
     /// Its name.
     pub name: String,
+    /// Buckets that its members share.
+    pub buckets: usize,
+    /// One for each lane of each port, in the order of [`Report::ports`].
+    pub lanes: Vec<GroupLane>,
     /// Its members.
     pub members: Vec<Member>,
 }
 
-/// A worker's place in a group. `delivered = committed + backlog + requeued + lost`.
+/// What a lane counts of a group. Packets that the lane accepted are `delivered + Σ dropped`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupLane {
+    /// Name of the lane's port.
+    pub port: String,
+    /// The lane's RX queue.
+    pub queue: QueueId,
+    /// Packets pushed into workers' rings.
+    pub delivered: u64,
+    /// Packets dropped, by cause: `ring_full`, `no_worker`.
+    pub dropped: BTreeMap<String, u64>,
+}
+
+/// A member of a group, with the worker that it has or had. `delivered = committed + backlog +
+/// requeued + lost`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Such as `default/0`.
@@ -226,11 +256,11 @@ pub struct Member {
     pub hangs: u64,
     /// How its last process ended, such as `exit status: 1`; none: it has not.
     pub last_exit: Option<String>,
-    /// Whether its flows and packets wait for the next worker in its place.
+    /// Whether its flows and packets are held for its next worker.
     pub held: bool,
     /// Whether xfan starts its process; else it is open to workers that attach by themselves.
     pub supervised: bool,
-    /// Buckets of the 4,096 that it takes.
+    /// Buckets that it takes, of those of its group.
     pub buckets: usize,
     /// Packets pushed into its rings.
     pub delivered: u64,
@@ -240,9 +270,11 @@ pub struct Member {
     pub dropped: u64,
     /// Packets in its rings.
     pub backlog: u64,
-    /// Packets that were in its rings when it was gone, and went to others, who have them among `delivered`, too.
+    /// Packets that were in its rings when its worker left, and went to other members, which count
+    /// them as `delivered`, too.
     pub requeued: u64,
-    /// Packets that were in its rings when it was gone, and that nobody had room for.
+    /// Packets that were in its rings when its worker left, and that no other ring had a free slot
+    /// for.
     pub lost: u64,
     /// Times a lane woke it.
     pub wakeups: u64,
@@ -263,8 +295,8 @@ impl Lane {
     }
 }
 
-/// The same, all texts in it without what steers a terminal: a report may come from whoever listens
-/// on a socket.
+/// The same, without control characters in its texts: a report may come from whatever process
+/// listens on a socket.
 fn printable<T: Serialize + DeserializeOwned + Clone>(original: &T) -> T {
     fn each(value: &mut Value) {
         match value {
@@ -284,15 +316,8 @@ fn printable<T: Serialize + DeserializeOwned + Clone>(original: &T) -> T {
         each(&mut value);
         serde_json::from_value(value)
     });
-    // What was made of such a value can be made of it again.
+    // Only texts were changed, so it deserializes as before.
     printable.unwrap_or_else(|_| original.clone())
-}
-
-impl Member {
-    /// The same, fit to be shown.
-    fn printable(&self) -> Self {
-        printable(self)
-    }
 }
 
 impl Report {
@@ -303,69 +328,100 @@ impl Report {
 
     /// The member of this name.
     pub fn member(&self, id: &str) -> Option<&Member> {
-        self.groups.iter().flat_map(|group| &group.members).find(|member| member.id == id)
+        self.members().find(|member| member.id == id)
     }
 
-    /// Packets received, delivered and dropped by the lanes.
+    /// Packets that a lane dropped, before the groups and in each of them.
+    fn dropped_by(&self, port: &Port, lane: &Lane) -> u64 {
+        let its = |of_group: &&GroupLane| of_group.port == port.name && of_group.queue == lane.queue;
+        let of_groups = self.groups.iter().flat_map(|group| group.lanes.iter().filter(its));
+        let dropped = of_groups.flat_map(|lane| lane.dropped.values());
+        lane.dropped.values().chain(dropped).sum()
+    }
+
+    /// The lanes of all ports.
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        self.ports.iter().flat_map(|port| &port.lanes)
+    }
+
+    /// The members of all groups.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        self.groups.iter().flat_map(|group| &group.members)
+    }
+
+    /// Packets received by the lanes, and delivered and dropped by them. With several groups a
+    /// packet is delivered, or dropped, once for each.
     pub fn totals(&self) -> (u64, u64, u64) {
-        self.lanes.iter().fold((0, 0, 0), |(received, delivered, dropped), lane| {
-            (
-                received + lane.received,
-                delivered + lane.delivered,
-                dropped + lane.dropped.values().sum::<u64>(),
-            )
-        })
+        let groups = || self.groups.iter().flat_map(|group| &group.lanes);
+        let dropped_by_lanes = self.lanes().flat_map(|lane| lane.dropped.values());
+        let dropped_by_groups = groups().flat_map(|lane| lane.dropped.values());
+        (
+            self.lanes().map(|lane| lane.received).sum(),
+            groups().map(|lane| lane.delivered).sum(),
+            dropped_by_lanes.chain(dropped_by_groups).sum(),
+        )
     }
 
-    /// What does not add up, in sentences; nothing at rest. While packets flow, counters are read one after the other
-    /// and may differ by what moved meanwhile.
+    /// What does not add up, in sentences; nothing at rest. While packets flow, counters are read
+    /// one after the other, and may differ by the packets that moved meanwhile.
     pub fn imbalances(&self) -> Vec<String> {
         let mut found = Vec::new();
-        for lane in &self.lanes {
-            let dropped: u64 = lane.dropped.values().sum();
-            if lane.received != lane.delivered + dropped {
-                found.push(format!(
-                    "lane {}: received {} is not delivered {} + dropped {dropped}",
-                    lane.queue, lane.received, lane.delivered
-                ));
-            }
+        for lane in self.lanes() {
             let frames = &lane.frames;
             let owned = frames.free + frames.kernel + frames.lane + frames.lent + frames.tx;
             if frames.total != owned {
                 found.push(format!("lane {}: {} frames, but owners have {owned}", lane.queue, frames.total));
             }
         }
-        let delivered: u64 = self.lanes.iter().map(|lane| lane.delivered).sum();
         for group in &self.groups {
-            let members: u64 = group.members.iter().map(|member| member.delivered).sum();
-            let requeued: u64 = group.members.iter().map(|member| member.requeued).sum();
-            if members != delivered + requeued {
-                found.push(format!(
-                    "group {}: lanes delivered {delivered} and requeued {requeued}, members got {members}",
-                    group.name
-                ));
-            }
-            for member in &group.members {
-                let gone = member.committed + member.requeued + member.lost;
-                if member.delivered != gone + member.backlog {
-                    found.push(format!(
-                        "member {}: delivered {} is not committed {} + requeued {} + lost {} + backlog {}",
-                        member.id,
-                        member.delivered,
-                        member.committed,
-                        member.requeued,
-                        member.lost,
-                        member.backlog
-                    ));
-                }
-            }
+            self.imbalances_of(group, &mut found);
         }
-        let backlog: u64 =
-            self.groups.iter().flat_map(|group| &group.members).map(|member| member.backlog).sum();
-        let lent: u64 = self.lanes.iter().map(|lane| u64::from(lane.frames.lent)).sum();
-        if backlog != lent {
+        // A frame is lent once, to one or several groups.
+        let lent: u64 = self.lanes().map(|lane| u64::from(lane.frames.lent)).sum();
+        let backlogs =
+            || self.groups.iter().map(|group| group.members.iter().map(|member| member.backlog).sum::<u64>());
+        let backlog: u64 = backlogs().sum();
+        if !(backlogs().max().unwrap_or(0)..=backlog).contains(&lent) {
             found.push(format!("workers have {backlog} packets, but {lent} frames are lent"));
         }
         found
+    }
+
+    fn imbalances_of(&self, group: &Group, found: &mut Vec<String>) {
+        if group.lanes.len() != self.lanes().count() {
+            found.push(format!("group {}: not all lanes are listed", group.name));
+        }
+        for (lane, of_group) in self.lanes().zip(&group.lanes) {
+            let dropped: u64 = lane.dropped.values().chain(of_group.dropped.values()).sum();
+            if lane.received != of_group.delivered + dropped {
+                found.push(format!(
+                    "lane {}, group {}: received {} is not delivered {} + dropped {dropped}",
+                    lane.queue, group.name, lane.received, of_group.delivered
+                ));
+            }
+        }
+        let delivered: u64 = group.lanes.iter().map(|lane| lane.delivered).sum();
+        let members: u64 = group.members.iter().map(|member| member.delivered).sum();
+        let requeued: u64 = group.members.iter().map(|member| member.requeued).sum();
+        if members != delivered + requeued {
+            found.push(format!(
+                "group {}: lanes delivered {delivered} and requeued {requeued}, members got {members}",
+                group.name
+            ));
+        }
+        for member in &group.members {
+            let gone = member.committed + member.requeued + member.lost;
+            if member.delivered != gone + member.backlog {
+                found.push(format!(
+                    "member {}: delivered {} is not committed {} + requeued {} + lost {} + backlog {}",
+                    member.id,
+                    member.delivered,
+                    member.committed,
+                    member.requeued,
+                    member.lost,
+                    member.backlog
+                ));
+            }
+        }
     }
 }

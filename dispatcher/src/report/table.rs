@@ -1,16 +1,15 @@
 //! The report as a table of at most 80 columns.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::{Level, Member, Report, Xdp};
-use crate::lane::BUCKETS;
+use super::{Group, Lane, Level, Member, Port, Report, Xdp};
 
-/// Renders a report. With an earlier one of the same primary, rates and utilisation are of the time between the two; without, of
-/// the time since start.
+/// Renders a report. Rates and utilisation are of the time since `earlier`, a report of the same
+/// primary; without one, of the time since its start.
 pub fn render(report: &Report, earlier: Option<&Report>) -> String {
     let report = &report.printable();
-    let earlier =
-        earlier.filter(|earlier| earlier.pid == report.pid && earlier.lanes.len() == report.lanes.len());
+    let earlier = earlier.filter(|earlier| earlier.pid == report.pid);
     let elapsed = report.uptime_ns - earlier.map_or(0, |earlier| earlier.uptime_ns.min(report.uptime_ns));
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -18,20 +17,21 @@ pub fn render(report: &Report, earlier: Option<&Report>) -> String {
     out
 }
 
-/// The state an operator is to see: that packets wait tells more than why.
+/// The state to show. That packets are held matters more than what the worker is doing.
 fn state(member: &Member) -> &str {
     if member.held { "held" } else { &member.state }
 }
 
-/// Renders members alone, each with what an operator wants to know of its life.
-pub fn render_members(members: &[&Member]) -> String {
-    let members = members.iter().map(|member| member.printable());
+/// Renders the members of all groups, each with its history.
+pub fn render_members(report: &Report) -> String {
+    let report = report.printable();
+    let members =
+        report.groups.iter().flat_map(|group| group.members.iter().map(|member| (member, group.buckets)));
     let mut out = format!(
         "{:<12} {:>7} {:>4} {:<9} {:>6} {:>5} {:>7} {:>8} {:>6} {:>6}\n",
         "member", "pid", "core", "state", "for", "flows", "backlog", "restarts", "cpu s", "MiB"
     );
-    for member in members {
-        let share = u64::try_from(member.buckets).unwrap_or_default();
+    for (member, buckets) in members {
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
@@ -39,9 +39,9 @@ pub fn render_members(members: &[&Member]) -> String {
             member.id,
             member.pid,
             member.core.map_or_else(|| "-".into(), |core| core.to_string()),
-            state(&member),
+            state(member),
             age(member.in_state_ns / 1_000_000_000),
-            percent(share, BUCKETS as u64),
+            percent(member.buckets as u64, buckets as u64),
             short(member.backlog),
             short(member.restarts),
             short(member.cpu_ns / 1_000_000_000),
@@ -69,39 +69,9 @@ fn age(seconds: u64) -> String {
 }
 
 fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapsed: u64) -> std::fmt::Result {
-    writeln!(
-        out,
-        "{}: {}, primary {}, up {}.{} s",
-        report.port,
-        report.mode,
-        report.pid,
-        report.uptime_ns / 1_000_000_000,
-        report.uptime_ns / 100_000_000 % 10
-    )?;
-    for notice in report.notices.iter().filter(|notice| notice.level > Level::Info) {
-        wrapped(out, &format!("{} {notice}", notice.level.mark()))?;
-    }
-    writeln!(
-        out,
-        "\n{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
-        "queue", "core", "received", "pps", "dropped", "kernel", "passed", "busy"
-    )?;
-    for (place, lane) in report.lanes.iter().enumerate() {
-        let before = earlier.map(|earlier| &earlier.lanes[place]);
-        let received = lane.received.saturating_sub(before.map_or(0, |lane| lane.received));
-        let busy = lane.busy_ns.saturating_sub(before.map_or(0, |lane| lane.busy_ns));
-        writeln!(
-            out,
-            "{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
-            lane.queue,
-            lane.core,
-            lane.received,
-            short(rate(received, elapsed)),
-            short(lane.dropped.values().sum()),
-            short(lane.kernel.rx_dropped + lane.kernel.rx_ring_full),
-            short(lane.xdp.pass),
-            percent(busy, elapsed)
-        )?;
+    for (number, port) in report.ports.iter().enumerate() {
+        let before = earlier.and_then(|earlier| earlier.ports.get(number));
+        write_port(out, report, port, before, elapsed)?;
     }
     for group in &report.groups {
         writeln!(
@@ -136,6 +106,51 @@ fn write_all(out: &mut String, report: &Report, earlier: Option<&Report>, elapse
     write_ledger(out, report)
 }
 
+fn write_port(
+    out: &mut String,
+    report: &Report,
+    port: &Port,
+    earlier: Option<&Port>,
+    elapsed: u64,
+) -> std::fmt::Result {
+    writeln!(
+        out,
+        "{}: {}, primary {}, up {}.{} s",
+        port.name,
+        port.mode,
+        report.pid,
+        report.uptime_ns / 1_000_000_000,
+        report.uptime_ns / 100_000_000 % 10
+    )?;
+    for notice in port.notices.iter().filter(|notice| notice.level > Level::Info) {
+        wrapped(out, &format!("{} {notice}", notice.level.mark()))?;
+    }
+    writeln!(
+        out,
+        "\n{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
+        "queue", "core", "received", "pps", "dropped", "kernel", "passed", "busy"
+    )?;
+    for lane in &port.lanes {
+        let same = |before: &&Lane| before.queue == lane.queue;
+        let before = earlier.and_then(|earlier| earlier.lanes.iter().find(same));
+        let received = lane.received.saturating_sub(before.map_or(0, |lane| lane.received));
+        let busy = lane.busy_ns.saturating_sub(before.map_or(0, |lane| lane.busy_ns));
+        writeln!(
+            out,
+            "{:>5} {:>4} {:>12} {:>8} {:>10} {:>10} {:>9} {:>5}",
+            lane.queue,
+            lane.core,
+            lane.received,
+            short(rate(received, elapsed)),
+            short(report.dropped_by(port, lane)),
+            short(lane.kernel.rx_dropped + lane.kernel.rx_ring_full),
+            short(lane.xdp.pass),
+            percent(busy, elapsed)
+        )?;
+    }
+    Ok(())
+}
+
 /// Writes a sentence in lines of at most 80 columns.
 fn wrapped(out: &mut String, sentence: &str) -> std::fmt::Result {
     let mut column = 0;
@@ -157,10 +172,9 @@ fn wrapped(out: &mut String, sentence: &str) -> std::fmt::Result {
 
 /// Where every packet and every frame is.
 fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
-    let mut xdp = report.unserved;
-    for lane in &report.lanes {
-        xdp.add(lane.xdp);
-    }
+    let mut xdp = Xdp::default();
+    report.ports.iter().for_each(|port| xdp.add(port.unserved));
+    report.lanes().for_each(|lane| xdp.add(lane.xdp));
     let Xdp { redirect, pass, pass_non_ip, pass_nd, pass_rule, pass_no_socket, drop_too_long } = xdp;
     write!(out, "\nxdp      redirected {redirect}, passed {pass}")?;
     if drop_too_long > 0 {
@@ -174,7 +188,7 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         )?;
     }
     let kernel =
-        |field: fn(&super::Kernel) -> u64| report.lanes.iter().map(|lane| field(&lane.kernel)).sum::<u64>();
+        |field: fn(&super::Kernel) -> u64| report.lanes().map(|lane| field(&lane.kernel)).sum::<u64>();
     writeln!(
         out,
         "kernel   dropped {}, RX ring full {}, FILL ring empty {}",
@@ -182,35 +196,27 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
         kernel(|kernel| kernel.rx_ring_full),
         kernel(|kernel| kernel.fill_ring_empty)
     )?;
-    let unaccounted: u64 = report.lanes.iter().map(|lane| lane.unaccounted).sum();
+    let unaccounted: u64 = report.lanes().map(|lane| lane.unaccounted).sum();
     if unaccounted > 0 {
-        writeln!(out, "lost     {unaccounted} redirected packets that nobody counts")?;
+        writeln!(out, "lost     {unaccounted} redirected packets that no counter has")?;
     }
     write_nic(out, report)?;
     if report.log_lines_lost > 0 {
         writeln!(out, "log      {} lines lost", report.log_lines_lost)?;
     }
-    let (received, delivered, dropped) = report.totals();
-    write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
-    let mut causes = std::collections::BTreeMap::new();
-    for (cause, count) in report.lanes.iter().flat_map(|lane| &lane.dropped).filter(|(_, count)| **count > 0)
-    {
-        *causes.entry(cause).or_insert(0) += count;
+    for group in &report.groups {
+        write_packets(out, report, group)?;
     }
-    if !causes.is_empty() {
-        let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
-        write!(out, "\n         ({})", causes.join(", "))?;
-    }
-    let cut: u64 = report.lanes.iter().map(|lane| lane.cut).sum();
+    let cut: u64 = report.lanes().map(|lane| lane.cut).sum();
     if cut > 0 {
-        write!(out, "\ncut      {cut} packets: their frames hold less than their IP length")?;
+        writeln!(out, "cut      {cut} packets: their frames hold less than their IP length")?;
     }
     let frames = |field: fn(&super::Frames) -> u32| {
-        report.lanes.iter().map(|lane| u64::from(field(&lane.frames))).sum::<u64>()
+        report.lanes().map(|lane| u64::from(field(&lane.frames))).sum::<u64>()
     };
     writeln!(
         out,
-        "\nframes   total {} = free {} + kernel {} + lane {} + lent {} + tx {}",
+        "frames   total {} = free {} + kernel {} + lane {} + lent {} + tx {}",
         frames(|frames| frames.total),
         frames(|frames| frames.free),
         frames(|frames| frames.kernel),
@@ -220,11 +226,37 @@ fn write_ledger(out: &mut String, report: &Report) -> std::fmt::Result {
     )
 }
 
+/// What became of the packets in a group, which gets all that the lanes accept.
+fn write_packets(out: &mut String, report: &Report, group: &Group) -> std::fmt::Result {
+    let received: u64 = report.lanes().map(|lane| lane.received).sum();
+    let delivered: u64 = group.lanes.iter().map(|lane| lane.delivered).sum();
+    let before = report.lanes().flat_map(|lane| &lane.dropped);
+    let mut causes = BTreeMap::<&str, u64>::new();
+    for (cause, count) in before.chain(group.lanes.iter().flat_map(|lane| &lane.dropped)) {
+        *causes.entry(cause).or_default() += count;
+    }
+    let dropped: u64 = causes.values().sum();
+    write!(out, "packets  received {received} = delivered {delivered} + dropped {dropped}")?;
+    if report.groups.len() > 1 {
+        write!(out, " in group {:.24}", group.name)?;
+    }
+    writeln!(out)?;
+    causes.retain(|_, count| *count > 0);
+    if !causes.is_empty() {
+        let causes: Vec<_> = causes.iter().map(|(cause, count)| format!("{cause} {count}")).collect();
+        writeln!(out, "         ({})", causes.join(", "))?;
+    }
+    Ok(())
+}
+
 /// Counters of the NIC that have counted something.
 fn write_nic(out: &mut String, report: &Report) -> std::fmt::Result {
     let counted = |(name, since): (&String, &u64)| (*since > 0).then(|| format!("{name:.40} {since}"));
-    let nic = report.nic.interface.iter().filter(|(name, _)| *name != "rx_packets").filter_map(counted);
-    let driver = report.nic.driver.iter().filter_map(counted).map(|counter| format!("driver {counter}"));
+    let nics = || report.ports.iter().map(|port| &port.nic);
+    let nic =
+        nics().flat_map(|nic| &nic.interface).filter(|(name, _)| *name != "rx_packets").filter_map(counted);
+    let driver =
+        nics().flat_map(|nic| &nic.driver).filter_map(counted).map(|counter| format!("driver {counter}"));
     for (number, counter) in nic.chain(driver).enumerate() {
         writeln!(out, "{:<8} {counter}", if number == 0 { "nic" } else { "" })?;
     }
@@ -253,12 +285,13 @@ fn short(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Group, Lane, Nic, Notice};
+    use crate::report::{GroupLane, Nic, Notice};
+    use xfan_shm::ids::QueueId;
 
     #[test]
     fn fits_80_columns_whatever_the_numbers() {
         let lane = Lane {
-            queue: 127,
+            queue: QueueId(127),
             core: 1023,
             received: 999_999_999_999,
             busy_ns: u64::MAX / 2,
@@ -286,26 +319,34 @@ mod tests {
             ..Member::default()
         };
         let report = Report {
-            port: "enp129s0f1np1".into(),
-            mode: "native, zero-copy".into(),
             pid: 4_194_304,
             uptime_ns: u64::MAX / 2,
-            lanes: vec![lane],
-            groups: vec![Group { name: "default".into(), members: vec![member] }],
-            nic: Nic {
-                interface: [
-                    ("rx_dropped".into(), u64::MAX),
-                    ("rx_errors".into(), 0),
-                    ("rx_packets".into(), 1),
-                ]
-                .into(),
-                driver: [("d".repeat(60), u64::MAX)].into(),
-            },
-            notices: vec![Notice {
-                topic: "link".into(),
-                level: Level::Error,
-                what: "enp129s0f1np1 is down".into(),
-                meaning: "no packet comes in until `ip link set dev enp129s0f1np1 up` ".repeat(3),
+            ports: vec![Port {
+                name: "enp129s0f1np1".into(),
+                mode: "native, zero-copy".into(),
+                lanes: vec![lane],
+                nic: Nic {
+                    interface: [
+                        ("rx_dropped".into(), u64::MAX),
+                        ("rx_errors".into(), 0),
+                        ("rx_packets".into(), 1),
+                    ]
+                    .into(),
+                    driver: [("d".repeat(60), u64::MAX)].into(),
+                },
+                notices: vec![Notice {
+                    topic: "link".into(),
+                    level: Level::Error,
+                    what: "enp129s0f1np1 is down".into(),
+                    meaning: "no packet comes in until `ip link set dev enp129s0f1np1 up` ".repeat(3),
+                }],
+                ..Port::default()
+            }],
+            groups: vec![Group {
+                name: "default".into(),
+                buckets: 4096,
+                members: vec![member],
+                ..Group::default()
             }],
             ..Report::default()
         };
@@ -315,23 +356,63 @@ mod tests {
         assert!(text.contains("\nerror: enp129s0f1np1 is down: no packet comes in until"), "{text}");
         assert!(text.contains("\nnic      rx_dropped 18446744073709551615\n"), "{text}");
         assert!(!text.contains("rx_errors") && !text.contains("rx_packets"), "{text}");
-        let text = render_members(&[&report.groups[0].members[0]]);
+        let text = render_members(&report);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");
     }
 
     #[test]
-    fn packets_that_arrived_cut_are_shown_if_there_are_any() {
-        let mut report = Report { lanes: vec![Lane::default(); 2], ..Report::default() };
+    fn cut_packets_are_shown_if_there_are_any() {
+        let port = Port { lanes: vec![Lane::default(); 2], ..Port::default() };
+        let mut report = Report { ports: vec![port], ..Report::default() };
         assert!(!render(&report, None).contains("cut"));
-        report.lanes[1].cut = 7;
+        report.ports[0].lanes[1].cut = 7;
         let text = render(&report, None);
         assert!(text.contains("\ncut      7 packets: their frames hold less"), "{text}");
     }
 
     #[test]
-    fn that_packets_wait_is_seen_whatever_their_worker_is_doing() {
+    fn ports_and_groups_are_shown_one_after_the_other() {
+        let port = |name: &str, frame_owner| Port {
+            name: name.into(),
+            lanes: vec![Lane {
+                received: 10,
+                dropped: [("frame_owner".to_owned(), frame_owner)].into(),
+                ..Lane::default()
+            }],
+            ..Port::default()
+        };
+        let lane = |port: &str, ring_full| GroupLane {
+            port: port.into(),
+            delivered: 9 - ring_full,
+            dropped: [("ring_full".to_owned(), ring_full)].into(),
+            ..GroupLane::default()
+        };
+        let group = |name: &str, ring_full| Group {
+            name: name.into(),
+            lanes: vec![lane("east", 0), lane("west", ring_full)],
+            ..Group::default()
+        };
+        let report = Report {
+            ports: vec![port("east", 1), port("west", 1)],
+            groups: vec![group("ids", 0), group("flows", 4)],
+            ..Report::default()
+        };
+        let text = render(&report, None);
+        assert!(text.contains("east: ") && text.contains("\nwest: "), "{text}");
+        let lanes = text.lines().filter(|line| line.starts_with("    0 "));
+        let dropped: Vec<_> = lanes.filter_map(|line| line.split_whitespace().nth(4)).collect();
+        assert_eq!(dropped, ["1", "5"], "{text}");
+        let ids = "packets  received 20 = delivered 18 + dropped 2 in group ids\n         (frame_owner 2)\n";
+        let flows = "packets  received 20 = delivered 14 + dropped 6 in group flows\n         \
+                     (frame_owner 2, ring_full 4)\n";
+        assert!(text.contains(ids) && text.contains(flows), "{text}");
+    }
+
+    #[test]
+    fn a_member_whose_packets_are_held_is_shown_as_held() {
         let member = Member { state: "starting".into(), held: true, ..Member::default() };
-        let text = render_members(&[&member]);
+        let group = Group { members: vec![member], ..Group::default() };
+        let text = render_members(&Report { groups: vec![group], ..Report::default() });
         assert!(text.contains(" held ") && !text.contains("starting"), "{text}");
     }
 }

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use libfuzzer_sys::fuzz_target;
 use xfan_shm::Descriptor;
+use xfan_shm::ids::{LaneId, UmemOffset};
 use xfan_shm::layout::{COUNTERS, Down, Geometry, SharedRing, Up};
 use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::segment;
@@ -31,18 +32,18 @@ fuzz_target!(|input: &[u8]| {
     let (down_file, up_file) = (File::from(down_fd), File::from(up_fd));
 
     // The dispatcher's side: an index is either possible or an error, and no frame comes back twice or from nowhere.
-    let mut producer = Producer::new(SharedRing::new(&down, &up, 0));
+    let mut producer = Producer::new(SharedRing::new(&down, &up, LaneId(0)));
     for number in 0..u32::from(pushed) {
-        producer.push(Descriptor { offset: number, ..Descriptor::default() });
+        producer.push(Descriptor { offset: UmemOffset(number), ..Descriptor::default() });
     }
     let lent = producer.lent();
     scribble(&up_file, GEOMETRY.up_bytes(), usize::from(u16::from_le_bytes([p0, p1])), noise);
     let mut back = Vec::new();
-    let taken = producer.take_back(|offset| back.push(offset));
+    let taken = producer.take_back(|offset| back.push(offset.0));
     let count = taken.as_ref().copied().unwrap_or(0);
     assert_eq!(count as usize, back.len());
     assert!(back.iter().copied().eq(0..count) && count <= lent);
-    producer.take_all(|descriptor| back.push(descriptor.offset));
+    producer.take_all(|descriptor| back.push(descriptor.offset.0));
     assert!(back.iter().copied().eq(0..lent), "every frame comes back once");
     assert!(up.published_counters().all(|(name, _)| xfan_shm::layout::counter_name_is_valid(&name)));
     assert!(up.published_counters().count() <= COUNTERS);
@@ -51,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
     scribble(&down_file, GEOMETRY.down_bytes(), usize::from(u16::from_le_bytes([q0, q1])), noise);
     if let (Ok(down), Ok(up)) = (Down::open(&down_file, GEOMETRY), Up::open(&up_file, GEOMETRY)) {
         for lane in 0..GEOMETRY.lanes {
-            let mut consumer = Consumer::new(SharedRing::new(&down, &up, lane));
+            let mut consumer = Consumer::new(SharedRing::new(&down, &up, LaneId(lane)));
             let found = consumer.scan(GEOMETRY.slots, |_, _| true);
             assert!(found <= GEOMETRY.slots);
             consumer.commit(found);

@@ -29,7 +29,7 @@ fn watch() -> Result<(), Box<dyn std::error::Error>> {
     loop {
         match worker.recv(Duration::from_millis(100))? {
             Received::Packets(batch) => {
-                let before = &mut before[batch.lane()];
+                let before = &mut before[batch.lane().index()];
                 for packet in &batch {
                     let time = u64::try_from(packet.time().as_nanos())?;
                     if time < *before || time > monotonic_ns() {

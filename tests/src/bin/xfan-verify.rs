@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xfan::report::Report;
+use xfan::report::{Port, Report};
 use xfan_tests::capture::Capture;
 use xfan_tests::oracle::{Expectation, Flow};
 use xfan_tests::primary::FlowRecord;
@@ -177,9 +177,10 @@ fn remove_tag(frame: &mut Vec<u8>) {
 }
 
 fn summary(report: &Report, sent: usize, recorded: &Recorded, differences: &[String]) -> (String, bool) {
+    let modes: Vec<_> = report.ports.iter().map(|port| port.mode.as_str()).collect();
     let mut text = format!(
         "{}: sent {sent}, received {}, counted lost {}; {} flows, {} packets, {} bytes",
-        report.mode,
+        modes.join("; "),
         report.totals().0,
         losses(report),
         recorded.flows.len(),
@@ -245,24 +246,24 @@ impl Recorded {
 
 /// The packets that some counter has as lost.
 fn losses(report: &Report) -> u64 {
-    let lanes = report.lanes.iter().map(|lane| {
-        let kernel = lane.kernel.rx_dropped + lane.kernel.rx_ring_full;
-        lane.xdp.drop_too_long + kernel + lane.dropped.values().sum::<u64>()
-    });
-    let members = report.groups.iter().flat_map(|group| &group.members).map(|member| member.lost);
-    report.unserved.drop_too_long + lanes.sum::<u64>() + members.sum::<u64>() + losses_of_nic(report)
+    let lanes =
+        report.lanes().map(|lane| lane.xdp.drop_too_long + lane.kernel.rx_dropped + lane.kernel.rx_ring_full);
+    let (_, _, dropped) = report.totals();
+    let ports = report.ports.iter().map(|port| port.unserved.drop_too_long + losses_of_nic(port));
+    let members = report.members().map(|member| member.lost);
+    dropped + lanes.chain(ports).chain(members).sum::<u64>()
 }
 
 /// The packets that a zero-copy driver dropped before the XDP program saw them, by its counters of
 /// each queue. In copy mode these repeat the counters of the sockets. The interface's `rx_dropped`
 /// also has the packets that the XDP program passed and no protocol of the kernel wanted.
-fn losses_of_nic(report: &Report) -> u64 {
-    if !report.mode.ends_with("zero-copy") {
+fn losses_of_nic(port: &Port) -> u64 {
+    if !port.mode.ends_with("zero-copy") {
         return 0;
     }
     let of_queue = |name: &str| name.ends_with("_drops") && name.contains(|c: char| c.is_ascii_digit());
-    let queues = report.nic.driver.iter().filter(|(name, _)| of_queue(name)).map(|(_, drops)| drops);
-    queues.sum::<u64>() + report.nic.interface.get("rx_missed_errors").copied().unwrap_or(0)
+    let queues = port.nic.driver.iter().filter(|(name, _)| of_queue(name)).map(|(_, drops)| drops);
+    queues.sum::<u64>() + port.nic.interface.get("rx_missed_errors").copied().unwrap_or(0)
 }
 
 /// The counters and sums that differ from what was sent.
@@ -279,8 +280,9 @@ fn ledger(
             differences.push(format!("{what}: should be {want}, is {have}"));
         }
     };
-    let sum = |count: fn(&xfan::report::Lane) -> u64| report.lanes.iter().map(count).sum::<u64>();
-    let passed = report.unserved.pass + sum(|lane| lane.xdp.pass);
+    let sum = |count: fn(&xfan::report::Lane) -> u64| report.lanes().map(count).sum::<u64>();
+    let unserved: u64 = report.ports.iter().map(|port| port.unserved.pass).sum();
+    let passed = unserved + sum(|lane| lane.xdp.pass);
     let lost = losses(report);
     same(
         "packets received and dropped by the kernel, of those redirected",
@@ -366,10 +368,10 @@ mod tests {
     }
 
     fn report(expected: &Expectation) -> Report {
-        let mut lane =
-            Lane { received: 102, delivered: 102, bytes: expected.redirected_bytes, ..Lane::default() };
+        let mut lane = Lane { received: 102, bytes: expected.redirected_bytes, ..Lane::default() };
         lane.xdp.redirect = 102;
-        Report { lanes: vec![lane], ..Report::default() }
+        let port = Port { lanes: vec![lane], ..Port::default() };
+        Report { ports: vec![port], ..Report::default() }
     }
 
     #[test]
@@ -432,25 +434,24 @@ mod tests {
         let mut recorded = recorded(&expected);
         recorded.flows.values_mut().next().unwrap().packets -= 1;
         let mut report = report(&expected);
-        report.lanes[0].received -= 1;
-        report.lanes[0].delivered -= 1;
+        report.ports[0].lanes[0].received -= 1;
         for may_lose in [false, true] {
             let found = ledger(&report, 102, &expected, &recorded, may_lose);
             assert!(found.iter().any(|text| text.contains("should be 102, is 101")), "{found:?}");
         }
         // The NIC's counters tell of it in zero-copy mode alone.
-        report.nic.interface.insert("rx_dropped".into(), 1);
-        report.nic.driver.insert("rx_drops".into(), 1);
-        report.nic.driver.insert("rx2_drops".into(), 1);
-        report.mode = "native, copy".into();
+        report.ports[0].nic.interface.insert("rx_dropped".into(), 1);
+        report.ports[0].nic.driver.insert("rx_drops".into(), 1);
+        report.ports[0].nic.driver.insert("rx2_drops".into(), 1);
+        report.ports[0].mode = "native, copy".into();
         assert!(!ledger(&report, 102, &expected, &recorded, true).is_empty());
-        report.mode = "native, zero-copy".into();
-        report.lanes[0].xdp.redirect -= 1;
+        report.ports[0].mode = "native, zero-copy".into();
+        report.ports[0].lanes[0].xdp.redirect -= 1;
         assert_eq!(ledger(&report, 102, &expected, &recorded, true), [""; 0]);
-        report.lanes[0].xdp.redirect += 1;
+        report.ports[0].lanes[0].xdp.redirect += 1;
         // That the kernel had no use for a packet the program passed is no loss.
-        report.nic.driver.clear();
-        report.lanes[0].kernel.rx_ring_full = 1;
+        report.ports[0].nic.driver.clear();
+        report.ports[0].lanes[0].kernel.rx_ring_full = 1;
         assert_eq!(ledger(&report, 102, &expected, &recorded, true), [""; 0]);
         assert_eq!(flows(&expected, &recorded, true), [""; 0]);
         let found = ledger(&report, 102, &expected, &recorded, false);

@@ -263,8 +263,8 @@ pub unsafe extern "C" fn xfan_receive(
                 receive_time_ns: packet.time().as_nanos() as u64,
                 hash: packet.hash(),
                 length: data.len() as u16,
-                lane: packet.lane() as u16,
-                port: packet.port() as u8,
+                lane: packet.lane().0 as u16,
+                port: packet.port().0,
                 flags,
             };
             // SAFETY: `add` and `write` require that the element lies within the array: `count` is

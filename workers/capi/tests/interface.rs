@@ -13,6 +13,7 @@ use std::thread;
 use common::{FRAME, Primary, Socket, attached, reply_once};
 use xfan_shm::Descriptor;
 use xfan_shm::clock::monotonic_ns;
+use xfan_shm::ids::{PortId, UmemOffset};
 use xfan_shm::layout::Phase;
 use xfan_shm::protocol::{self, MAX_REQUEST, Refusal, RefusalCode, Reply, Request};
 use xfan_worker_c::*;
@@ -131,7 +132,7 @@ fn packets_are_described_and_committed_in_parts() {
         primary.send(0, content);
     }
     let flags = Descriptor::UNPARSED | Descriptor::REDELIVERED | Descriptor::CUT;
-    assert!(primary.lanes[1].push(Descriptor { flags, port: 9, hash: 7, ..Descriptor::default() }));
+    assert!(primary.lanes[1].push(Descriptor { flags, port: PortId(9), hash: 7, ..Descriptor::default() }));
 
     assert_eq!(c.receive(2, LONG), 2);
     assert_eq!((c.data(0), c.data(1)), (&[0; FRAME][..], &[1; FRAME][..]));
@@ -191,7 +192,11 @@ fn faults_of_the_dispatcher_have_codes() {
     assert!(error().1.starts_with("the dispatcher is gone"), "{:?}", error());
 
     let (mut primary, mut c) = attach(|_| ());
-    assert!(primary.lanes[0].push(Descriptor { offset: u32::MAX, length: 1, ..Descriptor::default() }));
+    assert!(primary.lanes[0].push(Descriptor {
+        offset: UmemOffset(u32::MAX),
+        length: 1,
+        ..Descriptor::default()
+    }));
     assert_eq!(c.receive(64, LONG), XFAN_PROTOCOL);
     assert!(error().1.starts_with("lane 0 sent a corrupt descriptor"), "{:?}", error());
 }

@@ -11,6 +11,7 @@ use xfan_shm::Descriptor;
 use xfan_shm::bell;
 use xfan_shm::clock::{monotonic_ns, stamp};
 use xfan_shm::doorbell::Ringer;
+use xfan_shm::ids::{LaneId, PortId, UmemOffset};
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::protocol::{self, Attach, Attached, MAX_REQUEST, Reply, Request};
 use xfan_shm::ring::Producer;
@@ -119,8 +120,9 @@ impl Primary {
         let (umem_fd, down_fd) = (read_only(&umem_fd), read_only(&down_fd));
         let fds = [umem_fd.as_fd(), down_fd.as_fd(), up_fd.as_fd(), sleeper.as_fd()];
         protocol::send(&connection, &Reply::Attached(answer.clone()), &fds).unwrap();
-        let lanes =
-            (0..answer.geometry.lanes).map(|lane| Producer::new(SharedRing::new(&down, &up, lane))).collect();
+        let lanes = (0..answer.geometry.lanes)
+            .map(|lane| Producer::new(SharedRing::new(&down, &up, LaneId(lane))))
+            .collect();
         // A worker that cannot use the segments closes the connection instead.
         if protocol::receive::<Request>(&connection, MAX_REQUEST)
             .is_ok_and(|(said, _)| said == Request::Ready)
@@ -155,10 +157,10 @@ impl Primary {
         // pushed.
         unsafe { self.umem.address().add(offset).cast::<[u8; FRAME]>().write(*bytes) };
         let descriptor = Descriptor {
-            offset: u32::try_from(offset).unwrap(),
+            offset: UmemOffset(u32::try_from(offset).unwrap()),
             time: stamp(monotonic_ns()),
             length: u16::try_from(FRAME).unwrap(),
-            port: u8::try_from(lane).unwrap(),
+            port: PortId(u8::try_from(lane).unwrap()),
             flags: 0,
             hash: bytes[0].into(),
         };

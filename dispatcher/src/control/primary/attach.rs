@@ -8,7 +8,7 @@ use xfan_shm::layout::VERSION;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
-use super::{Primary, PrimaryError};
+use super::{GROUP, Primary, PrimaryError, member_of};
 use crate::config::Restart;
 use crate::control::access::Standing;
 use crate::control::inbox::Answer;
@@ -196,7 +196,7 @@ impl Primary {
             );
         }
         for (lane, link) in self.lanes.iter_mut().zip(links) {
-            lane.command(Command::Join(place, Box::new(link)));
+            lane.command(Command::Join { group: GROUP, member: member_of(place), link: Box::new(link) });
         }
         self.change(place, Change::Attach, program.clone());
         let member = &mut self.members[place];
@@ -238,10 +238,10 @@ impl Primary {
         if self.place_of(connection.id).is_some() {
             return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
         }
-        if let Some(group) = attach.group.as_ref().filter(|group| *group != "default") {
+        if let Some(group) = attach.group.as_ref().filter(|group| **group != self.group) {
             return refuse(
                 RefusalCode::UnknownGroup,
-                format!("there is no group {}: the only one is default", excerpt(group)),
+                format!("there is no group {}: the only one is {}", excerpt(group), self.group),
             );
         }
         // Who has inherited the connection of a place needs no other proof, and gets no other

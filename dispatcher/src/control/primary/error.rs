@@ -64,7 +64,7 @@ pub enum PrimaryError {
     Vanished(String),
     /// A lane's thread ended by itself.
     #[error("the lane of queue {0} ended unexpectedly: this is a bug of xfan")]
-    LaneEnded(u32),
+    LaneEnded(xfan_shm::ids::QueueId),
     /// Packets cannot be let in.
     #[error(transparent)]
     Port(#[from] crate::port::PortError),

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Primary;
+use super::{GROUP, Primary, member_of};
 use crate::group::life::{Change, State};
 use crate::lane::Command;
 
@@ -41,7 +41,7 @@ impl Primary {
         session.connection.end();
         member.held_until = Some(Instant::now() + timeout);
         for lane in &mut self.lanes {
-            lane.command(Command::Hold(place));
+            lane.command(Command::Hold { group: GROUP, member: member_of(place) });
         }
         self.settle();
         let member = &self.members[place];
@@ -80,7 +80,8 @@ impl Primary {
         }
         self.deal();
         for lane in &mut self.lanes {
-            lane.command(Command::Retire(place, Box::new(self.table.clone())));
+            let table = Box::new(self.table.clone());
+            lane.command(Command::Retire { group: GROUP, member: member_of(place), table });
         }
         self.settle();
         // Who takes the place next has not lied yet.

@@ -262,9 +262,10 @@ impl Primary {
             None => refuse(
                 RefusalCode::UnknownMember,
                 format!(
-                    "there is no member {}: they are default/0 to default/{}",
+                    "there is no member {}: they are {group}/0 to {group}/{}",
                     excerpt(id),
-                    self.members.len().saturating_sub(1)
+                    self.members.len().saturating_sub(1),
+                    group = self.group,
                 ),
             ),
         }

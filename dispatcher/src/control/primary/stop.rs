@@ -177,11 +177,11 @@ impl Primary {
         imbalances.extend(report.imbalances());
         let mut unaccounted = Vec::new();
         if self.port.is_some() {
-            for lane in &mut report.lanes {
+            for lane in report.ports.iter_mut().flat_map(|port| &mut port.lanes) {
                 lane.unaccounted = lane.missing();
                 if lane.unaccounted > 0 {
                     let notice = crate::port::watch::unaccounted(lane.queue, lane.unaccounted).to_string();
-                    tracing::error!(interface = self.name, queue = lane.queue, "{notice}");
+                    tracing::error!(interface = self.name, queue = lane.queue.0, "{notice}");
                     unaccounted.push(notice);
                 }
             }

@@ -61,12 +61,17 @@ impl Primary {
                 None => continue,
                 Some(ArrivalsChange::Begins(lost)) => {
                     let notice = unaccounted(lane.queue, lost);
-                    tracing::error!(interface = self.name, queue = lane.queue, lost, "{notice}");
+                    tracing::error!(interface = self.name, queue = lane.queue.0, lost, "{notice}");
                     notice.to_string()
                 }
                 Some(ArrivalsChange::Ends(lost)) => {
                     let queue = lane.queue;
-                    tracing::warn!(interface = self.name, queue, lost, "packets of the queue arrive again");
+                    tracing::warn!(
+                        interface = self.name,
+                        queue = queue.0,
+                        lost,
+                        "packets of the queue arrive again"
+                    );
                     format!("packets of queue {queue} arrive again; {lost} were lost")
                 }
             };

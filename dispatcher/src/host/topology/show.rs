@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use xfan_shm::ids::QueueId;
+
 use super::Machine;
 use crate::config::format_list;
 use crate::host::interface::Interface;
@@ -12,7 +14,7 @@ const COLUMNS: usize = 80;
 
 /// Describes the interface, the machine and the placement. `queues` are the lanes' queues.
 #[must_use]
-pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement: &Placement) -> String {
+pub fn show(machine: &Machine, interface: &Interface, queues: &[QueueId], placement: &Placement) -> String {
     let mut lines = Vec::new();
     let driver = if interface.driver.is_empty() { "unknown" } else { &interface.driver };
     head(
@@ -54,7 +56,7 @@ pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement:
     );
     let left = interface.without_lane(queues);
     if !left.is_empty() {
-        let left: Vec<usize> = left.iter().filter_map(|&queue| usize::try_from(queue).ok()).collect();
+        let left: Vec<usize> = left.iter().map(|queue| queue.index()).collect();
         head(
             &mut lines,
             "no lane",
@@ -133,7 +135,7 @@ mod tests {
         let machine = machine(2, 4, 1, Some(1));
         let placement = place(&machine, 2, 3, None).unwrap();
         assert_eq!(
-            show(&machine, &interface(), &[0, 1], &placement),
+            show(&machine, &interface(), &[0, 1].map(QueueId), &placement),
             "\
 interface   eth1, driver ixgbe, RX queues 4, MTU 1500
 near to     NUMA node 1 (hwloc, PCI device 0000:01:00.0)
@@ -156,7 +158,12 @@ worker 2              0    0    0  next core: the interface's node 1 is full
             [(1, 1, 1, None), (2, 2, 2, Some(0)), (2, 1, 1, Some(1)), (2, 64, 2, None)]
         {
             let machine = machine(nodes, cores, smt, nic);
-            let text = show(&machine, &interface(), &[0, 1, 2, 3], &place(&machine, 4, 12, None).unwrap());
+            let text = show(
+                &machine,
+                &interface(),
+                &[0, 1, 2, 3].map(QueueId),
+                &place(&machine, 4, 12, None).unwrap(),
+            );
             assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
         }
     }

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use xfan_shm::ids::QueueId;
+
 use super::driver::Offloads;
 use super::link::Link;
 use crate::report::{Level, Notice};
@@ -25,7 +27,7 @@ pub struct Seen {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
     /// Queues that have a lane.
-    pub queues: Vec<u32>,
+    pub queues: Vec<QueueId>,
     /// The largest MTU whose packets fit a frame.
     pub max_mtu: u32,
 }
@@ -53,7 +55,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
         );
     }
     if let Some(count) = *rx_queues {
-        let without: Vec<u32> = (0..count).filter(|queue| !expected.queues.contains(queue)).collect();
+        let without: Vec<QueueId> =
+            (0..count).map(QueueId).filter(|queue| !expected.queues.contains(queue)).collect();
         if !without.is_empty() {
             say(
                 "queues",
@@ -65,7 +68,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 ),
             );
         }
-        let gone: Vec<u32> = expected.queues.iter().copied().filter(|&queue| queue >= count).collect();
+        let gone: Vec<QueueId> = expected.queues.iter().copied().filter(|queue| queue.0 >= count).collect();
         if !gone.is_empty() {
             say(
                 "queues_gone",
@@ -144,7 +147,7 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
 }
 
 /// The condition that packets were redirected to a socket, did not arrive, and are in no counter.
-pub fn unaccounted(queue: u32, lost: u64) -> Notice {
+pub fn unaccounted(queue: QueueId, lost: u64) -> Notice {
     Notice::new(
         "unaccounted",
         Level::Error,
@@ -154,12 +157,12 @@ pub fn unaccounted(queue: u32, lost: u64) -> Notice {
     )
 }
 
-fn queues(numbers: &[u32]) -> String {
+fn queues(numbers: &[QueueId]) -> String {
     let list: Vec<_> = numbers.iter().map(ToString::to_string).collect();
     format!("queue{} {}", if numbers.len() == 1 { "" } else { "s" }, list.join(", "))
 }
 
-fn has(numbers: &[u32]) -> &'static str {
+fn has(numbers: &[QueueId]) -> &'static str {
     if numbers.len() == 1 { "has" } else { "have" }
 }
 
@@ -240,7 +243,7 @@ mod tests {
             counters: BTreeMap::new(),
         };
         let seen = Seen { name: "eth1".into(), link, rx_queues: Some(4), offloads: Offloads::default() };
-        (seen, Expected { queues: vec![0, 1, 2, 3], max_mtu: 1770 })
+        (seen, Expected { queues: [0, 1, 2, 3].map(QueueId).into(), max_mtu: 1770 })
     }
 
     fn said(change: impl FnOnce(&mut Seen, &mut Expected)) -> Vec<(String, String)> {
@@ -274,7 +277,11 @@ mod tests {
                 "queues",
                 "RX queues 4, 5 of eth1 have no lane: their packets go to",
             ),
-            (|_, expected| expected.queues = vec![0, 1, 3], "queues", "RX queue 2 of eth1 has no lane"),
+            (
+                |_, expected| expected.queues = [0, 1, 3].map(QueueId).into(),
+                "queues",
+                "RX queue 2 of eth1 has no lane",
+            ),
             (
                 |seen, _| seen.rx_queues = Some(2),
                 "queues_gone",

@@ -274,7 +274,7 @@ mod tests {
     fn a_link_that_is_reset_at_the_start_is_not_said_to_have_no_carrier() {
         let interface = Interface::find("lo").unwrap();
         assert!(!has_carrier(0x7fff_fff0));
-        let expected = Expected { queues: vec![0], max_mtu: 1770 };
+        let expected = Expected { queues: vec![xfan_shm::ids::QueueId(0)], max_mtu: 1770 };
         for had_carrier in [false, true] {
             let mut watch = Watch::begin(&interface, expected.clone(), had_carrier).unwrap();
             let said = |watch: &mut Watch| {

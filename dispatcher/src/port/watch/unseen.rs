@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 
 /// The condition begins if between each two of this many successive readings …
 const READINGS: usize = 4;
-/// … at least this many packets came in, and the program saw none. It ends when the program sees one.
+/// … at least this many packets came in, and the program saw none. It ends when the program sees
+/// one.
 const PACKETS: u64 = 10;
 
 /// Compares the packets that came in with those that the program saw.

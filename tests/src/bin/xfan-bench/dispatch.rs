@@ -1,7 +1,7 @@
 //! The dispatch path alone: packets in memory → parse → hash → ring → worker process → commit.
 //!
-//! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control socket, worker
-//! processes that attach and run as an unprivileged user.
+//! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control
+//! socket, worker processes that attach and run as an unprivileged user.
 
 use std::num::NonZeroU32;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -16,16 +16,16 @@ use xfan::control::access::Access;
 use xfan::control::members::Member;
 use xfan::control::primary::{Care, Primary, random_bytes};
 use xfan::control::{client::ask_for_report, server::Listener};
-use xfan::lane::HashKey;
-use xfan::lane::LaneConfig;
-use xfan::lane::handle::{LaneHandle, LaneParts};
-use xfan::memory::frames::Frames;
+use xfan::lane::handle::LaneHandle;
+use xfan::lane::{HashKey, LaneConfig, LaneParts};
+use xfan::memory::frames::{Frames, Region};
 use xfan::memory::umem::PacketMemory;
 use xfan::port::source::{PacketSource, Received};
 use xfan::process::cgroup::Limits;
 use xfan::process::output::Output;
 use xfan::process::spawn::WorkerCommand;
 use xfan::report::Report;
+use xfan_shm::ids::{PortId, QueueId, UmemOffset};
 use xfan_shm::layout::Geometry;
 use xfan_shm::segment::{self, Mapping};
 use xfan_tests::primary::Folder;
@@ -37,12 +37,14 @@ use crate::line::round_trip_ns;
 /// Bytes of a frame; the packet begins where AF_XDP would put it.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the workers at a time, and
-/// no ring is ever full: when all are, the lane waits. There are not more than a cycle of lane and workers takes, so that
-/// those of one worker's flows cannot stay away.
-const FRAMES: u32 = 4096;
-const POSTED: u32 = FRAMES / 2;
+/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the
+/// workers at a time, and no ring is ever full: when all are, the lane waits. There are not more
+/// than a cycle of lane and workers takes, so that those of one worker's flows cannot stay away.
+const FRAMES: NonZeroU32 = NonZeroU32::new(4096).expect("not 0");
+const POSTED: u32 = FRAMES.get() / 2;
 const BATCH: usize = 64;
+/// Name of the group.
+const GROUP: &str = "default";
 /// Time for everything to settle before it is measured.
 const WARM_UP: Duration = Duration::from_millis(200);
 
@@ -83,7 +85,7 @@ struct Measured {
 /// An RX queue that never runs dry: every posted frame holds a packet already.
 #[derive(Debug, Default)]
 struct Endless {
-    posted: Vec<u32>,
+    posted: Vec<UmemOffset>,
 }
 
 impl PacketSource for Endless {
@@ -93,7 +95,7 @@ impl PacketSource for Endless {
         let count = batch.len().min(self.posted.len().saturating_sub(held));
         let rest = self.posted.len() - count;
         for (packet, frame) in batch.iter_mut().zip(self.posted.drain(rest..)) {
-            *packet = Received { offset: frame + HEADROOM, length: 64 };
+            *packet = Received { offset: UmemOffset(frame.0 + HEADROOM), length: 64 };
         }
         count
     }
@@ -110,10 +112,10 @@ impl PacketSource for Endless {
 
 /// UDP packets of 64 bytes, one per frame, of as many flows.
 fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
-    let length = FRAME as usize * FRAMES as usize;
+    let length = FRAME as usize * FRAMES.get() as usize;
     let fd = segment::create("xfan-bench", length)?;
     let mapping = Mapping::read_write(&fd, length)?;
-    for frame in 0..FRAMES {
+    for frame in 0..FRAMES.get() {
         let mut packet = [0u8; 64];
         packet[12..16].copy_from_slice(&[0x08, 0x00, 0x45, 0]);
         packet[17] = 50; // total length
@@ -149,24 +151,19 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let memory = Arc::new(PacketMemory::of_segment(&fd, mapping)?);
     let spin = Duration::from_millis(if shared { 0 } else { 1000 });
     let parts = LaneParts {
-        queue: 0,
+        port: PortId(0),
+        queue: QueueId(0),
         core: lane_cpu,
-        config: LaneConfig {
-            batch: BATCH,
-            posted: POSTED,
-            spin,
-            yields: Duration::from_secs(3600),
-            shared,
-            port: 0,
-        },
+        config: LaneConfig { batch: BATCH, posted: POSTED, spin, yields: Duration::from_secs(3600), shared },
         memory: memory.clone(),
-        region: (0, FRAME, NonZeroU32::new(FRAMES).unwrap_or(NonZeroU32::MIN)),
+        region: Region { base: UmemOffset(0), frame_size: FRAME, frames: FRAMES },
         key: HashKey::from_bytes(random_bytes()?),
+        groups: 1,
         socket: None,
     };
     let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
     let members = (0..options.workers)
-        .map(|place| Member::new(format!("default/{place}"), Some(worker_cpu), spin, 1))
+        .map(|place| Member::new(format!("{GROUP}/{place}"), Some(worker_cpu), spin, 1))
         .collect();
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
@@ -178,6 +175,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         "memory".into(),
         None,
         memory,
+        GROUP.into(),
         Geometry { lanes: 1, slots },
         lanes,
         members,
@@ -244,18 +242,20 @@ fn compare(start: &Report, end: &Report, line_rtt_ns: [f64; 2]) -> Measured {
         report.groups[0].members.iter().map(field).sum()
     };
     let committed = sum(end, |member| member.committed) - sum(start, |member| member.committed);
-    let delivered = end.lanes[0].delivered - start.lanes[0].delivered;
+    let (_, delivered_before, dropped_before) = start.totals();
+    let (_, delivered, dropped) = end.totals();
+    let delivered = delivered - delivered_before;
     let per = |ns: u64, packets: u64| ns as f64 / packets.max(1) as f64;
-    let dropped = |report: &Report| -> u64 { report.lanes[0].dropped.values().sum() };
+    let busy = |report: &Report| -> u64 { report.lanes().map(|lane| lane.busy_ns).sum() };
     Measured {
         mpps: committed as f64 * 1e3 / (end.uptime_ns - start.uptime_ns) as f64,
-        lane_busy_ns: per(end.lanes[0].busy_ns - start.lanes[0].busy_ns, delivered),
+        lane_busy_ns: per(busy(end) - busy(start), delivered),
         worker_busy_ns: per(
             sum(end, |member| member.busy_ns) - sum(start, |member| member.busy_ns),
             committed,
         ),
         line_rtt_ns,
-        lost: dropped(end) - dropped(start) + sum(end, |member| member.lost),
+        lost: dropped - dropped_before + sum(end, |member| member.lost),
         per_worker: end.groups[0].members.iter().map(|member| member.committed).collect(),
     }
 }

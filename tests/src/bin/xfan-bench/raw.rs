@@ -4,13 +4,17 @@
 //! Interface, socket, packet memory and XDP program are set up by the dispatcher's own code, and the rings are the
 //! dispatcher's: so the difference is what dispatching costs.
 
+use std::num::NonZeroU32;
+
 use xfan::config::{Config, FrameBudget, Sizes};
 use xfan::host::interface::Interface;
+use xfan::memory::umem::PacketMemory;
 use xfan::port::Port;
 use xfan::port::mode::modes;
 use xfan::port::rings;
 use xfan::port::source::Received;
 use xfan_shm::clock::ticks;
+use xfan_shm::ids::{PortId, QueueId, UmemOffset};
 
 use crate::Failure;
 use crate::tally::{self, Tally};
@@ -46,13 +50,16 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let mode = *modes(&config, &interface)?.last().ok_or("there is no mode")?;
     let sizes = Sizes { frame_size: mode.frame_size, nic_ring: 0 };
     let budget = FrameBudget::plan(1, 1, &config, true, sizes)?;
-    let (mut port, memory, mut sources) =
-        Port::bind(interface, vec![options.queue], &config, mode, &budget, None)?;
+    let frames = NonZeroU32::new(budget.frames_per_lane).ok_or("there are no frames")?;
+    let memory = PacketMemory::of_sockets(mode.frame_size, frames, budget.fill_ring)?;
+    let queues = vec![QueueId(options.queue)];
+    let (mut port, mut sources) =
+        Port::bind(PortId(0), interface, queues, &config.pass, mode, &budget, &memory)?;
     let source = sources.first_mut().ok_or("there is no socket")?;
     let socket = source.second_descriptor()?;
     let (rx, fill) = source.rings();
     for frame in 0..budget.rx_ring {
-        fill.push(u64::from(frame * mode.frame_size));
+        fill.push(UmemOffset(frame * mode.frame_size));
     }
     fill.publish();
     port.attach()?;
@@ -73,8 +80,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
             if let Some(packet) = unsafe { memory.packet(offset, length) } {
                 tally.count(packet);
             }
-            // The FILL ring has twice as many entries as there are frames: there is always room.
-            fill.push(u64::from(offset & start_of_frame));
+            // The FILL ring has twice as many entries as there are frames: it is never full.
+            fill.push(UmemOffset(offset.0 & start_of_frame));
         }
         fill.publish();
         if fill.needs_wakeup() {

@@ -115,7 +115,7 @@ impl Running {
                 let members = &report.groups[0].members;
                 received.packets = members.iter().map(|member| member.committed).sum();
                 received.reader_busy_ns = members.iter().map(|member| member.busy_ns).sum();
-                received.lane_busy_ns = report.lanes.iter().map(|lane| lane.busy_ns).sum();
+                received.lane_busy_ns = report.lanes().map(|lane| lane.busy_ns).sum();
                 let (exit, _) = primary.stop();
                 if exit.code != Some(0) {
                     return Err(format!("xfan ended with {:?}: {}", exit.code, exit.stderr.join("\n")).into());

@@ -249,7 +249,7 @@ fn journal(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
 }
 
 fn drops(report: &Report) -> u64 {
-    let kernel: u64 = report.lanes.iter().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
+    let kernel: u64 = report.lanes().map(|lane| lane.kernel.rx_dropped + lane.kernel.rx_ring_full).sum();
     kernel + report.totals().2
 }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use core_affinity::CoreId;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use xfan_shm::clock::{ticks, ticks_per_ns};
+use xfan_shm::ids::{LaneId, UmemOffset};
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::protocol::{self, MAX_REQUEST};
 use xfan_shm::ring::{Consumer, Producer};
@@ -183,7 +184,7 @@ impl Pair {
         let line_fd = create("line", SharedLine::BYTES)?;
         let line = SharedLine::map(&line_fd)?;
         let (down, up) = (Down::create(&down_there, geometry)?, Up::create(&up_there, geometry)?);
-        let there = Producer::new(SharedRing::new(&down, &up, 0));
+        let there = Producer::new(SharedRing::new(&down, &up, LaneId(0)));
 
         let (socket, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
@@ -198,7 +199,7 @@ impl Pair {
         protocol::send(&socket, &geometry, &[line_fd.as_fd()])?;
         protocol::receive::<()>(&socket, MAX_REQUEST)?; // it has made the ring back
         let (down, up) = (Down::open(&down_back, geometry)?, Up::open(&up_back, geometry)?);
-        let back = Consumer::new(SharedRing::new(&down, &up, 0));
+        let back = Consumer::new(SharedRing::new(&down, &up, LaneId(0)));
         Ok(Pair { process, socket, line, there, back, sent: 0, returned: 0, intact: true })
     }
 
@@ -255,7 +256,7 @@ impl Pair {
         while !self.there.push(descriptor) {
             let (returned, intact) = (&mut self.returned, &mut self.intact);
             let committed = self.there.take_back(|offset| {
-                *intact &= offset == *returned;
+                *intact &= offset == UmemOffset(*returned);
                 *returned = returned.wrapping_add(1);
             });
             self.intact &= committed.is_ok();

@@ -49,9 +49,10 @@ pub fn riot(seed: u64) -> Outcome<()> {
         let (Reply::Stats(report), _) = protocol::ask(&control, &Request::Stats)? else {
             return Err("no report".into());
         };
-        let redirected =
-            report["lanes"].as_array().into_iter().flatten().map(|lane| &lane["xdp"]["redirect"]);
-        if redirected.filter_map(serde_json::Value::as_u64).sum::<u64>() > 0 {
+        let list = |value: &'_ serde_json::Value| value.as_array().cloned().unwrap_or_default();
+        let lanes = list(&report["ports"]).into_iter().flat_map(|port| list(&port["lanes"]));
+        let redirected = lanes.map(|lane| lane["xdp"]["redirect"].clone());
+        if redirected.filter_map(|count| count.as_u64()).sum::<u64>() > 0 {
             break;
         }
         std::thread::sleep(PAUSE);

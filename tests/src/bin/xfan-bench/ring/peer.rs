@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use xfan_shm::Descriptor;
+use xfan_shm::ids::{LaneId, PortId, UmemOffset};
 use xfan_shm::layout::{Down, Geometry, SharedRing, Up};
 use xfan_shm::protocol::{self, MAX_REQUEST, ProtocolError};
 use xfan_shm::ring::{Consumer, Producer};
@@ -40,7 +41,7 @@ pub(super) struct Taken {
 /// The descriptor that is sent as number `n`.
 #[inline(always)]
 pub(super) fn numbered(n: u32) -> Descriptor {
-    Descriptor { offset: n, time: 7, length: 60, port: 1, flags: 0, hash: !n }
+    Descriptor { offset: UmemOffset(n), time: 7, length: 60, port: PortId(1), flags: 0, hash: !n }
 }
 
 /// Bare cache lines: one that both processes write, what two CPUs can do at best; and two with one writer each, what
@@ -104,9 +105,9 @@ pub fn serve() -> Result<(), Failure> {
     let (_, [down_back, up_back]) = given(&socket)?;
     let (geometry, [line]) = given(&socket)?;
     let (down, up) = (Down::open(down, geometry)?, Up::open(up, geometry)?);
-    let mut there = Consumer::new(SharedRing::new(&down, &up, 0));
+    let mut there = Consumer::new(SharedRing::new(&down, &up, LaneId(0)));
     let (down, up) = (Down::create(down_back, geometry)?, Up::create(up_back, geometry)?);
-    let mut back = Producer::new(SharedRing::new(&down, &up, 0));
+    let mut back = Producer::new(SharedRing::new(&down, &up, LaneId(0)));
     let line = SharedLine::map(line)?;
     protocol::send(&socket, &(), &[])?;
     loop {
