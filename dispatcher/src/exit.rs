@@ -178,4 +178,17 @@ mod tests {
         }
         assert!(Exit::help().lines().all(|line| line.len() <= 80));
     }
+
+    #[test]
+    fn an_unusable_interface_has_its_own_code() {
+        let name = || "x0".to_owned();
+        let kind = libc::ARPHRD_NONE;
+        for error in [
+            InterfaceError::Unknown { name: name(), existing: Vec::new() },
+            InterfaceError::NotEthernet { name: name(), kind },
+        ] {
+            assert_eq!(Exit::from(&error), Exit::Interface, "{error}");
+        }
+        assert_eq!(Exit::from(&ModeError::GenericZeroCopy), Exit::Usage);
+    }
 }

@@ -110,7 +110,7 @@ fn an_interface_that_is_not_there() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     let exit = launch(&namespace).run().unwrap();
-    let message = "xfan: no interface `rx0` in this network namespace; there are: lo";
+    let message = "xfan: no interface `rx0` in this network namespace; existing interfaces: lo";
     assert_refused(&exit, INTERFACE, message);
 }
 
@@ -120,8 +120,8 @@ fn a_layer_3_interface() {
     let namespace = Netns::quiet().unwrap();
     namespace.ip("tuntap add dev rx0 mode tun").unwrap();
     namespace.ip("link set dev rx0 up").unwrap();
-    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets begin with no Ethernet header; \
-                   name the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
+    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets have no Ethernet header; \
+                   use the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
     assert_refused_without_trace(&namespace, &launch(&namespace).run().unwrap(), INTERFACE, message);
     let mut topology = namespace.command(binary("xfan").unwrap());
     topology.args(["topology", "-i", "rx0"]);
