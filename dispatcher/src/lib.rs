@@ -18,6 +18,8 @@
 //! [`start`] puts them together; [`cli`] and [`exit`] are the command's face, [`log`](mod@log) and
 //! [`print`](mod@print) its voice.
 
+#![deny(unsafe_code)]
+
 pub mod cli;
 pub mod config;
 pub mod control;

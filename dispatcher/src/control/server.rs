@@ -6,15 +6,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{AtFlags, OFlag};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
-};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use nix::unistd::{fchownat, geteuid};
 use tokio::io::Interest;
@@ -175,12 +173,6 @@ fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
     Ok(())
 }
 
-fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: the kernel has just made it, nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// Accepts connections for ever.
 async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: &Shared) -> io::Result<()> {
     let counters = &shared.counters;
@@ -189,7 +181,7 @@ async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: 
     let mut told = None;
     loop {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
-            let socket = accept(listener)?;
+            let socket = sys::accept(listener)?;
             let peer = peer_of(&socket)?;
             Ok((socket, peer))
         });

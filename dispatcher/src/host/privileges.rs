@@ -1,5 +1,7 @@
 //! What the primary must be allowed to do at the start, and what each of its threads, and each worker, keeps of that.
 
+#![allow(unsafe_code, reason = "prctl(2), capget(2) and capset(2)")]
+
 use std::io;
 
 use crate::host::sys::bits_of_status;

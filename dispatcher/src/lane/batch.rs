@@ -4,6 +4,8 @@
 //! registers. They are functions of what they use rather than of the lane: so the compiler knows that what they
 //! write is not what they read.
 
+#![allow(unsafe_code, reason = "reads packet memory, writes ring slots")]
+
 use std::mem::MaybeUninit;
 
 use xfan_packet::is_cut;

@@ -9,6 +9,8 @@
 //! other end's index only when the cached one says empty (or full), as libxdp's
 //! `xsk_ring_cons__peek` and `xsk_ring_prod__reserve` do (xdp-tools, headers/xdp/xsk.h).
 
+#![allow(unsafe_code, reason = "the rings of AF_XDP sockets are mapped memory")]
+
 use std::ffi::c_void;
 use std::io;
 use std::mem::MaybeUninit;

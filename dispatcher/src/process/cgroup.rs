@@ -21,6 +21,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 
+use crate::config::{MAX_CPU, format_list, parse_list};
+use crate::host::sys::has_attribute;
+
 /// What a worker and its descendants may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -93,13 +96,7 @@ fn is_cgroup(folder: &Path) -> bool {
 /// Whether systemd leaves what is below to others: see CGROUP_DELEGATION in its documentation.
 fn is_delegated(folder: &Path) -> bool {
     let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
-    [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| {
-        let mut value = [0u8; 1];
-        // SAFETY: both strings end in a null byte; the kernel writes one byte at most.
-        let length =
-            unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-        length == 1 && value == *b"1"
-    })
+    [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| has_attribute(&path, name, b'1'))
 }
 
 /// `/run/xfan/eth1.sock` as a name: `xfan-run-xfan-eth1.sock`, and never the same for two paths.
@@ -248,13 +245,13 @@ impl Cgroups {
         }
         if has("cpuset") {
             let all = words(&self.shared.folder, "cpuset.cpus.effective").concat();
-            let others: Vec<usize> = crate::config::parse_list(&all, crate::config::MAX_CPU)
+            let others: Vec<usize> = parse_list(&all, MAX_CPU)
                 .unwrap_or_default()
                 .into_iter()
                 .filter(|cpu| !lanes.contains(cpu))
                 .collect();
             if !others.is_empty() {
-                write(folder, "cpuset.cpus", &crate::config::format_list(&others))?;
+                write(folder, "cpuset.cpus", &format_list(&others))?;
             }
         }
         Ok(())

@@ -3,6 +3,8 @@
 //! A process keeps all of this when it executes another program. So [`shed`] runs between fork and exec, and sets each item to
 //! what a new login would have. The working directory, the namespaces and the core-dump limit stay those of the primary.
 
+#![allow(unsafe_code, reason = "raw system calls between fork and exec")]
+
 use std::io;
 use std::sync::OnceLock;
 

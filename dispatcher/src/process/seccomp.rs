@@ -3,6 +3,8 @@
 //! Workers inherit the primary's filter, and run programs that xfan does not know. So both filters are lists of what is refused,
 //! with EPERM; all else works. A filter stays for good, also when the process executes another program.
 
+#![allow(unsafe_code, reason = "seccomp(2) takes a pointer to a program")]
+
 use std::collections::BTreeMap;
 use std::io;
 

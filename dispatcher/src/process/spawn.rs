@@ -1,5 +1,7 @@
 //! Starting worker processes: unprivileged, and with nothing of the primary's but their place.
 
+#![allow(unsafe_code, reason = "code that runs between fork and exec")]
+
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
