@@ -1,4 +1,4 @@
-//! What the machine is, and the system calls that nothing else wraps.
+//! The machine: interfaces, CPUs, capabilities, directories, system calls.
 
 pub mod folder;
 pub mod interface;

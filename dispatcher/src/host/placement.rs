@@ -1,71 +1,71 @@
-//! Which thread runs where: lanes on the cores nearest to the interface, workers on the next ones.
+//! Assigns a CPU to each lane and worker: lanes get the cores nearest to the interface, workers the
+//! next ones.
 
 use crate::config::format_list;
 use crate::host::topology::{Core, Machine};
 
-/// Where everything runs.
+/// The CPUs of all lanes and workers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// One slot per lane, in the order of the lanes.
+    /// One slot for each lane, in the order of the lanes.
     pub lanes: Vec<Slot>,
-    /// One slot per worker.
+    /// One slot for each worker.
     pub workers: Vec<Slot>,
-    /// Whether some CPU runs more than one of them. Such threads must yield rather than spin.
+    /// Whether any CPU runs more than one lane or worker. Threads that share a CPU must yield, not
+    /// spin.
     pub shared: bool,
-    /// What the operator should know, in sentences.
+    /// Sentences for the operator, such as what limits performance.
     pub notes: Vec<String>,
 }
 
-/// A thread's place.
+/// The CPU of one lane or worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {
-    /// The CPU (hardware thread) it is pinned to.
+    /// The number of the CPU (hardware thread) to which it is pinned.
     pub cpu: usize,
     /// Whether another lane or worker is pinned to the same CPU.
     pub shared: bool,
-    /// Why it is this one.
+    /// Why this CPU was chosen.
     pub reason: String,
 }
 
-/// Why there is no placement.
+/// Why lanes and workers cannot be placed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
-    /// A CPU was asked for that does not exist or that this process may not use.
+    /// The setting `cores` names a CPU that does not exist or that this process may not use.
     #[error(
-        "`cores` names CPU {cpu}, which does not exist or is not allowed here; allowed are {}",
+        "`cores` names CPU {cpu}, which does not exist or which this process may not use; it may use {}",
         format_list(allowed)
     )]
     NotAllowed {
-        /// The CPU asked for.
+        /// The requested CPU.
         cpu: usize,
-        /// The CPUs there are.
+        /// The CPUs that this process may use.
         allowed: Vec<usize>,
     },
-    /// There is nothing to run on.
-    #[error(
-        "the machine shows no CPU that this process may run on; see `taskset -p $$` and the cgroup's cpuset"
-    )]
+    /// The process may use no CPU.
+    #[error("found no CPU that this process may use; check `taskset -p $$` and the cpuset of its cgroup")]
     NoCpu,
 }
 
-/// A CPU to use, and why.
+/// A CPU, and why it comes next.
 #[derive(Clone)]
 struct Candidate {
     cpu: usize,
     reason: String,
 }
 
-/// Gives every lane and every worker a CPU.
+/// Assigns a CPU to every lane and every worker.
 ///
-/// Physical cores come first: those of the interface's NUMA node, then of its package, then the others; SMT
-/// siblings follow when the cores are used up. `asked` replaces that order by the operator's.
+/// Physical cores come first: those of the interface's NUMA node, then those of its package, then
+/// all others. SMT siblings follow once every core is used. `asked`, from the setting `cores`,
+/// replaces this order.
 ///
-/// The first go to the lanes, the next to the workers. Where they do not suffice they are shared: workers
-/// share what the lanes left, and everything is shared only if the lanes left nothing.
+/// Lanes get the first CPUs, workers the next. If there are too few, workers share the CPUs that
+/// the lanes left; workers share CPUs with lanes only if the lanes left none.
 ///
 /// # Errors
-///
-/// A CPU in `asked` that the machine does not offer, or no CPU at all.
+/// [`PlacementError`]
 pub fn place(
     machine: &Machine,
     lanes: usize,
@@ -114,7 +114,7 @@ fn as_asked(machine: &Machine, cpus: &[usize]) -> Result<Vec<Candidate>, Placeme
     let allowed = machine.cpus();
     let candidate = |&cpu: &usize| {
         if allowed.contains(&cpu) {
-            Ok(Candidate { cpu, reason: "asked for by `cores`".to_owned() })
+            Ok(Candidate { cpu, reason: "requested by `cores`".to_owned() })
         } else {
             Err(PlacementError::NotAllowed { cpu, allowed: allowed.clone() })
         }
@@ -158,10 +158,10 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
     used.sort_unstable();
     used.dedup();
     if used.len() < threads {
-        let more = if asked { "list more CPUs in `cores`" } else { "fewer workers or queues" };
+        let remedy = if asked { "list more CPUs in `cores`" } else { "use fewer workers or queues" };
         notes.push(format!(
-            "{} and {} share {}: those that share one yield instead of spinning and are \
-             slower; {more} would avoid it",
+            "{} and {} share {}: threads that share a CPU yield instead of spinning, and are slower; \
+             to avoid this, {remedy}",
             plural(lanes.len(), "lane"),
             plural(workers.len(), "worker"),
             plural(used.len(), "CPU"),
@@ -171,7 +171,7 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
         && nic.node.is_none()
         && machine.cores.iter().any(|core| core.node != machine.cores[0].node)
     {
-        notes.push(format!("which NUMA node {} is near to is not known: {}", nic.name, nic.source));
+        notes.push(format!("the NUMA node of {} is unknown: {}", nic.name, nic.source));
     }
     if let Some(nic) = &machine.nic
         && let Some(home) = nic.node
@@ -182,7 +182,7 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
             .count();
         if away > 0 {
             notes.push(format!(
-                "lanes away from NUMA node {home}, where {} is: {away} of {}; their packets cross the interconnect",
+                "lanes that are not on NUMA node {home}, where {} is: {away} of {}; their packets cross the interconnect",
                 nic.name,
                 lanes.len()
             ));
@@ -201,7 +201,8 @@ pub(crate) mod tests {
     use crate::host::topology::{LocalitySource, NicLocality};
     use proptest::prelude::*;
 
-    /// `nodes` nodes of `cores` cores of `smt` CPUs each, siblings numbered as x86 does it: `c` and `c + all cores`.
+    /// A machine of `nodes` nodes with `cores` cores of `smt` CPUs each. SMT siblings are numbered as
+    /// on x86: `c` and `c + all cores`.
     pub(crate) fn machine(nodes: usize, cores: usize, smt: usize, nic: Option<usize>) -> Machine {
         let all = nodes * cores;
         let core = |index: usize| Core {
@@ -287,7 +288,7 @@ pub(crate) mod tests {
         let error = place(&machine(1, 4, 1, None), 1, 1, Some(&[0, 9])).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "`cores` names CPU 9, which does not exist or is not allowed here; allowed are 0-3"
+            "`cores` names CPU 9, which does not exist or which this process may not use; it may use 0-3"
         );
         let nothing = Machine { cores: Vec::new(), nic: None };
         assert_eq!(place(&nothing, 1, 1, None), Err(PlacementError::NoCpu));

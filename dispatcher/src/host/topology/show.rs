@@ -1,4 +1,4 @@
-//! What `xfan topology` prints: who would run where, and why. Fits 80 columns.
+//! The output of `xfan topology`: which thread would run on which CPU, and why. Fits 80 columns.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,7 @@ use crate::host::placement::{Placement, Slot};
 /// Width of the output in columns.
 const COLUMNS: usize = 80;
 
-/// Describes the interface, the machine and the placement. `queues` are the lanes' queues.
+/// Describes the interface, the machine and the placement. `queues` are the queues that have a lane.
 #[must_use]
 pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement: &Placement) -> String {
     let mut lines = Vec::new();
@@ -94,7 +94,7 @@ fn row(lines: &mut Vec<String>, machine: &Machine, thread: &str, queue: &str, sl
     wrap(lines, &format!("{thread:<12}{queue:>5}{:>6}{node:>5}{l3:>5}  ", slot.cpu), &slot.reason);
 }
 
-/// Breaks `text` at blanks; the lines after the first are indented as far as `prefix` reaches.
+/// Wraps `text` at spaces. Lines after the first are indented by the width of `prefix`.
 fn wrap(lines: &mut Vec<String>, prefix: &str, text: &str) {
     let indent = prefix.chars().count();
     let mut line = prefix.to_owned();
