@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_lists_every_code_in_order() {
+    fn help_lists_every_code_in_order() {
         for (number, exit) in Exit::ALL.into_iter().enumerate() {
             assert_eq!(usize::from(exit.code()), number);
             assert!(Exit::help().contains(exit.meaning()));

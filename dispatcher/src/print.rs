@@ -86,7 +86,7 @@ mod tests {
     use std::fs::File;
 
     #[test]
-    fn a_descriptor_that_does_not_block_is_waited_for() {
+    fn a_non_blocking_descriptor_is_waited_for() {
         let (reader, writer) = io::pipe().unwrap();
         nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
         let bytes = vec![b'x'; 1 << 20];
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_takes_is_given_up() {
+    fn a_write_that_nobody_reads_times_out() {
         let (_reader, writer) = io::pipe().unwrap();
         let error = write_in_time(writer.as_fd(), vec![b'x'; 1 << 20]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

@@ -308,8 +308,8 @@ fn member_id(number: usize) -> String {
     format!("default/{number}")
 }
 
-/// The UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though the
-/// region of the last lane may end at the limit.
+/// The UMEM offset of the first frame of lane number `lane`. It is below the limit of 4 GiB, though
+/// the region of the last lane may end at the limit.
 fn region_start(lane: u32, frames: u32, frame_size: u32) -> u32 {
     u32::try_from(u64::from(lane) * u64::from(frames) * u64::from(frame_size)).unwrap_or(u32::MAX)
 }
@@ -319,14 +319,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_mode_is_tried_where_frames_are_too_few_or_too_large_for_the_first() {
+    fn copy_mode_follows_if_frames_do_not_suffice() {
         let config = Config::from_toml_str("interface = 'eth1'\nframes = 12000", "f").unwrap();
         let plan = |frame_size, nic_ring, lanes| {
             let sizes = Sizes { frame_size, nic_ring };
             FrameBudget::plan(lanes, 2, &config, false, sizes).map_err(RunError::from)
         };
-        // Zero-copy needs most of the frames for the NIC's ring, or frames twice as large; copy mode
-        // needs neither.
+        // Zero-copy needs most of the frames for the NIC's ring, or frames twice as large; copy
+        // mode needs neither.
         let of_ring = plan(4096, 16_384, 1).unwrap_err();
         let of_size = plan(4096, 4096, 100).unwrap_err();
         assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");

@@ -31,8 +31,8 @@ pub fn printable_lines(text: &str) -> String {
     text.chars().filter(|&character| character == '\n' || !is_control(character)).collect()
 }
 
-/// Escapes the control characters of a JSON text, except `\n`. The text stays equivalent: JSON allows
-/// these characters only within strings, and there an escape means the same.
+/// Escapes the control characters of a JSON text, except `\n`. The text stays equivalent: JSON
+/// allows these characters only within strings, and there an escape means the same.
 pub fn escaped_json(json: &str) -> String {
     let mut escaped = String::with_capacity(json.len());
     for character in json.chars() {
@@ -46,8 +46,8 @@ pub fn escaped_json(json: &str) -> String {
     escaped
 }
 
-/// Shows bytes as part of a line. Control characters and bytes that are not UTF-8 become escapes such
-/// as `\n`, `\x1b`, `\u{202e}` and `\xff`.
+/// Shows bytes as part of a line. Control characters and bytes that are not UTF-8 become escapes
+/// such as `\n`, `\x1b`, `\u{202e}` and `\xff`.
 pub fn escaped(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -77,7 +77,7 @@ mod tests {
         "\u{1b}\u{7f}\u{9b}\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}\r\t\0";
 
     #[test]
-    fn what_steers_is_left_out() {
+    fn control_characters_are_removed() {
         assert_eq!(printable("a\n\u{1b}[31mb\u{9b}c"), "a[31mbc");
         assert_eq!(printable(&format!("a{CONTROL}\nö€")), "aö€");
         assert_eq!(printable_lines(&format!("a{CONTROL}\nb")), "a\nb");
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn json_means_the_same_and_is_plain() {
+    fn escaped_json_is_equivalent() {
         let text = format!("\"\\{CONTROL}ö");
         let json = escaped_json(&serde_json::to_string(&text).unwrap());
         assert_eq!(printable(&json), json);
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_shown_by_escapes() {
+    fn bytes_are_shown_as_escapes() {
         let bytes = b"\x1b[2Jh\xc3\xb6 \xff\xc2\x9b\xe2\x80\xae\t\r\0\"\\";
         assert_eq!(escaped(bytes), r#"\x1b[2Jhö \xff\u{9b}\u{202e}\t\r\x00"\"#);
     }

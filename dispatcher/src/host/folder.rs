@@ -19,8 +19,8 @@ use nix::fcntl::{OFlag, open, openat, readlinkat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, User, geteuid, unlinkat};
 
-/// The mode of a directory that xfan creates: workers that run as another user must be able to enter
-/// it.
+/// The mode of a directory that xfan creates: workers that run as another user must be able to
+/// enter it.
 const MODE: u32 = 0o755;
 
 /// The most symbolic links in a path, as in the kernel (`MAXSYMLINKS`).
@@ -172,8 +172,8 @@ fn root() -> Result<OwnedFd, FolderError> {
         .map_err(|errno| FolderError::Io { path: "/".into(), source: errno.into() })
 }
 
-/// The components of a path. `..` stays a component: after a link, it means the parent of the link's
-/// target.
+/// The components of a path. `..` stays a component: after a link, it means the parent of the
+/// link's target.
 fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     path.components().filter_map(|part| match part {
         Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
@@ -196,8 +196,8 @@ fn make(parent: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
     openat(parent, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
 }
 
-/// Checks that a directory or link belongs to root or this user, and that nobody else can change it.
-/// `last`: it is the directory itself, not one on its path.
+/// Checks that a directory or link belongs to root or this user, and that nobody else can change
+/// it. `last`: it is the directory itself, not one on its path.
 fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
     let found = fstat(fd).map_err(|errno| FolderError::Io { path: path.into(), source: errno.into() })?;
     let ours = found.st_uid == 0 || found.st_uid == geteuid().as_raw();
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_others_may_write_to_is_refused() {
+    fn a_directory_writable_by_others_is_refused() {
         let temporary = tempfile::tempdir().unwrap();
         let (above, folder) = (temporary.path().join("above"), temporary.path().join("above/folder"));
         fs::create_dir_all(&folder).unwrap();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_path_only_the_last_part_is_made() {
+    fn only_the_last_path_component_is_created() {
         let temporary = tempfile::tempdir().unwrap();
         let new = temporary.path().join("new");
         assert!(Folder::open(&new.join("newer")).is_err() && !new.exists());
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn links_lead_where_they_lead_and_what_is_there_counts() {
+    fn links_are_followed_and_their_target_is_checked() {
         let temporary = tempfile::tempdir().unwrap();
         let at = |name: &str| temporary.path().join(name);
         fs::create_dir_all(at("a/b")).unwrap();
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_not_reached_through_links_and_get_their_mode() {
+    fn files_are_opened_without_links_and_get_their_mode() {
         let temporary = tempfile::tempdir().unwrap();
         let folder = Folder::open(&temporary.path().join("folder")).unwrap();
         let (target, name) = (temporary.path().join("target"), OsStr::new("name"));

@@ -161,13 +161,13 @@ mod tests {
     }
 
     #[test]
-    fn every_namespace_has_a_loopback() {
+    fn the_loopback_interface_is_found() {
         let lo = Interface::find("lo").unwrap();
         assert!(lo.index > 0 && lo.mtu > 0 && lo.rx_queues == 1 && lo.bus.is_empty(), "{lo:?}");
     }
 
     #[test]
-    fn an_offload_that_cannot_be_changed_is_told() {
+    fn an_offload_that_cannot_change_is_an_error() {
         let lo = Interface::find("lo").unwrap();
         assert!(!lo.offload(Offload::Lro).unwrap());
         // The loopback interface has no LRO; without root, the change is refused.
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_interface_is_told_with_those_there_are() {
+    fn an_unknown_interface_error_lists_the_existing() {
         let error = Interface::find("no-such-if").unwrap_err();
         let message = error.to_string();
         assert!(
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_no_ethernet_one_is_named() {
+    fn the_error_names_a_device_without_ethernet() {
         let refused = |kind| InterfaceError::NotEthernet { name: "x0".to_owned(), kind };
         let message = refused(libc::ARPHRD_NONE).to_string();
         assert_eq!(
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn queues_must_be_there() {
+    fn selected_queues_must_exist() {
         let four = interface(4);
         assert_eq!(four.select(&Queues::All).unwrap(), [0, 1, 2, 3]);
         assert_eq!(four.select(&Queues::List(vec![3, 1])).unwrap(), [3, 1]);

@@ -201,8 +201,8 @@ pub(crate) mod tests {
     use crate::host::topology::{LocalitySource, NicLocality};
     use proptest::prelude::*;
 
-    /// A machine of `nodes` nodes with `cores` cores of `smt` CPUs each. SMT siblings are numbered as
-    /// on x86: `c` and `c + all cores`.
+    /// A machine of `nodes` nodes with `cores` cores of `smt` CPUs each. SMT siblings are numbered
+    /// as on x86: `c` and `c + all cores`.
     pub(crate) fn machine(nodes: usize, cores: usize, smt: usize, nic: Option<usize>) -> Machine {
         let all = nodes * cores;
         let core = |index: usize| Core {
@@ -228,7 +228,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_core_carries_everything_and_says_so() {
+    fn a_single_core_is_shared_with_a_note() {
         let placement = auto(&machine(1, 1, 1, None), 1, 2);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0], vec![0, 0]));
         assert!(placement.shared && placement.workers[0].shared);
@@ -237,7 +237,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn workers_share_among_themselves_before_they_share_with_a_lane() {
+    fn workers_share_with_workers_before_lanes() {
         let placement = auto(&machine(1, 2, 1, None), 1, 1);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0], vec![1]));
         assert!(!placement.shared && placement.notes.is_empty());
@@ -249,7 +249,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_interfaces_node_is_filled_first() {
+    fn the_node_of_the_interface_comes_first() {
         let placement = auto(&machine(2, 4, 1, Some(1)), 2, 4);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![4, 5], vec![6, 7, 0, 1]));
         assert_eq!(placement.lanes[0].reason, "core on the interface's node 1");
@@ -258,7 +258,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn lanes_away_from_the_interface_are_told() {
+    fn lanes_on_another_node_cause_a_note() {
         let placement = auto(&machine(2, 2, 1, Some(1)), 3, 1);
         assert!(placement.notes[0].contains("NUMA node 1, where eth1 is: 1 of 3;"), "{:?}", placement.notes);
         let placement = auto(&machine(2, 2, 1, None), 1, 1);
@@ -266,7 +266,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn siblings_are_used_when_the_cores_of_all_nodes_are() {
+    fn siblings_come_after_the_cores_of_all_nodes() {
         let placement = auto(&machine(2, 2, 2, Some(0)), 2, 4);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0, 1], vec![2, 3, 4, 5]));
         assert_eq!(placement.workers[2].reason, "SMT sibling of CPU 0: no core is left");
@@ -274,7 +274,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_operator_has_the_last_word() {
+    fn configured_cores_replace_the_order() {
         let machine = machine(2, 4, 1, Some(1));
         let placement = place(&machine, 2, 2, Some(&[3, 1, 2, 2])).unwrap();
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![3, 1], vec![2, 2]));
@@ -284,7 +284,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_cpu_that_is_not_there_is_told_with_those_that_are() {
+    fn a_missing_cpu_error_lists_the_usable() {
         let error = place(&machine(1, 4, 1, None), 1, 1, Some(&[0, 9])).unwrap_err();
         assert_eq!(
             error.to_string(),
@@ -296,7 +296,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn nothing_runs_where_it_may_not(
+        fn only_allowed_cpus_are_used(
             nodes in 1usize..4, cores in 1usize..6, smt in 1usize..3, nic in prop::option::of(0usize..4),
             gone in prop::collection::vec(0usize..30, 0..12), lanes in 0usize..20, workers in 0usize..20,
         ) {

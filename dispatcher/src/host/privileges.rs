@@ -1,4 +1,5 @@
-//! Capabilities: which ones the primary needs to start, and which ones its threads and workers keep.
+//! Capabilities: which ones the primary needs to start, and which ones its threads and workers
+//! keep.
 
 #![allow(unsafe_code, reason = "prctl(2), capget(2) and capset(2)")]
 

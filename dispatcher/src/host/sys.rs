@@ -103,8 +103,8 @@ fn close_on_exec_one_by_one(first: u32) -> io::Result<()> {
 }
 
 /// The limit of open files that a primary asks for, if the hard limit allows it: more than it ever
-/// opens. A higher limit would cost time: before Linux 5.11, each start of a worker makes one system
-/// call for each possible descriptor.
+/// opens. A higher limit would cost time: before Linux 5.11, each start of a worker makes one
+/// system call for each possible descriptor.
 const DESCRIPTORS: u64 = 1 << 16;
 
 /// The soft and hard limit of open files before [`raise_descriptor_limit`] changed them.
@@ -143,8 +143,8 @@ pub fn keep_on_exec(fd: RawFd) -> io::Result<()> {
     }
 }
 
-/// Reads a bit mask, such as `SigCgt:`, from the text of /proc/PID/status (proc_pid_status(5)). 0 if
-/// the text has no such line.
+/// Reads a bit mask, such as `SigCgt:`, from the text of /proc/PID/status (proc_pid_status(5)). 0
+/// if the text has no such line.
 pub fn bits_of_status(status: &str, name: &str) -> u64 {
     let bits = status.lines().find_map(|line| line.strip_prefix(name));
     bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
@@ -179,8 +179,8 @@ pub fn block_terminal_signals() -> io::Result<()> {
     Ok([Signal::SIGHUP, Signal::SIGTTOU].into_iter().collect::<SigSet>().thread_block()?)
 }
 
-/// Makes the kernel refuse messages that carry descriptors to this Unix socket and to the sockets it
-/// accepts.
+/// Makes the kernel refuse messages that carry descriptors to this Unix socket and to the sockets
+/// it accepts.
 ///
 /// Closing a socket closes the descriptors in its unread messages, and closing a descriptor can
 /// block for as long as its creator wants.
@@ -345,7 +345,7 @@ mod tests {
 
     /// Uses a process of its own: the descriptors of other tests do not appear in it.
     #[test]
-    fn both_ways_close_all_descriptors_on_exec() {
+    fn both_methods_close_descriptors_on_exec() {
         use std::os::unix::process::CommandExt;
         for one_by_one in [false, true] {
             let mut command = std::process::Command::new("sh");

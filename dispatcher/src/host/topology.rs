@@ -171,8 +171,8 @@ fn only_node(device: &TopologyObject) -> Option<usize> {
     (nodes.weight() == Some(1)).then(|| nodes.first_set().map(usize::from)).flatten()
 }
 
-/// Finds the NUMA node of an interface. The PCI address comes first: the driver reports it, and it is
-/// the same in every network namespace.
+/// Finds the NUMA node of an interface. The PCI address comes first: the driver reports it, and it
+/// is the same in every network namespace.
 fn locality(topology: &Topology, interface: &Interface) -> NicLocality {
     let Interface { name, bus, .. } = interface;
     let at = |node, source| NicLocality { name: name.clone(), node, source };
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_packages_and_caches_are_told_apart() {
+    fn nodes_packages_and_caches_are_distinguished() {
         let cores = synthetic("pack:2 [numa] l3:2 core:2 pu:1", &[0, 1, 2, 3, 4, 5, 6, 7]);
         let places: Vec<_> = cores.iter().map(|core| (core.package, core.node, core.l3)).collect();
         assert_eq!(places[0], (0, 0, Some(0)));
@@ -230,13 +230,13 @@ mod tests {
     }
 
     #[test]
-    fn cpus_that_are_not_allowed_are_not_there() {
+    fn disallowed_cpus_are_left_out() {
         let cores = synthetic("numa:1 core:2 pu:2", &[1, 2, 3]);
         assert_eq!(cores.iter().map(|core| core.cpus.clone()).collect::<Vec<_>>(), [vec![1], vec![2, 3]]);
     }
 
     #[test]
-    fn this_machine_has_a_cpu_and_a_loopback_that_is_near_to_none() {
+    fn the_loopback_interface_is_on_no_node() {
         let lo = Interface::find("lo").unwrap();
         let machine = Machine::discover(Some(&lo)).unwrap();
         assert!(!machine.cpus().is_empty());

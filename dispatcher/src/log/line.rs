@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_one_line_whatever_names_hold() {
+    fn an_event_is_one_line_whatever_it_contains() {
         let line = logged(false);
         let (time, rest) = line.split_at(27);
         assert!(time.ends_with('Z'), "{line}");
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_own_colours_reach_a_terminal() {
+    fn only_added_colours_reach_a_terminal() {
         let line = logged(true);
         assert_eq!(line.matches('\u{1b}').count(), 4, "{line:?}");
         assert!(line.starts_with("\x1b[2m") && line.contains("\x1b[33m WARN\x1b[0m e"), "{line:?}");

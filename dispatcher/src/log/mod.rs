@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Logging neither blocks nor fails, whatever the state of the sink. Lines that do not fit into the
-//! queue, or that the sink does not accept, are counted as lost. Once the sink accepts lines again, a
-//! line reports how many were lost.
+//! queue, or that the sink does not accept, are counted as lost. Once the sink accepts lines again,
+//! a line reports how many were lost.
 
 mod line;
 mod sink;

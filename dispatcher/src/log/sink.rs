@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_half_line_does_not_swallow_the_next() {
+    fn a_torn_line_is_ended_before_the_next() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut sink = Sink { fd: writer.into(), path: None, torn: true };
         sink.write(b"whole\n").unwrap();

@@ -13,7 +13,8 @@ use crate::host::privileges::drop_all_capabilities;
 /// with packet memory.
 pub const CAPACITY: usize = 1 << 20;
 
-/// Bytes by which an entry of the queue is larger than its text: the entry itself and the allocation.
+/// Bytes by which an entry of the queue is larger than its text: the entry itself and the
+/// allocation.
 const OVERHEAD: usize = 64;
 
 /// The time after a failed write until the next attempt to report lost lines, unless a line comes
@@ -50,8 +51,8 @@ pub type Notice = fn(u64) -> Vec<u8>;
 
 impl Writer {
     /// Starts the thread. `name` names the sink in log lines. Once the sink accepts lines again,
-    /// the line made by `notice` reports to it how many were lost; without `notice`, the log reports
-    /// it.
+    /// the line made by `notice` reports to it how many were lost; without `notice`, the log
+    /// reports it.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -66,9 +67,9 @@ impl Writer {
         Ok(Writer { queue, shared })
     }
 
-    /// Queues whole lines, unless the queue would then hold more than `limit` bytes. Returns whether
-    /// the lines were queued. Lines that cannot be written later are counted as lost, by the writer
-    /// and by `owner`.
+    /// Queues whole lines, unless the queue would then hold more than `limit` bytes. Returns
+    /// whether the lines were queued. Lines that cannot be written later are counted as lost, by
+    /// the writer and by `owner`.
     pub fn offer(&self, bytes: Vec<u8>, count: u64, owner: Option<Arc<AtomicU64>>, limit: usize) -> bool {
         let size = bytes.len() + OVERHEAD;
         let reserved = self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_find_no_room_are_counted_and_told() {
+    fn lines_beyond_the_capacity_are_reported_lost() {
         let (writer, mut reader) = start();
         let line = |number: usize| format!("{number:0>1023}\n").into_bytes();
         let mut written = 0;
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_for_a_sink_that_takes_nothing_ends() {
+    fn flush_ends_at_its_deadline() {
         let (writer, _reader) = start();
         while writer.offer(vec![b'x'; 1024], 1, None, CAPACITY) {}
         writer.flush(Instant::now() + Duration::from_millis(10));

@@ -104,8 +104,8 @@ fn is_delegated(folder: &Path) -> bool {
     [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| has_attribute(&path, name, b'1'))
 }
 
-/// The name for the cgroup of a control socket: `xfan-run-xfan-eth1.sock` for `/run/xfan/eth1.sock`.
-/// Two paths never get the same name.
+/// The name for the cgroup of a control socket: `xfan-run-xfan-eth1.sock` for
+/// `/run/xfan/eth1.sock`. Two paths never get the same name.
 fn name_of(socket: &Path) -> String {
     let bytes = socket.as_os_str().as_bytes();
     let escaped = bytes.strip_prefix(b"/").unwrap_or(bytes).iter().map(|byte| match byte {
@@ -144,9 +144,9 @@ fn enable(folder: &Path, controller: &str) -> io::Result<()> {
 impl Cgroups {
     /// Creates the cgroup for the workers of the primary that listens on `socket`.
     ///
-    /// Only the root cgroup may contain processes while it enables controllers for its children. The
-    /// primary may therefore have to move into a child of its cgroup. If other processes share its
-    /// cgroup, the limits that need controllers are not available.
+    /// Only the root cgroup may contain processes while it enables controllers for its children.
+    /// The primary may therefore have to move into a child of its cgroup. If other processes share
+    /// its cgroup, the limits that need controllers are not available.
     ///
     /// # Errors
     /// A sentence that says why workers get no cgroups.
@@ -267,7 +267,8 @@ impl Cgroups {
         Ok(())
     }
 
-    /// The cgroup of a process that an earlier primary started, if it is one of this primary's cgroups.
+    /// The cgroup of a process that an earlier primary started, if it is one of this primary's
+    /// cgroups.
     pub fn of(&self, pid: u32) -> Option<Cgroup> {
         let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let name = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?).file_name()?;
@@ -365,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cgroup_is_found_by_where_its_hierarchy_is_mounted() {
+    fn a_cgroup_is_found_below_its_mount_point() {
         let line = |root: &str, point: &str, kind: &str| {
             format!("41 31 0:38 {root} {point} rw,relatime shared:9 - {kind} none rw")
         };
@@ -379,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn two_sockets_have_two_names() {
+    fn different_sockets_have_different_names() {
         assert_eq!(name_of(Path::new("/run/xfan/eth1.sock")), "xfan-run-xfan-eth1.sock");
         let names = ["/a-b/c", "/a/b/c", "/a\\x2db/c", "/ab/c"].map(|path| name_of(Path::new(path)));
         let distinct: std::collections::BTreeSet<_> = names.iter().collect();

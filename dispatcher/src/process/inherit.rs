@@ -2,8 +2,8 @@
 //! scheduling, resource limits, signal settings, keyring.
 //!
 //! exec(2) preserves them. [`shed`] therefore runs between fork and exec, and gives each attribute
-//! the value that a new login would have. The worker keeps the working directory, the namespaces and
-//! the core-dump limit of the primary.
+//! the value that a new login would have. The worker keeps the working directory, the namespaces
+//! and the core-dump limit of the primary.
 
 #![allow(unsafe_code, reason = "raw system calls between fork and exec")]
 
@@ -16,8 +16,8 @@ const LIMITS: usize = 16;
 /// The resource limits with which the primary was started.
 static AT_START: OnceLock<[libc::rlimit; LIMITS]> = OnceLock::new();
 
-/// `oom_score_adj` of the primary: the kernel prefers any other process unless the primary uses 90% of
-/// all memory. With -1000, the kernel would kill everything else before a primary that leaks.
+/// `oom_score_adj` of the primary: the kernel prefers any other process unless the primary uses 90%
+/// of all memory. With -1000, the kernel would kill everything else before a primary that leaks.
 const OOM_PRIMARY: i32 = -900;
 
 /// `oom_score_adj` of workers, as if each used another 30% of all memory: the kernel kills a worker
@@ -84,8 +84,8 @@ fn check_if_able(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-/// Gives the inherited attributes of the calling process the values of a new login. Call it while the
-/// process still has the primary's capabilities. Async-signal-safe.
+/// Gives the inherited attributes of the calling process the values of a new login. Call it while
+/// the process still has the primary's capabilities. Async-signal-safe.
 ///
 /// # Errors
 /// The errors of sched_setscheduler(2), setpriority(2), setrlimit(2) and rt_sigaction(2), among
@@ -142,8 +142,8 @@ fn default_signals() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, none, old, MASK_BYTES) })
 }
 
-/// Replaces the session keyring of the calling process, which comes from what started the primary, by
-/// a new, empty one. Call it as the user to whom the keyring is to belong. Async-signal-safe.
+/// Replaces the session keyring of the calling process, which comes from what started the primary,
+/// by a new, empty one. Call it as the user to whom the keyring is to belong. Async-signal-safe.
 ///
 /// # Errors
 /// The errors of keyctl_join_session_keyring(3), except ENOSYS.
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_of_the_start_but_for_real_time_and_memory() {
+    fn workers_get_the_limits_of_the_start() {
         note_limits();
         let (now, fresh) = (read_limits(), Fresh::new(Some(4096)));
         let get = |limits: &[libc::rlimit; LIMITS], resource: libc::__rlimit_resource_t| {

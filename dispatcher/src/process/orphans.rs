@@ -3,10 +3,10 @@
 //! The kernel reparents them to the primary (prctl(2), `PR_SET_CHILD_SUBREAPER`), which reaps those
 //! that have ended and kills the others.
 //!
-//! If workers have cgroups, the kernel kills all processes of a cgroup at once, and the primary only
-//! reaps them. Otherwise the primary kills one orphan after the other; the children of a killed
-//! orphan become orphans in turn. A process that starts others faster than the primary kills them
-//! can continue as long as it does so.
+//! If workers have cgroups, the kernel kills all processes of a cgroup at once, and the primary
+//! only reaps them. Otherwise the primary kills one orphan after the other; the children of a
+//! killed orphan become orphans in turn. A process that starts others faster than the primary kills
+//! them can continue as long as it does so.
 
 use std::collections::HashSet;
 
@@ -51,8 +51,8 @@ fn is_among(workers: &HashSet<u32>, pid: Pid) -> bool {
     u32::try_from(pid.as_raw()).is_ok_and(|pid| workers.contains(&pid))
 }
 
-/// Reaps the orphans that have ended, and returns the others. `workers` are the pids of the workers,
-/// which are not orphans.
+/// Reaps the orphans that have ended, and returns the others. `workers` are the pids of the
+/// workers, which are not orphans.
 pub fn reap(workers: &HashSet<u32>) -> Vec<Pid> {
     let mut orphans = children();
     orphans.retain(|&pid| {

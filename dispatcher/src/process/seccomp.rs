@@ -1,8 +1,8 @@
 //! Filters that refuse system calls: one for the primary and all workers, and a stricter one for
 //! workers with `worker_sandbox = true`.
 //!
-//! Workers inherit the primary's filter and run arbitrary programs. Both filters therefore list what
-//! they refuse, with EPERM; all other calls work. A filter is permanent and survives exec(2).
+//! Workers inherit the primary's filter and run arbitrary programs. Both filters therefore list
+//! what they refuse, with EPERM; all other calls work. A filter is permanent and survives exec(2).
 
 #![allow(unsafe_code, reason = "seccomp(2) takes a pointer to a program")]
 
@@ -133,7 +133,8 @@ impl Filter {
         let mut rules = Rules::new();
         REFUSED.iter().for_each(|&call| refuse(&mut rules, call, &[]));
         if cfg!(target_arch = "x86_64") {
-            // In x32, ptrace, kexec_load, process_vm_readv and process_vm_writev have these numbers.
+            // In x32, ptrace, kexec_load, process_vm_readv and process_vm_writev have these
+            // numbers.
             [521, 528, 539, 540].iter().for_each(|&call| refuse(&mut rules, call, &[]));
         }
         let of_clone = |&flag| {
@@ -144,11 +145,11 @@ impl Filter {
         refuse(&mut rules, libc::SYS_clone, &namespaces);
         let join = u64::from(libc::KEYCTL_JOIN_SESSION_KEYRING);
         refuse(&mut rules, libc::SYS_keyctl, &[when(0, SeccompCmpOp::Ne, join)?]);
-        // A process that joins the process group of another could make the kernel send SIGHUP to it:
-        // a group gets SIGHUP when it becomes orphaned while a member of it is stopped.
+        // A process that joins the process group of another could make the kernel send SIGHUP to
+        // it: a group gets SIGHUP when it becomes orphaned while a member of it is stopped.
         refuse(&mut rules, libc::SYS_setpgid, &[when(1, SeccompCmpOp::Ne, 0)?]);
-        // A filter cannot read the flags of clone3(2), which are in memory. With ENOSYS, C libraries
-        // fall back to clone(2).
+        // A filter cannot read the flags of clone3(2), which are in memory. With ENOSYS, C
+        // libraries fall back to clone(2).
         let mut unknown = Rules::new();
         refuse(&mut unknown, libc::SYS_clone3, &[]);
         Ok(Filter(vec![compile(rules, libc::EPERM)?, compile(unknown, libc::ENOSYS)?]))
@@ -185,8 +186,8 @@ impl Filter {
     }
 
     fn install_with(&self, flags: libc::c_ulong) -> io::Result<()> {
-        // Without this flag, kernels before 5.16 also disable CPU speculation for the process, which
-        // would slow lanes and workers down.
+        // Without this flag, kernels before 5.16 also disable CPU speculation for the process,
+        // which would slow lanes and workers down.
         let flags = flags | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         // The kernel requires it without CAP_SYS_ADMIN.
         nix::sys::prctl::set_no_new_privs()?;
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_on_the_list_is_refused_and_the_rest_works() {
+    fn listed_calls_are_refused_and_others_work() {
         under(vec![Filter::of_primary().unwrap()], || {
             for &call in REFUSED {
                 // No call accepts these arguments, so that a missing filter does no harm.
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sandbox_knows_unix_sockets_only() {
+    fn the_sandbox_allows_only_unix_sockets() {
         under(vec![Filter::of_sandbox().unwrap()], || {
             for &call in NOT_SANDBOXED {
                 // SAFETY: no pointer is valid; the calls fail.

@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_beyond_a_page_fails() {
+    fn a_write_beyond_the_buffer_fails() {
         let buffer = GuardedBuffer::new(100).unwrap();
         let page = page_size();
         let zero = std::fs::File::open("/dev/zero").unwrap();

@@ -235,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_driver_without_a_bus_has_an_empty_one() {
+    fn a_device_on_no_bus_has_an_empty_address() {
         let mut info = DriverInfo::default();
         info.bus[..3].copy_from_slice(b"N/A");
         assert_eq!(info.bus(), "");

@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_closure_runs_whatever_the_machine() {
+    fn the_closure_runs_on_every_machine() {
         for node in [0, 1, 4000] {
             assert_eq!(with_memory_bound_to(node, || 7), 7);
         }

@@ -10,7 +10,8 @@ use crate::host::placement::{Placement, Slot};
 /// Width of the output in columns.
 const COLUMNS: usize = 80;
 
-/// Describes the interface, the machine and the placement. `queues` are the queues that have a lane.
+/// Describes the interface, the machine and the placement. `queues` are the queues that have a
+/// lane.
 #[must_use]
 pub fn show(machine: &Machine, interface: &Interface, queues: &[u32], placement: &Placement) -> String {
     let mut lines = Vec::new();
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_says_who_runs_where_and_why() {
+    fn the_table_shows_cpus_and_reasons() {
         let machine = machine(2, 4, 1, Some(1));
         let placement = place(&machine, 2, 3, None).unwrap();
         assert_eq!(

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deaf_queue_is_told_within_two_readings() {
+    fn a_deaf_queue_is_reported_after_two_seconds() {
         let mut arrivals = Arrivals::new(IN_FLIGHT);
         let changes =
             observe(&mut arrivals, &[(0, 0, 0), (160, 10, 0), (160, 20, 0), (160, 30, 0), (160, 40, 0)]);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_under_way_is_not_lost() {
+    fn packets_in_flight_are_not_lost() {
         // The lane never finds its RX ring empty.
         let busy: Vec<_> = (0..100).map(|second| (second * 5000 + IN_FLIGHT, 7, second * 5000)).collect();
         // The lane gets no CPU time.
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_without_rest_is_told_by_what_cannot_be_under_way() {
+    fn a_busy_lane_loses_more_than_can_be_in_flight() {
         let mut arrivals = Arrivals::new(IN_FLIGHT);
         let readings: Vec<_> = (0..10).map(|second| (second * 5000, 7, second * 4000)).collect();
         // For two seconds, more than 1,000 packets were missing at every reading.
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_over_when_packets_come_and_none_is_lost() {
+    fn a_loss_ends_when_packets_arrive_again() {
         let mut arrivals = Arrivals::new(IN_FLIGHT);
         observe(&mut arrivals, &[(0, 0, 0), (160, 10, 0), (160, 20, 0), (160, 30, 0)]);
         // No packet arrives, which proves nothing.

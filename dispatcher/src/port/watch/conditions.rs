@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_interface_that_is_as_it_should_be_nothing_is_said() {
+    fn a_healthy_interface_has_no_conditions() {
         assert_eq!(said(|_, _| {}), []);
         assert_eq!(said(|seen, _| seen.link.mtu = 1770), []);
         assert_eq!(said(|seen, _| seen.rx_queues = None), []);
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_sees_nothing_is_told_unless_it_is_not_there() {
+    fn a_detached_program_is_not_also_unseen() {
         let (mut seen, expected) = well();
         let topics = |seen: &Seen| {
             conditions(seen, &expected, true).into_iter().map(|notice| notice.topic).collect::<Vec<_>>()
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_said_once_and_its_end_too() {
+    fn a_change_and_its_end_are_reported_once() {
         let (mut seen, expected) = well();
         let (mut reported, now) = (Reported::default(), Instant::now());
         assert_eq!(reported.changes(&conditions(&seen, &expected, false), now), []);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_all_the_time_is_said_seldom_and_at_last_as_it_is() {
+    fn reports_of_a_flapping_link_are_rate_limited() {
         let (mut seen, expected) = well();
         seen.link.carrier = false;
         let down = conditions(&seen, &expected, false);

@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_answers_or_has_nothing_to_say() {
+    fn the_loopback_driver_has_no_counters() {
         let driver = Driver::open().unwrap();
         assert_eq!(driver.rx_queues("lo").unwrap(), None);
         assert_eq!(driver.counters("lo").unwrap(), BTreeMap::new());

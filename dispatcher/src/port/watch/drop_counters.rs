@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_told_by_their_name() {
+    fn other_drop_counters_are_guessed_by_name() {
         for name in ["rx_missed_errors", "RxDiscard", "port.rx_nobuf", "rx_fifo_overflow", "rx-3.alloc_err"] {
             assert!(may_be_one(name), "{name}");
         }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stands_for_anything() {
+    fn a_star_matches_any_text() {
         for (pattern, name, expected) in [
             ("a*c", "ac", true),
             ("a*c", "abcbc", true),

@@ -18,8 +18,8 @@ const ATTRIBUTE_HEADER: usize = 4;
 const TYPE_MASK: u16 = 0x3fff;
 /// As in linux/if_link.h.
 const IFLA_XDP_ATTACHED: u16 = 2;
-/// The size of the buffer for an answer in bytes: far more than one link needs. The request excludes
-/// the data of virtual functions, which can be long.
+/// The size of the buffer for an answer in bytes: far more than one link needs. The request
+/// excludes the data of virtual functions, which can be long.
 const ANSWER: usize = 64 << 10;
 
 /// The RX counters of `struct rtnl_link_stats64`: name, and index among its u64 fields.
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_the_kernels() {
+    fn errors_of_the_kernel_are_returned() {
         let mut refused = message(2, 0, &[]);
         refused[16..20].copy_from_slice(&(-libc::EPERM).to_ne_bytes());
         assert_eq!(parse(&refused).unwrap_err().raw_os_error(), Some(libc::EPERM));

@@ -142,8 +142,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// The interface's name; `None` if the interface no longer exists. If the query fails for another
-    /// reason, returns `known`.
+    /// The interface's name; `None` if the interface no longer exists. If the query fails for
+    /// another reason, returns `known`.
     pub fn name(&mut self, known: &str) -> Option<String> {
         self.presence.name().unwrap_or_else(|error| {
             self.cannot_read("the name", known, &error);
@@ -169,8 +169,8 @@ impl Watch {
         }
     }
 
-    /// Reads the counters once more, at the end. Settings stay as last seen: they now change because
-    /// the primary itself detaches from the interface.
+    /// Reads the counters once more, at the end. Settings stay as last seen: they now change
+    /// because the primary itself detaches from the interface.
     pub fn count_now(&mut self, patience: Duration) {
         let seen = self.seen.clone();
         self.look_now(patience);
@@ -231,8 +231,8 @@ impl Watch {
         self.seen = seen;
     }
 
-    /// Reports each failing query once. Ignores ENODEV: [`name`](Self::name) detects that the interface
-    /// no longer exists.
+    /// Reports each failing query once. Ignores ENODEV: [`name`](Self::name) detects that the
+    /// interface no longer exists.
     fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
         if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
             tracing::warn!(
@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_that_is_reset_at_the_start_is_not_said_to_have_no_carrier() {
+    fn a_link_reset_at_start_is_not_reported() {
         let interface = Interface::find("lo").unwrap();
         assert!(!has_carrier(0x7fff_fff0));
         let expected = Expected { queues: vec![0], max_mtu: 1770 };

@@ -40,14 +40,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_index_has_a_name_or_is_gone() {
+    fn an_index_has_a_name_or_none() {
         let loopback = nix::net::if_::if_nametoindex("lo").unwrap();
         assert_eq!(Presence::of(loopback).unwrap().name().unwrap().as_deref(), Some("lo"));
         assert_eq!(Presence::of(0x7fff_fff0).unwrap().name().unwrap(), None);
     }
 
     #[test]
-    fn an_error_is_not_an_interface_that_is_gone() {
+    fn an_error_does_not_mean_that_it_is_gone() {
         let not_a_socket = std::fs::File::open("/dev/null").unwrap().into();
         let presence = Presence { socket: not_a_socket, index: 1 };
         assert_eq!(presence.name().unwrap_err().raw_os_error(), Some(libc::ENOTTY));

@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-/// The number of successive readings that must agree before the condition begins: a few seconds, since
-/// NICs update their counters late.
+/// The number of successive readings that must agree before the condition begins: a few seconds,
+/// since NICs update their counters late.
 const READINGS: usize = 4;
 /// The condition begins if the interface receives at least this many packets between each two
 /// readings and the program sees none. It ends when the program sees one.
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_lasts_is_told() {
+    fn only_a_lasting_condition_counts() {
         let mut unseen = Unseen::default();
         let mut observe = |received, seen| {
             unseen.observe(received, seen);

@@ -117,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_put_together_and_long_ones_cut() {
+    fn lines_are_assembled_and_long_ones_cut() {
         assert_eq!(lines_of(8, &[b"a\n\nb", b"c\nlast"]), ["a", "", "bc", "last"]);
         assert_eq!(lines_of(4, &[b"1234\n12345\n1234", b"5678", b"9\nx\n"]), ["1234", "1234…", "1234…", "x"]);
         assert_eq!(lines_of(4, &[b"12345678"]), ["1234…"]);
     }
 
     #[test]
-    fn a_bucket_gives_its_burst_and_then_its_rate() {
+    fn a_bucket_allows_a_burst_then_its_rate() {
         let start = Instant::now();
         let mut bucket = Bucket::new(start);
         let mut taken = |after: u64| {
@@ -136,7 +136,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn how_a_stream_is_cut_into_pieces_does_not_matter(
+        fn the_pieces_of_a_stream_do_not_matter(
             text in "[ab\n]{0,40}", at in 0usize..40, longest in 1usize..8
         ) {
             let bytes = text.as_bytes();

@@ -6,9 +6,9 @@
 //!  worker 1 ══ 2 pipes ══╝   (thread)   └─► files, each with a thread: one per member, or one for all
 //! ```
 //!
-//! Each worker has pipes of its own, so that it cannot disturb the output of another. The relay never
-//! waits for a file, reads a bounded amount from each pipe in turn, and uses at most a fifth of a
-//! CPU. Lines that do not fit into a queue are dropped and counted.
+//! Each worker has pipes of its own, so that it cannot disturb the output of another. The relay
+//! never waits for a file, reads a bounded amount from each pipe in turn, and uses at most a fifth
+//! of a CPU. Lines that do not fit into a queue are dropped and counted.
 
 mod journald;
 mod lines;
@@ -120,8 +120,8 @@ impl Drop for Tap {
 }
 
 impl Output {
-    /// Starts the relay. Opens the destinations of these members once, so that an unusable one fails
-    /// now.
+    /// Starts the relay. Opens the destinations of these members once, so that an unusable one
+    /// fails now.
     ///
     /// # Errors
     /// [`OutputError`]

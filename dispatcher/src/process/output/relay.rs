@@ -28,8 +28,8 @@ const LONGEST_LOGGED: usize = 4 << 10;
 /// program reads, so it is larger.
 const LONGEST_FILED: usize = 64 << 10;
 
-/// The pause after a turn, as a multiple of the turn's time: the relay uses at most a fifth of a CPU.
-/// Workers that write continuously wait for it.
+/// The pause after a turn, as a multiple of the turn's time: the relay uses at most a fifth of a
+/// CPU. Workers that write continuously wait for it.
 const PAUSES: u32 = 4;
 /// The shortest pause after a turn.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -127,7 +127,8 @@ impl Relay {
         }
     }
 
-    /// Waits for output or a command. Returns the positions of the readable pipes: worker and stream.
+    /// Waits for output or a command. Returns the positions of the readable pipes: worker and
+    /// stream.
     fn wait(&self) -> Vec<(usize, usize)> {
         let unreported = self.taps.iter().any(|tapped| tapped.unreported() > 0);
         let timeout = if unreported {
