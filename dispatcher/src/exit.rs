@@ -8,7 +8,7 @@ use xfan_xdp::{AttachError, LoadError};
 
 use crate::control::primary::PrimaryError;
 use crate::control::server::ControlError;
-use crate::host::folder::FolderError;
+use crate::host::directory::DirectoryError;
 use crate::host::interface::InterfaceError;
 use crate::log::LogError;
 use crate::port::PortError;
@@ -84,7 +84,7 @@ impl From<&RunError> for Exit {
             | RunError::Placement(_)
             | RunError::TooManyLanes { .. }
             | RunError::Control(
-                ControlError::NotASocket(_) | ControlError::Folder(FolderError::Shared { .. }),
+                ControlError::NotASocket(_) | ControlError::Directory(DirectoryError::Shared { .. }),
             )
             | RunError::Log(LogError::File { .. }) => Self::Usage,
             RunError::Privilege(_) => Self::Permission,

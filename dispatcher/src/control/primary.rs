@@ -32,6 +32,7 @@ use crate::control::rate_limit::RateLimit;
 use crate::control::server::Listener;
 use crate::group::life::{Change, State};
 use crate::group::restart::Starts;
+use crate::host::random::random_bytes;
 use crate::host::sys;
 use crate::lane::BucketTable;
 use crate::lane::Command;
@@ -494,6 +495,6 @@ fn reopen_on_hangup(outbox: Outbox) -> std::io::Result<()> {
 
 /// 128 random bits, in hexadecimal.
 fn random_token() -> std::io::Result<String> {
-    let bytes: [u8; 16] = sys::random_bytes()?;
+    let bytes: [u8; 16] = random_bytes()?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

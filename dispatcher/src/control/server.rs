@@ -23,7 +23,7 @@ use crate::control::access::{Access, peer_of};
 use crate::control::connection::{Connections, ControlCounters, Shared, count};
 use crate::control::inbox::Outbox;
 use crate::control::limits::{Limits, Room};
-use crate::host::folder::{Folder, FolderError, kind, set_mode};
+use crate::host::directory::{Directory, DirectoryError, kind, set_mode};
 use crate::host::privileges::{OF_SOCKET, drop_capabilities_but};
 use crate::host::sys;
 
@@ -38,7 +38,7 @@ pub enum ControlError {
     NotASocket(PathBuf),
     /// Its folder is not to be trusted, or not to be had.
     #[error("no control socket: {0}")]
-    Folder(#[from] FolderError),
+    Directory(#[from] DirectoryError),
     /// Anything else.
     #[error("cannot listen on {path}: {source}")]
     Io {
@@ -54,7 +54,7 @@ pub enum ControlError {
 pub struct Listener {
     fd: OwnedFd,
     path: PathBuf,
-    folder: Folder,
+    folder: Directory,
     name: OsString,
     inode: u64,
     access: Access,
@@ -75,7 +75,7 @@ impl Listener {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(fail(io::ErrorKind::InvalidInput.into()));
         };
-        let folder = Folder::open(parent)?;
+        let folder = Directory::open(parent)?;
         let address = UnixAddr::new(path).map_err(|errno| fail(errno.into()))?;
         if let Ok(found) = folder.look(name) {
             if kind(&found) != SFlag::S_IFSOCK {
@@ -109,7 +109,7 @@ impl Listener {
     }
 
     /// The folder of the socket, and its name there.
-    pub fn place(&self) -> (&Folder, &OsStr) {
+    pub fn place(&self) -> (&Directory, &OsStr) {
         (&self.folder, &self.name)
     }
 
@@ -162,7 +162,7 @@ impl Drop for Listener {
 
 /// Gives the file of a socket that this process has just bound its mode and owner, and no other
 /// file, should one be there by now.
-fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
+fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()> {
     let file = folder.open_file(name, OFlag::O_PATH, 0)?;
     let found = fstat(&file)?;
     if kind(&found) != SFlag::S_IFSOCK || found.st_uid != geteuid().as_raw() {
@@ -231,7 +231,7 @@ mod tests {
     fn a_link_in_place_of_the_socket_leads_nowhere() {
         let temporary = tempfile::tempdir().unwrap();
         let path = temporary.path().join("folder/x.sock");
-        let folder = Folder::open(path.parent().unwrap()).unwrap();
+        let folder = Directory::open(path.parent().unwrap()).unwrap();
         let mut access =
             Access::find(&ControlAccess::default(), &WorkerUser::find(Some("root")).unwrap()).unwrap();
         (access.mode, access.owner) = (0o666, 4711.into());

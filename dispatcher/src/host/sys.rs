@@ -317,28 +317,6 @@ pub fn has_attribute(file: &CStr, name: &CStr, value: u8) -> bool {
     length == 1 && found == value
 }
 
-/// Fills an array with random bytes from the kernel. Needs no descriptor.
-///
-/// # Errors
-/// The errors of getrandom(2).
-pub fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        let rest = &mut bytes[filled..];
-        // SAFETY: the kernel writes at most `rest.len()` bytes to `rest`.
-        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => filled += count,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    }
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

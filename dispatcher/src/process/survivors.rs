@@ -14,7 +14,7 @@ use nix::fcntl::OFlag;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::folder::Folder;
+use crate::host::directory::Directory;
 use crate::host::sys;
 use crate::process::spawn::{Process, WorkerCommand};
 
@@ -75,7 +75,7 @@ fn facts(pid: u32) -> Option<Facts> {
 /// The note beside a control socket.
 #[derive(Clone, Debug)]
 pub struct Note {
-    folder: Folder,
+    folder: Directory,
     name: OsString,
     /// What is written before it gets that name.
     new: OsString,
@@ -84,7 +84,7 @@ pub struct Note {
 impl Note {
     /// Of the primary whose socket has this name in its folder: `eth1.sock.workers` beside
     /// `eth1.sock`.
-    pub fn beside((folder, socket): (&Folder, &OsStr)) -> Self {
+    pub fn beside((folder, socket): (&Directory, &OsStr)) -> Self {
         let with = |more| {
             let mut name = socket.to_owned();
             name.push(more);
@@ -166,7 +166,7 @@ mod tests {
     /// A note, and where it lies.
     fn note() -> (tempfile::TempDir, Note, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
-        let note = Note::beside((&Folder::open(folder.path()).unwrap(), OsStr::new("eth1.sock")));
+        let note = Note::beside((&Directory::open(folder.path()).unwrap(), OsStr::new("eth1.sock")));
         let path = folder.path().join("eth1.sock.workers");
         (folder, note, path)
     }

@@ -16,7 +16,7 @@ use xfan::control::access::Access;
 use xfan::control::members::Member;
 use xfan::control::primary::{Care, Primary};
 use xfan::control::{client::ask_for_report, server::Listener};
-use xfan::host::sys::random_bytes;
+use xfan::host::random::random_bytes;
 use xfan::lane::HashKey;
 use xfan::lane::LaneConfig;
 use xfan::lane::handle::{LaneHandle, LaneParts};

@@ -1,7 +1,7 @@
 //! The directory of the control socket. Every file that the primary creates for itself lies in it.
 //!
 //! In a directory that other users can write to, they can replace any name: by a link to a file of
-//! root, or by a socket of their own. [`Folder::open`] therefore walks the path from `/`, one
+//! root, or by a socket of their own. [`Directory::open`] therefore walks the path from `/`, one
 //! descriptor for each component, and checks each. All files are opened relative to the last
 //! descriptor, so that the directory that is used is the one that was checked.
 
@@ -28,13 +28,13 @@ const MAX_LINKS: usize = 40;
 
 /// A directory that only root and the primary's user can change.
 #[derive(Clone, Debug)]
-pub struct Folder {
+pub struct Directory {
     fd: Arc<OwnedFd>,
 }
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum FolderError {
+pub enum DirectoryError {
     /// Other users can replace files in it.
     #[error(
         "directory {} (owner {owner}, mode {mode:04o}) can be changed by users other than root and \
@@ -61,7 +61,7 @@ pub enum FolderError {
     },
 }
 
-impl Folder {
+impl Directory {
     /// Opens a directory, and creates it if only the last component of its path is missing.
     ///
     /// The directory, and every directory and link on its path, must belong to root or to the user
@@ -71,15 +71,15 @@ impl Folder {
     /// before xfan does.
     ///
     /// # Errors
-    /// [`FolderError`]
-    pub fn open(path: &Path) -> Result<Self, FolderError> {
+    /// [`DirectoryError`]
+    pub fn open(path: &Path) -> Result<Self, DirectoryError> {
         let mut rest: VecDeque<OsString> = parts(path).collect();
         let (mut fd, mut at) = (root()?, PathBuf::from("/"));
         let mut links = 0;
         check(&fd, &at, rest.is_empty())?;
         while let Some(name) = rest.pop_front() {
             let here = at.join(&name);
-            let fail = |errno: Errno| FolderError::Io { path: here.clone(), source: errno.into() };
+            let fail = |errno: Errno| DirectoryError::Io { path: here.clone(), source: errno.into() };
             let look = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let next = match openat(&fd, name.as_os_str(), look, Mode::empty()) {
                 Err(Errno::ENOENT) if rest.is_empty() => make(&fd, &name),
@@ -108,7 +108,7 @@ impl Folder {
             (fd, at) = (next, here);
             check(&fd, &at, rest.is_empty())?;
         }
-        Ok(Folder { fd: Arc::new(fd) })
+        Ok(Directory { fd: Arc::new(fd) })
     }
 
     /// Opens a file in the directory. Does not follow a symbolic link. A file that is created gets
@@ -166,10 +166,10 @@ pub fn set_mode(fd: &OwnedFd, mode: u32) -> io::Result<()> {
     fs::set_permissions(format!("/proc/self/fd/{}", fd.as_raw_fd()), Permissions::from_mode(mode))
 }
 
-fn root() -> Result<OwnedFd, FolderError> {
+fn root() -> Result<OwnedFd, DirectoryError> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open("/", flags, Mode::empty())
-        .map_err(|errno| FolderError::Io { path: "/".into(), source: errno.into() })
+        .map_err(|errno| DirectoryError::Io { path: "/".into(), source: errno.into() })
 }
 
 /// The components of a path. `..` stays a component: after a link, it means the parent of the
@@ -198,8 +198,8 @@ fn make(parent: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
 
 /// Checks that a directory or link belongs to root or this user, and that nobody else can change
 /// it. `last`: it is the directory itself, not one on its path.
-fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
-    let found = fstat(fd).map_err(|errno| FolderError::Io { path: path.into(), source: errno.into() })?;
+fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), DirectoryError> {
+    let found = fstat(fd).map_err(|errno| DirectoryError::Io { path: path.into(), source: errno.into() })?;
     let ours = found.st_uid == 0 || found.st_uid == geteuid().as_raw();
     let link = kind(&found) == SFlag::S_IFLNK; // a link has no permissions
     let others_write = found.st_mode & 0o022 != 0 && !link;
@@ -209,7 +209,7 @@ fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
     }
     let owner = User::from_uid(found.st_uid.into()).ok().flatten();
     let owner = owner.map_or_else(|| found.st_uid.to_string(), |user| user.name);
-    Err(FolderError::Shared { path: path.into(), owner, mode: found.st_mode & 0o7777 })
+    Err(DirectoryError::Shared { path: path.into(), owner, mode: found.st_mode & 0o7777 })
 }
 
 #[cfg(test)]
@@ -230,7 +230,7 @@ mod tests {
         for (mode, usable) in [(0o755, true), (0o700, true), (0o775, false), (0o757, false), (0o1777, false)]
         {
             chmod(&folder, mode);
-            let opened = Folder::open(&folder);
+            let opened = Directory::open(&folder);
             assert_eq!(opened.is_ok(), usable, "{mode:o}");
             if let Err(error) = opened {
                 let text = error.to_string();
@@ -246,7 +246,7 @@ mod tests {
         chmod(&folder, 0o755);
         for (mode, usable) in [(0o777, false), (0o775, false), (0o1777, true), (0o711, true)] {
             chmod(&above, mode);
-            assert_eq!(Folder::open(&folder).is_ok(), usable, "{mode:o}");
+            assert_eq!(Directory::open(&folder).is_ok(), usable, "{mode:o}");
         }
     }
 
@@ -254,11 +254,11 @@ mod tests {
     fn only_the_last_path_component_is_created() {
         let temporary = tempfile::tempdir().unwrap();
         let new = temporary.path().join("new");
-        assert!(Folder::open(&new.join("newer")).is_err() && !new.exists());
-        Folder::open(&new).unwrap();
+        assert!(Directory::open(&new.join("newer")).is_err() && !new.exists());
+        Directory::open(&new).unwrap();
         assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o755);
         fs::write(new.join("file"), "").unwrap();
-        let error = Folder::open(&new.join("file")).unwrap_err().to_string();
+        let error = Directory::open(&new.join("file")).unwrap_err().to_string();
         assert!(error.ends_with("/new/file: Not a directory (os error 20)"), "{error}");
     }
 
@@ -271,13 +271,13 @@ mod tests {
         symlink(at("relative"), at("absolute")).unwrap();
         symlink("itself", at("itself")).unwrap();
         for link in ["relative", "absolute"] {
-            let folder = Folder::open(&at(link)).unwrap();
+            let folder = Directory::open(&at(link)).unwrap();
             let found = fstat(&*folder.fd).unwrap();
             assert_eq!(found.st_ino, fs::metadata(at("a/b")).unwrap().ino());
         }
-        assert!(Folder::open(&at("itself")).unwrap_err().to_string().contains("symbolic links"));
+        assert!(Directory::open(&at("itself")).unwrap_err().to_string().contains("symbolic links"));
         chmod(&at("a/b"), 0o777);
-        assert!(matches!(Folder::open(&at("absolute")), Err(FolderError::Shared { .. })));
+        assert!(matches!(Directory::open(&at("absolute")), Err(DirectoryError::Shared { .. })));
     }
 
     #[test]
@@ -289,17 +289,21 @@ mod tests {
         let (folder, link) = (temporary.path().join("folder"), temporary.path().join("link"));
         fs::create_dir(&folder).unwrap();
         symlink(&folder, &link).unwrap();
-        assert!(Folder::open(&link).is_ok());
+        assert!(Directory::open(&link).is_ok());
         std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
-        assert!(matches!(Folder::open(&link), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+        assert!(
+            matches!(Directory::open(&link), Err(DirectoryError::Shared { owner, .. }) if owner == "4711")
+        );
         std::os::unix::fs::chown(&folder, Some(4711), None).unwrap();
-        assert!(matches!(Folder::open(&folder), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+        assert!(
+            matches!(Directory::open(&folder), Err(DirectoryError::Shared { owner, .. }) if owner == "4711")
+        );
     }
 
     #[test]
     fn files_are_opened_without_links_and_get_their_mode() {
         let temporary = tempfile::tempdir().unwrap();
-        let folder = Folder::open(&temporary.path().join("folder")).unwrap();
+        let folder = Directory::open(&temporary.path().join("folder")).unwrap();
         let (target, name) = (temporary.path().join("target"), OsStr::new("name"));
         fs::write(&target, "as it was").unwrap();
         symlink(&target, temporary.path().join("folder/name")).unwrap();
