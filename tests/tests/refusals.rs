@@ -320,7 +320,7 @@ fn a_worker_command_that_may_not_be_executed() {
     let exit = launch.worker(path.to_str().unwrap(), "").unwrap().run().unwrap();
     let message = format!(
         "xfan: worker command `{}` cannot be executed by user nobody: Permission denied (os error 13); make it \
-         executable (chmod a+rx) and every directory above it enterable (chmod a+x), or choose another user with --user",
+         executable (chmod a+rx) and every directory above it accessible (chmod a+x), or choose another user with --user",
         path.display()
     );
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);

@@ -7,27 +7,33 @@ use std::io;
 
 use crate::host::sys::bits_of_status;
 
-/// The capabilities that a primary needs to start: name, number (capabilities(7)) and purpose.
-const NEEDED: [(&str, u8, &str); 10] = [
-    ("CAP_NET_ADMIN", 12, "attach the XDP program"),
-    ("CAP_NET_RAW", 13, "make AF_XDP sockets"),
-    ("CAP_BPF", 39, "load the XDP program"),
-    ("CAP_PERFMON", 38, "let the XDP program parse headers"),
-    ("CAP_SYS_ADMIN", 21, "share packet memory with workers"),
-    ("CAP_SETUID", 7, "run workers as an unprivileged user"),
-    ("CAP_SETGID", 6, "run workers as an unprivileged user"),
-    ("CAP_CHOWN", 0, "let workers use the control socket"),
-    ("CAP_KILL", 5, "stop workers of another user"),
-    ("CAP_SETPCAP", 8, "drop capabilities"),
-];
-
+// The numbers of capabilities: capabilities(7), linux/capability.h.
+const CAP_CHOWN: u8 = 0;
 const CAP_DAC_OVERRIDE: u8 = 1;
 const CAP_KILL: u8 = 5;
 const CAP_SETGID: u8 = 6;
 const CAP_SETUID: u8 = 7;
+const CAP_SETPCAP: u8 = 8;
 const CAP_NET_ADMIN: u8 = 12;
+const CAP_NET_RAW: u8 = 13;
+const CAP_SYS_ADMIN: u8 = 21;
 const CAP_SYS_NICE: u8 = 23;
+const CAP_PERFMON: u8 = 38;
 const CAP_BPF: u8 = 39;
+
+/// The capabilities that a primary needs to start: name, number and purpose.
+const NEEDED: [(&str, u8, &str); 10] = [
+    ("CAP_NET_ADMIN", CAP_NET_ADMIN, "attach the XDP program"),
+    ("CAP_NET_RAW", CAP_NET_RAW, "make AF_XDP sockets"),
+    ("CAP_BPF", CAP_BPF, "load the XDP program"),
+    ("CAP_PERFMON", CAP_PERFMON, "let the XDP program parse headers"),
+    ("CAP_SYS_ADMIN", CAP_SYS_ADMIN, "share packet memory with workers"),
+    ("CAP_SETUID", CAP_SETUID, "run workers as an unprivileged user"),
+    ("CAP_SETGID", CAP_SETGID, "run workers as an unprivileged user"),
+    ("CAP_CHOWN", CAP_CHOWN, "let workers use the control socket"),
+    ("CAP_KILL", CAP_KILL, "stop workers of another user"),
+    ("CAP_SETPCAP", CAP_SETPCAP, "drop capabilities"),
+];
 
 /// The capabilities that the control thread keeps while packets arrive. It detaches the XDP program
 /// and restores offloads, changes the map of sockets, starts workers again as another user and with

@@ -328,7 +328,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// The errors of open(2).
-    pub fn entrance(&self) -> io::Result<OwnedFd> {
+    pub fn procs(&self) -> io::Result<OwnedFd> {
         Ok(fs::OpenOptions::new().write(true).open(self.folder.join("cgroup.procs"))?.into())
     }
 

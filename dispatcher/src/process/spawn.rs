@@ -178,7 +178,7 @@ impl Process {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
         }
         let other = |source| SpawnError::Other { program: program.to_owned(), source };
-        let entrance = cgroup.as_ref().map(Cgroup::entrance).transpose().map_err(other)?;
+        let procs = cgroup.as_ref().map(Cgroup::procs).transpose().map_err(other)?;
         let (uid, gid, sandbox) = (user.uid.as_raw(), user.gid.as_raw(), command.sandbox.clone());
         // SAFETY: the closure makes only async-signal-safe calls.
         unsafe {
@@ -186,8 +186,8 @@ impl Process {
                 // First the steps that need the primary's capabilities. `shed` comes before the
                 // cgroup, since some cgroups refuse real-time processes.
                 inherit::shed(&fresh)?;
-                if let Some(entrance) = &entrance {
-                    sys::enter_cgroup(entrance.as_fd())?;
+                if let Some(procs) = &procs {
+                    sys::enter_cgroup(procs.as_fd())?;
                 }
                 privileges::empty_bounding_set()?;
                 sys::become_user(uid, gid)?;
