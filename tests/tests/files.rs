@@ -91,7 +91,7 @@ fn a_folder_that_others_may_write_to_is_refused() {
         let (stderr, path) = (exit.stderr.join("\n"), folder.display());
         assert_eq!(exit.code, Some(2), "{stderr}");
         let message = format!(
-            "xfan: no control socket: folder {path} (owner root, mode {mode:04o}) can be written to by"
+            "xfan: no control socket: directory {path} (owner root, mode {mode:04o}) can be changed by"
         );
         assert!(stderr.contains(&message), "{stderr}");
     }

@@ -122,7 +122,7 @@ fn layer_3_devices_are_refused_by_their_type() {
     for (command, kind) in devices {
         if made(&namespace, command) {
             let error = namespace.run(|| Interface::find("l3")).unwrap_err();
-            let begin = format!("`l3` is {kind}: its packets begin with no Ethernet header; ");
+            let begin = format!("`l3` is {kind}: its packets have no Ethernet header; ");
             assert!(error.to_string().starts_with(&begin), "{command}: {error}");
             assert_eq!(Exit::from(&error), Exit::Interface);
             namespace.ip("link del l3").unwrap();

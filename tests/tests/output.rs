@@ -289,7 +289,9 @@ fn a_worker_that_floods_is_counted_and_the_log_stays_readable() {
         lines.iter().filter_map(|line| line.strip_prefix("default/0 stdout: flood ")?.parse().ok()).collect();
     let told: u64 = text
         .lines()
-        .filter(|line| line.contains("lines of its output were dropped") && line.contains("default/0"))
+        .filter(|line| {
+            line.contains("lines of the worker's output were dropped") && line.contains("default/0")
+        })
         .map(|line| line.split_once("dropped=").unwrap().1.split(' ').next().unwrap().parse::<u64>().unwrap())
         .sum();
     assert!(numbers.len() >= 1000 && told > 10_000, "{} {told}", numbers.len());

@@ -67,10 +67,10 @@ fn without_root() {
         &exit,
         PERMISSION,
         "xfan: xfan run lacks CAP_NET_ADMIN (to attach the XDP program), CAP_NET_RAW (to make AF_XDP sockets), \
-         CAP_BPF (to load the XDP program), CAP_PERFMON (to have it walk packet headers), \
-         CAP_SYS_ADMIN (to hand the packet memory to workers), CAP_SETUID (to run workers as an unprivileged user), \
-         CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to give workers the control socket), \
-         CAP_KILL (to end workers of another user), CAP_SETPCAP (to give up capabilities): start it with sudo",
+         CAP_BPF (to load the XDP program), CAP_PERFMON (to let the XDP program parse headers), \
+         CAP_SYS_ADMIN (to share packet memory with workers), CAP_SETUID (to run workers as an unprivileged user), \
+         CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to let workers use the control socket), \
+         CAP_KILL (to stop workers of another user), CAP_SETPCAP (to drop capabilities): start it with sudo",
     );
 }
 
@@ -82,13 +82,13 @@ fn without_a_single_capability() {
         (12, "CAP_NET_ADMIN", "attach the XDP program"),
         (13, "CAP_NET_RAW", "make AF_XDP sockets"),
         (39, "CAP_BPF", "load the XDP program"),
-        (38, "CAP_PERFMON", "have it walk packet headers"),
-        (21, "CAP_SYS_ADMIN", "hand the packet memory to workers"),
+        (38, "CAP_PERFMON", "let the XDP program parse headers"),
+        (21, "CAP_SYS_ADMIN", "share packet memory with workers"),
         (7, "CAP_SETUID", "run workers as an unprivileged user"),
         (6, "CAP_SETGID", "run workers as an unprivileged user"),
-        (0, "CAP_CHOWN", "give workers the control socket"),
-        (5, "CAP_KILL", "end workers of another user"),
-        (8, "CAP_SETPCAP", "give up capabilities"),
+        (0, "CAP_CHOWN", "let workers use the control socket"),
+        (5, "CAP_KILL", "stop workers of another user"),
+        (8, "CAP_SETPCAP", "drop capabilities"),
     ] {
         let launch = launch(&namespace);
         let mut command = launch.command().unwrap();
@@ -110,7 +110,7 @@ fn an_interface_that_is_not_there() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     let exit = launch(&namespace).run().unwrap();
-    let message = "xfan: no interface `rx0` in this network namespace; there are: lo";
+    let message = "xfan: no interface `rx0` in this network namespace; existing interfaces: lo";
     assert_refused(&exit, INTERFACE, message);
 }
 
@@ -120,8 +120,8 @@ fn a_layer_3_interface() {
     let namespace = Netns::quiet().unwrap();
     namespace.ip("tuntap add dev rx0 mode tun").unwrap();
     namespace.ip("link set dev rx0 up").unwrap();
-    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets begin with no Ethernet header; \
-                   name the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
+    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets have no Ethernet header; \
+                   use the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
     assert_refused_without_trace(&namespace, &launch(&namespace).run().unwrap(), INTERFACE, message);
     let mut topology = namespace.command(binary("xfan").unwrap());
     topology.args(["topology", "-i", "rx0"]);
@@ -320,7 +320,7 @@ fn a_worker_command_that_may_not_be_executed() {
     let exit = launch.worker(path.to_str().unwrap(), "").unwrap().run().unwrap();
     let message = format!(
         "xfan: worker command `{}` cannot be executed by user nobody: Permission denied (os error 13); make it \
-         executable (chmod a+rx) and every directory above it enterable (chmod a+x), or choose another user with --user",
+         executable (chmod a+rx) and every directory above it accessible (chmod a+x), or choose another user with --user",
         path.display()
     );
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);

@@ -137,20 +137,20 @@ fn each_change_is_said_in_log_journal_and_report() {
             "mtu",
             "ip link set dev rx0 mtu 3000",
             "ip link set dev rx0 mtu 1500",
-            "the MTU of rx0 is 3000 bytes, and a frame holds packets of 1770: longer ones are dropped, and counted",
+            "the MTU of rx0 is 3000 bytes, and a frame holds packets of 1770: longer packets are dropped and counted",
         ),
         (
             "carrier",
             "ip link set dev tx0 down",
             "ip link set dev tx0 up",
-            "rx0 has no carrier: no packet comes in",
+            "rx0 has no carrier: it receives no packets",
         ),
-        ("link", "ip link set dev rx0 down", "ip link set dev rx0 up", "rx0 is down: no packet comes in"),
+        ("link", "ip link set dev rx0 down", "ip link set dev rx0 up", "rx0 is down: it receives no packets"),
         (
             "promiscuous",
             "ip link set dev rx0 promisc off",
             "ip link set dev rx0 promisc on",
-            "rx0 is not in promiscuous mode: it takes frames for this host alone",
+            "rx0 is not in promiscuous mode: it receives only frames for this host",
         ),
     ];
     let run = |command: &str| {

@@ -19,6 +19,9 @@ use crate::rule_table::rule_table;
 /// The most RX queues a program can be loaded for: the kernel numbers queues with 16 bits.
 pub const MAX_QUEUES: u32 = 65_535;
 
+/// The oldest Linux release that xfan supports and is tested on.
+pub const MINIMUM_KERNEL: &str = "5.10";
+
 /// Why the program could not be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
@@ -45,7 +48,10 @@ pub enum LoadError {
         source: libbpf_rs::Error,
     },
     /// The kernel refuses the program or a map, most likely for its age.
-    #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.10 or newer{}", Log(log))]
+    #[error(
+        "the kernel refuses the XDP program ({source:#}); xfan needs Linux {MINIMUM_KERNEL} or newer{}",
+        Log(log)
+    )]
     Refused {
         /// The kernel's answer.
         source: libbpf_rs::Error,
