@@ -8,7 +8,7 @@
 //!   the first, has ports 0; so has a packet too short for ports.
 //! - For ICMP and ICMPv6 the Community ID's numbers are the ports: a message's type and that of its answer. One that has
 //!   no answer has its type and code, and what the other side sends is another flow.
-//! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
+//! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 6 at most; behind
 //!   a fragment header that really fragments nothing is walked.
 //! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means
 //!   the latter; a payload length of 0 in IPv6 means none, but where a jumbo payload option gives
@@ -273,7 +273,7 @@ fn jumbo_payload(header: &[u8]) -> usize {
 
 impl Packet<'_> {
     fn walk_extension_headers(&mut self) {
-        for _ in 0..8 {
+        for _ in 0..6 {
             let (next, length) = match self.protocol() {
                 IpNumber::IPV6_HEADER_HOP_BY_HOP
                 | IpNumber::IPV6_ROUTE_HEADER
