@@ -1,4 +1,6 @@
-//! The header that is checked in is the one that cbindgen makes, and compilers take it and what the README does with it.
+//! The header that is checked in is the one that cbindgen makes, and compilers take it and the worker
+//! that docs/workers-c.md builds with it.
+//!
 //! `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header` writes it.
 
 use std::path::Path;
@@ -46,8 +48,9 @@ fn compilers_take_it() {
 }
 
 #[test]
-fn compilers_take_the_worker_in_the_readme() {
-    let (_, code) = include_str!("../../../README.md").split_once("\n```c\n").expect("it has one in C");
+fn compilers_take_the_documented_worker() {
+    let page = include_str!("../../../docs/workers-c.md");
+    let (_, code) = page.split_once("\n```c\n").expect("it has one in C");
     let (code, _) = code.split_once("\n```\n").expect("which ends");
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("{code}\n")).unwrap();
