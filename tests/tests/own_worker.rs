@@ -17,7 +17,8 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 /// The one code block of a language, in a page of docs/, that contains a text.
 fn block(page: &str, language: &str, containing: &str) -> String {
     let text = std::fs::read_to_string(format!("{ROOT}/docs/{page}")).unwrap();
-    let blocks = text.split(&format!("\n```{language}\n")).skip(1);
+    let begin = format!("\n```{language}\n");
+    let blocks = text.split(&begin).skip(1);
     let blocks = blocks.map(|rest| rest.split_once("\n```\n").expect("a block ends").0);
     let mut found = blocks.filter(|block| block.contains(containing));
     let block = found.next().unwrap_or_else(|| panic!("{page} has no {language} with {containing}"));
