@@ -107,6 +107,15 @@ fn every_source_file_that_a_page_names_is_there() {
 }
 
 #[test]
+fn the_minimum_kernel_is_that_of_the_code() {
+    let read = |path: &str| std::fs::read_to_string(Path::new(ROOT).join(path)).unwrap();
+    let code = read("xdp-prog/src/program.rs");
+    let (_, rest) = code.split_once("MINIMUM_KERNEL: &str = \"").unwrap();
+    let (kernel, _) = rest.split_once('"').unwrap();
+    assert!(read("docs/operate.md").contains(&format!("Linux {kernel} or newer")), "{kernel}");
+}
+
+#[test]
 fn lines_end_at_column_100() {
     for (page, text) in pages() {
         for (number, line) in prose(&text) {
