@@ -4,6 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use libbpf_cargo::SkeletonBuilder;
+use xfan_packet::{ethernet, ip};
 
 const SOURCE: &str = "src/bpf/xfan.bpf.c";
 
@@ -14,6 +15,14 @@ fn main() {
 
     // v3: 32-bit jumps and arithmetic, in every kernel that has AF_XDP with need_wakeup (5.4).
     let mut clang_args = vec!["-Wall".to_string(), "-Werror".into(), "-mcpu=v3".into()];
+    // The parser in user space must stop where the program stops, so its limits are the program's.
+    for (name, limit) in [
+        ("MAX_VLAN_TAGS", ethernet::MAX_VLAN_TAGS),
+        ("MAX_EXTENSION_HEADERS", ip::MAX_EXTENSION_HEADERS),
+        ("MAX_OPTIONS", ip::MAX_OPTIONS),
+    ] {
+        clang_args.push(format!("-D{name}={limit}"));
+    }
     // Debian keeps asm/types.h in a directory per architecture that clang leaves out for -target bpf.
     let multiarch = format!("/usr/include/{arch}-linux-gnu");
     if Path::new(&multiarch).is_dir() {

@@ -14,7 +14,7 @@
 //!   type of its counterpart. A message without counterpart has its type and code, and the other
 //!   direction is another flow.
 //! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are
-//!   walked, 8 at most. The walk ends at a fragment header unless it is an atomic one.
+//!   walked, 6 at most. The walk ends at a fragment header unless it is an atomic one.
 //! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means
 //!   the latter. A payload length of 0 in IPv6 means none, unless a jumbo payload option gives it.
 //! - Bytes are the frame's length.
@@ -277,7 +277,7 @@ fn jumbo_payload(header: &[u8]) -> usize {
 
 impl Packet<'_> {
     fn walk_extension_headers(&mut self) {
-        for _ in 0..8 {
+        for _ in 0..6 {
             let (next, length) = match self.protocol() {
                 IpNumber::IPV6_HEADER_HOP_BY_HOP
                 | IpNumber::IPV6_ROUTE_HEADER

@@ -1,5 +1,6 @@
-//! The header that is checked in is the one that cbindgen makes, and compilers take it and what the README does with it.
-//! `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header` writes it.
+//! The committed header is the one that cbindgen generates. C and C++ compilers accept it, and the
+//! worker in docs/workers-c.md. `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header`
+//! writes the header.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +14,7 @@ fn header() -> &'static Path {
 }
 
 #[test]
-fn is_what_cbindgen_makes() {
+fn the_header_is_up_to_date() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = Config::from_file(folder.join("cbindgen.toml")).unwrap();
     let builder = Builder::new().with_config(config).with_src(folder.join("src/lib.rs"));
@@ -39,15 +40,16 @@ fn compile(language: &str, standard: &str, source: &Path) {
 }
 
 #[test]
-fn compilers_take_it() {
+fn compilers_accept_the_header() {
     for (language, standard) in [("c", "c99"), ("c", "c17"), ("c++", "c++11")] {
         compile(language, standard, header());
     }
 }
 
 #[test]
-fn compilers_take_the_worker_in_the_readme() {
-    let (_, code) = include_str!("../../../README.md").split_once("\n```c\n").expect("it has one in C");
+fn compilers_accept_the_documented_worker() {
+    let page = include_str!("../../../docs/workers-c.md");
+    let (_, code) = page.split_once("\n```c\n").expect("it has one in C");
     let (code, _) = code.split_once("\n```\n").expect("which ends");
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("{code}\n")).unwrap();

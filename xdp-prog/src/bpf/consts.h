@@ -1,23 +1,17 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* Numbers of the wire, and the bounds of what the program looks at. */
+/*
+ * Numbers of the wire. The bounds of what the program looks at are those of the parser in user
+ * space (packet/src): build.rs defines MAX_VLAN_TAGS, MAX_EXTENSION_HEADERS and MAX_OPTIONS.
+ */
 #pragma once
 
-/* VLAN tags it looks behind: one, or a service tag and a customer tag (QinQ). */
-#define MAX_VLAN_TAGS 2
 /* The QinQ tag of before IEEE 802.1ad; linux/if_ether.h calls it deprecated. */
 #define ETHERTYPE_QINQ_OLD 0x9100
 
 #define IPV4_FRAGMENT_OFFSET 0x1fff
 #define IPV4_WORDS_MIN 5 /* header length in words of 4 bytes, without options */
 
-/* IPv6 extension headers it looks behind in search of the protocol; the verifier wants a bound. */
-#define MAX_EXTENSION_HEADERS 6
 #define IPV6_FRAGMENT_OFFSET 0xfff8
-/*
- * Hop-by-hop options it looks at in search of a jumbo payload's length (RFC 2675); as in the
- * parser of user space.
- */
-#define MAX_OPTIONS 8
 #define OPTION_PAD_1 0
 #define OPTION_JUMBO_PAYLOAD 0xc2
 
