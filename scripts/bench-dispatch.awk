@@ -1,19 +1,20 @@
-# Medians of `xfan-bench dispatch --json`, of lines that begin with the number of workers and the CPUs.
+# Prints medians of the output of `xfan-bench dispatch --json`. Each line begins with the number of
+# workers and the CPUs.
 
 function figure(name) {
     if (!match($0, "\"" name "\":[-0-9.e]+")) return 0
     return substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) + 0
 }
 
-# Sorts the figures of a variant, then returns the one at a place from 0 (least) to 1 (most).
-function at(variant, name, place,    n, i, j, value, sorted) {
+# Sorts the figures of a variant and returns the quantile `part`, from 0 (least) to 1 (most).
+function at(variant, name, part,    n, i, j, value, sorted) {
     n = rounds[variant]
     for (i = 0; i < n; i++) {
         value = figures[variant, name, i]
         for (j = i; j > 0 && sorted[j - 1] > value; j--) sorted[j] = sorted[j - 1]
         sorted[j] = value
     }
-    return sorted[int((n - 1) * place + 0.5)]
+    return sorted[int((n - 1) * part + 0.5)]
 }
 
 {

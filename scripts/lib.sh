@@ -1,4 +1,4 @@
-# What the scripts share. Sourced, not run: it finds the checkout, Rust, and who is to own what is built.
+# Functions for the scripts: they find the checkout, Rust, and the user who builds. Sourced.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,13 +14,14 @@ need_root() {
     [ "$(id -u)" = 0 ] || fail "needs root for network namespaces and XDP: run it with sudo"
 }
 
-# Builds belong to the owner of the checkout where that is who called sudo; else to who runs the script.
+# The user who builds: the owner of the checkout if that user called sudo, otherwise the current
+# user.
 builder=$(id -un)
 if [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$(stat -c %U "$root")" = "$SUDO_USER" ]; then
     builder=$SUDO_USER
 fi
 
-# sudo resets PATH and HOME: finds the builder's Rust all the same. Fails if there is none, or one that is too old.
+# Finds the builder's Rust, although sudo resets PATH and HOME. Fails if it is missing or too old.
 find_rust() {
     local home wanted found
     home=$(getent passwd "$builder" | cut -d: -f6)

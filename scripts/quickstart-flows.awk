@@ -1,4 +1,5 @@
-# Reads xfan-flow's records, one JSON object per line; prints what each worker got, and its first three flows.
+# Reads xfan-flow's records, one JSON object per line. Prints the totals of each worker and its
+# first three flows.
 
 function text(key) {
     if (!match($0, "\"" key "\":\"[^\"]*\"")) return ""

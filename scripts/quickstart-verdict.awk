@@ -1,5 +1,5 @@
-# Reads what xfan-replay sent, the totals that xfan run printed, and xfan-flow's records. Says whether every packet is
-# accounted for; ends with 1 if not.
+# Reads the report of xfan-replay, the totals that xfan run printed, and xfan-flow's records. Prints
+# whether every packet is accounted for, and exits with 1 if not.
 
 function number(key) {
     if (!match($0, "\"" key "\":[0-9]+")) return 0

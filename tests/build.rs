@@ -24,11 +24,12 @@ fn compile(program: &str, out: &Path) {
     let source = format!("src/bpf/{program}.bpf.c");
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
     let clang = env::var("CLANG").unwrap_or_else(|_| "clang".into());
-    // v3: 32-bit jumps and arithmetic, in every kernel that has live frames (5.18).
+    // v3 has 32-bit jumps and arithmetic; every kernel with live frames (5.18) supports it.
     let mut command = Command::new(&clang);
     command.args(["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror", "-c"]);
     command.arg("-I").arg(out.join("include"));
-    // Debian keeps asm/types.h in a directory per architecture that clang leaves out for -target bpf.
+    // Debian has asm/types.h in a directory per architecture, which clang does not search with
+    // -target bpf.
     let multiarch = format!("/usr/include/{arch}-linux-gnu");
     if Path::new(&multiarch).is_dir() {
         command.args(["-idirafter", &multiarch]);

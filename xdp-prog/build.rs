@@ -4,6 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use libbpf_cargo::SkeletonBuilder;
+use xfan_packet::{ethernet, ip};
 
 const SOURCE: &str = "src/bpf/xfan.bpf.c";
 
@@ -15,6 +16,14 @@ fn main() {
     // BPF CPU v3 has 32-bit jumps and arithmetic. Every kernel that has AF_XDP with need_wakeup
     // (Linux 5.4) runs it.
     let mut clang_args = vec!["-Wall".to_string(), "-Werror".into(), "-mcpu=v3".into()];
+    // The parser in user space must stop where the program stops, so both have the same limits.
+    for (name, limit) in [
+        ("MAX_VLAN_TAGS", ethernet::MAX_VLAN_TAGS),
+        ("MAX_EXTENSION_HEADERS", ip::MAX_EXTENSION_HEADERS),
+        ("MAX_OPTIONS", ip::MAX_OPTIONS),
+    ] {
+        clang_args.push(format!("-D{name}={limit}"));
+    }
     // Debian keeps asm/types.h in a directory for each architecture, which clang does not search
     // with -target bpf.
     let multiarch = format!("/usr/include/{arch}-linux-gnu");

@@ -1,4 +1,4 @@
-//! The exit codes of `xfan`: one per kind of trouble, so that a script can tell them apart.
+//! The exit codes of `xfan`, and the only map from errors to them.
 
 use std::fmt::Write as _;
 use std::io::ErrorKind::PermissionDenied;
@@ -8,7 +8,7 @@ use xfan_xdp::{AttachError, LoadError};
 
 use crate::control::primary::PrimaryError;
 use crate::control::server::ControlError;
-use crate::host::folder::FolderError;
+use crate::host::directory::DirectoryError;
 use crate::host::interface::InterfaceError;
 use crate::log::LogError;
 use crate::port::PortError;
@@ -17,24 +17,24 @@ use crate::port::socket::BindError;
 use crate::process::output::OutputError;
 use crate::start::RunError;
 
-/// Why `xfan` ended. The number is the exit code of the process and part of the interface.
+/// Why `xfan` ended. Scripts may rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// Ended as asked: by a signal after an orderly stop, or because the work was done.
+    /// The command succeeded, or a signal stopped the primary in an orderly way.
     Ok = 0,
-    /// Something failed while running.
+    /// An operation failed, or packets or frames were unaccounted for.
     Failure = 1,
-    /// The command line or the configuration is wrong. (clap uses the same code.)
+    /// The command line or the configuration is invalid. clap uses the same code.
     Usage = 2,
     /// Not root, or a capability is missing.
     Permission = 3,
-    /// The interface is unknown, unusable or gone, has no such queue, or its packets do not fit a
-    /// frame.
+    /// The interface does not exist, is unusable or was removed; it has no such queue; or its
+    /// packets do not fit into a frame.
     Interface = 4,
-    /// Somebody else is there: another primary, XDP program or socket on the queue.
+    /// Another primary, XDP program or AF_XDP socket already uses the interface or queue.
     Busy = 5,
-    /// The workers do not come up, speak another protocol version, or none is left.
+    /// Workers do not start, use another protocol version, or have all ended for good.
     Workers = 6,
 }
 
@@ -43,13 +43,13 @@ impl Exit {
     pub const ALL: [Self; 7] =
         [Self::Ok, Self::Failure, Self::Usage, Self::Permission, Self::Interface, Self::Busy, Self::Workers];
 
-    /// The exit code of the process.
+    /// The number that the process returns.
     #[must_use]
     pub const fn code(self) -> u8 {
         self as u8
     }
 
-    /// What the code says, in one line for the help text.
+    /// The meaning of the code, in one line for the help text.
     #[must_use]
     pub const fn meaning(self) -> &'static str {
         match self {
@@ -63,7 +63,7 @@ impl Exit {
         }
     }
 
-    /// The table of exit codes that ends the long help.
+    /// The table of exit codes at the end of the long help.
     #[must_use]
     pub fn help() -> String {
         let mut text = String::from("Exit codes:\n");
@@ -84,7 +84,7 @@ impl From<&RunError> for Exit {
             | RunError::Placement(_)
             | RunError::TooManyLanes { .. }
             | RunError::Control(
-                ControlError::NotASocket(_) | ControlError::Folder(FolderError::Shared { .. }),
+                ControlError::NotASocket(_) | ControlError::Directory(DirectoryError::Shared { .. }),
             )
             | RunError::Log(LogError::File { .. }) => Self::Usage,
             RunError::Privilege(_) => Self::Permission,
@@ -172,11 +172,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_lists_every_code_in_order() {
+    fn help_lists_every_code_in_order() {
         for (number, exit) in Exit::ALL.into_iter().enumerate() {
             assert_eq!(usize::from(exit.code()), number);
             assert!(Exit::help().contains(exit.meaning()));
         }
         assert!(Exit::help().lines().all(|line| line.len() <= 80));
+    }
+
+    #[test]
+    fn an_unusable_interface_has_its_own_code() {
+        let name = || "x0".to_owned();
+        let kind = libc::ARPHRD_NONE;
+        for error in [
+            InterfaceError::Unknown { name: name(), existing: Vec::new() },
+            InterfaceError::NotEthernet { name: name(), kind },
+        ] {
+            assert_eq!(Exit::from(&error), Exit::Interface, "{error}");
+        }
+        assert_eq!(Exit::from(&ModeError::GenericZeroCopy), Exit::Usage);
     }
 }

@@ -1,22 +1,26 @@
-//! The primary of xfan: it owns an interface's AF_XDP sockets and dispatches packets to worker
-//! processes.
+//! The primary of xfan: it owns the AF_XDP sockets of an interface and dispatches the packets to
+//! worker processes.
 //!
-//! The rooms, in the order in which a packet and its administration pass them. Each depends only on
-//! those above it, and on [`text`] and [`report`].
+//! The modules, in the order in which a packet passes them. Each module depends only on those above
+//! it, and on the last row.
 //!
-//! | room | what is in it |
+//! | module | contents |
 //! |---|---|
 //! | [`config`] | settings: file, flags, validation |
 //! | [`host`] | the machine: interface, topology, CPUs, capabilities, system calls |
-//! | [`memory`] | packet memory, and the ledger of who owns each frame |
-//! | [`port`] | an interface: XDP program, AF_XDP sockets and rings, and the watch over it |
-//! | [`lane`] | one RX queue's thread: receive, hash, push |
-//! | [`group`] | members, decided without I/O: lifecycle, restarts |
+//! | [`memory`] | packet memory, and the ledger of the owner of each frame |
+//! | [`port`] | an interface: XDP program, AF_XDP sockets and rings, monitoring |
+//! | [`lane`] | the thread of one RX queue: receive, hash, dispatch |
+//! | [`group`] | the lifecycle of members and their restarts, without I/O |
 //! | [`process`] | worker processes: start, confinement, output |
 //! | [`control`] | the control thread and its socket |
+//! | [`start`] | from a configuration to a running primary |
+//! | [`exit`], [`cli`] | exit codes and command line |
+//! | [`text`], [`print`](mod@print), [`report`], [`log`](mod@log) | output; `log` needs [`host`] |
 //!
-//! [`start`] puts them together; [`cli`] and [`exit`] are the command's face, [`log`](mod@log) and
-//! [`print`](mod@print) its voice.
+//! `unsafe` is denied. The files that need it allow it, and say why.
+
+#![deny(unsafe_code)]
 
 pub mod cli;
 pub mod config;

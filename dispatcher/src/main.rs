@@ -1,5 +1,7 @@
 //! The `xfan` command.
 
+#![forbid(unsafe_code)]
+
 use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;

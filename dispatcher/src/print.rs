@@ -1,5 +1,5 @@
-//! Results to standard output, messages to standard error: each in one write, and without panic
-//! whatever is behind it.
+//! Prints results to standard output and messages to standard error. Each text is one write, and a
+//! write error never panics.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,22 +10,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::text::{printable, printable_lines};
 
-/// How long the last words of a primary may take: what is behind its descriptors may be a full pipe
-/// or a stopped terminal.
+/// How long a primary that ends waits for its last output: a descriptor may be a full pipe or a
+/// stopped terminal.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Prints a text of several lines.
+/// Prints a text of several lines to standard output.
 ///
 /// # Errors
-/// Whatever write(2) says.
+/// The errors of write(2).
 pub fn print(text: &str) -> io::Result<()> {
     write(io::stdout().as_fd(), printable_lines(text).as_bytes())
 }
 
-/// As [`print`](fn@print), but gives up after [`PATIENCE`].
+/// Like [`print`](fn@print), but gives up after [`PATIENCE`].
 ///
 /// # Errors
-/// Whatever write(2) says; [`io::ErrorKind::TimedOut`].
+/// The errors of write(2), and [`io::ErrorKind::TimedOut`].
 pub fn print_in_time(text: &str) -> io::Result<()> {
     write_in_time(io::stdout().as_fd(), printable_lines(text).into_bytes())
 }
@@ -33,12 +33,12 @@ pub fn print_in_time(text: &str) -> io::Result<()> {
 /// Clears the terminal.
 ///
 /// # Errors
-/// Whatever write(2) says.
+/// The errors of write(2).
 pub fn clear() -> io::Result<()> {
     write(io::stdout().as_fd(), b"\x1b[H\x1b[2J")
 }
 
-/// Writes a message of one line to standard error, if that takes it within [`PATIENCE`].
+/// Prints a message of one line to standard error. Gives up after [`PATIENCE`]; ignores errors.
 pub fn say(message: &str) {
     let line = format!("xfan: {}\n", printable(message));
     let _ = write_in_time(io::stderr().as_fd(), line.into_bytes());
@@ -49,7 +49,7 @@ fn write_in_time(fd: BorrowedFd<'_>, bytes: Vec<u8>) -> io::Result<()> {
     let (done, wait) = mpsc::channel();
     std::thread::Builder::new().name("print".into()).spawn(move || done.send(write(fd.as_fd(), &bytes)))?;
     wait.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-        let reason = format!("nothing has taken it within {PATIENCE:?}");
+        let reason = format!("it was not read within {PATIENCE:?}");
         Err(io::Error::new(io::ErrorKind::TimedOut, reason))
     })
 }
@@ -58,11 +58,10 @@ fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     write_whole(&fd.try_clone_to_owned()?, bytes).map_err(|(_, error)| error)
 }
 
-/// Writes all bytes, in one write if the descriptor takes them so; waits where it does not block by
-/// itself.
+/// Writes all bytes, in one write if possible. Waits also if the descriptor is non-blocking.
 ///
 /// # Errors
-/// Whatever write(2) says, and the number of bytes that were written before.
+/// The errors of write(2), with the number of bytes written before the error.
 pub fn write_whole(fd: &OwnedFd, bytes: &[u8]) -> Result<(), (usize, io::Error)> {
     let mut written = 0;
     while written < bytes.len() {
@@ -70,7 +69,7 @@ pub fn write_whole(fd: &OwnedFd, bytes: &[u8]) -> Result<(), (usize, io::Error)>
             Ok(0) => return Err((written, io::ErrorKind::WriteZero.into())),
             Ok(count) => written += count,
             Err(nix::errno::Errno::EINTR) => {}
-            // Others may have set O_NONBLOCK on what they share with this process.
+            // Another process that shares the open file may have set O_NONBLOCK.
             Err(nix::errno::Errno::EAGAIN) => {
                 let mut poll = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
                 let _ = nix::poll::poll(&mut poll, PollTimeout::NONE);
@@ -87,7 +86,7 @@ mod tests {
     use std::fs::File;
 
     #[test]
-    fn a_descriptor_that_does_not_block_is_waited_for() {
+    fn a_non_blocking_descriptor_is_waited_for() {
         let (reader, writer) = io::pipe().unwrap();
         nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
         let bytes = vec![b'x'; 1 << 20];
@@ -97,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_takes_is_given_up() {
+    fn a_write_that_nobody_reads_times_out() {
         let (_reader, writer) = io::pipe().unwrap();
         let error = write_in_time(writer.as_fd(), vec![b'x'; 1 << 20]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

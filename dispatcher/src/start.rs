@@ -1,4 +1,4 @@
-//! `xfan run`: from a configuration to a running primary.
+//! `xfan run`: starts a primary from a configuration, and runs it to its end.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -11,11 +11,12 @@ use xfan_xdp::AttachError;
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
 use crate::control::access::Access;
 use crate::control::members::Member;
-use crate::control::primary::{Care, Outcome, Primary, PrimaryError, random_bytes};
+use crate::control::primary::{Care, Outcome, Primary, PrimaryError};
 use crate::control::server::{ControlError, Listener};
 use crate::host::interface::{Interface, InterfaceError};
 use crate::host::placement::{Placement, PlacementError, place};
 use crate::host::privileges::{PrivilegeError, check_privileges};
+use crate::host::random::random_bytes;
 use crate::host::sys::{self, block_signals};
 use crate::host::topology::{Machine, TopologyError, with_memory_bound_to};
 use crate::lane::handle::LaneHandle;
@@ -36,10 +37,10 @@ use crate::process::spawn::WorkerCommand;
 /// The name of the group of all workers.
 const GROUP: &str = "default";
 
-/// Why `xfan run` ended with an error.
+/// Why `xfan run` failed.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-#[allow(missing_docs)] // each is its source
+#[allow(missing_docs)] // the sources and messages say it
 pub enum RunError {
     Config(#[from] ConfigError),
     Privilege(#[from] PrivilegeError),
@@ -58,16 +59,16 @@ pub enum RunError {
     Filter(#[from] FilterError),
     Io(#[from] std::io::Error),
     #[error(
-        "`{interface}` would get {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: name the queues that get \
-         one with --queues, or lower their number (`ethtool -L {interface}`)"
+        "`{interface}` needs {lanes} lanes, one for each RX queue, but the limit is {MAX_LANES}: \
+         select fewer queues with --queues, or lower their number (`ethtool -L {interface}`)"
     )]
     TooManyLanes {
         interface: String,
         lanes: u32,
     },
     #[error(
-        "{needed} file descriptors are needed for {lanes} lanes and {workers} workers, but RLIMIT_NOFILE of this process is \
-         {limit} (ulimit -n, LimitNOFILE=): raise it, or have fewer queues or workers"
+        "{lanes} lanes and {workers} workers need {needed} file descriptors, but RLIMIT_NOFILE of \
+         this process is {limit} (ulimit -n, LimitNOFILE=): raise it, or use fewer queues or workers"
     )]
     Descriptors {
         needed: u64,
@@ -75,24 +76,25 @@ pub enum RunError {
         workers: usize,
         limit: u64,
     },
-    #[error("packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
+    #[error("the counts of packets or frames do not add up, which is a bug of xfan: {}", .0.join("; "))]
     Imbalance(Vec<String>),
     #[error("packets were lost that are in no counter: {}", .0.join("; "))]
     Unaccounted(Vec<String>),
 }
 
-/// Runs a primary until it is asked to end; returns its last report.
+/// Runs a primary until it is told to stop, and returns its last report.
 ///
-/// Attaching the XDP program is the first step that touches the NIC. Every step that can fail
-/// without it comes before: the sockets are bound, their FILL rings full, and the workers attached.
+/// Attaching the XDP program is the first step that affects traffic. Every step that can fail
+/// without it comes before: the sockets are bound, their FILL rings are full, and the workers are
+/// attached.
 ///
 /// # Errors
-/// [`RunError`]. Everything is taken down again in either case.
+/// [`RunError`]. All changes to the system are undone in either case.
 pub fn run(config: &Config) -> Result<Outcome, RunError> {
     let descriptors = sys::raise_descriptor_limit();
     let interface = Interface::find(&config.interface)?;
     let queues = interface.select(&config.queues)?;
-    // Libraries call a lack of descriptors by other names.
+    // Checked here, since libraries report a lack of descriptors as other errors.
     let needed = descriptors_needed(queues.len(), config.workers);
     if needed > descriptors {
         let (lanes, workers) = (queues.len(), config.workers);
@@ -151,35 +153,37 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     outcome
 }
 
-/// Descriptors that a primary needs to start: some 30 of its own, 4 for each lane, 6 for each worker
-/// (2 of them pipes for its output); and those it has for a moment while it starts a worker or answers an operator.
+/// The number of descriptors that a primary needs: some 30 of its own, 4 for each lane, 6 for each
+/// worker (2 of them pipes for its output), and some more while it starts a worker or answers an
+/// operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
     48 + 4 * lanes as u64 + 6 * workers as u64
 }
 
-/// Confines this process, and what it starts, as it needs no interface or configuration to know.
+/// Applies the restrictions that depend on neither the interface nor the configuration, to this
+/// process and everything it starts.
 fn confine() -> Result<(), RunError> {
     Filter::of_primary()?.install_for_all_threads().map_err(FilterError::from)?;
     orphans::adopt_orphans()?;
     if let Err(error) = inherit::protect_from_oom() {
         tracing::info!(
-            "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or set OOMScoreAdjust=-900 \
-             in its systemd unit"
+            "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or \
+             set OOMScoreAdjust=-900 in its systemd unit"
         );
     }
     if let Err(error) = inherit::dump_no_packets() {
-        tracing::info!("core dumps may hold packets: {error}");
+        tracing::info!("core dumps may contain packets: cannot exclude shared memory from them: {error}");
     }
     Ok(())
 }
 
-/// Whether a mode failed for something that the next mode does not need: zero-copy, larger frames,
-/// or enough frames for the NIC's own ring.
+/// Whether a mode failed because of something that the next mode does not need: zero-copy, larger
+/// frames, or enough frames for the ring of the NIC.
 fn next_may_do(error: &RunError) -> bool {
     matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
 }
 
-/// What a start needs in every mode.
+/// What a start needs in each mode.
 struct Start<'a> {
     config: &'a Config,
     interface: Interface,
@@ -190,7 +194,7 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    /// Runs a primary in the first mode that can be had.
+    /// Runs a primary in the first mode that works.
     fn run(
         &self,
         modes: Vec<Mode>,
@@ -210,7 +214,8 @@ impl Start<'_> {
             let primary = match self.primary(mode) {
                 Err(error) if !last && next_may_do(&error) => {
                     tracing::warn!(
-                        "no zero-copy: {error}. Trying copy mode, in which the kernel copies each packet"
+                        "zero-copy is not available: {error}. Trying copy mode, in which the kernel \
+                         copies each packet"
                     );
                     continue;
                 }
@@ -225,14 +230,14 @@ impl Start<'_> {
                 Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
                     if !last && !outcome.interrupted =>
                 {
-                    tracing::warn!("{error}. Zero-copy needs native XDP: starting again in copy mode");
+                    tracing::warn!("{error}. Zero-copy needs native XDP: xfan starts again in copy mode");
                 }
                 error => return Ok(Outcome { error, ..outcome }),
             }
         }
     }
 
-    /// Makes a primary in one mode. Its sockets are bound, and its lanes run and have posted
+    /// Creates a primary in one mode. Its sockets are bound, and its lanes run and have posted
     /// frames, but no packets arrive yet.
     fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
         let Start { config, interface, queues, machine, placement, key } = self;
@@ -271,8 +276,8 @@ impl Start<'_> {
             };
             lanes.push(LaneHandle::spawn(parts, source)?);
         }
-        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is not
-        // pinned, and does not spin.
+        // A worker that joins later gets a CPU of its own if one is left. Otherwise it is neither
+        // pinned nor does it spin.
         let all = place(machine, lanes.len(), budget.places, config.cores.as_deref())?;
         let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
         let workers_share = placement.workers.iter().any(|slot| slot.shared);
@@ -306,7 +311,7 @@ impl Start<'_> {
     }
 }
 
-/// The name of a place.
+/// The id of a member.
 fn member_id(number: usize) -> String {
     format!("{GROUP}/{number}")
 }
@@ -336,13 +341,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_mode_is_tried_where_frames_are_too_few_or_too_large_for_the_first() {
+    fn copy_mode_follows_if_frames_do_not_suffice() {
         let config = Config::from_toml_str("interface = 'eth1'\nframes = 12000", "f").unwrap();
         let plan = |frame_size, nic_ring, lanes| {
             let sizes = Sizes { frame_size, nic_ring };
             FrameBudget::plan(lanes, 2, &config, false, sizes).map_err(RunError::from)
         };
-        // The NIC's ring takes most of them, or they are twice as large: in copy mode all is well.
+        // Zero-copy needs most of the frames for the NIC's ring, or frames twice as large; copy
+        // mode needs neither.
         let of_ring = plan(4096, 16_384, 1).unwrap_err();
         let of_size = plan(4096, 4096, 100).unwrap_err();
         assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");

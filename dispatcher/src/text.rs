@@ -1,14 +1,14 @@
-//! Text from outside, made fit to be shown: names of interfaces and programs, counters, what peers
-//! and workers write.
+//! Makes text from outside safe to show: names of interfaces and programs, counter names, messages
+//! from peers, output of workers.
 //!
-//! Whoever chooses such a text shall neither steer the terminal it is shown on, nor begin a line of
-//! its own in a log or table, nor turn the text around it.
+//! Such text must not control the terminal, add a line to a log or table, or reverse the direction
+//! of the text around it. Characters that could do so are called control characters here.
 
 use std::fmt::Write as _;
 
-/// Whether a character steers a terminal or the direction of text, or ends a line: control
-/// characters (C0, DEL, C1), bidirectional formatting, line and paragraph separators.
-fn steers(character: char) -> bool {
+/// Whether a character can control a terminal or the direction of text, or ends a line: C0, DEL,
+/// C1, bidirectional formatting, line and paragraph separators.
+fn is_control(character: char) -> bool {
     character.is_control()
         || matches!(
             character,
@@ -16,28 +16,28 @@ fn steers(character: char) -> bool {
         )
 }
 
-/// A text as part of a line: without what steers.
+/// Removes control characters, line breaks included.
 pub fn printable(text: &str) -> String {
-    text.chars().filter(|&character| !steers(character)).collect()
+    text.chars().filter(|&character| !is_control(character)).collect()
 }
 
-/// The beginning of a stranger's text, as part of a line.
+/// The first 64 characters of a peer's text, without control characters.
 pub fn excerpt(text: &str) -> String {
-    text.chars().filter(|&character| !steers(character)).take(64).collect()
+    text.chars().filter(|&character| !is_control(character)).take(64).collect()
 }
 
-/// A text of several lines, without what steers.
+/// Removes control characters other than `\n`.
 pub fn printable_lines(text: &str) -> String {
-    text.chars().filter(|&character| character == '\n' || !steers(character)).collect()
+    text.chars().filter(|&character| character == '\n' || !is_control(character)).collect()
 }
 
-/// JSON in which what steers is escaped. It can only stand within strings, where JSON allows it,
-/// except below U+0020.
+/// Escapes the control characters of a JSON text, except `\n`. The text stays equivalent: JSON
+/// allows these characters only within strings, and there an escape means the same.
 pub fn escaped_json(json: &str) -> String {
     let mut escaped = String::with_capacity(json.len());
     for character in json.chars() {
-        if steers(character) && character != '\n' {
-            // None of them is beyond U+FFFF. Writing to a String cannot fail.
+        if is_control(character) && character != '\n' {
+            // All of them fit into four digits. Writing to a String cannot fail.
             let _ = write!(escaped, "\\u{:04x}", u32::from(character));
         } else {
             escaped.push(character);
@@ -46,8 +46,8 @@ pub fn escaped_json(json: &str) -> String {
     escaped
 }
 
-/// Bytes as part of a line: what steers, and what is not UTF-8, as escapes such as `\n`, `\x1b`,
-/// `\u{202e}`, `\xff`.
+/// Shows bytes as part of a line. Control characters and bytes that are not UTF-8 become escapes
+/// such as `\n`, `\x1b`, `\u{202e}` and `\xff`.
 pub fn escaped(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -55,10 +55,10 @@ pub fn escaped(bytes: &[u8]) -> String {
             match character {
                 '\t' | '\r' | '\n' => text.extend(character.escape_default()),
                 // Writing to a String cannot fail.
-                '\0'..='\x7f' if steers(character) => {
+                '\0'..='\x7f' if is_control(character) => {
                     let _ = write!(text, "\\x{:02x}", u32::from(character));
                 }
-                _ if steers(character) => text.extend(character.escape_unicode()),
+                _ if is_control(character) => text.extend(character.escape_unicode()),
                 _ => text.push(character),
             }
         }
@@ -73,20 +73,20 @@ pub fn escaped(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    const STEERING: &str =
+    const CONTROL: &str =
         "\u{1b}\u{7f}\u{9b}\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}\r\t\0";
 
     #[test]
-    fn what_steers_is_left_out() {
+    fn control_characters_are_removed() {
         assert_eq!(printable("a\n\u{1b}[31mb\u{9b}c"), "a[31mbc");
-        assert_eq!(printable(&format!("a{STEERING}\nö€")), "aö€");
-        assert_eq!(printable_lines(&format!("a{STEERING}\nb")), "a\nb");
+        assert_eq!(printable(&format!("a{CONTROL}\nö€")), "aö€");
+        assert_eq!(printable_lines(&format!("a{CONTROL}\nb")), "a\nb");
         assert_eq!(excerpt(&"x".repeat(10_000)).len(), 64);
     }
 
     #[test]
-    fn json_means_the_same_and_is_plain() {
-        let text = format!("\"\\{STEERING}ö");
+    fn escaped_json_is_equivalent() {
+        let text = format!("\"\\{CONTROL}ö");
         let json = escaped_json(&serde_json::to_string(&text).unwrap());
         assert_eq!(printable(&json), json);
         assert!(json.contains("\\u202e") && json.contains("\\u009b"), "{json}");
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_shown_by_escapes() {
+    fn bytes_are_shown_as_escapes() {
         let bytes = b"\x1b[2Jh\xc3\xb6 \xff\xc2\x9b\xe2\x80\xae\t\r\0\"\\";
         assert_eq!(escaped(bytes), r#"\x1b[2Jhö \xff\u{9b}\u{202e}\t\r\x00"\"#);
     }

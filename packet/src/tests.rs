@@ -1,7 +1,7 @@
 //! Tests of [`Packet::parse`] and [`is_cut`].
 
 use super::*;
-use crate::ip::HOP_BY_HOP;
+use crate::ip::{HOP_BY_HOP, MAX_EXTENSION_HEADERS};
 use proptest::prelude::*;
 
 fn frame(tags: &[u16], ethertype: u16, payload: &[u8]) -> Vec<u8> {
@@ -94,6 +94,19 @@ fn walks_extension_headers() {
     chain.extend([TCP, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     chain.extend(PORTS);
     assert_eq!(ports_of(&frame(&[], IPV6, &v6(0, &chain))), (TCP, 0x1234, 80, false));
+}
+
+#[test]
+fn walks_no_more_extension_headers_than_the_limit() {
+    let chain = |headers: usize| {
+        let destinations = [[60, 0, 0, 0, 0, 0, 0, 0], [UDP, 0, 0, 0, 0, 0, 0, 0]];
+        let mut chain = [destinations[0]].repeat(headers - 1).concat();
+        chain.extend(destinations[1]);
+        chain.extend(PORTS);
+        frame(&[], IPV6, &v6(60, &chain))
+    };
+    assert_eq!(ports_of(&chain(MAX_EXTENSION_HEADERS)), (UDP, 0x1234, 80, false));
+    assert_eq!(ports_of(&chain(MAX_EXTENSION_HEADERS + 1)), (60, 0, 0, false));
 }
 
 #[test]

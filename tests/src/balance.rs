@@ -1,8 +1,8 @@
-//! The sums that hold for every dispatcher at rest, whatever happened to it.
+//! The sums that hold for every dispatcher at rest, whatever happened before.
 
 use xfan::report::Report;
 
-/// Checks every sum of a report: of `sent` packets each is accounted for, by cause.
+/// Checks every sum of a report: each of the `sent` packets is accounted for by cause.
 ///
 /// # Panics
 /// A sum does not hold.

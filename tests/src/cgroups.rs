@@ -1,4 +1,4 @@
-//! Cgroups for primaries under test: hidden from all others, which therefore have none.
+//! Cgroups for primaries under test. All other primaries see no cgroup hierarchy.
 
 use std::cell::RefCell;
 use std::fs;
@@ -12,35 +12,35 @@ use xfan::report::Report;
 use crate::primary::{Launch, Primary};
 use crate::proc::check;
 
-/// Has a primary see a cgroup hierarchy: in its own mount namespace, in its folder.
+/// Makes a command see a cgroup hierarchy: in its own mount namespace, below `folder`.
 ///
 /// # Panics
-/// The folder cannot be made.
+/// The mount point cannot be made.
 pub fn with_cgroups(command: &mut Command, folder: &Path) {
     let point = folder.join("cgroup");
     fs::create_dir_all(&point).unwrap();
     let point = std::ffi::CString::new(point.to_str().unwrap()).unwrap();
     let mount = move || {
         let (kind, none) = (c"cgroup2".as_ptr(), std::ptr::null());
-        // SAFETY: the strings end in null bytes; this file system has no options.
+        // SAFETY: the strings end in a null byte; this file system has no options.
         check(unsafe { libc::mount(kind, point.as_ptr(), kind, 0, none) }.into())
     };
-    // SAFETY: one system call on a string that was made before.
+    // SAFETY: the closure makes one system call, on a string that exists before the fork.
     unsafe { command.pre_exec(mount) };
 }
 
-/// The cgroup hierarchy, mounted nowhere, so that other tests do not see it.
+/// The cgroup hierarchy. It has no mount point, so other tests do not see it.
 #[derive(Debug)]
 pub struct Hierarchy {
-    /// Through the descriptor of the mount.
+    /// The path of its root, through the descriptor of the mount.
     pub path: PathBuf,
     _mount: OwnedFd,
-    /// What primaries of this test have made.
+    /// The cgroups that primaries of this test have made.
     seen: RefCell<Vec<PathBuf>>,
 }
 
 impl Drop for Hierarchy {
-    /// A test that fails leaves nothing that forks for ever.
+    /// Kills what is left in them, so that no process outlives a failed test.
     fn drop(&mut self) {
         for folder in self.seen.take() {
             let _ = fs::write(folder.join("cgroup.kill"), "1");
@@ -49,21 +49,22 @@ impl Drop for Hierarchy {
 }
 
 impl Hierarchy {
-    /// The whole hierarchy.
+    /// Opens the whole hierarchy.
     ///
     /// # Panics
     /// The kernel has no cgroup v2, or the caller is not root.
     pub fn open() -> Self {
-        /// As in linux/mount.h.
+        /// The value in linux/mount.h.
         const FSCONFIG_CMD_CREATE: libc::c_int = 6;
         const CLOEXEC: libc::c_int = 1;
         let none = std::ptr::null::<libc::c_char>();
         let fd = |result: i64| {
             check(result).unwrap();
-            // SAFETY: the kernel has just made it, nobody else owns it.
+            // SAFETY: the kernel has just made the descriptor, and nothing else owns it.
             unsafe { OwnedFd::from_raw_fd(i32::try_from(result).unwrap()) }
         };
-        // SAFETY: the strings end in null bytes or are null, as fsconfig(2) has it for this command.
+        // SAFETY: the strings end in a null byte or are null, as fsconfig(2) requires for this
+        // command.
         let mount = unsafe {
             let system = fd(libc::syscall(libc::SYS_fsopen, c"cgroup2".as_ptr(), CLOEXEC));
             let raw = system.as_raw_fd();
@@ -77,23 +78,24 @@ impl Hierarchy {
         }
     }
 
-    /// Where a primary has its workers' cgroups, of which it knows the path where it sees them.
+    /// The folder of a primary's cgroups in this hierarchy; the report has the path as the primary
+    /// sees it.
     ///
     /// # Panics
-    /// It has none.
+    /// The primary has no cgroups.
     pub fn folder(&self, report: &Report, primary: &Primary) -> PathBuf {
-        let seen = PathBuf::from(report.confinement.cgroups.clone().expect("there are cgroups"));
+        let seen = PathBuf::from(report.confinement.cgroups.clone().expect("the primary has cgroups"));
         let folder = self.path.join(seen.strip_prefix(primary.folder().join("cgroup")).unwrap());
         self.seen.borrow_mut().push(folder.clone());
         folder
     }
 }
 
-/// Where systemd runs, it has to delegate a cgroup first.
+/// Whether systemd runs, which would first have to delegate a cgroup.
 pub fn systemd_runs() -> bool {
     let runs = Path::new("/run/systemd/system").exists();
     if runs {
-        eprintln!("not checked: systemd has not delegated the cgroup of this test");
+        eprintln!("skipped: systemd has not delegated the cgroup of this test");
     }
     runs
 }
@@ -101,16 +103,16 @@ pub fn systemd_runs() -> bool {
 /// Starts a primary that has cgroups for its workers.
 ///
 /// # Panics
-/// It does not start.
+/// The primary does not start.
 pub fn start_in_cgroups(launch: Launch<'_>) -> Primary {
     let folder = launch.folder().to_owned();
     launch.start_with(|command| with_cgroups(command, &folder)).unwrap()
 }
 
-/// The names of the folders in a folder.
+/// The names of the folders in a folder, sorted.
 ///
 /// # Panics
-/// One is not text.
+/// A name is not UTF-8.
 pub fn subfolders(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir());
     let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();

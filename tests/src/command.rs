@@ -3,10 +3,10 @@
 use std::io;
 use std::process::Command;
 
-/// A tool that did not do its work.
+/// Why a tool did not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// It could not be started.
+    /// The tool could not be started.
     #[error("`{command}` did not start: {source}; is the tool installed (Debian: iproute2, ethtool)?")]
     Start {
         /// The command line.
@@ -14,7 +14,7 @@ pub enum CommandError {
         /// Why.
         source: io::Error,
     },
-    /// It ended with an error.
+    /// The tool ended with an error.
     #[error("`{command}` failed ({status}): {output}")]
     Failed {
         /// The command line.
@@ -29,7 +29,7 @@ pub enum CommandError {
 /// Runs `command` to its end and returns its standard output.
 ///
 /// # Errors
-/// It could not be started, or its exit status is not 0.
+/// The command could not be started, or its exit status is not 0.
 pub fn run(command: &mut Command) -> Result<String, CommandError> {
     let line = || {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -45,7 +45,7 @@ pub fn run(command: &mut Command) -> Result<String, CommandError> {
     Err(CommandError::Failed { command: line, status: output.status, output: said.trim().into() })
 }
 
-/// `ip` with the words of `arguments`, in the namespace of the calling thread.
+/// Runs `ip` with the words of `arguments`, in the namespace of the calling thread.
 ///
 /// # Errors
 /// As [`run`].

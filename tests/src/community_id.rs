@@ -1,5 +1,5 @@
-//! Community ID version 1, written from its specification and apart from the workers', and the lists of them that come
-//! with reference captures.
+//! Community ID version 1, written from its specification and independently of the workers' code,
+//! and the lists of IDs that come with reference captures.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use sha1::{Digest as _, Sha1};
 
-/// Variable that names the folder with reference captures.
+/// The variable that names the folder with reference captures.
 pub const CAPTURES: &str = "XFAN_PCAPS";
 
-/// Computes the Community ID (seed 0) of what `source` sends to `destination`. `ports` are the two
-/// 16-bit numbers of TCP, UDP, SCTP, or the type and code of ICMP and ICMPv6; none where the packet
-/// has none. The specification knows no ports of other protocols, such as DCCP and UDP-Lite: theirs
-/// do not count.
+/// Computes the Community ID (seed 0) of a packet from `source` to `destination`. `ports` are the
+/// two 16-bit numbers of TCP, UDP and SCTP, or the type and code of ICMP and ICMPv6; none if the
+/// packet has none. The specification does not cover ports of other protocols, such as DCCP and
+/// UDP-Lite; they are ignored.
 pub fn community_id(protocol: u8, source: IpAddr, destination: IpAddr, ports: Option<(u16, u16)>) -> String {
     let one_way = ports.is_some_and(|(kind, _)| is_one_way(protocol, kind));
     let ports = ports.filter(|_| has_ports(protocol)).map(|ports| numbers(protocol, ports));
@@ -39,14 +39,16 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 1 | 6 | 17 | 58 | 132)
 }
 
-/// ICMP types that answer one another: echo, timestamp, information, router discovery, address mask.
+/// Pairs of ICMP types, request and reply: echo, timestamp, information, router discovery, address
+/// mask.
 const ICMP_PAIRS: [(u16, u16); 5] = [(8, 0), (13, 14), (15, 16), (10, 9), (17, 18)];
-/// Likewise ICMPv6: echo, router and neighbour discovery, multicast listeners, node information, home agents.
+/// Such pairs for ICMPv6: echo, router and neighbour discovery, multicast listeners, node
+/// information, home agents.
 const ICMPV6_PAIRS: [(u16, u16); 6] =
     [(128, 129), (133, 134), (135, 136), (130, 131), (139, 140), (144, 145)];
 
-/// What stands for the ports of a packet that begins with these two numbers (as in [`community_id`]): of an ICMP message
-/// that is or has an answer, its type and the other's.
+/// The numbers that take the place of ports for a packet with these first two numbers (as in
+/// [`community_id`]). For a paired ICMP message they are its type and the type of its counterpart.
 pub fn numbers(protocol: u8, (first, second): (u16, u16)) -> (u16, u16) {
     for &(request, answer) in pairs(protocol) {
         if first == request {
@@ -59,7 +61,7 @@ pub fn numbers(protocol: u8, (first, second): (u16, u16)) -> (u16, u16) {
     (first, second)
 }
 
-/// Whether a packet is an ICMP message, of this type, that neither is nor has an answer.
+/// Whether a packet is an ICMP message of a type that has no counterpart.
 pub fn is_one_way(protocol: u8, kind: u16) -> bool {
     let pairs = pairs(protocol);
     !pairs.is_empty() && pairs.iter().all(|&(request, answer)| kind != request && kind != answer)
@@ -80,27 +82,29 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// One flow as the reference knows it.
+/// A flow in a reference list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// Originator's address.
+    /// The originator's address.
     pub source: IpAddr,
-    /// Responder's address.
+    /// The responder's address.
     pub destination: IpAddr,
-    /// Originator's port or ICMP type, and responder's port, or the type of the ICMP answer, or the ICMP code.
+    /// The originator's port or ICMP type; the responder's port, the type of the ICMP reply, or the
+    /// ICMP code.
     pub ports: (u16, u16),
-    /// Protocol number.
+    /// The protocol number.
     pub protocol: u8,
-    /// Whether Zeek read the ports. It did not know SCTP when it made the lists, and took them for 0.
+    /// Whether Zeek read the ports. The version that made the lists took SCTP ports for 0.
     pub has_ports: bool,
-    /// The Community ID, `1:` and base64.
+    /// The Community ID: `1:` and base64.
     pub id: String,
 }
 
-/// Reads lines such as `[orig_h=10.0.0.1, orig_p=53/udp, resp_h=…, resp_p=…, proto=17, ctx=[]], 1:d/FP5EW3…=`.
+/// Reads lines such as `[orig_h=10.0.0.1, orig_p=53/udp, resp_h=…, resp_p=…, proto=17, ctx=[]],
+/// 1:d/FP5EW3…=`.
 ///
 /// # Errors
-/// The file is unreadable, or a line looks otherwise; the message names both.
+/// The file is unreadable, or a line has another form; the message names file and line.
 pub fn read_known(path: &Path) -> Result<Vec<Known>, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
@@ -128,21 +132,22 @@ fn parse_known(line: &str) -> Option<Known> {
     })
 }
 
-/// A reference: a capture, and the list of its flows.
+/// A reference: a capture and the list of its flows.
 #[derive(Clone, Debug)]
 pub struct Reference {
-    /// Its name, such as `icmp6`.
+    /// The name, such as `icmp6`.
     pub name: String,
-    /// The capture.
+    /// The path of the capture.
     pub capture: PathBuf,
-    /// What it holds.
+    /// The flows in the list.
     pub known: Vec<Known>,
 }
 
-/// All references in the folder that [`CAPTURES`] names; none, and a line that says so, if it names none.
+/// All references in the folder that [`CAPTURES`] names. If the variable is not set, prints that
+/// and returns none.
 ///
 /// # Errors
-/// The variable names a folder without references, or one of them is unreadable.
+/// The folder has no references, or one of them is unreadable.
 pub fn references() -> Result<Vec<Reference>, String> {
     let Some(folder) = std::env::var_os(CAPTURES).map(PathBuf::from) else {
         eprintln!("no comparison with reference captures: {CAPTURES} names no folder with them");
@@ -176,7 +181,7 @@ mod tests {
 
     // The values are the specification's own examples.
     #[test]
-    fn the_specification_s_examples() {
+    fn the_examples_of_the_specification() {
         let udp = "1:d/FP5EW3wiY1vCndhwleRRKHowQ=";
         assert_eq!(id(17, "192.168.1.52", "8.8.8.8", (54585, 53)), udp);
         assert_eq!(id(17, "8.8.8.8", "192.168.1.52", (53, 54585)), udp);
@@ -190,7 +195,7 @@ mod tests {
 
     #[test]
     fn ports_of_other_protocols_do_not_count() {
-        // By pycommunityid.
+        // The expected value comes from pycommunityid.
         let (one, other) = ("10.1.12.1", "10.1.12.2");
         for (protocol, expected) in
             [(33, "1:tS1VLPVIHyB/EWpKCtBrjkukjYQ="), (136, "1:QVfcEkJLz9ecWKR1tASYJ6wUldA=")]
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_s_line() {
+    fn a_line_of_a_list() {
         let line =
             "[orig_h=3ffe::2, orig_p=3/icmp, resp_h=3ffe::1, resp_p=1/icmp, proto=58, ctx=[]], 1:2ObV=";
         let known = parse_known(line).unwrap();

@@ -1,18 +1,21 @@
-//! Makes many frames in the kernel: an eBPF program, run on live frames, redirects them into an interface.
+//! Generates many frames in the kernel: an eBPF program, run on live frames, redirects them into an
+//! interface.
 //!
-//! Every frame is a UDP datagram with its running number in it. The flows come in turn, so how often each one comes is
-//! known beforehand:
+//! Every frame is a UDP datagram with a sequence number. The flows take turns, so the number of
+//! frames of each flow is known beforehand:
 //!
 //! ```text
 //! frame n: flow f = n mod flows; forwards if not both_directions or (n / flows) is even
-//!   Ethernet 14 │ IPv4 20: 10.0.0.0 + f → 198.18.0.1 │ UDP 8: f·0x9e37 mod 65536 → 8192 │ n, 8 bytes big-endian │ 0…
+//!   Ethernet 14 │ IPv4 20: 10.0.0.0 + f → 198.18.0.1 │ UDP 8: f·0x9e37 mod 65536 → 8192
+//!   │ n, 8 bytes big-endian │ 0…
 //! ```
 //!
-//! On a veth they arrive on the RX queue numbered like the sending CPU, modulo the receiver's queues, if it has NAPI (an XDP
-//! program or GRO) and its ring has room: it drops what comes faster than it can take. Accepted and refused frames are
-//! counted by the veth driver itself (`ethtool -S`: `tx_queue_N_xdp_xmit`), so the report is exact as long as nobody
-//! else redirects into the same queue, or, where the receiver has another number of queues than the sender, into the interface; a
-//! contradiction is an error.
+//! On a veth the frames arrive on the RX queue with the number of the sending CPU, modulo the
+//! receiver's queues. The receiver must have NAPI (an XDP program or GRO), and drops frames when
+//! its ring is full. The veth driver counts accepted and refused frames (`ethtool -S`:
+//! `tx_queue_N_xdp_xmit`). The report is therefore exact as long as nothing else redirects into the
+//! same queue, or, if the receiver's number of queues differs from the sender's, into the
+//! interface. A contradiction is an error.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -33,37 +36,38 @@ use crate::traffic;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/generate.bpf.o"));
 
-/// Where a frame's running number stands: 8 bytes, big-endian.
+/// The offset of a frame's sequence number: 8 bytes, big-endian.
 pub const SEQUENCE_AT: usize = 42;
-/// Shortest frame, in bytes without FCS.
+/// The shortest frame, in bytes without FCS.
 pub const MIN_FRAME_BYTES: u16 = 60;
-/// Longest frame, in bytes without FCS.
+/// The longest frame, in bytes without FCS.
 pub const MAX_FRAME_BYTES: u16 = 1514;
-/// Most flows: as many as 10.0.0.0/8 has addresses.
+/// The most flows: the number of addresses in 10.0.0.0/8.
 pub const MAX_FLOWS: u32 = 1 << 24;
-/// Slowest pace, in frames per second: until a frame is due, the kernel spins and does nothing else on that CPU.
+/// The slowest pace, in frames per second: the kernel spins until a frame is due and does nothing
+/// else on that CPU.
 pub const MIN_PACE: u64 = 1000;
-/// The first client's address; flow f is this address and f.
+/// The address of flow 0's client; flow f has this address plus f.
 pub const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 0);
 /// The server's address.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 /// The server's port.
 pub const SERVER_PORT: u16 = 8192;
 
-/// Frames in one go, at full speed: what NAPI takes at once.
+/// Frames per batch at full speed: the NAPI budget.
 const MAX_BATCH: u32 = 64;
-/// At a given pace, bursts per second at most.
+/// The most bursts per second at a given pace.
 const BURSTS_PER_SECOND: u64 = 10_000;
-/// Ends the test run early; it does nothing else.
+/// The signal that ends the test run early; its handler does nothing.
 const INTERRUPT: Signal = Signal::SIGUSR2;
 const INTERRUPT_EVERY: Duration = Duration::from_millis(5);
 
 /// When to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// After so many frames.
+    /// After this many frames.
     Frames(u32),
-    /// After so much time, or when told, or after 4,294,967,295 frames, whichever comes first.
+    /// After this time, when told, or after 4,294,967,295 frames, whichever is first.
     After(Duration),
 }
 
@@ -72,9 +76,9 @@ pub enum End {
 pub struct Load {
     /// The sending interface, in the namespace of the calling thread.
     pub interface: String,
-    /// Length of every frame, without FCS.
+    /// The length of every frame in bytes, without FCS.
     pub frame_bytes: u16,
-    /// Flows.
+    /// The number of flows.
     pub flows: u32,
     /// Whether every other round over the flows goes from the server to the clients.
     pub both_directions: bool,
@@ -82,12 +86,12 @@ pub struct Load {
     pub frames_per_second: Option<u64>,
     /// When to stop.
     pub end: End,
-    /// The sending CPU; it decides about the receiving queue.
+    /// The sending CPU, which determines the receiving queue.
     pub cpu: usize,
 }
 
 impl Load {
-    /// Frames of 64 bytes of 4,096 flows, as fast as possible, from CPU 0.
+    /// Frames of 64 bytes in 4,096 flows, as fast as possible, from CPU 0.
     pub fn onto(interface: &str, end: End) -> Self {
         Self {
             interface: interface.into(),
@@ -104,76 +108,78 @@ impl Load {
 /// What was sent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// Frames made; their numbers go from 0 to here.
+    /// Frames made; their sequence numbers are 0 up to this one.
     pub offered: u64,
-    /// Frames the receiver took.
+    /// Frames the receiver accepted.
     pub sent: u64,
-    /// Frames the receiver refused: it had no room, or no NAPI.
+    /// Frames the receiver refused: its ring was full, or it had no NAPI.
     pub refused: u64,
-    /// Length of the frames sent, together.
+    /// The sum of the lengths of the frames sent, in bytes.
     pub bytes: u64,
-    /// From the first frame made to (within 512 frames) the last.
+    /// Seconds from the first frame made to (within 512 frames) the last.
     pub seconds: f64,
-    /// Frames offered per second, over that time.
+    /// Frames offered per second over that time.
     pub offered_per_second: f64,
-    /// Times it fell a millisecond behind its pace, and did not catch up.
+    /// How many times it fell a millisecond behind its pace and gave up the backlog.
     pub late: u64,
-    /// The interface's TX queue that counted them. It has the receiving queue's number if the
-    /// receiver uses as many RX queues as the interface uses TX queues.
+    /// The TX queue of the interface that counted the frames. It equals the receiving queue's
+    /// number if the receiver uses as many RX queues as the interface uses TX queues.
     pub queue: u32,
 }
 
-/// Why nothing was sent, or not known what.
+/// Why nothing was sent, or the number of frames sent is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum GeneratorError {
-    /// A number is out of its range.
+    /// A number is out of range.
     #[error("{what} is {found}, but must be {least} to {most}")]
     Range {
-        /// What it counts, with its unit.
+        /// What the number is, with its unit.
         what: &'static str,
-        /// What was asked for.
+        /// The requested value.
         found: u64,
-        /// Smallest allowed.
+        /// The smallest value allowed.
         least: u64,
-        /// Largest allowed.
+        /// The largest value allowed.
         most: u64,
     },
-    /// The interface is not there.
+    /// The interface does not exist.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// The interface does not tell what it sent.
+    /// The interface's counters cannot be read.
     #[error("{0}; the counters of {1} are needed to tell what was sent")]
     Counters(CommandError, String),
     /// The interface has no such counters.
-    #[error("{0} has no counters tx_queue_N_xdp_xmit, so it is no veth; what was sent could not be told")]
+    #[error(
+        "{0} has no counters tx_queue_N_xdp_xmit, so it is no veth; the frames sent could not be counted"
+    )]
     NoVeth(String),
-    /// The CPU is not there or not allowed.
+    /// The CPU is offline or not allowed.
     #[error("the generator cannot run on CPU {0}: it is offline or not allowed (taskset -p $$)")]
     Cpu(usize),
-    /// The kernel does not take or run the program.
-    #[error("the generator cannot run in the kernel, it needs root and Linux 5.18: {0}")]
+    /// The kernel does not load or run the program.
+    #[error("the generator cannot run in the kernel (it needs root and Linux 5.18): {0}")]
     Kernel(String),
-    /// The receiver took nothing at all.
+    /// The receiver accepted no frame.
     #[error(
         "the peer of {0} took none of {1} frames: it takes redirected frames only while it is up, with an XDP program \
          attached or GRO on (ethtool -K PEER gro on), and an MTU that fits"
     )]
     NothingTaken(String, u64),
-    /// The counters moved more than we did.
+    /// The counters show more frames than were made.
     #[error(
         "{interface} counts {counted} frames for {offered} offered: somebody else redirects into it at the same time"
     )]
     NotAlone {
         /// The interface.
         interface: String,
-        /// Frames by its counters.
+        /// Frames according to its counters.
         counted: u64,
         /// Frames made.
         offered: u64,
     },
 }
 
-/// `struct generator_config` in generate.bpf.c.
+/// The layout of `struct generator_config` in generate.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Config {
@@ -188,7 +194,7 @@ struct Config {
     both_directions: u32,
 }
 
-/// `struct generator_state` in generate.bpf.c.
+/// The layout of `struct generator_state` in generate.bpf.c.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct State {
@@ -204,12 +210,13 @@ struct State {
 
 const _: () = assert!(size_of::<Config>() == 40 && size_of::<State>() == 56);
 
-// SAFETY: integers only, without padding between or behind them (asserted above: the sum of their sizes).
+// SAFETY: the type has only integers and no padding: the assertion above compares the sum of their
+// sizes.
 unsafe impl Pod for Config {}
 // SAFETY: as for `Config`.
 unsafe impl Pod for State {}
 
-/// A generator at work on a thread of its own. Dropping it stops it.
+/// A running generator with its own thread. Dropping it stops it.
 #[derive(Debug)]
 pub struct Generator {
     thread: Option<JoinHandle<Result<Report, GeneratorError>>>,
@@ -234,10 +241,11 @@ pub fn run(load: &Load) -> Result<Report, GeneratorError> {
 }
 
 impl Generator {
-    /// Starts to send `load`; with [`End::After`] until it is told to [`stop`](Self::stop) (only [`run`] minds the time).
+    /// Starts to send `load`. With [`End::After`] it runs until [`stop`](Self::stop); only [`run`]
+    /// observes the time.
     ///
     /// # Errors
-    /// A number is out of its range, or the interface is not there.
+    /// A number is out of range, or the interface does not exist.
     pub fn start(load: &Load) -> Result<Self, GeneratorError> {
         check(load)?;
         let link = Link::named(&load.interface)?;
@@ -250,12 +258,12 @@ impl Generator {
         Ok(Self { thread: Some(thread) })
     }
 
-    /// Whether it has ended by itself.
+    /// Whether the generator has ended by itself.
     pub fn is_done(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends it and says what was sent.
+    /// Stops the generator and reports what it sent.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -264,19 +272,21 @@ impl Generator {
         self.wait()
     }
 
-    /// Waits for its end and says what was sent.
+    /// Waits for the generator's end and reports what it sent.
     ///
     /// # Errors
-    /// The kernel did not run it, the peer took nothing, or what was sent cannot be told.
+    /// The kernel did not run the program, the peer accepted nothing, or the frames sent cannot be
+    /// counted.
     pub fn wait(mut self) -> Result<Report, GeneratorError> {
         let thread = self.thread.take().expect("only `wait` and `drop` take it, and both consume");
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Interrupts the test run until the thread has ended: a single signal may come before the run has begun.
+    /// Interrupts the test run until the thread ends: one signal may arrive before the run has
+    /// begun.
     fn interrupt(&mut self) {
         while let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
-            // SAFETY: the thread has not been joined, so its identity is valid; the signal has a handler.
+            // SAFETY: the thread has not been joined, so its id is valid; the signal has a handler.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT as libc::c_int) };
             std::thread::sleep(INTERRUPT_EVERY);
         }
@@ -289,12 +299,12 @@ impl Drop for Generator {
     }
 }
 
-/// Gives the signal a handler that does nothing, so that it interrupts system calls and no more.
+/// Installs a handler that does nothing, so that the signal only interrupts system calls.
 fn ignore_interrupts() {
     extern "C" fn nothing(_: libc::c_int) {}
     let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler does nothing, so it is safe in any context.
-    unsafe { sigaction(INTERRUPT, &action) }.expect("the signal may be handled");
+    unsafe { sigaction(INTERRUPT, &action) }.expect("SIGUSR2 accepts a handler");
 }
 
 fn check(load: &Load) -> Result<(), GeneratorError> {
@@ -315,7 +325,7 @@ fn check(load: &Load) -> Result<(), GeneratorError> {
 }
 
 fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
-    // Asked for first: core_affinity aborts the process for numbers beyond 1023.
+    // The affinity is checked first: core_affinity aborts the process for CPU numbers beyond 1023.
     let allowed = core_affinity::get_core_ids().unwrap_or_default();
     let core = allowed.into_iter().find(|core| core.id == load.cpu);
     if !core.is_some_and(core_affinity::set_for_current) {
@@ -351,7 +361,8 @@ fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
     program.load().map_err(|error| kernel(&error))?;
 
     let before = accepted(link)?;
-    // One call for all: each sets up and tears down a pool of pages, which takes 20 ms.
+    // A single call sends everything: each one sets up and tears down a page pool, which takes 20
+    // ms.
     let ran = program.test_run(TestRunOptions {
         data_in: Some(&frame),
         repeat: if let End::Frames(frames) = load.end { frames } else { u32::MAX },
@@ -364,7 +375,8 @@ fn generate(load: &Load, link: &Link) -> Result<Report, GeneratorError> {
             if error.io_error.kind() == std::io::ErrorKind::Interrupted => {}
         Err(error) => return Err(kernel(&error)),
     }
-    // The receiving queue, and so the one that counts, depends on how many the peer uses: mostly as many as the sender.
+    // The receiving queue, which is the one that counts, depends on how many queues the peer uses:
+    // usually as many as the sender.
     let accepted = accepted(link)?.into_iter();
     let moved = accepted.map(|(queue, frames)| (queue, frames - before.get(&queue).unwrap_or(&0)));
     let moved: BTreeMap<_, _> = moved.filter(|(_, frames)| *frames > 0).collect();
@@ -402,21 +414,22 @@ fn report(load: &Load, queue: u32, sent: u64, state: &State) -> Result<Report, G
     })
 }
 
-/// A frame with all that is the same in every one; the IPv4 checksum is 0.
+/// A frame with everything that is the same in all frames; the IPv4 checksum is 0.
 fn template(load: &Load) -> Vec<u8> {
     let udp_bytes = load.frame_bytes - 14 - 20;
     let mut frame = [traffic::SERVER_MAC, traffic::CLIENT_MAC].concat();
     frame.extend([0x08, 0x00]);
     let mut ip = traffic::ipv4_header(SERVER, udp_bytes);
     ip.header_checksum = 0;
-    ip.write_raw(&mut frame).expect("a Vec takes all");
+    ip.write_raw(&mut frame).expect("writing to a Vec cannot fail");
     frame.extend([0; 4]); // ports
     frame.extend(udp_bytes.to_be_bytes());
     frame.resize(load.frame_bytes.into(), 0); // without UDP checksum, as IPv4 allows
     frame
 }
 
-/// Frames that the peer has ever taken from redirects into the interface, by the queue that counts.
+/// Frames that the peer has accepted from redirects into the interface so far, by the queue that
+/// counts them.
 fn accepted(link: &Link) -> Result<BTreeMap<u32, u64>, GeneratorError> {
     let text = command::run(Command::new("ethtool").args(["-S", &link.name]))
         .map_err(|error| GeneratorError::Counters(error, link.name.clone()))?;
@@ -428,7 +441,7 @@ fn accepted(link: &Link) -> Result<BTreeMap<u32, u64>, GeneratorError> {
     if counters.is_empty() { Err(GeneratorError::NoVeth(link.name.clone())) } else { Ok(counters) }
 }
 
-/// The running number of a frame from a generator; `None` if it is not one.
+/// The sequence number of a generator's frame; `None` for any other frame.
 pub fn sequence_of(frame: &[u8]) -> Option<u64> {
     let udp = frame.get(12..14)? == [0x08, 0x00] && *frame.get(23)? == 17;
     let ours = [frame.get(26..30)?, frame.get(30..34)?].contains(&&SERVER.octets()[..]);

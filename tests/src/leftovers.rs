@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use crate::command::CommandError;
 use crate::netns::Netns;
 
-/// The processes that live in a namespace, as `PID NAME`. Nobody's: those of the dead that wait to be buried.
+/// The processes in a namespace as `PID NAME`, without zombies.
 pub fn processes_in(namespace: &Netns) -> Vec<String> {
     let Ok(wanted) = fs::metadata(format!("/run/netns/{}", namespace.name())) else { return Vec::new() };
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -14,12 +15,20 @@ pub fn processes_in(namespace: &Netns) -> Vec<String> {
         .filter(|pid| {
             fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|found| found.ino() == wanted.ino())
         })
-        // It may end between two looks; without a state it has.
+        // A process may end between the two reads; then it has no state.
         .filter_map(|pid| (state(pid)? != 'Z').then(|| name(pid)).flatten())
         .collect()
 }
 
-/// The state of a process as in `ps`: `R`, `S`, `T` (stopped), `Z` (dead, not buried). `None`: there is no such process.
+/// The processes that run a program.
+pub fn processes_of(program: &Path) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program)).collect()
+}
+
+/// The state of a process as in `ps`: `R`, `S`, `T` (stopped), `Z` (zombie); `None` if it does not
+/// exist.
 pub fn state(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
@@ -29,7 +38,7 @@ fn name(pid: u32) -> Option<String> {
     Some(format!("{pid} {}", fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim()))
 }
 
-/// The XDP program on an interface, as `ip` describes it; `None`: there is none.
+/// The XDP program on an interface, as `ip` describes it; `None` if there is none.
 ///
 /// # Errors
 /// `ip` is missing, or there is no such interface.

@@ -1,17 +1,23 @@
-//! The end-to-end harness: real namespaces, veth pairs, traffic and processes, each put away by its own `Drop`.
+//! The end-to-end harness: real namespaces, veth pairs, traffic and processes, each cleaned up by
+//! its `Drop`.
 //!
-//! In the order in which a test uses them:
+//! In the order in which a test uses the modules:
 //!
-//! - [`require`]: may this test run here, and if not, why; [`watchdog`]: no test hangs for ever.
-//! - [`netns`], [`veth`], [`link`]: a network of one's own. [`process`]: a program in it; [`primary`]: a dispatcher in it.
-//! - [`proc`], [`cgroups`]: what the kernel says of it and its workers, and the cgroups that it may have.
-//! - [`balance`]: do its numbers add up; [`leftovers`]: what is still there after its end.
-//! - [`tmpfs`]: a disk that is full.
-//! - [`capture`], [`traffic`]: packets from a file or made up. [`oracle`], [`community_id`]: what they should lead to,
-//!   read with etherparse, so that it shares no code with what is tested.
-//! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in the kernel.
-//! - [`stuck`]: a page that the kernel waits for. [`meddle`]: what other tools may do to a primary's kernel objects.
-//! - [`receiver`]: plain AF_XDP sockets that keep what arrives, queue by queue.
+//! - [`require`] checks whether a test can run here; [`watchdog`] ends a test that hangs.
+//! - [`netns`], [`veth`], [`link`]: a private network. [`process`]: a program in it; [`primary`]: a
+//!   dispatcher in it.
+//! - [`proc`], [`cgroups`]: the kernel's view of the dispatcher and its workers, and cgroups for
+//!   them.
+//! - [`balance`] checks the sums of a report; [`leftovers`] finds what is left after the end.
+//! - [`tmpfs`]: a disk that can be full.
+//! - [`capture`], [`traffic`]: packets from a file or synthetic. [`oracle`], [`community_id`]:
+//!   where the packets should go, read with etherparse, so that no code is shared with the code
+//!   under test.
+//! - [`replay`] sends packets, each exactly once, over [`tx`] sockets; [`generator`] makes many in
+//!   the kernel.
+//! - [`stuck`]: a page that blocks its reader in the kernel. [`meddle`] changes a primary's kernel
+//!   objects as other tools could.
+//! - [`receiver`]: plain AF_XDP sockets that keep what arrives, by queue.
 
 pub mod balance;
 pub mod capture;

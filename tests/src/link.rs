@@ -1,4 +1,4 @@
-//! What the kernel says about one network interface.
+//! What the kernel reports about a network interface.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,61 +8,61 @@ use serde::Deserialize;
 
 use crate::command::{CommandError, ip};
 
-/// An interface, as it was when it was asked for.
+/// An interface at the time of the query.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Link {
-    /// Its name, in its namespace.
+    /// The name in its namespace.
     #[serde(rename = "ifname")]
     pub name: String,
-    /// Its index, in its namespace.
+    /// The index in its namespace.
     #[serde(rename = "ifindex")]
     pub index: u32,
-    /// Its MTU, in bytes after the Ethernet header.
+    /// The MTU, in bytes after the Ethernet header.
     pub mtu: u32,
-    /// Its type, as `ip` names it.
+    /// The type, as `ip` names it.
     link_type: String,
-    /// Its MAC address.
+    /// The MAC address.
     #[serde(rename = "address", default, deserialize_with = "mac_address")]
     pub mac: [u8; 6],
-    /// Receive queues in use.
+    /// The number of receive queues in use.
     #[serde(rename = "num_rx_queues")]
     pub rx_queues: u32,
-    /// Transmit queues in use.
+    /// The number of transmit queues in use.
     #[serde(rename = "num_tx_queues")]
     pub tx_queues: u32,
 }
 
-/// Why an interface could not be asked for.
+/// Why an interface could not be queried.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// There is none of this name, or `ip` is not there.
-    #[error("interface {name} is not to be found in this network namespace: {source}")]
+    /// There is no interface of this name, or `ip` is missing.
+    #[error("cannot find interface {name} in this network namespace: {source}")]
     Unknown {
-        /// The interface asked for.
+        /// The interface of the query.
         name: String,
-        /// What `ip` said.
+        /// The error of `ip`.
         source: CommandError,
     },
-    /// `ip` says something else than it used to.
+    /// The output of `ip` has an unexpected form.
     #[error("`ip -json -details link show dev {name}` printed what this program cannot read: {reason}")]
     Unreadable {
-        /// The interface asked for.
+        /// The interface of the query.
         name: String,
-        /// What is wrong with it.
+        /// What is wrong with the output.
         reason: String,
     },
-    /// Its frames are no Ethernet frames.
+    /// The interface is not of type Ethernet.
     #[error("interface {name} is of type `{link_type}`, not Ethernet")]
     NotEthernet {
-        /// The interface asked for.
+        /// The interface of the query.
         name: String,
-        /// Its type, as `ip` names it.
+        /// The type, as `ip` names it.
         link_type: String,
     },
-    /// The driver does not tell its channels.
+    /// The driver does not report its channels.
     #[error("the queues that {name} uses cannot be read: {source}")]
     Channels {
-        /// The interface asked for.
+        /// The interface of the query.
         name: String,
         /// Why.
         source: io::Error,
@@ -70,10 +70,10 @@ pub enum LinkError {
 }
 
 impl Link {
-    /// The interface `name` in the namespace of the calling thread.
+    /// Queries the interface `name` in the namespace of the calling thread.
     ///
     /// # Errors
-    /// There is no such interface, or `ip` (iproute2) is missing or unreadable.
+    /// There is no such interface, or `ip` (iproute2) is missing or its output unreadable.
     pub fn named(name: &str) -> Result<Self, LinkError> {
         let text = ip(&format!("-json -details link show dev {name}"))
             .map_err(|source| LinkError::Unknown { name: name.into(), source })?;
@@ -84,7 +84,7 @@ impl Link {
         if !["ether", "loopback"].contains(&&*link.link_type) {
             return Err(LinkError::NotEthernet { name: name.into(), link_type: link.link_type });
         }
-        // `ip` shows the queues allocated. What is sent through one that is not in use is lost.
+        // `ip` shows the allocated queues. Frames sent through a queue that is not in use are lost.
         let in_use = channels(name).map_err(|source| LinkError::Channels { name: name.into(), source })?;
         if let Some((rx_queues, tx_queues)) = in_use {
             (link.rx_queues, link.tx_queues) = (rx_queues, tx_queues);
@@ -92,13 +92,14 @@ impl Link {
         Ok(link)
     }
 
-    /// Longest Ethernet frame it carries, in bytes: MTU, Ethernet header and one VLAN tag.
+    /// The longest Ethernet frame the interface carries, in bytes: MTU, Ethernet header and one
+    /// VLAN tag.
     pub fn max_frame_bytes(&self) -> usize {
         self.mtu as usize + 14 + 4
     }
 }
 
-/// `struct ethtool_channels` of linux/ethtool.h.
+/// The layout of `struct ethtool_channels` in linux/ethtool.h.
 #[repr(C)]
 #[derive(Default)]
 struct Channels {
@@ -112,7 +113,7 @@ struct Channels {
 
 const _: () = assert!(size_of::<Channels>() == 36);
 
-/// The RX and TX queues in use; `None` where the driver knows no channels: it uses all that are allocated.
+/// The RX and TX queues in use; `None` if the driver has no channels and uses all allocated queues.
 fn channels(name: &str) -> io::Result<Option<(u32, u32)>> {
     const ETHTOOL_GCHANNELS: u32 = 0x3c;
     let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
@@ -122,12 +123,13 @@ fn channels(name: &str) -> io::Result<Option<(u32, u32)>> {
     if name.len() >= request.ifr_name.len() {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *place = byte as libc::c_char;
+    for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *target = byte as libc::c_char;
     }
     request.ifr_ifru.ifru_data = (&raw mut channels).cast();
-    // SAFETY: SIOCETHTOOL reads the name of a `struct ifreq` and follows its `ifru_data`; for ETHTOOL_GCHANNELS that is a
-    // `struct ethtool_channels`, which `Channels` is. Both live through the call.
+    // SAFETY: SIOCETHTOOL reads the name in a `struct ifreq` and follows its `ifru_data`. For
+    // ETHTOOL_GCHANNELS that is a `struct ethtool_channels`, whose layout `Channels` has. Both
+    // outlive the call.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) } < 0 {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::EOPNOTSUPP) { Ok(None) } else { Err(error) };

@@ -15,18 +15,18 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 /// `link` and whose `fdinfo` contains `info`.
 ///
 /// # Panics
-/// If the process is gone, or the caller is not root.
+/// The process is gone, or the caller is not root.
 fn copies(pid: Pid, link: &str, info: &str) -> Vec<OwnedFd> {
-    // SAFETY: no pointers.
+    // SAFETY: the call takes no pointers.
     let pidfd = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) });
     let mut found = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd")).expect("the process runs").flatten() {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).expect("the process exists").flatten() {
         let number: libc::c_int = entry.file_name().to_string_lossy().parse().expect("a number");
         let is_kind =
             fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with(link));
         let says = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
         if is_kind && says.contains(info) {
-            // SAFETY: no pointers.
+            // SAFETY: the call takes no pointers.
             found.push(owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) }));
         }
     }
@@ -50,7 +50,7 @@ fn bpf<T>(command: libc::c_int, mut attributes: T) {
 /// Detaches a primary's XDP program, as `bpftool link detach` does.
 ///
 /// # Panics
-/// If the primary has no program attached.
+/// The primary has no program attached.
 pub fn detach_program(primary: Pid) {
     let links = copies(primary, "anon_inode:bpf_link", "");
     assert_eq!(links.len(), 1);
@@ -60,11 +60,11 @@ pub fn detach_program(primary: Pid) {
 /// Copies a primary's AF_XDP sockets.
 ///
 /// # Panics
-/// If the primary is gone, or the caller is not root.
+/// The primary is gone, or the caller is not root.
 pub fn sockets(primary: Pid) -> Vec<OwnedFd> {
     let domain = |socket: &OwnedFd| {
         let mut domain: libc::c_int = 0;
-        let mut length = libc::socklen_t::try_from(size_of_val(&domain)).expect("it is short");
+        let mut length = libc::socklen_t::try_from(size_of_val(&domain)).expect("a socket length fits");
         // SAFETY: the kernel writes at most `length` bytes to `domain`.
         unsafe {
             libc::getsockopt(
@@ -85,7 +85,7 @@ pub fn sockets(primary: Pid) -> Vec<OwnedFd> {
 /// Makes a primary's XDP program redirect the packets of `queue` to this socket.
 ///
 /// # Panics
-/// If the primary has no XSKMAP, or the kernel refuses.
+/// The primary has no XSKMAP, or the kernel refuses.
 pub fn redirect_to(primary: Pid, queue: u32, socket: &impl AsRawFd) {
     #[repr(C)]
     struct Update {

@@ -1,4 +1,4 @@
-//! A network namespace of one's own, removed when dropped.
+//! A private network namespace, removed when dropped.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,7 +14,7 @@ use crate::command::{self, CommandError, ip};
 const PREFIX: &str = "xfan-t-";
 const DIRECTORY: &str = "/run/netns";
 
-/// The names of all namespaces this process has made and not yet removed.
+/// The names of all namespaces that this process has made and not yet removed.
 static ALIVE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// A network namespace, named `xfan-t-PID-NUMBER`.
@@ -27,13 +27,13 @@ pub struct Netns {
 /// Why there is no namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
-    /// A tool did not make it, or did not set it up.
-    #[error("no network namespace: {0}; root is needed")]
+    /// A tool did not make the namespace, or did not set it up.
+    #[error("cannot make a network namespace: {0}; this needs root")]
     Command(#[from] CommandError),
-    /// It was made and could not be opened.
+    /// The namespace was made and could not be opened.
     #[error("network namespace {name} cannot be opened: {source}")]
     Open {
-        /// Its name.
+        /// The namespace's name.
         name: String,
         /// Why.
         source: io::Error,
@@ -41,7 +41,7 @@ pub enum NetnsError {
 }
 
 impl Netns {
-    /// A new namespace with nothing but a loopback interface, which is up.
+    /// Makes a namespace with only a loopback interface, which is up.
     ///
     /// # Errors
     /// `ip` is missing, or the caller is not root.
@@ -64,8 +64,9 @@ impl Netns {
         Ok(namespace)
     }
 
-    /// A new namespace in which the kernel sends nothing by itself: IPv6, with its router solicitations and
-    /// multicast reports, is off on every interface, so that packets can be counted exactly.
+    /// Makes a namespace in which the kernel sends nothing by itself, so that packets can be
+    /// counted exactly: IPv6, with its router solicitations and multicast reports, is off on every
+    /// interface.
     ///
     /// # Errors
     /// As [`Netns::new`].
@@ -78,13 +79,13 @@ impl Netns {
         Ok(namespace)
     }
 
-    /// Its name, as `ip netns` shows it.
+    /// The name, as `ip netns` shows it.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `work` on a thread of its own inside the namespace, and hands on its result or its panic. Sockets and
-    /// eBPF links that it opens stay in the namespace wherever they are used later.
+    /// Runs `work` on a new thread inside the namespace and passes on its result or its panic.
+    /// Sockets and eBPF links that it opens stay in the namespace wherever they are used later.
     ///
     /// # Panics
     /// The namespace cannot be entered: the caller is not root.
@@ -102,18 +103,18 @@ impl Netns {
         })
     }
 
-    /// A command that will run inside the namespace, with the `/sys` that belongs to it, like `ip netns exec`.
-    /// The namespace must live until the command is spawned.
+    /// A command that runs inside the namespace, with the `/sys` that belongs to it, like `ip netns
+    /// exec`. The namespace must live until the command is spawned.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let namespace = self.file.as_raw_fd();
-        // SAFETY: between fork and exec `enter` makes plain system calls on constants and on a descriptor that is a
-        // copy of ours; it takes no lock and allocates nothing.
+        // SAFETY: between fork and exec `enter` makes plain system calls on constants and on a
+        // copied descriptor; it takes no lock and allocates nothing.
         unsafe { command.pre_exec(move || enter(namespace)) };
         command
     }
 
-    /// `ip` with the words of `arguments`, inside the namespace.
+    /// Runs `ip` with the words of `arguments` inside the namespace.
     ///
     /// # Errors
     /// As [`command::run`].
@@ -121,7 +122,7 @@ impl Netns {
         command::run(self.command("ip").args(arguments.split_whitespace()))
     }
 
-    /// `ethtool` with the words of `arguments`, inside the namespace.
+    /// Runs `ethtool` with the words of `arguments` inside the namespace.
     ///
     /// # Errors
     /// As [`command::run`].
@@ -136,7 +137,8 @@ impl Drop for Netns {
     }
 }
 
-/// Removes every namespace this process has made: for the end of a process that runs no destructors.
+/// Removes every namespace that this process has made. For the end of a process that runs no
+/// destructors.
 pub fn remove_all() {
     let names: Vec<String> = alive().iter().cloned().collect();
     names.iter().for_each(|name| remove(name));
@@ -150,35 +152,35 @@ fn remove(name: &str) {
     if alive().remove(name)
         && let Err(error) = ip(&format!("netns del {name}"))
     {
-        eprintln!("network namespace {name} stays behind: {error}");
+        eprintln!("cannot remove network namespace {name}: {error}");
     }
 }
 
-/// Removes what processes left behind that were killed before they could clean up.
+/// Removes the namespaces of processes that were killed before they could clean up.
 fn remove_orphans() {
     let Ok(entries) = std::fs::read_dir(DIRECTORY) else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if pid.is_some_and(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()) {
-            // Another test may be removing it at the same time: either way it is gone.
+            // Another test may be removing it at the same time, which is fine.
             let _ = ip(&format!("netns del {name}"));
         }
     }
 }
 
-/// Moves the calling thread into a network namespace, and into a mount namespace of its own whose `/sys` shows that
-/// network namespace's interfaces.
+/// Moves the calling thread into a network namespace, and into a new mount namespace whose `/sys`
+/// shows the network namespace's interfaces.
 fn enter(namespace: RawFd) -> io::Result<()> {
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     let none = std::ptr::null::<libc::c_char>();
     let (sys, sysfs) = (c"/sys".as_ptr(), c"sysfs".as_ptr());
-    // SAFETY: every pointer is null where mount(2) allows it, or a constant string that ends in a null byte; the calls
-    // touch no memory of ours.
+    // SAFETY: every pointer is null where mount(2) allows it, or a constant string that ends in a
+    // null byte; the calls do not touch this process's memory.
     unsafe {
         check(libc::setns(namespace, libc::CLONE_NEWNET))?;
         check(libc::unshare(libc::CLONE_NEWNS))?;
         check(libc::mount(none, c"/".as_ptr(), none, libc::MS_SLAVE | libc::MS_REC, none.cast()))?;
-        libc::umount2(sys, libc::MNT_DETACH); // fails where /sys is not mounted, which is as good
+        libc::umount2(sys, libc::MNT_DETACH); // may fail: /sys is not mounted
         check(libc::mount(sysfs, sys, sysfs, 0, none.cast()))
     }
 }

@@ -1,18 +1,22 @@
-//! What a capture should lead to, read with etherparse: an opinion that shares no code with what it judges.
+//! Predicts what a capture should lead to. It reads frames with etherparse and shares no code with
+//! the code under test.
 //!
-//! It judges a frame as it stands on the wire. Definitions that it shares with the product, in words only:
+//! The oracle reads a frame as it is on the wire. These definitions it shares with the product, in
+//! words only:
 //!
-//! - Behind up to two VLAN tags (0x8100, 0x88a8, 0x9100) stands IPv4 or IPv6, or the frame is left to the kernel; so is
-//!   neighbour discovery (ICMPv6 133 to 137 directly behind the IPv6 header, hop limit 255), and what a rule names.
-//! - A flow is protocol and both endpoints, either direction. TCP, UDP, DCCP, SCTP and UDP-Lite have ports. A fragment, also
-//!   the first, has ports 0; so has a packet too short for ports.
-//! - For ICMP and ICMPv6 the Community ID's numbers are the ports: a message's type and that of its answer. One that has
-//!   no answer has its type and code, and what the other side sends is another flow.
-//! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are walked, 8 at most; behind
-//!   a fragment header that really fragments nothing is walked.
+//! - After up to two VLAN tags (0x8100, 0x88a8, 0x9100) comes IPv4 or IPv6; otherwise the frame
+//!   goes to the kernel. So do neighbour discovery (ICMPv6 133 to 137 directly after the IPv6
+//!   header, hop limit 255) and packets that a rule names.
+//! - A flow is the protocol and both endpoints, in either direction. TCP, UDP, DCCP, SCTP and
+//!   UDP-Lite have ports. Every fragment, including the first, has ports 0; so does a packet too
+//!   short for ports.
+//! - For ICMP and ICMPv6 the numbers of the Community ID are the ports: the message's type and the
+//!   type of its counterpart. A message without counterpart has its type and code, and the other
+//!   direction is another flow.
+//! - IPv6 extension headers (hop-by-hop, routing, destination, authentication, fragment) are
+//!   walked, 6 at most. The walk ends at a fragment header unless it is an atomic one.
 //! - A packet ends where its IP header says, or with its frame. A total length of 0 in IPv4 means
-//!   the latter; a payload length of 0 in IPv6 means none, but where a jumbo payload option gives
-//!   it.
+//!   the latter. A payload length of 0 in IPv6 means none, unless a jumbo payload option gives it.
 //! - Bytes are the frame's length.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,11 +29,11 @@ use etherparse::{
 
 use crate::community_id::{community_id, is_one_way, numbers};
 
-/// A flow, the same for both directions: the endpoints are in ascending order. But of ICMP messages that have no answer
-/// the sender comes first. Ports 0 and no ports are the same here.
+/// A flow, the same for both directions: the endpoints are in ascending order. For ICMP messages
+/// without counterpart the sender comes first. Ports 0 and no ports are the same here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Flow {
-    /// Protocol number, behind IPv6 extension headers.
+    /// The protocol number after IPv6 extension headers.
     pub protocol: u8,
     /// The lower endpoint, or the sender.
     pub low: (IpAddr, u16),
@@ -51,24 +55,24 @@ impl Flow {
 pub enum Verdict {
     /// To a worker.
     Redirect,
-    /// To the kernel: not IP.
+    /// To the kernel: it is not IP.
     NonIp,
     /// To the kernel: neighbour or router discovery.
     NeighbourDiscovery,
-    /// To the kernel: a rule says so.
+    /// To the kernel: a rule passes it.
     Rule,
 }
 
 /// A rule that leaves packets to the kernel, such as `icmp` or `tcp/22`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassRule {
-    /// Protocol number; for IPv6 that of an extension header too.
+    /// The protocol number; for IPv6 also the number of an extension header.
     pub protocol: u8,
-    /// Destination port, if only that one.
+    /// The destination port; none means every port.
     pub port: Option<u16>,
 }
 
-/// What is to be said of one frame.
+/// The prediction for one frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
     /// Where it should go.
@@ -81,23 +85,23 @@ pub struct Reading {
     pub is_cut: bool,
 }
 
-/// What is to be said of a flow.
+/// The prediction for a flow.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Frames.
+    /// The number of frames.
     pub packets: u64,
     /// Sum of the frames' lengths, in bytes.
     pub bytes: u64,
-    /// The Community IDs of its packets: one, unless some have ports 0 and others none.
+    /// The Community IDs of its packets: one, unless some packets have ports 0 and others none.
     pub community_ids: BTreeSet<String>,
 }
 
-/// What a series of frames should lead to.
+/// The prediction for a series of frames.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expectation {
     /// Frames for the workers.
     pub redirected: u64,
-    /// Their lengths, in bytes.
+    /// The sum of their lengths, in bytes.
     pub redirected_bytes: u64,
     /// Frames for the kernel that are not IP.
     pub non_ip: u64,
@@ -105,7 +109,7 @@ pub struct Expectation {
     pub neighbour_discovery: u64,
     /// Frames for the kernel because of a rule.
     pub rule: u64,
-    /// Frames for the workers without a readable IP header: they belong to no flow.
+    /// Frames for the workers without a readable IP header, which belong to no flow.
     pub unreadable: u64,
     /// Frames for the workers that do not hold the whole IP packet.
     pub cut: u64,
@@ -114,7 +118,7 @@ pub struct Expectation {
 }
 
 impl Expectation {
-    /// Reads `frames`, with `rules` in force.
+    /// Reads `frames` with `rules` in force.
     pub fn of<'a>(frames: impl IntoIterator<Item = &'a [u8]>, rules: &[PassRule]) -> Self {
         let mut expected = Self::default();
         for frame in frames {
@@ -142,7 +146,7 @@ impl Expectation {
     }
 }
 
-/// Reads one frame, with `rules` in force.
+/// Reads one frame with `rules` in force.
 pub fn read(frame: &[u8], rules: &[PassRule]) -> Reading {
     let network = network_layer(frame);
     let packet = match network {
@@ -164,7 +168,7 @@ pub fn read(frame: &[u8], rules: &[PassRule]) -> Reading {
     Reading { verdict, flow: Some(packet.flow()), community_id: Some(packet.community_id()), is_cut }
 }
 
-/// Whether an IP packet ends behind `bytes`, which begin it.
+/// Whether an IP packet that begins with `bytes` ends with them.
 fn ends_behind(ethertype: u16, bytes: &[u8]) -> bool {
     let version = if ethertype == 0x0800 { 4 } else { 6 };
     match bytes.first() {
@@ -183,7 +187,7 @@ fn ends_behind(ethertype: u16, bytes: &[u8]) -> bool {
     }
 }
 
-/// The ethertype behind the tags, and what follows it.
+/// The ethertype after the tags, and what follows it.
 fn network_layer(frame: &[u8]) -> Option<(u16, &[u8])> {
     let ethernet = Ethernet2HeaderSlice::from_slice(frame).ok()?;
     let mut ethertype = ethernet.ether_type().0;
@@ -273,7 +277,7 @@ fn jumbo_payload(header: &[u8]) -> usize {
 
 impl Packet<'_> {
     fn walk_extension_headers(&mut self) {
-        for _ in 0..8 {
+        for _ in 0..6 {
             let (next, length) = match self.protocol() {
                 IpNumber::IPV6_HEADER_HOP_BY_HOP
                 | IpNumber::IPV6_ROUTE_HEADER
@@ -305,13 +309,13 @@ impl Packet<'_> {
         *self.chain.last().expect("the chain begins with the IP header's protocol")
     }
 
-    /// The two 16-bit words the transport header begins with, wherever they stand.
+    /// The first two 16-bit words of the transport header.
     fn words(&self) -> Option<(u16, u16)> {
         let [a, b, c, d] = *self.payload.first_chunk()?;
         Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
     }
 
-    /// What the transport header begins with: two ports, or the type and code of ICMP.
+    /// The first two numbers of the transport header: two ports, or the type and code of ICMP.
     fn ports(&self) -> Option<(u16, u16)> {
         if self.is_fragment {
             return None;

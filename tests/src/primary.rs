@@ -1,4 +1,5 @@
-//! A dispatcher under test: `xfan run` in a namespace, with a folder of its own for its socket and its workers' output.
+//! A dispatcher under test: `xfan run` in a namespace, with its own folder for its socket and its
+//! workers' output.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -8,14 +9,16 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
-use xfan::control::client::ask_for_report;
+use xfan::control::client::{ask, ask_for_report};
+use xfan::control::journal::Page;
 use xfan::report::Report;
+use xfan_shm::protocol::{Reply, Request};
 
 use crate::netns::Netns;
 use crate::oracle::Flow;
 use crate::process::{Exit, Process, ProcessError, binary};
 
-/// Between two looks at a report, while waiting.
+/// The pause between two reports while waiting.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// A running `xfan run`.
@@ -26,20 +29,20 @@ pub struct Primary {
     folder: Folder,
 }
 
-/// A new folder that workers of any user may write to, removed when dropped; beside it one for the
-/// control socket, which none may write to, and which the dispatcher has to make.
+/// A new folder that workers of any user can write to, removed when dropped. Beside it is the
+/// folder of the control socket, which the dispatcher makes and nobody else can write to.
 #[derive(Debug)]
 pub struct Folder {
-    /// Belongs to who runs the tests, as do the folders above.
+    /// The parent of both. It belongs to the user who runs the tests, as do the folders above.
     whole: tempfile::TempDir,
     shared: PathBuf,
 }
 
 impl Folder {
-    /// Makes it.
+    /// Makes the folder.
     ///
     /// # Errors
-    /// Whatever the file system says.
+    /// The file system refuses.
     pub fn new() -> std::io::Result<Self> {
         let whole = tempfile::Builder::new().prefix("xfan-t-").tempdir()?;
         std::fs::set_permissions(whole.path(), std::fs::Permissions::from_mode(0o755))?;
@@ -49,23 +52,23 @@ impl Folder {
         Ok(Folder { whole, shared })
     }
 
-    /// Where it is.
+    /// The path of the folder.
     pub fn path(&self) -> &Path {
         &self.shared
     }
 
-    /// A path in it.
+    /// The path of `name` in the folder.
     pub fn join(&self, name: &str) -> PathBuf {
         self.shared.join(name)
     }
 
-    /// The control socket beside it.
+    /// The path of the control socket beside the folder.
     pub fn socket(&self) -> PathBuf {
         self.whole.path().join("run/xfan.sock")
     }
 }
 
-/// The arguments of an `xfan run` to come.
+/// The arguments of an `xfan run` that has not started yet.
 #[derive(Debug)]
 pub struct Launch<'a> {
     namespace: &'a Netns,
@@ -75,25 +78,26 @@ pub struct Launch<'a> {
 }
 
 impl<'a> Launch<'a> {
-    /// `xfan run -i rx0` in a namespace.
+    /// Prepares `xfan run -i rx0` in a namespace.
     ///
     /// # Errors
-    /// There is no place for its folder.
+    /// Its folder cannot be made.
     pub fn on(namespace: &'a Netns) -> std::io::Result<Self> {
         Ok(Self::within(namespace, Folder::new()?))
     }
 
-    /// As [`on`](Self::on), in the folder of an earlier one, and so with the same control socket.
+    /// As [`on`](Self::on), in the folder of a previous primary, and therefore with the same
+    /// control socket.
     pub fn within(namespace: &'a Netns, folder: Folder) -> Self {
         Launch { namespace, folder, arguments: vec![], command: vec![] }
     }
 
-    /// Its folder.
+    /// The path of its folder.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Its control socket.
+    /// The path of its control socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.socket()
     }
@@ -108,18 +112,18 @@ impl<'a> Launch<'a> {
     /// Gives it a configuration file with this text.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn config(self, toml: &str) -> std::io::Result<Self> {
         let file = self.folder.join("xfan.toml");
         std::fs::write(&file, toml)?;
         Ok(self.with(&format!("-c {}", file.display())))
     }
 
-    /// Sets the worker: one of the workspace's programs or a path, and arguments separated by blanks, in which `FOLDER`
-    /// stands for the folder.
+    /// Sets the worker's command: one of the workspace's programs or a path, and arguments
+    /// separated by blanks, in which `FOLDER` stands for the folder.
     ///
     /// # Errors
-    /// It is not built.
+    /// The program is not built.
     pub fn worker(mut self, program: &str, arguments: &str) -> Result<Self, ProcessError> {
         let program =
             if program.contains('/') { PathBuf::from(program) } else { self.within_reach(program)? };
@@ -129,19 +133,21 @@ impl<'a> Launch<'a> {
         Ok(self)
     }
 
-    /// Sets `xfan-hostile` as the worker, and puts `xfan-count` beside it, which all members but the first become.
+    /// Sets `xfan-hostile` as the worker, with `xfan-count` beside it, which all members except the
+    /// first become.
     ///
     /// # Errors
-    /// Either is not built.
+    /// One of the two is not built.
     pub fn hostile_worker(self, way: &str) -> Result<Self, ProcessError> {
         self.within_reach("xfan-count")?;
         self.worker("xfan-hostile", way)
     }
 
-    /// One of the workspace's programs, where workers' user can execute it: the checkout may be closed to others.
+    /// Copies one of the workspace's programs to where every user can execute it: the checkout may
+    /// be closed to other users.
     ///
     /// # Errors
-    /// It is not built.
+    /// The program is not built.
     pub fn within_reach(&self, name: &str) -> Result<PathBuf, ProcessError> {
         let (built, copy) = (binary(name)?, self.folder.join(name));
         if !copy.exists() && std::fs::hard_link(&built, &copy).is_err() {
@@ -151,15 +157,15 @@ impl<'a> Launch<'a> {
         Ok(copy)
     }
 
-    /// `xfan-flow`, one file of records per member, for [`flow_records`].
+    /// Sets `xfan-flow` as the worker, with one file of records per member, for [`flow_records`].
     ///
     /// # Errors
-    /// It is not built.
+    /// The program is not built.
     pub fn flow_workers(self, count: usize) -> Result<Self, ProcessError> {
         self.with(&format!("-n {count}")).worker("xfan-flow", "--output FOLDER/flows-{member}.json")
     }
 
-    /// The command, to be changed before it is run.
+    /// The command, which may be changed before it runs.
     ///
     /// # Errors
     /// `xfan` is not built.
@@ -169,12 +175,12 @@ impl<'a> Launch<'a> {
         if !self.command.is_empty() {
             command.arg("--").args(&self.command);
         }
-        // Who runs the tests by sudo is not to matter.
+        // The user who runs the tests through sudo must not make a difference.
         command.env_remove("SUDO_UID");
         Ok(command)
     }
 
-    /// Starts it, without waiting for anything.
+    /// Starts it without waiting.
     ///
     /// # Errors
     /// `xfan` is not built or does not start.
@@ -202,7 +208,7 @@ impl<'a> Launch<'a> {
         Ok(primary)
     }
 
-    /// Starts it and waits for its end: for what is to be refused.
+    /// Starts it and waits for its end; for a primary that should refuse to run.
     ///
     /// # Errors
     /// As [`spawn`](Self::spawn).
@@ -210,8 +216,8 @@ impl<'a> Launch<'a> {
         Ok(Process::spawn(self.command()?)?.wait())
     }
 
-    /// Starts it and waits until it answers, whether or not packets are let in: for one that logs too little for
-    /// [`start`](Self::start).
+    /// Starts it and waits until it answers, whether or not packets are let in; for a primary that
+    /// logs too little for [`start`](Self::start).
     ///
     /// # Errors
     /// As [`spawn`](Self::spawn).
@@ -226,14 +232,14 @@ impl<'a> Launch<'a> {
     /// Starts it and waits until packets are let in.
     ///
     /// # Errors
-    /// It ends before; then the error holds what it wrote.
+    /// It ends before; the error contains its output.
     pub fn start(self) -> Result<Primary, ProcessError> {
         self.start_with(|_| {})
     }
 }
 
 impl Primary {
-    /// The control socket.
+    /// The path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.socket()
     }
@@ -243,46 +249,58 @@ impl Primary {
         self.folder.path()
     }
 
-    /// A connection to its control socket.
+    /// Connects to its control socket.
     ///
     /// # Panics
-    /// It does not listen.
+    /// The primary does not listen.
     pub fn dial(&self) -> OwnedFd {
         let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         connect(control.as_raw_fd(), &UnixAddr::new(&self.socket()).unwrap()).unwrap();
         control
     }
 
-    /// Has the hostile worker, its first member, begin.
+    /// Lets the hostile worker, the first member, begin.
     ///
     /// # Panics
-    /// It has none.
+    /// There is no such worker.
     pub fn unleash(&self) {
         let pid = self.report().groups[0].members[0].pid;
         kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGUSR1).unwrap();
     }
 
-    /// A line that a worker prints, once it has printed one with this in it.
+    /// Waits until a worker prints a line that contains `part`, and returns the line.
     ///
     /// # Panics
     /// The primary ends before.
     pub fn printed(&self, part: &str) -> String {
-        let line = self.process.wait_for_line(part).expect("a worker prints it");
-        line.split_once(" stdout: ").expect("the log says who printed it").1.to_owned()
+        let line = self.process.wait_for_line(part).expect("a worker prints the line");
+        line.split_once(" stdout: ").expect("the log names the worker").1.to_owned()
     }
 
     /// Its report.
     ///
     /// # Panics
-    /// It does not answer.
+    /// The primary does not answer.
     pub fn report(&self) -> Report {
         ask_for_report(&self.socket()).expect("the primary answers")
     }
 
-    /// Its report, once `ready` says so. Waits without limit, as the test's watchdog sets it.
+    /// Its journal from the first event.
     ///
     /// # Panics
-    /// It does not answer.
+    /// The primary does not answer.
+    pub fn journal(&self) -> Page {
+        let Ok(Reply::Events(page)) = ask(&self.socket(), &Request::Events(0)) else {
+            panic!("the primary returns no journal")
+        };
+        serde_json::from_value(page).expect("a journal")
+    }
+
+    /// Waits until `ready` accepts its report, without limit (the test has a watchdog), and returns
+    /// it.
+    ///
+    /// # Panics
+    /// The primary does not answer.
     pub fn report_when(&self, ready: impl Fn(&Report) -> bool) -> Report {
         loop {
             let report = self.report();
@@ -293,19 +311,21 @@ impl Primary {
         }
     }
 
-    /// As [`report_when`](Self::report_when), once its sums hold, too: its counters are not read at one instant.
+    /// As [`report_when`](Self::report_when), but also waits until the sums hold: the counters are
+    /// not read at one instant.
     ///
     /// # Panics
-    /// It does not answer.
+    /// The primary does not answer.
     pub fn balanced_report_when(&self, ready: impl Fn(&Report) -> bool) -> Report {
         self.report_when(|report| ready(report) && report.imbalances().is_empty())
     }
 
-    /// Its report, once `packets` have been redirected and are accounted for: received or dropped by the kernel, and
-    /// committed by whom they were delivered to, if `committed`.
+    /// Waits until `packets` have been redirected and are accounted for, that is received or
+    /// dropped by the kernel, and, with `committed`, committed by their workers. Returns the
+    /// report.
     ///
     /// # Panics
-    /// It does not answer.
+    /// The primary does not answer.
     pub fn report_after(&self, packets: u64, committed: bool) -> Report {
         self.report_when(|report| {
             let redirected: u64 = report.lanes().map(|lane| lane.xdp.redirect).sum();
@@ -320,18 +340,18 @@ impl Primary {
         })
     }
 
-    /// Asks it to end, and waits for it. Its folder stays for [`flow_records`].
+    /// Asks it to end and waits for its end. The folder stays for [`flow_records`].
     pub fn stop(self) -> (Exit, Folder) {
         self.end(Signal::SIGTERM)
     }
 
-    /// Kills it and leaves its workers alone.
+    /// Kills it without its workers.
     pub fn kill(self) -> Folder {
         self.process.kill();
         self.folder
     }
 
-    /// Ends it by a signal, and waits for it.
+    /// Ends it with a signal and waits for its end.
     pub fn end(self, signal: Signal) -> (Exit, Folder) {
         (self.process.end(signal), self.folder)
     }
@@ -339,7 +359,7 @@ impl Primary {
 
 /// A record of `xfan-flow`.
 #[derive(Clone, Debug, PartialEq, serde::Deserialize)]
-#[allow(missing_docs)] // as `xfan-flow` documents them
+#[allow(missing_docs)] // `xfan-flow` documents them
 pub struct FlowRecord {
     pub community_id: String,
     pub proto: String,
@@ -355,10 +375,10 @@ pub struct FlowRecord {
 }
 
 impl FlowRecord {
-    /// Its flow, as the oracle names it.
+    /// Its flow in the oracle's form.
     ///
     /// # Panics
-    /// Its protocol is neither a known name nor a number.
+    /// The protocol is neither a known name nor a number.
     pub fn flow(&self) -> Flow {
         let protocol = match self.proto.as_str() {
             "icmp" => 1,
@@ -366,25 +386,25 @@ impl FlowRecord {
             "udp" => 17,
             "icmp6" => 58,
             "sctp" => 132,
-            number => number.parse().expect("the name or the number of a protocol"),
+            number => number.parse().expect("a protocol's name or number"),
         };
         Flow::between(protocol, (self.src, self.sport), (self.dst, self.dport))
     }
 }
 
-/// What all [`Launch::flow_workers`] of a primary wrote to its folder.
+/// All records that the [`Launch::flow_workers`] of a primary wrote to its folder.
 ///
 /// # Panics
-/// A file cannot be read, or holds something else than records.
+/// A file cannot be read, or contains something other than records.
 pub fn flow_records(folder: &Folder) -> Vec<FlowRecord> {
-    let files = std::fs::read_dir(folder.path()).expect("the folder is there");
+    let files = std::fs::read_dir(folder.path()).expect("the folder can be listed");
     let is_flows =
         |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("flows-"));
     files
-        .map(|entry| entry.expect("it can be listed").path())
+        .map(|entry| entry.expect("the folder can be listed").path())
         .filter(is_flows)
         .flat_map(|path| {
-            let text = std::fs::read_to_string(&path).expect("it can be read");
+            let text = std::fs::read_to_string(&path).expect("the file can be read");
             text.lines()
                 .map(|line| serde_json::from_str(line).expect("a flow record"))
                 .collect::<Vec<FlowRecord>>()

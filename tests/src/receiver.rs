@@ -1,5 +1,5 @@
-//! Plain AF_XDP sockets that keep what arrives: which bytes, on which queue. For tests of the traffic tools, and for tests
-//! that need a rival who holds the queues.
+//! Plain AF_XDP sockets that keep what arrives, by queue. For tests of the traffic tools, and for
+//! tests in which another program holds the queues.
 
 use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
@@ -13,11 +13,12 @@ use crate::xsk::{Xsk, XskError};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/redirect.bpf.o"));
 
-/// Frames of each queue: how many packets it keeps while nobody looks.
+/// The number of frames of each queue, which is how many packets it holds between two reads.
 pub const FRAMES: NonZeroU32 = NonZeroU32::new(2048).expect("not 0");
-/// Most descriptors taken from a ring at once.
+/// The most descriptors taken from a ring at once.
 const BATCH: usize = 64;
-/// Between two looks at the sockets; a packet ends the wait earlier, unless it came on another queue.
+/// The longest wait between two checks of the sockets. A packet on the polled queue ends it
+/// earlier.
 const POLL_MILLISECONDS: i32 = 5;
 
 /// A frame that arrived.
@@ -29,9 +30,10 @@ pub struct Received {
     pub bytes: Vec<u8>,
 }
 
-/// Sockets on some queues of an interface, and an XDP program that fills them. Queues without one go to the kernel.
+/// Sockets on some queues of an interface, and an XDP program that feeds them. Packets of other
+/// queues go to the kernel.
 pub struct Receiver {
-    // In the order in which they must go: the program first.
+    // The fields are dropped in this order, and the program must be the first.
     _program: Ebpf,
     queues: Vec<Queue>,
 }
@@ -47,21 +49,21 @@ pub enum ReceiverError {
     /// A queue has no socket.
     #[error(transparent)]
     Bind(#[from] XskError),
-    /// The XDP program was refused.
-    #[error("the XDP program cannot be put on {interface}: {reason}")]
+    /// The kernel or the loader refused the XDP program.
+    #[error("cannot attach the XDP program to {interface}: {reason}")]
     Program {
         /// The interface.
         interface: String,
-        /// What the loader or the kernel said.
+        /// The error of the loader or the kernel.
         reason: String,
     },
 }
 
 impl Receiver {
-    /// Opens `queues` of `interface`, in the namespace of the calling thread.
+    /// Opens `queues` of `interface` in the namespace of the calling thread.
     ///
     /// # Errors
-    /// A queue is held by another socket, or the interface by another XDP program.
+    /// Another socket holds a queue, or another XDP program the interface.
     pub fn open(interface: &str, queues: &[u32]) -> Result<Self, ReceiverError> {
         let failed = |error: &dyn std::error::Error| {
             let reason =
@@ -90,19 +92,19 @@ impl Receiver {
         Ok(Self { _program: program, queues: opened })
     }
 
-    /// What has arrived until now, in the order of arrival on each queue.
+    /// What has arrived so far, in order of arrival on each queue.
     pub fn drain(&mut self) -> Vec<Received> {
         let mut received = Vec::new();
         self.queues.iter_mut().for_each(|queue| queue.drain_into(&mut received));
         received
     }
 
-    /// Waits, without limit, until at least `count` frames have arrived, and returns all that have.
+    /// Waits without limit until at least `count` frames have arrived, and returns all that have.
     pub fn collect(&mut self, count: usize) -> Vec<Received> {
         let mut received = self.drain();
         while received.len() < count {
             if let Some(queue) = self.queues.first_mut() {
-                // An error is no packet; the loop looks at the rings themselves.
+                // An error counts as no packet; the loop checks the rings themselves.
                 let _ = queue.xsk.rx.poll(POLL_MILLISECONDS);
             }
             received.extend(self.drain());
@@ -110,15 +112,16 @@ impl Receiver {
         received
     }
 
-    /// Frames that arrived and found no room, by the kernel's counters of all queues.
+    /// Frames that arrived and were dropped because no frame or slot was free, by the kernel's
+    /// counters of all queues.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// The kernel does not report them.
     pub fn dropped(&self) -> std::io::Result<u64> {
         let mut dropped = 0;
         for queue in &self.queues {
             let counters = queue.xsk.rx.fd().xdp_statistics()?;
-            // A packet that found the FILL ring empty is in rx_dropped too.
+            // rx_dropped includes packets that found the FILL ring empty.
             dropped += counters.rx_dropped() + counters.rx_ring_full();
         }
         Ok(dropped)
@@ -129,13 +132,14 @@ impl Queue {
     fn drain_into(&mut self, received: &mut Vec<Received>) {
         let mut descriptors = [FrameDesc::default(); BATCH];
         loop {
-            // SAFETY: the ring and the descriptors it yields belong to this socket's memory.
+            // SAFETY: the ring and its descriptors belong to this socket's memory.
             let count = unsafe { self.xsk.rx.consume(&mut descriptors) };
             if count == 0 {
                 return;
             }
             for descriptor in &descriptors[..count] {
-                // SAFETY: the frame came through the RX ring, so it is ours until it is put into the FILL ring below.
+                // SAFETY: the frame came through the RX ring, so this socket owns it until it is
+                // put into the FILL ring below.
                 let bytes = unsafe { self.xsk.umem.data(descriptor) }.contents().to_vec();
                 received.push(Received { queue: self.number, bytes });
             }
@@ -144,8 +148,9 @@ impl Queue {
     }
 
     fn refill(&mut self, descriptors: &[FrameDesc]) {
-        // SAFETY: the frames are of this socket's memory, and they are ours: new, or read and no longer referred to.
+        // SAFETY: the frames are in this socket's memory, and the caller owns them: they are new,
+        // or read and no longer borrowed.
         let produced = unsafe { self.xsk.fill.produce(descriptors) };
-        assert_eq!(produced, descriptors.len(), "the FILL ring holds twice the frames there are");
+        assert_eq!(produced, descriptors.len(), "the FILL ring has two slots per frame");
     }
 }

@@ -1,4 +1,5 @@
-//! Replays frames into the queues of an interface, each exactly once, and says how many went where.
+//! Replays frames into the queues of an interface, each exactly once, and reports how many went
+//! where.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -17,10 +18,10 @@ use crate::tx::{TxError, TxSocket};
 /// Which queue a frame is sent through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spread {
-    /// So many frames to one queue, then as many to the next.
+    /// This many frames to one queue, then as many to the next.
     Runs(u64),
-    /// All frames of a flow, both directions, to the same queue; flows take the queues in turn, in the order in which
-    /// they appear. Frames without a flow go to the first queue.
+    /// All frames of a flow, in both directions, to the same queue. New flows take the queues in
+    /// turn. Frames without a flow go to the first queue.
     Flow,
 }
 
@@ -47,18 +48,18 @@ impl FromStr for Spread {
 pub struct Replay {
     /// The sending interface, in the namespace of the calling thread.
     pub interface: String,
-    /// Its TX queues to use; none means all.
+    /// Its TX queues to use; empty means all.
     pub queues: Vec<u32>,
-    /// Which frame goes through which of them.
+    /// Which frame goes to which queue.
     pub spread: Spread,
-    /// How often to send all frames; every time they are spread alike.
+    /// How many times to send all frames; each time they are spread alike.
     pub loops: u64,
-    /// Frames per second at most.
+    /// The most frames per second; none means no limit.
     pub frames_per_second: Option<u64>,
 }
 
 impl Replay {
-    /// Once, as fast as it goes, packet by packet over all queues of `interface`.
+    /// Once, as fast as possible, packet by packet over all queues of `interface`.
     pub fn onto(interface: &str) -> Self {
         Self {
             interface: interface.into(),
@@ -70,7 +71,7 @@ impl Replay {
     }
 }
 
-/// A [`Replay`] that holds its queues.
+/// A [`Replay`] with its queues open.
 pub struct OpenReplay {
     replay: Replay,
     sockets: Vec<TxSocket>,
@@ -81,18 +82,18 @@ pub struct OpenReplay {
 pub struct Report {
     /// Frames sent.
     pub packets: u64,
-    /// Their lengths, in bytes.
+    /// The sum of their lengths, in bytes.
     pub bytes: u64,
     /// Frames sent by queue.
     pub queues: BTreeMap<u32, u64>,
-    /// Times a full receiver refused a frame, which was then sent again.
+    /// How many times a full receiver refused a frame, which was then sent again.
     pub refused: u64,
 }
 
-/// Why not all was sent.
+/// Why not everything was sent.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
-    /// The interface is not there.
+    /// The interface does not exist.
     #[error(transparent)]
     Link(#[from] LinkError),
     /// A queue cannot be opened, or did not complete.
@@ -101,7 +102,7 @@ pub enum ReplayError {
     /// A frame cannot be sent.
     #[error("packet {number}: {source}; {sent} packets were sent")]
     Packet {
-        /// Its number in the capture, from 1.
+        /// The number of the frame in the capture, from 1.
         number: u64,
         /// Why.
         source: TxError,
@@ -111,42 +112,43 @@ pub enum ReplayError {
     /// The capture cannot be read.
     #[error("{0}; {1} packets were sent")]
     Capture(CaptureError, u64),
-    /// A pipe cannot be read again.
-    #[error("{} is no regular file: it can be read, and sent, only once, not {loops} times", path.display())]
+    /// A pipe cannot be read twice.
+    #[error("{} is no regular file: it can be read and sent only once, not {loops} times", path.display())]
     ReadOnce {
         /// The pipe.
         path: PathBuf,
-        /// How often it should have been sent.
+        /// The requested number of times.
         loops: u64,
     },
 }
 
 impl Replay {
-    /// Sends `frames` in their order and waits until all have arrived at the receiver's XDP program. Before the first is
-    /// sent, all are checked, so that a frame of an impossible length sends nothing.
+    /// Sends `frames` in order and waits until all have arrived at the receiver's XDP program. It
+    /// checks all frames first, so that nothing is sent if one has an impossible length.
     ///
     /// # Errors
-    /// A queue is not there or busy, a frame too long, or the receiver refuses frames for long.
+    /// A queue does not exist or is busy, a frame is too long, or the receiver refuses frames for
+    /// too long.
     pub fn run<F: AsRef<[u8]>>(&self, frames: &[F]) -> Result<Report, ReplayError> {
         self.open()?.run(frames)
     }
 
-    /// As [`run`](Self::run), with the frames of a capture file, which may be larger than memory.
-    /// It is read once to check all frames and once for every loop. What is no regular file, such
-    /// as a pipe, is read only once: each frame is checked when its turn comes.
+    /// As [`run`](Self::run), with the frames of a capture file, which may be larger than memory. A
+    /// regular file is read once to check all frames and once for every loop. Anything else, such
+    /// as a pipe, is read only once, and each frame is checked before it is sent.
     ///
     /// With [`Spread::Flow`] memory grows with the number of flows.
     ///
     /// # Errors
-    /// As [`run`](Self::run); or the file cannot be read, or not as often as `loops` says.
+    /// As [`run`](Self::run); or the file cannot be read, or not `loops` times.
     pub fn run_file(&self, path: &Path) -> Result<Report, ReplayError> {
         self.open()?.run_file(path)
     }
 
-    /// Opens the queues, for more than one run: a closed queue is free again only later.
+    /// Opens the queues for more than one run: a closed queue becomes free only later.
     ///
     /// # Errors
-    /// A queue is not there or busy.
+    /// A queue does not exist or is busy.
     pub fn open(&self) -> Result<OpenReplay, ReplayError> {
         let queues = match &self.queues[..] {
             [] => (0..Link::named(&self.interface)?.tx_queues).collect(),
@@ -172,7 +174,7 @@ impl OpenReplay {
     /// As [`Replay::run`], beginning with the first queue each time.
     ///
     /// # Errors
-    /// A frame is too long, or the receiver refuses frames for long.
+    /// A frame is too long, or the receiver refuses frames for too long.
     pub fn run<F: AsRef<[u8]>>(&mut self, frames: &[F]) -> Result<Report, ReplayError> {
         self.check(frames.iter().map(Ok))?;
         self.send(|| Ok(frames.iter().map(Ok)))
@@ -205,7 +207,7 @@ impl OpenReplay {
         Ok(())
     }
 
-    /// Sends the frames that `open` brings, and brings again for every loop.
+    /// Sends the frames that `open` returns, anew for every loop.
     fn send<F: AsRef<[u8]>, I: Frames<F>>(
         &mut self,
         open: impl Fn() -> Result<I, CaptureError>,
@@ -239,15 +241,15 @@ impl OpenReplay {
     }
 }
 
-/// Frames from memory or from a file that may turn out to be broken.
+/// Frames from memory, or from a file that may turn out to be damaged.
 trait Frames<F>: Iterator<Item = Result<F, CaptureError>> {}
 impl<F, I: Iterator<Item = Result<F, CaptureError>>> Frames<F> for I {}
 
-/// Finds the queue, by its index, for one frame after the other.
+/// Finds the index of the queue for each frame in turn.
 struct Route {
     spread: Spread,
     queues: usize,
-    /// Frames so far.
+    /// The number of frames so far.
     frames: u64,
     /// The queue of every flow so far.
     flows: HashMap<Flow, usize>,
@@ -273,10 +275,11 @@ impl Route {
     }
 }
 
-/// Sends 600 made-up packets of 60 flows from `tx0` of a namespace; the same for the same seed.
+/// Sends 600 synthetic packets of 60 flows from `tx0` of a namespace; the same packets for the same
+/// seed.
 ///
 /// # Panics
-/// They cannot be sent.
+/// The packets cannot be sent.
 pub fn send_synthetic(namespace: &Netns, seed: u64) {
     let frames = traffic::synthetic(60, 600, seed).frames;
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
@@ -301,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn spreads_by_flow_with_both_directions_together() {
+    fn spreads_by_flow_keep_directions_together() {
         let frames = traffic::synthetic(20, 200, 1).frames;
         let queues = route(Spread::Flow, &frames, 4);
         let mut queue_of = HashMap::new();

@@ -1,13 +1,14 @@
-//! May an end-to-end test run here?
+//! Whether end-to-end tests can run here.
 
 use std::io;
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Set to 1 where skipping is not allowed: then a missing requirement is a failure.
+/// Set to 1 where skipping is not allowed: a missing requirement is then a failure.
 pub const STRICT: &str = "XFAN_REQUIRE_E2E";
 
-/// What this machine or this user lacks for end-to-end tests; `None` if nothing. Looked up once per process.
+/// What this machine or user lacks for end-to-end tests; `None` if nothing. Checked once per
+/// process.
 pub fn missing() -> Option<&'static str> {
     static MISSING: OnceLock<Option<String>> = OnceLock::new();
     MISSING.get_or_init(look).as_deref()
@@ -17,7 +18,8 @@ fn look() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
         return Some("it needs root: run it with sudo".into());
     }
-    // SAFETY: plain system calls without pointers; the descriptor is closed once, by its only owner.
+    // SAFETY: plain system calls without pointers; the descriptor is closed once, by its only
+    // owner.
     unsafe {
         let socket = libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
         if socket < 0 {
@@ -39,10 +41,10 @@ fn look() -> Option<String> {
     None
 }
 
-/// Whether the end-to-end test `test` should run; if not, it has said why.
+/// Whether the end-to-end test `test` should run. If not, it has printed why.
 ///
 /// # Panics
-/// Something is missing and [`STRICT`] is set to 1.
+/// A requirement is missing and [`STRICT`] is 1.
 pub fn met(test: &str) -> bool {
     let Some(reason) = missing() else { return true };
     let strict = std::env::var_os(STRICT).is_some_and(|value| value == "1");
@@ -51,8 +53,9 @@ pub fn met(test: &str) -> bool {
     false
 }
 
-/// First line of an end-to-end test: returns from it, saying why, where it cannot run. Evaluates to a watchdog, to be
-/// held for the time of the test, which ends a test that hangs after the given seconds, or after 120.
+/// The first line of an end-to-end test. Where the test cannot run, it prints why and returns. It
+/// evaluates to a watchdog, which the test holds, and which aborts a test that hangs for more than
+/// the given seconds (120).
 #[macro_export]
 macro_rules! e2e_or_skip {
     () => {

@@ -1,4 +1,4 @@
-//! A page whose reader waits until it is released: for holding locks that the kernel holds while it
+//! A page that blocks its reader until it is released: for locks that the kernel holds while it
 //! reads a buffer.
 
 use std::fs::File;
@@ -10,47 +10,47 @@ use std::sync::{Mutex, PoisonError};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 const PAGE: usize = 4096;
-/// As in linux/userfaultfd.h.
+/// The values in linux/userfaultfd.h.
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
-/// Bytes of a message.
+/// The size of a message in bytes.
 const MESSAGE: usize = 32;
 
-/// An empty page that nobody fills. See userfaultfd(2); takes CAP_SYS_PTRACE.
+/// An empty page that nobody fills; see userfaultfd(2). It needs CAP_SYS_PTRACE.
 #[derive(Debug)]
 pub struct StuckPage {
     faults: Mutex<Option<File>>,
     page: NonNull<libc::c_void>,
 }
 
-// SAFETY: a mapping and a descriptor, used by system calls alone.
+// SAFETY: the mapping and the descriptor are only used by system calls.
 unsafe impl Send for StuckPage {}
-// SAFETY: as above.
+// SAFETY: as for `Send`.
 unsafe impl Sync for StuckPage {}
 
 impl StuckPage {
-    /// Maps one.
+    /// Maps a page.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The kernel refuses.
     pub fn new() -> io::Result<Self> {
-        // SAFETY: no pointers.
+        // SAFETY: the call takes no pointers.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         let fd = i32::try_from(fd).map_err(io::Error::other)?;
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, nobody else owns it.
+        // SAFETY: the kernel has just made the descriptor, and nothing else owns it.
         let faults = unsafe { File::from_raw_fd(fd) };
         let length = std::num::NonZeroUsize::new(PAGE).ok_or(io::ErrorKind::InvalidInput)?;
         let flags = MapFlags::MAP_PRIVATE;
-        // SAFETY: no address is asked for, so no existing mapping is replaced.
+        // SAFETY: no address is requested, so no existing mapping is replaced.
         let page = unsafe { mmap_anonymous(None, length, ProtFlags::PROT_READ, flags) }?;
         let mut api = [UFFD_API, 0, 0];
         let mut range = [page.as_ptr() as u64, PAGE as u64, UFFDIO_REGISTER_MODE_MISSING, 0];
-        // SAFETY: the kernel reads and writes what the structures of these calls have room for.
+        // SAFETY: the kernel reads and writes no more than the structures of these calls.
         let failed = unsafe {
             libc::ioctl(faults.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) != 0
                 || libc::ioctl(faults.as_raw_fd(), UFFDIO_REGISTER, range.as_mut_ptr()) != 0
@@ -62,22 +62,23 @@ impl StuckPage {
         }
     }
 
-    /// Writes the page to a file, at this offset. Returns once the page is released.
+    /// Writes the page to a file at this offset. Returns once the page is released.
     pub fn write_to(&self, file: &impl AsRawFd, offset: i64) {
-        // SAFETY: the buffer is mapped; the kernel waits for what is in it. The outcome does not matter.
+        // SAFETY: the buffer is mapped; the kernel waits for its contents. The result does not
+        // matter.
         unsafe { libc::pwrite(file.as_raw_fd(), self.page.as_ptr(), 64, offset) };
     }
 
-    /// Waits until somebody waits for what is in the page.
+    /// Waits until a reader is blocked on the page.
     ///
     /// # Errors
-    /// Whatever read(2) says.
+    /// read(2) fails.
     pub fn wait_for_reader(&self) -> io::Result<()> {
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
         faults.as_ref().ok_or(io::ErrorKind::NotFound)?.read_exact(&mut [0; MESSAGE])
     }
 
-    /// Has whoever waits go on.
+    /// Lets the blocked readers continue.
     pub fn release(&self) {
         *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -85,7 +86,7 @@ impl StuckPage {
 
 impl Drop for StuckPage {
     fn drop(&mut self) {
-        // SAFETY: the page was mapped by `new`, and nobody has a reference into it.
+        // SAFETY: `new` mapped the page, and nobody has a reference into it.
         let _ = unsafe { munmap(self.page, PAGE) };
     }
 }

@@ -1,5 +1,5 @@
-//! A disk that can be full: a small file system in memory, which only the test that mounts it and
-//! its processes see.
+//! A disk that can be full: a small file system in memory, visible only to the test that mounts it
+//! and its processes.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// Mounts one of so many KiB on a folder, in a mount namespace that the calling thread and what
-    /// it starts are in from now on.
+    /// Mounts a file system of `kib` KiB on a folder, in a new mount namespace of the calling
+    /// thread and the processes it starts from then on.
     ///
     /// # Errors
-    /// The caller is not root, or there is no such folder.
+    /// The caller is not root, or the folder does not exist.
     pub fn mount(on: &Path, kib: u32, mode: u32) -> io::Result<Self> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
         mount("none", Path::new("/"), libc::MS_SLAVE | libc::MS_REC, "")?;
@@ -24,15 +24,15 @@ impl Tmpfs {
         Ok(Tmpfs(on.to_owned()))
     }
 
-    /// Gives it another size.
+    /// Changes its size.
     ///
     /// # Errors
-    /// More is in it.
+    /// It contains more than the new size.
     pub fn resize(&self, kib: u32) -> io::Result<()> {
         mount("tmpfs", &self.0, libc::MS_REMOUNT, &format!("size={kib}k"))
     }
 
-    /// Leaves no room in it, by a file `filler`.
+    /// Fills it with a file `filler`.
     ///
     /// # Errors
     /// The file cannot be made.
@@ -46,7 +46,7 @@ impl Tmpfs {
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = text(&self.0).map(|path| {
-            // SAFETY: the path ends in a null byte; the call touches no memory of ours.
+            // SAFETY: the path ends in a null byte; the call does not touch this process's memory.
             unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) }
         });
     }
@@ -58,7 +58,7 @@ fn text(path: &Path) -> io::Result<CString> {
 
 fn mount(kind: &str, on: &Path, flags: libc::c_ulong, options: &str) -> io::Result<()> {
     let (kind, on, options) = (CString::new(kind)?, text(on)?, CString::new(options)?);
-    // SAFETY: four strings that end in a null byte and outlive the call.
+    // SAFETY: the four strings end in a null byte and outlive the call.
     match unsafe { libc::mount(kind.as_ptr(), on.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! Frames made by code, lengths and checksums right, and whole captures of them.
+//! Frames made by code, with correct lengths and checksums, and whole captures of them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -8,20 +8,20 @@ use etherparse::{
 
 use crate::capture::Capture;
 
-/// MAC address that frames come from.
+/// The MAC address that frames come from.
 pub const CLIENT_MAC: [u8; 6] = [0x02, 0x78, 0x66, 0x61, 0x6e, 0x01];
-/// MAC address that frames go to: nobody's, so that a kernel that gets to see them leaves them alone.
+/// The MAC address that frames go to. It is nobody's, so that a kernel that sees them ignores them.
 pub const SERVER_MAC: [u8; 6] = [0x02, 0x78, 0x66, 0x61, 0x6e, 0x02];
 /// Bytes of an Ethernet header.
 const ETHERNET: usize = 14;
 const HOP_LIMIT: u8 = 64;
 
-/// Either half of an ICMP or ICMPv6 echo.
+/// One half of an ICMP or ICMPv6 echo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Echo {
-    /// The question.
+    /// The request.
     Request,
-    /// The answer.
+    /// The reply.
     Reply,
 }
 
@@ -34,7 +34,8 @@ pub fn udp(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Vec<u
     written(|frame| packet.write(frame, payload))
 }
 
-/// A TCP segment: the first of a connection (SYN) if `sequence` is 0, otherwise one with data (ACK, PSH).
+/// A TCP segment: the first of a connection (SYN) if `sequence` is 0, otherwise one with data (ACK,
+/// PSH).
 ///
 /// # Panics
 /// As [`udp`].
@@ -66,14 +67,15 @@ pub fn echo(source: IpAddr, destination: IpAddr, half: Echo, sequence: u16, payl
     written(|frame| packet.write(frame, payload))
 }
 
-/// `frame` behind VLAN tags, outermost first: (0x8100 or another tag's ethertype, VLAN number).
+/// `frame` with VLAN tags, outermost first: (ethertype of the tag, such as 0x8100, and VLAN
+/// number).
 pub fn tagged(frame: &[u8], tags: &[(u16, u16)]) -> Vec<u8> {
     let (addresses, rest) = frame.split_at(ETHERNET - 2);
     let tags = tags.iter().flat_map(|(ethertype, vlan)| [ethertype.to_be_bytes(), vlan.to_be_bytes()]);
     [addresses, &tags.flatten().collect::<Vec<u8>>(), rest].concat()
 }
 
-/// `frame` sent to another MAC address.
+/// `frame` with another destination MAC address.
 pub fn addressed(mut frame: Vec<u8>, destination: [u8; 6]) -> Vec<u8> {
     frame[..6].copy_from_slice(&destination);
     frame
@@ -87,13 +89,13 @@ pub fn fragments(frame: &[u8], piece: usize) -> Vec<Vec<u8>> {
     assert!(piece > 0 && piece.is_multiple_of(8), "fragments begin at multiples of 8 bytes, not of {piece}");
     let (headers, number, payload) = IpHeaders::from_slice(&frame[ETHERNET..])
         .map(|(headers, payload)| (headers, payload.ip_number, payload.payload))
-        .expect("an IP packet");
+        .expect("the frame is an IP packet");
     let pieces = payload.chunks(piece).enumerate();
     let count = payload.len().div_ceil(piece);
     pieces
         .map(|(index, bytes)| {
-            let offset = u16::try_from(index * piece / 8).expect("no longer than an IP packet can be");
-            let offset = offset.try_into().expect("no longer than an IP packet can be");
+            let offset = u16::try_from(index * piece / 8).expect("an offset within an IP packet");
+            let offset = offset.try_into().expect("an offset within an IP packet");
             let more = index + 1 < count;
             let mut headers = headers.clone();
             match &mut headers {
@@ -103,17 +105,18 @@ pub fn fragments(frame: &[u8], piece: usize) -> Vec<Vec<u8>> {
                 }
             }
             headers.set_next_headers(number);
-            headers.set_payload_len(bytes.len()).expect("shorter than the whole");
+            headers.set_payload_len(bytes.len()).expect("a fragment is shorter than the packet");
             let mut fragment = frame[..ETHERNET].to_vec();
-            headers.write(&mut fragment).expect("a Vec takes all");
+            headers.write(&mut fragment).expect("writing to a Vec cannot fail");
             fragment.extend(bytes);
             fragment
         })
         .collect()
 }
 
-/// A capture of `packets` frames of `flows` flows, always the same for the same `seed`: TCP, UDP and echoes, IPv4 and
-/// IPv6, some behind a VLAN tag, both directions, frames of 42 to 1,500 bytes. Every flow appears if the packets suffice.
+/// A capture of `packets` frames of `flows` flows, the same for the same `seed`: TCP, UDP and
+/// echoes, IPv4 and IPv6, some with a VLAN tag, both directions, frames of 42 to 1,500 bytes. Every
+/// flow appears if there are enough packets.
 pub fn synthetic(flows: u32, packets: u32, seed: u64) -> Capture {
     Capture { frames: synthetic_frames(flows, packets, seed).collect() }
 }
@@ -153,7 +156,7 @@ fn random_frame(flow: u32, sequence: u32, random: &mut Random) -> Vec<u8> {
     if flow % 8 == 6 { tagged(&frame, &[(0x8100, 42)]) } else { frame }
 }
 
-/// An Ethernet and IP header on the way from one address to another.
+/// An Ethernet and an IP header from one address to another.
 fn between(source: IpAddr, destination: IpAddr) -> PacketBuilderStep<IpHeaders> {
     let ethernet: PacketBuilderStep<Ethernet2Header> = PacketBuilder::ethernet2(CLIENT_MAC, SERVER_MAC);
     match (source, destination) {
@@ -169,11 +172,11 @@ fn between(source: IpAddr, destination: IpAddr) -> PacketBuilderStep<IpHeaders> 
 
 fn written<E: std::fmt::Debug>(write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Vec<u8> {
     let mut frame = Vec::new();
-    write(&mut frame).expect("a payload that fits");
+    write(&mut frame).expect("the payload fits");
     frame
 }
 
-/// SplitMix64: small, and the same everywhere.
+/// SplitMix64: small, and the same on every platform.
 struct Random(u64);
 
 impl Random {
@@ -190,7 +193,8 @@ impl Random {
     }
 }
 
-/// The IPv4 header that [`crate::generator`] sends, checksum and client left out.
+/// The IPv4 header that [`crate::generator`] sends, without checksum and client.
 pub(crate) fn ipv4_header(destination: Ipv4Addr, payload: u16) -> Ipv4Header {
-    Ipv4Header::new(payload, HOP_LIMIT, IpNumber::UDP, [0; 4], destination.octets()).expect("a short payload")
+    Ipv4Header::new(payload, HOP_LIMIT, IpNumber::UDP, [0; 4], destination.octets())
+        .expect("the payload is short")
 }

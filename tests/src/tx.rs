@@ -2,18 +2,18 @@
 //!
 //! An AF_XDP socket in copy mode, bound to queue q, transmits with that queue's number, whatever
 //! the frame; on a veth the peer receives it on its RX queue q. Frames are handed over one by one,
-//! since so the kernel's answer names the frame (`__xsk_generic_xmit`, `__dev_direct_xmit`):
+//! so that the kernel's answer refers to a single frame (`__xsk_generic_xmit`,
+//! `__dev_direct_xmit`):
 //!
-//! | sendto(2) | the frame | we |
+//! | sendto(2) | the frame | action |
 //! |---|---|---|
-//! | 0 | was taken by the driver | count it |
+//! | 0 | was accepted by the driver | count it |
 //! | EBUSY | was refused by the driver (a full ring) and freed | send it again |
-//! | EAGAIN, ENOBUFS | is still in the TX ring: no room for it yet | ask again |
+//! | EAGAIN, ENOBUFS | is still in the TX ring: no buffer is free for it | try again |
 //! | anything else | is lost with the socket | fail |
 //!
-//! The kernel completes a frame when the packet made of it is freed. So once all are completed, all
-//! have left the veth and been handled by the receiver's XDP program: nothing is under way any
-//! more.
+//! The kernel completes a frame when the packet made of it is freed. Once all are completed, all
+//! have left the veth, the receiver's XDP program has handled them, and nothing is in flight.
 
 use std::io::{self, Write};
 use std::num::NonZeroU32;
@@ -27,13 +27,14 @@ use crate::link::{Link, LinkError};
 use crate::xsk::{FRAME_BYTES, Xsk};
 pub use crate::xsk::{MAX_FRAME_BYTES, XskError};
 
-/// Frames under way at most.
+/// The most frames in flight.
 const FRAMES: NonZeroU32 = NonZeroU32::new(256).expect("not 0");
-/// Shortest frame: an Ethernet header.
+/// The shortest frame: an Ethernet header.
 const MIN_FRAME_BYTES: usize = 14;
-/// So long the other side may refuse one frame, or keep those under way, before we give up.
+/// How long the other side may refuse one frame, or hold the frames in flight, before sending
+/// fails.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two tries.
+/// The pause between two attempts.
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// A socket that sends on one queue.
@@ -42,7 +43,7 @@ pub struct TxSocket {
     interface: String,
     max_frame_bytes: usize,
     xsk: Xsk,
-    /// Frames that are ours, not the kernel's.
+    /// Frames that the socket owns, and not the kernel.
     free: Vec<FrameDesc>,
     sent: u64,
     refused: u64,
@@ -57,7 +58,7 @@ impl AsRawFd for TxSocket {
 /// Why a frame was not sent.
 #[derive(Debug, thiserror::Error)]
 pub enum TxError {
-    /// The interface is not there.
+    /// The interface does not exist.
     #[error(transparent)]
     Link(#[from] LinkError),
     /// The queue has no socket.
@@ -70,7 +71,7 @@ pub enum TxError {
     NoQueue {
         /// The interface.
         interface: String,
-        /// Queue asked for.
+        /// The queue that was requested.
         queue: u32,
         /// Queues in use.
         queues: u32,
@@ -85,10 +86,10 @@ pub enum TxError {
         interface: String,
         /// The frame's length.
         bytes: usize,
-        /// Longest frame now.
+        /// The longest frame at present.
         limit: usize,
     },
-    /// The other side takes nothing.
+    /// The other side accepts nothing.
     #[error(
         "queue {queue} of {interface} refused a frame for {} s: is the peer up, and its MTU not smaller?",
         PATIENCE.as_secs()
@@ -99,7 +100,7 @@ pub enum TxError {
         /// The queue.
         queue: u32,
     },
-    /// The receiver sits on packets.
+    /// The receiver holds packets.
     #[error(
         "{frames} frames sent on queue {queue} of {interface} were not completed after {} s: the receiver holds them",
         PATIENCE.as_secs()
@@ -109,10 +110,10 @@ pub enum TxError {
         interface: String,
         /// The queue.
         queue: u32,
-        /// Frames not given back.
+        /// Frames that were not completed.
         frames: usize,
     },
-    /// The kernel wants no more of it.
+    /// The kernel refuses to send.
     #[error("sending on queue {queue} of {interface}: {source}")]
     Send {
         /// The interface.
@@ -125,10 +126,11 @@ pub enum TxError {
 }
 
 impl TxSocket {
-    /// Opens queue `queue` of `interface`, in the namespace of the calling thread.
+    /// Opens queue `queue` of `interface` in the namespace of the calling thread.
     ///
     /// # Errors
-    /// The interface or its queue does not exist, another socket has it, or rights are missing.
+    /// The interface or its queue does not exist, another socket holds it, or privileges are
+    /// missing.
     pub fn open(interface: &str, queue: u32) -> Result<Self, TxError> {
         let link = Link::named(interface)?;
         if queue >= link.tx_queues {
@@ -141,7 +143,7 @@ impl TxSocket {
         Ok(Self { queue, interface: interface.into(), max_frame_bytes, xsk, free, sent: 0, refused: 0 })
     }
 
-    /// Its queue.
+    /// The number of its queue.
     pub fn queue(&self) -> u32 {
         self.queue
     }
@@ -151,7 +153,7 @@ impl TxSocket {
         self.sent
     }
 
-    /// Times the driver refused a frame, which was then sent again.
+    /// How many times the driver refused a frame, which was then sent again.
     pub fn refused(&self) -> u64 {
         self.refused
     }
@@ -167,12 +169,12 @@ impl TxSocket {
         Err(TxError::Length { interface: self.interface.clone(), bytes, limit: self.max_frame_bytes })
     }
 
-    /// Sends one frame, waiting while the receiver is full. When it returns without error, the
-    /// driver has taken the frame, once; with an error, it has not.
+    /// Sends one frame, waiting while the receiver is full. On success the driver has accepted the
+    /// frame, once; on error it has not.
     ///
     /// # Errors
-    /// The frame's length does not fit, the receiver takes nothing for long, or the interface is
-    /// down or gone.
+    /// The frame's length is out of range, the receiver accepts nothing for too long, or the
+    /// interface is down or gone.
     pub fn send(&mut self, frame: &[u8]) -> Result<(), TxError> {
         self.check_length(frame.len())?;
         let begin = Instant::now();
@@ -200,11 +202,11 @@ impl TxSocket {
         }
     }
 
-    /// Waits until all frames sent have left the veth and have been handled by the receiver's XDP
+    /// Waits until every frame sent has left the veth and has been handled by the receiver's XDP
     /// program, or freed.
     ///
     /// # Errors
-    /// Some are held by the receiver for long.
+    /// The receiver holds frames for too long.
     pub fn finish(&mut self) -> Result<(), TxError> {
         self.reclaim_until(FRAMES.get() as usize)
     }
@@ -221,16 +223,16 @@ impl TxSocket {
         cursor.write_all(frame).expect("the length was checked against the frame's");
         let offset = UmemOffset(u32::try_from(descriptor.addr()).expect("the memory is small"));
         let length = u32::try_from(frame.len()).expect("the length was checked against the frame's");
-        // The frame is the kernel's until it comes back through the COMPLETION ring.
-        assert!(self.xsk.tx.push(offset, length), "the TX ring holds all frames there are");
+        // The kernel owns the frame until it comes back through the COMPLETION ring.
+        assert!(self.xsk.tx.push(offset, length), "the TX ring has a slot for every frame");
         self.xsk.tx.publish();
         Ok(())
     }
 
-    /// Has the kernel transmit what is in the TX ring, and tells how that went.
+    /// Makes the kernel transmit what is in the TX ring, and returns its answer.
     fn push(&self) -> io::Result<()> {
         let socket = self.as_raw_fd();
-        // SAFETY: no buffer and no address are given; the descriptor is open as long as `self`
+        // SAFETY: the call has no buffer and no address; the descriptor is open as long as `self`
         // lives.
         let result =
             unsafe { libc::sendto(socket, std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };

@@ -1,21 +1,24 @@
 //! A multi-queue veth pair between two namespaces, or within one.
 //!
-//! What the sender puts into its TX queue q arrives on the receiver's RX queue q. Frames that an XDP program redirects
-//! into the sender arrive on the RX queue whose number is the sending CPU's, modulo the receiver's queues; the
-//! receiver takes them only while it has NAPI, that is, an XDP program or GRO.
+//! What the sender puts into its TX queue q arrives on the receiver's RX queue q. Frames that an
+//! XDP program redirects into the sender arrive on the RX queue whose number is the sending CPU's,
+//! modulo the receiver's queues; the receiver accepts them only while it has NAPI, that is, an XDP
+//! program or GRO.
 
 use crate::command::CommandError;
 use crate::link::{Link, LinkError};
 use crate::netns::Netns;
 
-/// What a pair should look like.
+/// The properties of a pair.
 #[derive(Clone, Copy, Debug)]
 pub struct VethConfig {
-    /// RX and TX queues of either end.
+    /// The number of RX and of TX queues of each end.
     pub queues: u32,
-    /// MTU of either end, in bytes after the Ethernet header. A receiver with an XDP program takes 3,498 at most.
+    /// The MTU of each end, in bytes after the Ethernet header. At most 3,498 for a receiver with
+    /// an XDP program.
     pub mtu: u32,
-    /// Whether the sender's kernel leaves checksums unfinished, as it does by default. Replayed frames have theirs.
+    /// Whether the sender's kernel leaves checksums unfinished, as by default. Replayed frames have
+    /// checksums.
     pub checksum_offload: bool,
     /// Whether the receiver merges segments (GRO), which also gives it NAPI without an XDP program.
     pub gro: bool,
@@ -28,28 +31,28 @@ impl Default for VethConfig {
 }
 
 impl VethConfig {
-    /// A pair of `queues` queues and the defaults otherwise: MTU 1500, no offloads.
+    /// A pair with `queues` queues and the defaults otherwise: MTU 1500, no offloads.
     pub fn queues(queues: u32) -> Self {
         Self { queues, ..Self::default() }
     }
 }
 
-/// A veth pair, both ends up. It goes when its namespace goes.
+/// A veth pair, both ends up. It exists until its namespace is removed.
 #[derive(Clone, Debug)]
 pub struct Veth {
-    /// The end that sends: `tx0`.
+    /// The sending end: `tx0`.
     pub sender: Link,
-    /// The end that receives: `rx0`.
+    /// The receiving end: `rx0`.
     pub receiver: Link,
 }
 
 /// Why there is no pair.
 #[derive(Debug, thiserror::Error)]
 pub enum VethError {
-    /// A tool did not make it, or did not set it up.
+    /// A tool did not make the pair, or did not set it up.
     #[error("no veth pair: {0}")]
     Command(#[from] CommandError),
-    /// It was made and is not there.
+    /// The pair was made but cannot be found.
     #[error("no veth pair: {0}")]
     Link(#[from] LinkError),
 }
@@ -58,7 +61,8 @@ impl Veth {
     /// Makes the pair `tx0` in `sender` and `rx0` in `receiver`, which may be the same namespace.
     ///
     /// # Errors
-    /// There is one already, the MTU or the number of queues is beyond the driver's limits, or a tool is missing.
+    /// There already is one, the MTU or the number of queues is beyond the driver's limits, or a
+    /// tool is missing.
     pub fn create(config: &VethConfig, sender: &Netns, receiver: &Netns) -> Result<Self, VethError> {
         let VethConfig { queues, mtu, .. } = config;
         let end = format!("numrxqueues {queues} numtxqueues {queues} mtu {mtu}");
@@ -76,7 +80,7 @@ impl Veth {
         })
     }
 
-    /// The pair within one new quiet namespace: what most tests want.
+    /// Makes the pair within one new quiet namespace.
     ///
     /// # Errors
     /// As [`Veth::create`] and [`Netns::quiet`].
@@ -85,4 +89,12 @@ impl Veth {
         let pair = Self::create(config, &namespace, &namespace)?;
         Ok((namespace, pair))
     }
+}
+
+/// A quiet namespace with a pair of `queues` queues, as most tests need it.
+///
+/// # Panics
+/// The namespace or the pair cannot be made.
+pub fn network(queues: u32) -> Netns {
+    Veth::in_namespace(&VethConfig::queues(queues)).expect("a namespace with a veth pair").0
 }

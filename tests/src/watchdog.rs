@@ -1,19 +1,20 @@
-//! A test that hangs ends with a message instead of with the patience of whoever runs it.
+//! Aborts a test that hangs, with a message.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use crate::netns;
 
-/// Ends the process unless it is dropped in time. It protects from hanging; it is no claim about speed, so be generous.
+/// Aborts the process unless it is dropped in time. It guards against hanging and claims nothing
+/// about speed: be generous.
 #[derive(Debug)]
 pub struct Watchdog {
     _alive: Sender<()>,
 }
 
 impl Watchdog {
-    /// Watches over `what`, for instance the test's name: after `limit` the namespaces are removed, and the process
-    /// aborts saying what hung.
+    /// Watches `what`, for instance the test's name. After `limit` it removes the namespaces,
+    /// prints what hung, and aborts the process.
     pub fn new(what: &str, limit: Duration) -> Self {
         let (alive, watched) = channel();
         let what = what.to_string();

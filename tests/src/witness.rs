@@ -1,26 +1,27 @@
-//! What `xfan-witness` workers saw of the generator's packets: who was seen how often, and in which order.
+//! What `xfan-witness` workers saw of the generator's packets: which packets, how often, and in
+//! which order.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-/// A packet as a worker saw it. It may have been killed before it committed it.
+/// A packet as a worker saw it. The worker may have been killed before it committed the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sighting {
-    /// Its number within its stream.
+    /// The packet's number within its stream.
     pub number: u32,
-    /// Its flow's hash.
+    /// The hash of its flow.
     pub flow: u32,
-    /// Which generator it is from: the length of its frames.
+    /// The generator that sent it, identified by the length of its frames.
     pub stream: u16,
-    /// Whether it was said that another may have seen it.
+    /// Whether it was marked as redelivered.
     pub redelivered: bool,
 }
 
 impl Sighting {
-    /// Length of a record.
+    /// The length of a record in bytes.
     pub const BYTES: usize = 12;
 
-    /// As it is written.
+    /// The record in the file.
     pub fn to_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.number.to_le_bytes());
@@ -46,50 +47,52 @@ impl Sighting {
 pub struct Testimony {
     /// Packets, each counted once.
     pub packets: u64,
-    /// Sightings beyond the first of a packet.
+    /// Sightings after the first one of a packet.
     pub again: u64,
-    /// Sightings that were said to be redelivered.
+    /// Sightings marked as redelivered.
     pub redelivered: u64,
-    /// Witnesses.
+    /// The number of witnesses.
     pub witnesses: usize,
-    /// What must not be, in sentences.
+    /// Violations, as sentences.
     pub wrong: Vec<String>,
 }
 
 /// Reads what the witnesses of a folder wrote.
 ///
-/// Wrong is a packet that was seen twice without being called redelivered, and one that a worker saw, for the first
-/// time anywhere, after a later one of its flow.
+/// Two things are violations: a packet that was seen twice without the mark redelivered, and a
+/// packet first seen by a worker after a later packet of its flow.
 ///
 /// # Panics
 /// A file cannot be read.
 pub fn testimony(folder: &Path) -> Testimony {
     let mut result = Testimony::default();
-    // By stream and number: sightings that are not called redelivered, and all.
+    // By stream and number: the sightings not marked as redelivered, and all sightings.
     let mut seen: HashMap<u16, Vec<[u8; 2]>> = HashMap::new();
-    for entry in std::fs::read_dir(folder).expect("the folder is there") {
-        let path = entry.expect("it can be listed").path();
+    for entry in std::fs::read_dir(folder).expect("the folder can be listed") {
+        let path = entry.expect("the folder can be listed").path();
         if !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("seen-")) {
             continue;
         }
         result.witnesses += 1;
         let mut latest: HashMap<(u16, u32), u32> = HashMap::new();
-        let bytes = std::fs::read(&path).expect("it can be read");
-        // Who was killed while writing may have left a part of a record; it has not committed that packet.
+        let bytes = std::fs::read(&path).expect("the file can be read");
+        // A witness killed while writing may leave a partial record; it has not committed that
+        // packet.
         for record in bytes.chunks_exact(Sighting::BYTES) {
-            let sighting = Sighting::from_bytes(record.try_into().expect("as long as a record"));
+            let sighting =
+                Sighting::from_bytes(record.try_into().expect("the chunk has the length of a record"));
             let Sighting { number, flow, stream, redelivered } = sighting;
             let stream_seen = seen.entry(stream).or_default();
-            let place = number as usize;
-            if stream_seen.len() <= place {
-                stream_seen.resize(place + 1, [0; 2]);
+            let index = number as usize;
+            if stream_seen.len() <= index {
+                stream_seen.resize(index + 1, [0; 2]);
             }
-            stream_seen[place][1] = stream_seen[place][1].saturating_add(1);
+            stream_seen[index][1] = stream_seen[index][1].saturating_add(1);
             if redelivered {
                 result.redelivered += 1;
                 continue;
             }
-            stream_seen[place][0] = stream_seen[place][0].saturating_add(1);
+            stream_seen[index][0] = stream_seen[index][0].saturating_add(1);
             if let Some(before) = latest.insert((stream, flow), number).filter(|before| *before >= number) {
                 result.wrong.push(format!("{}: {sighting:?} after number {before}", path.display()));
             }
@@ -119,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_found() {
+    fn each_fault_in_the_packets_is_found() {
         let folder = tempfile::tempdir().unwrap();
         seen(&folder.path().join("seen-1"), &[(0, false), (1, false), (3, false)]);
         seen(&folder.path().join("seen-2"), &[(3, true), (4, false), (2, true)]);

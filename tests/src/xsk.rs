@@ -1,4 +1,4 @@
-//! What sending and receiving AF_XDP sockets have in common: how they are bound.
+//! How AF_XDP sockets for sending and receiving are bound.
 
 use std::error::Error;
 use std::io;
@@ -11,12 +11,12 @@ use xsk_rs::{CompQueue, FillQueue, FrameDesc, RxQueue, Socket, TxQueue, Umem};
 
 /// Bytes of a frame of packet memory: one page, the most AF_XDP allows.
 pub const FRAME_BYTES: u32 = 4096;
-/// Longest Ethernet frame, in bytes: a frame of packet memory less the headroom that xsk-rs keeps
-/// free.
+/// The longest Ethernet frame in bytes: a frame of packet memory minus the headroom that xsk-rs
+/// keeps free.
 pub const MAX_FRAME_BYTES: usize = FRAME_BYTES as usize - 256;
 
-/// A closed socket frees its queue later, when RCU and the kernel's lock of all interfaces let it,
-/// which takes seconds on a busy machine; so long a bind is tried again.
+/// How long to retry a bind. A closed socket frees its queue later, after RCU and the kernel's lock
+/// of all interfaces, which takes seconds on a busy machine.
 const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -26,11 +26,11 @@ const RETRY: Duration = Duration::from_millis(10);
 pub struct XskError {
     /// The interface.
     pub interface: String,
-    /// Its queue.
+    /// The queue.
     pub queue: u32,
-    /// What the library or the kernel said.
+    /// The error of the library or the kernel.
     pub reason: String,
-    /// The kernel's error number, if it came to that.
+    /// The kernel's error number, if the kernel refused.
     pub errno: Option<i32>,
 }
 
@@ -43,23 +43,22 @@ fn hint(errno: &Option<i32>) -> &'static str {
     }
 }
 
-/// A socket in copy mode with memory of its own, and all frames of that memory, which are the
-/// caller's.
+/// A socket in copy mode with its own memory, and all frames of that memory, which the caller owns.
 pub struct Xsk {
     pub umem: Umem,
-    /// In the order in which they lie in the memory.
+    /// The frames in the order of their addresses.
     pub frames: Vec<FrameDesc>,
     pub tx: TxRing,
     pub rx: RxQueue,
     pub fill: FillQueue,
     pub completion: CompletionRing,
-    /// Keep the two rings mapped that are accessed directly.
+    /// Keeps the mappings of the two rings that are accessed directly.
     _mapped: (TxQueue, CompQueue),
 }
 
 impl Xsk {
-    /// Binds a socket to `queue` of `interface`, in the namespace of the calling thread, with
-    /// `frame_count` frames (a power of two) and rings that hold as many; the FILL ring holds twice
+    /// Binds a socket to `queue` of `interface` in the namespace of the calling thread, with
+    /// `frame_count` frames (a power of two) and rings with as many slots; the FILL ring has twice
     /// as many.
     pub fn bind(interface: &str, queue: u32, frame_count: NonZeroU32) -> Result<Self, XskError> {
         let failed = |error: &dyn Error| {
@@ -93,9 +92,8 @@ impl Xsk {
             let error = match unsafe { Socket::new(socket_config, &umem, &name, queue) } {
                 Ok((tx_queue, rx, Some((fill, completion_queue)))) => {
                     let entries = frame_count.get();
-                    // SAFETY: the handles that keep the rings mapped are kept beside them and not
-                    // used otherwise; the sizes are those that the socket and the memory were made
-                    // with.
+                    // SAFETY: `_mapped` keeps the rings mapped and is not used otherwise; the sizes
+                    // are those of the socket and the memory.
                     let (tx, completion) =
                         unsafe { (TxRing::find(rx.fd(), entries), CompletionRing::find(rx.fd(), entries)) };
                     return Ok(Self {
@@ -108,7 +106,7 @@ impl Xsk {
                         _mapped: (tx_queue, completion_queue),
                     });
                 }
-                Ok((_, _, None)) => unreachable!("new memory brings its FILL and COMPLETION rings"),
+                Ok((_, _, None)) => unreachable!("new memory comes with its FILL and COMPLETION rings"),
                 Err(error) => failed(&error),
             };
             if error.errno != Some(libc::EBUSY) || begin.elapsed() > BUSY_PATIENCE {

@@ -1,37 +1,31 @@
-//! Workers in C: built with what `scripts/install-capi` installs, they work like any other.
+//! Workers in C, built with what `scripts/install-capi` installs, work like any other worker.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::generator::{End, Generator, Load};
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::Launch;
-use xfan_tests::process::{Exit, Process, binary};
+use xfan_tests::proc::signal;
+use xfan_tests::process::{Process, binary, write_script};
 use xfan_tests::replay::Replay;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 use xfan_tests::{command, e2e_or_skip, traffic};
 
 const PACKETS: u64 = 600;
-/// The repository.
+/// The root of the repository.
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// How a program gets the library.
+/// How a program links the library.
 #[derive(Clone, Copy, PartialEq)]
 enum Library {
     Shared,
     Static,
 }
 
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-/// Installs the library into the folder, and builds `examples/count.c` there as a user would.
+/// Installs the library into the folder and builds `examples/count.c` there as a user would.
 fn build(folder: &Path, library: Library) -> PathBuf {
     let (prefix, program) = (folder.join("sdk"), folder.join("c-count"));
     let built = binary("libxfan_worker_c.so").unwrap();
@@ -56,14 +50,6 @@ fn build(folder: &Path, library: Library) -> PathBuf {
     program
 }
 
-/// Packets and bytes that the member says it counted, when it ended.
-fn totals(exit: &Exit, member: &str) -> (u64, u64) {
-    let printed = exit.json().into_iter();
-    let of_member: Vec<_> = printed.filter(|totals| totals["member"] == member).collect();
-    assert_eq!(of_member.len(), 1, "{member} in {exit:#?}");
-    (of_member[0]["packets"].as_u64().unwrap(), of_member[0]["bytes"].as_u64().unwrap())
-}
-
 fn bytes(frames: &[Vec<u8>]) -> u64 {
     frames.iter().map(|frame| frame.len() as u64).sum()
 }
@@ -71,7 +57,7 @@ fn bytes(frames: &[Vec<u8>]) -> u64 {
 #[test]
 fn a_worker_in_c_runs_in_the_sandbox() {
     let _watchdog = e2e_or_skip!(240);
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("worker_sandbox = true").unwrap();
     let program = build(launch.folder(), Library::Shared);
     let primary = launch.worker(program.to_str().unwrap(), "").unwrap().start().unwrap();
@@ -81,24 +67,23 @@ fn a_worker_in_c_runs_in_the_sandbox() {
     assert!(report.confinement.sandbox);
     assert_balanced(&report, PACKETS);
     let exit = primary.stop().0;
-    assert_eq!((exit.code, totals(&exit, "default/0")), (Some(0), (PACKETS, bytes(&frames))));
+    assert_eq!((exit.code, exit.totals_of("default/0")), (Some(0), (PACKETS, bytes(&frames))));
 }
 
 #[test]
-fn a_supervised_worker_in_c_counts_exactly_and_leaves_on_sigterm() {
+fn a_worker_in_c_counts_exactly_and_leaves_on_sigterm() {
     let _watchdog = e2e_or_skip!(240);
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
-    // The first member in C, the other in Rust.
+    // The first member is in C, the other in Rust.
     let (c, rust) = (build(launch.folder(), Library::Shared), launch.within_reach("xfan-count").unwrap());
     let script = launch.folder().join("worker");
     let text = format!(
-        "#!/bin/sh\ncase $XFAN_MEMBER in\ndefault/0) exec {} ;;\n*) exec {} ;;\nesac\n",
+        "case $XFAN_MEMBER in\ndefault/0) exec {} ;;\n*) exec {} ;;\nesac",
         c.display(),
         rust.display()
     );
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_script(&script, &text);
     let primary = launch.worker(script.to_str().unwrap(), "").unwrap().start().unwrap();
     let report = primary.report();
     let programs: Vec<_> = report.groups[0].members.iter().map(|member| &*member.program).collect();
@@ -115,13 +100,13 @@ fn a_supervised_worker_in_c_counts_exactly_and_leaves_on_sigterm() {
     }
     assert_eq!(members.iter().map(|member| member.counters["bytes"]).sum::<u64>(), bytes(&frames));
 
-    // It leaves while packets flow; the other gets its flows.
+    // The first member leaves while packets flow; the other gets its flows.
     let load =
         Load { frames_per_second: Some(50_000), ..Load::onto("tx0", End::After(Duration::from_secs(3600))) };
     let generator = namespace.run(|| Generator::start(&load)).unwrap();
     let before = members[0].committed;
     let report = primary.report_when(|report| report.groups[0].members[0].committed > before + 1000);
-    kill(Pid::from_raw(i32::try_from(report.groups[0].members[0].pid).unwrap()), Signal::SIGTERM).unwrap();
+    signal(report.groups[0].members[0].pid, Signal::SIGTERM);
     primary.report_when(|report| report.groups[0].members[0].state == "stopped");
     let taken = primary.report().totals().0;
     primary.report_when(|report| report.totals().0 > taken + 1000);
@@ -136,19 +121,20 @@ fn a_supervised_worker_in_c_counts_exactly_and_leaves_on_sigterm() {
     let committed = [members[0].committed, members[1].committed];
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
-    let [c, rust] = ["default/0", "default/1"].map(|member| totals(&exit, member));
+    let [c, rust] = ["default/0", "default/1"].map(|member| exit.totals_of(member));
     assert_eq!([c.0, rust.0], committed);
     assert_eq!(c.0 + rust.0, PACKETS + sent);
     assert_eq!(c.1 + rust.1, bytes(&frames) + sent * u64::from(load.frame_bytes));
 }
 
 #[test]
-fn a_worker_in_c_with_the_library_inside_joins_and_outlives_its_dispatcher() {
+fn a_statically_linked_worker_in_c_outlives_a_primary() {
     let _watchdog = e2e_or_skip!(240);
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config("max_workers = 1").unwrap();
     let program = build(launch.folder(), Library::Static);
-    std::fs::remove_dir_all(launch.folder().join("sdk")).unwrap(); // it is not needed any more
+    // A static program does not need the library.
+    std::fs::remove_dir_all(launch.folder().join("sdk")).unwrap();
     let primary = launch.start().unwrap();
     let join = || {
         let mut command = Command::new(&program);
@@ -164,7 +150,7 @@ fn a_worker_in_c_with_the_library_inside_joins_and_outlives_its_dispatcher() {
         primary.report_after(round * PACKETS, true);
         let exit = worker.end(Signal::SIGTERM);
         assert_eq!(
-            (exit.code, totals(&exit, "default/0")),
+            (exit.code, exit.totals_of("default/0")),
             (Some(0), (PACKETS, bytes(&frames))),
             "{exit:#?}"
         );
@@ -172,7 +158,7 @@ fn a_worker_in_c_with_the_library_inside_joins_and_outlives_its_dispatcher() {
         assert_balanced(&report, round * PACKETS);
     }
 
-    // All places are taken.
+    // All members have a worker.
     let worker = join();
     let mut command = Command::new(&program);
     command.arg(primary.socket());
@@ -180,18 +166,18 @@ fn a_worker_in_c_with_the_library_inside_joins_and_outlives_its_dispatcher() {
     assert_eq!((exit.code, exit.stdout.len()), (Some(1), 0));
     assert!(exit.stderr.concat().starts_with("count: cannot attach: the dispatcher refused"), "{exit:#?}");
 
-    // The dispatcher is killed: what it has sent is received, and then it is said.
+    // The primary is killed: the worker receives what the primary had sent, then reports the loss.
     primary.end(Signal::SIGKILL);
     let exit = worker.wait();
     assert_eq!(exit.code, Some(1));
     assert!(exit.stderr.concat().contains("count: cannot receive: the dispatcher is gone"), "{exit:#?}");
-    assert_eq!(totals(&exit, "default/0"), (0, 0));
+    assert_eq!(exit.totals_of("default/0"), (0, 0));
 }
 
 #[test]
-fn a_worker_in_c_survives_the_dispatcher_that_started_it() {
+fn a_worker_in_c_survives_the_primary_that_started_it() {
     let _watchdog = e2e_or_skip!(240);
-    let namespace = network();
+    let namespace = network(2);
     let frames = traffic::synthetic(60, 600, 7).frames;
     let launch = Launch::on(&namespace).unwrap();
     let program = build(launch.folder(), Library::Static);
@@ -212,7 +198,7 @@ fn a_worker_in_c_survives_the_dispatcher_that_started_it() {
 
 #[test]
 fn a_worker_in_c_says_why_it_cannot_attach() {
-    // Needs no privileges, but a compiler.
+    // This test needs no privileges, but a C compiler.
     let folder = tempfile::tempdir().unwrap();
     let program = build(folder.path(), Library::Shared);
     let said = |arguments: &[&str]| {

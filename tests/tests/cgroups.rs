@@ -1,4 +1,4 @@
-//! A worker's cgroup ends with it, limits it, and is gone when the primary is.
+//! A worker's cgroup limits it and ends with it, and is removed when the primary ends.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -8,40 +8,35 @@ use nix::sys::signal::Signal;
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::cgroups::{Hierarchy, start_in_cgroups, subfolders, systemd_runs, with_cgroups};
 use xfan_tests::e2e_or_skip;
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::Launch;
 use xfan_tests::proc::{check, daemons, exists, pid_of, read, signal, wait_until};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
-fn namespace() -> (Netns, Veth) {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap()
-}
-
 #[test]
-fn a_workers_cgroup_ends_with_it_however_its_processes_hide() {
+fn hidden_processes_of_a_worker_die_with_its_cgroup() {
     let _watchdog = e2e_or_skip!();
     if systemd_runs() {
         return;
     }
     let hierarchy = Hierarchy::open();
     for (disguise, count) in [("none", 1), ("session", 1), ("family", 3), ("comet", 1)] {
-        let (namespace, _veth) = namespace();
+        let namespace = network(2);
         let launch = Launch::on(&namespace).unwrap().config("restart = 'no'").unwrap().with("-n 2");
         let primary = start_in_cgroups(launch.hostile_worker(&format!("brood {disguise}")).unwrap());
         let report = primary.report();
         let folder = hierarchy.folder(&report, &primary);
         assert_eq!(subfolders(&folder), ["default-0", "default-1"]);
         let daemons = daemons(&primary, count);
-        // Whoever it is that it is now, there is more than the worker.
+        // However its processes hide, the cgroup holds more than the worker.
         let inside = || read(folder.join("default-0/cgroup.procs"));
         wait_until(|| inside().lines().count() > 1);
         assert_eq!(read(folder.join("default-1/cgroup.procs")), pid_of(&report, 1).to_string());
         signal(pid_of(&report, 0), Signal::SIGUSR1);
         wait_until(|| subfolders(&folder) == ["default-1"]);
-        // The primary waits for them a little later.
+        // The primary reaps them a little later.
         wait_until(|| daemons.iter().all(|&pid| !exists(pid)));
         send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
@@ -52,13 +47,13 @@ fn a_workers_cgroup_ends_with_it_however_its_processes_hide() {
 }
 
 #[test]
-fn the_next_primary_clears_the_cgroups_of_one_that_was_killed() {
+fn the_next_primary_removes_cgroups_of_a_killed_one() {
     let _watchdog = e2e_or_skip!();
     if systemd_runs() {
         return;
     }
     let hierarchy = Hierarchy::open();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().hostile_worker("brood comet").unwrap();
     let primary = start_in_cgroups(launch);
     let folder = hierarchy.folder(&primary.report(), &primary);
@@ -84,7 +79,7 @@ fn a_survivor_keeps_its_cgroup_under_the_next_primary() {
         return;
     }
     let hierarchy = Hierarchy::open();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("survive = true").unwrap();
     let primary = start_in_cgroups(launch.worker("xfan-count", "").unwrap());
     let before = primary.report();
@@ -104,7 +99,7 @@ fn a_survivor_keeps_its_cgroup_under_the_next_primary() {
 }
 
 #[test]
-fn limits_are_enforced_where_the_controllers_are() {
+fn limits_apply_where_cgroup_controllers_exist() {
     let _watchdog = e2e_or_skip!();
     if systemd_runs() {
         return;
@@ -113,7 +108,7 @@ fn limits_are_enforced_where_the_controllers_are() {
     let available = read(hierarchy.path.join("cgroup.controllers"));
     let has = |controller: &str| available.split_whitespace().any(|word| word == controller);
     eprintln!("controllers: {available:?}");
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let start = |way: &str| {
         let settings =
             "restart = 'no'\nworker_memory = '64MiB'\nworker_processes = 20\nworker_cpu_weight = 50";
@@ -145,7 +140,7 @@ fn limits_are_enforced_where_the_controllers_are() {
     signal(pid_of(&report, 0), Signal::SIGUSR1);
     let report = primary.report_when(|report| report.groups[0].members[0].pid == 0);
     let how = report.groups[0].members[0].last_exit.clone().unwrap();
-    // The controller's OOM killer; or, by the limit of each process, the end of a program that gets no memory.
+    // Without the memory controller, the limit applies to each process: a failed allocation aborts.
     assert!(
         how.starts_with(if has("memory") { "signal: 9 (SIGKILL)" } else { "signal: 6 (SIGABRT)" }),
         "{how}"
@@ -155,7 +150,7 @@ fn limits_are_enforced_where_the_controllers_are() {
 }
 
 #[test]
-fn a_primary_makes_room_in_a_cgroup_that_is_its_own() {
+fn a_primary_uses_a_cgroup_that_is_delegated_to_it() {
     let _watchdog = e2e_or_skip!();
     if systemd_runs() {
         return;
@@ -163,7 +158,7 @@ fn a_primary_makes_room_in_a_cgroup_that_is_its_own() {
     let hierarchy = Hierarchy::open();
     let unit = hierarchy.path.join(format!("xfan-t-unit-{}", std::process::id()));
     fs::create_dir(&unit).unwrap();
-    // As systemd would give it to a unit with Delegate=yes.
+    // This is how systemd sets up a unit with Delegate=yes.
     let available = read(hierarchy.path.join("cgroup.controllers"));
     let has_memory = available.split_whitespace().any(|word| word == "memory");
     if has_memory {
@@ -172,17 +167,17 @@ fn a_primary_makes_room_in_a_cgroup_that_is_its_own() {
     eprintln!("controllers: {available:?}");
     let entrance = fs::OpenOptions::new().write(true).open(unit.join("cgroup.procs")).unwrap();
     let enter = move || {
-        // SAFETY: the kernel reads one byte.
+        // SAFETY: the kernel reads one byte, which the string has.
         check(unsafe { libc::write(entrance.as_raw_fd(), c"0".as_ptr().cast(), 1) } as i64)
     };
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("worker_memory = '64MiB'").unwrap();
     let launch = launch.worker("xfan-count", "").unwrap();
     let folder = launch.folder().to_owned();
     let primary = launch
         .start_with(|command| {
             with_cgroups(command, &folder);
-            // SAFETY: one system call.
+            // SAFETY: the closure makes one system call.
             unsafe { command.pre_exec(enter) };
         })
         .unwrap();

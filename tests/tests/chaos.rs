@@ -1,11 +1,10 @@
-//! Four workers under traffic, to whom everything happens that can happen to workers, at random; one of them is hostile in
-//! whatever way chance will have it. Every packet must be accounted for.
+//! Four workers under traffic suffer random faults; one of them misbehaves in random ways. Every
+//! packet must be accounted for.
 //!
-//! XFAN_CHAOS_SECONDS says for how long (60), half of it for either `on_loss`, XFAN_CHAOS_SEED with which random numbers. `scripts/chaos`
-//! sets them.
+//! XFAN_CHAOS_SECONDS is the run time (60, half of it for each `on_loss`), XFAN_CHAOS_SEED the seed
+//! of the random numbers. `scripts/chaos` sets them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,10 +17,10 @@ use xfan_shm::protocol::{ENV_SOCKET, Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::generator::{End, Generator, Load};
-use xfan_tests::netns::Netns;
+use xfan_tests::leftovers::processes_of;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::process::Process;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 use xfan_tests::witness::testimony;
 
 const CONFIG: &str = "max_workers = 8\nring_slots = 1024\nrestart = 'always'\nrestart_delay = '1ms'\nstart_limit_burst = 1000000\n\
@@ -44,7 +43,7 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 fn signal(pid: u32, signal: Signal) {
-    // It may have ended meanwhile.
+    // The process may have ended meanwhile.
     let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
 }
 
@@ -52,9 +51,9 @@ struct Chaos {
     primary: Primary,
     dice: Dice,
     done: BTreeMap<&'static str, u64>,
-    /// Workers that joined by themselves.
+    /// Workers that attached by themselves.
     guests: Vec<Process>,
-    /// Stopped processes, and when they go on.
+    /// Stopped processes, and when to continue them.
     stopped: Vec<(u32, Instant)>,
 }
 
@@ -63,7 +62,7 @@ impl Chaos {
         *self.done.entry(what).or_default() += 1;
     }
 
-    /// A worker that takes packets, by chance.
+    /// A random worker that receives packets.
     fn any(&mut self) -> Option<Member> {
         let report = self.primary.report();
         let running = |member: &&Member| matches!(member.state.as_str(), "running" | "unhealthy");
@@ -97,7 +96,7 @@ impl Chaos {
             2 | 3 => {
                 if let Some(member) = self.any() {
                     signal(member.pid, Signal::SIGSTOP);
-                    // At times for longer than `hang_timeout`.
+                    // Some pauses are longer than `hang_timeout`.
                     let pause = Duration::from_millis(self.dice.below(900) as u64);
                     self.stopped.push((member.pid, Instant::now() + pause));
                     self.count("stopped");
@@ -124,7 +123,7 @@ impl Chaos {
                 let pid = self.join("xfan-hostile", &["noise", &seed]);
                 let attached =
                     |report: &Report| report.groups[0].members.iter().any(|member| member.pid == pid);
-                // All places may be taken.
+                // All members may have a worker.
                 for _ in 0..100 {
                     if attached(&self.primary.report()) {
                         signal(pid, Signal::SIGUSR1);
@@ -147,7 +146,7 @@ impl Chaos {
         for (pid, _) in self.stopped.extract_if(.., |(_, until)| *until <= now) {
             signal(pid, Signal::SIGCONT);
         }
-        // Who was drained comes back, at times.
+        // Sometimes a drained member is restarted.
         if self.dice.below(4) == 0 {
             self.bring_back();
         }
@@ -160,7 +159,7 @@ impl Chaos {
         }
     }
 
-    /// Ends everything that is under way, until the four workers run as at the beginning.
+    /// Ends all faults in progress and waits until the four workers run as at the beginning.
     fn calm(&mut self) {
         for (pid, _) in self.stopped.drain(..) {
             signal(pid, Signal::SIGCONT);
@@ -169,7 +168,7 @@ impl Chaos {
             guest.end(Signal::SIGTERM);
         }
         loop {
-            // It has no place any more once it has gone.
+            // The member no longer exists once its worker has left.
             let hostile = WorkersOrder::Remove("default/0".into());
             let _ = client::ask(&self.primary.socket(), &Request::Workers(hostile));
             self.bring_back();
@@ -198,24 +197,18 @@ fn segments(primary: &Primary) -> usize {
     maps.lines().filter(|line| line.contains("memfd:xfan-")).count()
 }
 
-/// Processes that run a program.
-fn processes_of(program: &Path) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let runs = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
-    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(runs).collect()
-}
-
-/// Either takes all of the machine.
+/// Each of the two tests needs the whole machine.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 #[test]
-fn whatever_happens_to_workers_every_packet_is_accounted_for() {
+fn random_faults_lose_no_packet_uncounted() {
     run("on_loss = 'requeue'");
 }
 
 #[test]
-fn whatever_happens_every_packet_is_accounted_for_also_if_they_are_held() {
-    // At times the next comes in time, at times it does not: then somebody stood still, or nobody was to come.
+fn random_faults_lose_no_held_packet_uncounted() {
+    // Sometimes the successor arrives in time. Sometimes it does not: it stood still, or none was
+    // due.
     run("on_loss = 'hold'\nhold_timeout = '50ms'");
 }
 
@@ -225,7 +218,7 @@ fn run(policy: &str) {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let _watchdog = e2e_or_skip!(seconds + 120);
     println!("{policy}; seed {seed}");
-    let namespace: Netns = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 4").config(&format!("{policy}\n{CONFIG}")).unwrap();
     launch.within_reach("xfan-witness").unwrap();
     let launch = launch.worker("xfan-hostile", &format!("riot {seed} FOLDER")).unwrap();
@@ -234,7 +227,7 @@ fn run(policy: &str) {
     primary.report_when(runs);
     let (open, mapped) = (descriptors(&primary), segments(&primary));
 
-    // Two lanes, each with a stream of its own, told apart by the length of its frames.
+    // Two lanes, each with its own stream; the length of its frames identifies the stream.
     let generators: Vec<_> = [(0, 64), (1, 96)]
         .into_iter()
         .map(|(cpu, frame_bytes)| {
@@ -245,7 +238,7 @@ fn run(policy: &str) {
         .collect();
     let mut chaos = Chaos {
         primary,
-        // Never zero, and not alike for seeds that are.
+        // The state must not be zero, and must differ between seeds.
         dice: Dice((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
         done: BTreeMap::new(),
         guests: Vec::new(),
@@ -279,27 +272,27 @@ fn run(policy: &str) {
     );
     assert!(
         seen.wrong.is_empty(),
-        "{} things, such as {:#?}",
+        "{} faults, such as {:#?}",
         seen.wrong.len(),
         &seen.wrong[..10.min(seen.wrong.len())]
     );
-    // Every packet was seen by a worker or stands in a counter. What is lost may have been seen before, and not committed.
+    // A worker saw each packet, or a counter has it. A lost packet may have been seen, uncommitted.
     let sightings = seen.packets + seen.again;
     let committed = sum(|member| member.committed);
     assert!(sightings >= committed, "{committed} packets were committed, but {sightings} seen");
     let at_least = (kernel + dropped + lost).saturating_sub(sightings - committed);
     let (missing, at_least) = (sent - seen.packets, at_least.max(kernel + dropped));
-    println!("{missing} were seen by nobody: {at_least} to {} should be", kernel + dropped + lost);
+    println!("{missing} packets reached no worker; expected {at_least} to {}", kernel + dropped + lost);
     assert!((at_least..=kernel + dropped + lost).contains(&missing));
     assert!(report.lanes().all(|lane| lane.frames.lent == 0));
-    // The hostile one of the four is gone.
+    // The hostile worker, one of the four, is gone.
     let mapped = mapped / 4 * 3;
     while descriptors(&primary) > open || segments(&primary) > mapped {
         std::thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(segments(&primary), mapped);
     let folder = primary.folder().to_owned();
-    assert_eq!(processes_of(&folder.join("xfan-hostile")), [0; 0], "what it started is gone, too");
+    assert_eq!(processes_of(&folder.join("xfan-hostile")), [0; 0], "its children are gone, too");
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
 }

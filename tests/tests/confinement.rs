@@ -1,4 +1,5 @@
-//! A worker inherits nothing, outlives nobody, and uses up no more than it may; and the primary keeps no right it does not need.
+//! A worker inherits no attribute of the primary, leaves no process behind and stays within its
+//! limits. The primary keeps no privilege that it does not need.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,35 +10,31 @@ use std::path::PathBuf;
 use nix::sys::signal::Signal;
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::proc::{check, daemons, exists, pid_of, read, signal, status, wait_until};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
-fn namespace() -> (Netns, Veth) {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap()
-}
-
-/// A JSON object of texts that the hostile worker prints.
+/// Returns a JSON object of strings that the hostile worker prints.
 fn printed(primary: &Primary, part: &str) -> BTreeMap<String, String> {
     serde_json::from_str(&primary.printed(part)).unwrap()
 }
 
-/// What somebody may have done to the shell that xfan is started from.
+/// Changes every attribute that a process inherits, as the shell that starts xfan may have done.
 fn spoil() -> io::Result<()> {
-    // SAFETY: the pointers lead to constants or are null; the calls touch no memory of ours.
+    // SAFETY: the pointers lead to constants or are null; the calls do not touch this process's
+    // memory.
     unsafe {
-        // For what takes a capability that the caller may lack.
+        // The results of these calls are ignored: the caller may lack the capability.
         let adj = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
         libc::write(adj, c"-950".as_ptr().cast(), 4);
         libc::close(adj);
         check(libc::setpriority(libc::PRIO_PROCESS, 0, 7).into())?;
         let priority = libc::sched_param { sched_priority: 1 };
         check(libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority).into())?;
-        // The best-effort class, 7.
+        // The best-effort class, level 7.
         check(libc::syscall(libc::SYS_ioprio_set, 1, 0, 2 << 13 | 7))?;
         check(libc::prctl(libc::PR_SET_TIMERSLACK, 1).into())?;
         check(libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0).into())?;
@@ -47,7 +44,7 @@ fn spoil() -> io::Result<()> {
         check(libc::sched_setaffinity(0, size_of_val(&cpus), &raw const cpus).into())?;
         libc::umask(0o077);
         for ignored in [libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR2, 40] {
-            // All zero but the handler, which is SIG_IGN: the kernel's own structure.
+            // The kernel's own structure: all fields are zero but the handler, which is SIG_IGN.
             let action: [u64; 4] = [1, 0, 0, 0];
             check(libc::syscall(libc::SYS_rt_sigaction, ignored, action.as_ptr(), 0, 8))?;
         }
@@ -65,13 +62,13 @@ fn spoil() -> io::Result<()> {
 }
 
 #[test]
-fn a_worker_inherits_nothing_of_its_primarys_process() {
+fn a_worker_inherits_no_process_attributes() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().hostile_worker("traits").unwrap();
     let primary = launch
         .start_with(|command| {
-            // SAFETY: async-signal-safe calls only.
+            // SAFETY: `spoil` makes async-signal-safe calls only.
             unsafe { command.pre_exec(spoil) };
         })
         .unwrap();
@@ -87,7 +84,7 @@ fn a_worker_inherits_nothing_of_its_primarys_process() {
         ("oom_score_adj", "300"),
         ("coredump_filter", "00000031"),
         ("Umask", "0022"),
-        // Rust's runtime ignores SIGPIPE, in a worker as in any program.
+        // Rust's runtime ignores SIGPIPE in every program.
         ("SigIgn", "0000000000001000"),
         ("CapBnd", none),
         ("CapInh", none),
@@ -96,13 +93,13 @@ fn a_worker_inherits_nothing_of_its_primarys_process() {
         ("Max open files", "777 3000"),
         ("Max realtime priority", "0 0"),
         ("Max nice priority", "0 0"),
-        // It has blocked these itself.
+        // The worker itself has blocked these.
         ("SigBlk", "0000000000004200"),
     ] {
         assert_eq!(traits.remove(name).as_deref(), Some(value), "{name}");
     }
     assert_eq!(traits["Cpus_allowed_list"], status("self", "Cpus_allowed_list"));
-    // The primary has them, but for SIGHUP, which it handles: the test would see it.
+    // The primary has them all except SIGHUP, which it handles: the test would notice otherwise.
     let pid = primary.process.pid();
     let ignored = u64::from_str_radix(&status(pid, "SigIgn"), 16).unwrap();
     let spoilt = 1 << (libc::SIGQUIT - 1) | 1 << (libc::SIGUSR2 - 1) | 1 << 39;
@@ -114,10 +111,10 @@ fn a_worker_inherits_nothing_of_its_primarys_process() {
 #[test]
 fn the_oom_killer_takes_a_worker_before_the_primary() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let primary = Launch::on(&namespace).unwrap().worker("xfan-count", "").unwrap().start().unwrap();
     let score = |pid: &dyn std::fmt::Display| read(format!("/proc/{pid}/oom_score_adj"));
-    // CAP_SYS_RESOURCE.
+    // Bit 24 is CAP_SYS_RESOURCE.
     let able = u64::from_str_radix(&status("self", "CapEff"), 16).unwrap() & 1 << 24 != 0;
     let own = if able { "-900".to_owned() } else { score(&"self") };
     eprintln!("CAP_SYS_RESOURCE: {able}");
@@ -128,9 +125,9 @@ fn the_oom_killer_takes_a_worker_before_the_primary() {
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
-/// Has a command run as the user daemon, with all capabilities.
+/// Makes a command run as the user daemon with all capabilities.
 fn as_daemon() -> io::Result<()> {
-    // Capabilities survive the change of user only if that is asked for, and execution only as ambient ones.
+    // Capabilities survive the change of user only with KEEPCAPS, and execve only as ambient ones.
     // SAFETY: the pointers lead to structures as capget(2) describes them.
     unsafe {
         check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())?;
@@ -148,17 +145,17 @@ fn as_daemon() -> io::Result<()> {
 }
 
 #[test]
-fn an_unprivileged_primary_has_no_workers_of_its_own_user() {
+fn an_unprivileged_primary_refuses_its_own_user() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let start = |user: &str| {
         let launch = Launch::on(&namespace).unwrap().with(user).worker("xfan-count", "").unwrap();
-        // The checkout may be closed to others.
+        // Other users may be unable to read the checkout.
         let xfan = launch.within_reach("xfan").unwrap();
         launch.spawn_with(|command| {
             let mut within_reach = namespace.command(xfan);
             within_reach.args(command.get_args()).env_remove("SUDO_UID");
-            // SAFETY: async-signal-safe calls only.
+            // SAFETY: `as_daemon` makes async-signal-safe calls only.
             unsafe { within_reach.pre_exec(as_daemon) };
             *command = within_reach;
         })
@@ -179,7 +176,7 @@ fn an_unprivileged_primary_has_no_workers_of_its_own_user() {
         "{exit:?}"
     );
 
-    // Another user's are as good as those of a primary of root's.
+    // With another user for its workers, it runs like a primary started by root.
     let primary = start("--user nobody").unwrap();
     primary.process.wait_for_line(" running ").unwrap();
     let report = primary.report();
@@ -202,7 +199,7 @@ fn an_unprivileged_primary_has_no_workers_of_its_own_user() {
 #[test]
 fn every_thread_keeps_only_the_capabilities_it_needs() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let primary =
         Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap().start().unwrap();
     let pid = primary.process.pid();
@@ -228,7 +225,7 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
         ("lane-1".to_owned(), [0; 5]),
     ]);
     assert_eq!(threads(), expected);
-    // A worker started with what is left is no other than one started at first.
+    // A restarted worker has the same credentials as the first ones.
     let first = primary.report();
     signal(pid_of(&first, 0), Signal::SIGKILL);
     let report = primary.report_when(|report| {
@@ -248,21 +245,21 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
-/// Where there are no cgroups: tests run where none are mounted.
+/// Without cgroups: by default, tests see no cgroup hierarchy.
 #[test]
-fn what_a_worker_leaves_behind_ends_without_cgroups() {
+fn a_workers_children_are_killed_without_cgroups() {
     let _watchdog = e2e_or_skip!();
     for (disguise, count, stays) in
         [("none", 1, true), ("session", 1, false), ("family", 3, false), ("comet", 1, false)]
     {
-        let (namespace, _veth) = namespace();
+        let namespace = network(2);
         let launch = Launch::on(&namespace).unwrap().config("restart = 'no'").unwrap().with("-n 2");
         let way = format!("brood {disguise}");
         let primary = launch.hostile_worker(&way).unwrap().start().unwrap();
         assert_eq!(primary.report().confinement.cgroups, None);
         let daemons = daemons(&primary, count);
         if stays {
-            // In the worker's own group, it is the worker's to end, as long as there is one.
+            // In the worker's own process group, the worker may keep it as long as it lives.
             let parent = || status(daemons[0], "PPid");
             wait_until(|| parent() == primary.process.pid().to_string());
             primary.report_when(|report| report.uptime_ns > 1_000_000_000);
@@ -270,12 +267,12 @@ fn what_a_worker_leaves_behind_ends_without_cgroups() {
         }
         signal(pid_of(&primary.report(), 0), Signal::SIGUSR1);
         wait_until(|| daemons.iter().all(|&pid| !exists(pid)));
-        // Nor is there another of its kind: all that the primary still has is the other worker.
+        // No other descendant is left: the primary's only child is the other worker.
         let own = primary.process.pid();
         let children = || read(format!("/proc/{own}/task/{own}/children"));
         let other = pid_of(&primary.report(), 1).to_string();
         wait_until(|| (0..100).all(|_| children() == other));
-        // The other is none the worse for it.
+        // The other worker is unaffected.
         send_synthetic(&namespace, 6);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.groups[0].members[1].committed, PACKETS);
@@ -284,9 +281,9 @@ fn what_a_worker_leaves_behind_ends_without_cgroups() {
 }
 
 #[test]
-fn nothing_that_workers_started_outlives_the_primary() {
+fn a_workers_children_do_not_outlive_the_primary() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let primary = Launch::on(&namespace).unwrap().hostile_worker("brood none").unwrap().start().unwrap();
     let daemons = daemons(&primary, 1);
     assert_eq!(primary.stop().0.code, Some(0));
@@ -294,9 +291,9 @@ fn nothing_that_workers_started_outlives_the_primary() {
 }
 
 #[test]
-fn system_calls_that_nobody_needs_are_refused_to_the_primary_and_workers() {
+fn unneeded_system_calls_are_refused() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     let start = |sandbox: &str| {
         let launch = Launch::on(&namespace).unwrap().config(&format!("worker_sandbox = {sandbox}")).unwrap();
         launch.hostile_worker("sandbox").unwrap().start().unwrap()
@@ -337,12 +334,12 @@ fn system_calls_that_nobody_needs_are_refused_to_the_primary_and_workers() {
 #[test]
 fn bundled_workers_run_in_the_sandbox() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = namespace();
+    let namespace = network(2);
     for (program, arguments) in [("xfan-count", ""), ("xfan-flow", "--output FOLDER/flows-{member}.json")] {
         let launch = Launch::on(&namespace).unwrap().config("worker_sandbox = true").unwrap().with("-n 2");
         let primary = launch.worker(program, arguments).unwrap().start().unwrap();
         for member in [0, 1] {
-            // The primary's two, and its own.
+            // Two filters are the primary's, one is the worker's.
             assert_eq!(status(pid_of(&primary.report(), member), "Seccomp_filters"), "3");
         }
         send_synthetic(&namespace, 6);

@@ -1,14 +1,11 @@
-//! What a worker can do through its connections and its segment: nothing that costs others a
-//! packet.
+//! Nothing that a worker does through its connections and its segment costs others a packet.
 
 use std::collections::BTreeMap;
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Gid, Pid, Uid};
-use xfan::control::client;
-use xfan::control::journal::{Entry, Page};
+use nix::unistd::Pid;
+use xfan::control::journal::Entry;
 use xfan::report::{Member, Report};
 use xfan_shm::layout::{Up, VERSION};
 use xfan_shm::protocol::{self, Attach, ENV_SOCKET, MAX_REPLY, ProtocolError, Reply, Request};
@@ -17,26 +14,22 @@ use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::process::{Exit, Process};
+use xfan_tests::process::{Exit, Process, run_as, write_script};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
-/// Id of the user `daemon`, which every Debian has.
+/// The id of the user `daemon`, which every Debian has.
 const DAEMON: u32 = 1;
 
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-/// A hostile worker and an honest one, on two queues.
+/// Starts a primary with a hostile and an honest worker, on two queues.
 fn hostile(namespace: &Netns, config: &str, way: &str) -> Primary {
     let config = format!("max_workers = 3\nstop_timeout = '200ms'\n{config}");
     let launch = Launch::on(namespace).unwrap().config(&config).unwrap().with("-n 2");
     launch.hostile_worker(way).unwrap().start().unwrap()
 }
 
-/// Runs a primary with one hostile worker that does not even let it start.
+/// Runs a primary whose only worker is hostile and keeps it from starting.
 fn refused(namespace: &Netns, config: &str, way: &str) -> (Option<i32>, String) {
     let launch = Launch::on(namespace).unwrap().config(config).unwrap().with("-n 1");
     let Exit { code, stderr, .. } = launch.hostile_worker(way).unwrap().run().unwrap();
@@ -52,31 +45,20 @@ fn pid(member: &Member) -> Pid {
 }
 
 fn journal(primary: &Primary) -> Vec<Entry> {
-    let Ok(Reply::Events(page)) = client::ask(&primary.socket(), &Request::Events(0)) else {
-        panic!("it tells what happened")
-    };
-    let page: Page = serde_json::from_value(page).unwrap();
+    let page = primary.journal();
     assert_eq!(page.missed, 0);
     page.entries
 }
 
-/// A program beside the primary's socket, as the user `daemon`.
+/// Runs a program from the primary's folder as the user `daemon`.
 fn as_daemon(primary: &Primary, program: &str, arguments: &str) -> Process {
     let mut command = Command::new(primary.folder().join(program));
     command.args(arguments.split_whitespace()).env(ENV_SOCKET, primary.socket());
-    // SAFETY: only system calls that are async-signal-safe.
-    unsafe {
-        command.pre_exec(move || {
-            let (uid, gid) = (Uid::from_raw(DAEMON), Gid::from_raw(DAEMON));
-            nix::unistd::setgroups(&[])?;
-            nix::unistd::setresgid(gid, gid, gid)?;
-            Ok(nix::unistd::setresuid(uid, uid, uid)?)
-        });
-    }
+    run_as(&mut command, DAEMON, DAEMON, &[]);
     Process::spawn(command).unwrap()
 }
 
-/// Minor page faults of the lanes' threads so far.
+/// The minor page faults of each lane's thread so far.
 fn faults_of_lanes(primary: &Primary) -> BTreeMap<String, u64> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", primary.process.pid())).unwrap();
     let stats = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
@@ -88,12 +70,12 @@ fn faults_of_lanes(primary: &Primary) -> BTreeMap<String, u64> {
     lanes.collect()
 }
 
-/// What the kernel says of the primary's mappings of its workers' segments.
+/// The kernel's description (smaps) of the primary's mappings of its workers' segments.
 fn segments_of(primary: &Primary) -> Vec<String> {
     let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", primary.process.pid())).unwrap();
     let mut mappings: Vec<String> = Vec::new();
     for line in smaps.lines() {
-        // A mapping begins with its range of addresses.
+        // A line with an address range begins a mapping.
         if line.split_whitespace().next().is_some_and(|word| word.contains('-') && !word.ends_with(':')) {
             mappings.push(String::new());
         }
@@ -107,11 +89,11 @@ fn segments_of(primary: &Primary) -> Vec<String> {
 }
 
 #[test]
-fn a_worker_cannot_take_pages_away_from_the_lanes() {
+fn a_worker_cannot_remove_pages_from_its_segment() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = hostile(&namespace, "", "pages");
-    // From here on the hostile worker has packets, and the lanes look for what it commits.
+    // From now on the hostile worker has packets, and the lanes poll its commits.
     send_synthetic(&namespace, 8);
     let held = |report: &Report| report.totals().0 == PACKETS && members(report)[1].backlog == 0;
     primary.report_when(held);
@@ -135,15 +117,15 @@ fn a_worker_cannot_take_pages_away_from_the_lanes() {
 }
 
 #[test]
-fn pages_taken_away_before_the_lanes_look_are_back_when_they_do() {
+fn pages_removed_before_attaching_are_restored() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = hostile(&namespace, "", "early");
     send_synthetic(&namespace, 8);
     let held = |report: &Report| report.totals().0 == PACKETS && members(report)[1].backlog == 0;
     let report = primary.report_when(held);
     assert!(members(&report)[0].delivered > 0 && members(&report)[0].state == "running");
-    // Two segments of two workers: all there, and locked.
+    // Both segments of both workers are resident and locked.
     let segments = segments_of(&primary);
     assert_eq!(segments.len(), 4);
     for segment in segments {
@@ -155,22 +137,22 @@ fn pages_taken_away_before_the_lanes_look_are_back_when_they_do() {
 }
 
 #[test]
-fn a_worker_that_has_not_sealed_its_segment_is_refused() {
+fn a_worker_with_an_unsealed_segment_is_refused() {
     let _watchdog = e2e_or_skip!();
-    let (code, stderr) = refused(&network(), "", "seal");
+    let (code, stderr) = refused(&network(2), "", "seal");
     assert_eq!(code, Some(6), "{stderr}");
     assert!(stderr.contains("refused: the worker has not sealed its own segment"), "{stderr}");
 }
 
 #[test]
-fn a_worker_that_never_is_ready_gets_no_packets_and_is_ended() {
+fn a_worker_that_is_never_ready_gets_no_packets() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let (code, stderr) = refused(&namespace, "start_timeout = '300ms'", "silent");
     assert_eq!(code, Some(6), "{stderr}");
     assert!(stderr.contains("has not attached within 300ms"), "{stderr}");
 
-    // One that xfan did not start is hung up on.
+    // The primary closes the connection of a guest.
     let config = "max_workers = 2\nstart_timeout = '2s'";
     let launch = Launch::on(&namespace).unwrap().config(config).unwrap().with("-n 1");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
@@ -189,10 +171,12 @@ fn a_worker_that_never_is_ready_gets_no_packets_and_is_ended() {
         .process
         .wait_for_line("was not ready within 2s (start_timeout): its connection is ended")
         .unwrap();
-    // Its place is vacant again.
+    // The member is vacant again.
     let next = primary.dial();
     let (reply, fds) = protocol::ask(&next, &Request::Attach(attach)).unwrap();
-    let (Reply::Attached(attached), [_, _, up, _]) = (reply, &fds[..]) else { panic!("it has a place") };
+    let (Reply::Attached(attached), [_, _, up, _]) = (reply, &fds[..]) else {
+        panic!("the guest was not attached")
+    };
     let _mapped = Up::open(up, attached.geometry).unwrap();
     segment::seal_against_further_writers(up).unwrap();
     assert!(matches!(protocol::ask(&next, &Request::Ready).unwrap().0, Reply::Joined));
@@ -201,9 +185,9 @@ fn a_worker_that_never_is_ready_gets_no_packets_and_is_ended() {
 }
 
 #[test]
-fn a_worker_that_is_ready_twice_loses_its_place_alone() {
+fn a_worker_that_is_ready_twice_is_evicted() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = hostile(&namespace, "restart = 'no'", "ready-twice");
     primary.unleash();
     primary.process.wait_for_line("second: the worker of this connection has been ready before").unwrap();
@@ -220,7 +204,7 @@ fn a_worker_that_is_ready_twice_loses_its_place_alone() {
 fn shells_pass_the_connection_on() {
     let _watchdog = e2e_or_skip!();
     for script in ["exec COUNT", "COUNT; exit $?", "COUNT & wait $!"] {
-        let namespace = network();
+        let namespace = network(2);
         let launch = Launch::on(&namespace).unwrap().with("-n 2");
         let count = launch.within_reach("xfan-count").unwrap();
         let wrapper = launch.folder().join("wrapper");
@@ -230,23 +214,23 @@ fn shells_pass_the_connection_on() {
         send_synthetic(&namespace, 8);
         let report = primary.report_after(PACKETS, true);
         assert_eq!(report.totals(), (PACKETS, PACKETS, 0), "{script}");
-        // None of them has connected to the socket: those who did ask for reports.
+        // No worker connected to the socket; all connections to it asked for reports.
         assert!(journal(&primary).iter().all(|entry| entry.event != "refused"), "{script}");
         let exit = primary.stop().0;
         assert_eq!(exit.code, Some(0), "{script} {exit:#?}");
     }
 }
 
-/// Other processes may keep the inherited descriptor open for as long as they like.
+/// Other processes may keep the inherited descriptor open indefinitely.
 #[test]
-fn the_death_of_a_worker_is_seen_though_a_shell_keeps_its_connection() {
+fn a_death_is_seen_while_a_shell_holds_the_connection() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
     let launch = launch.config("hang_timeout = '0s'\nstop_timeout = '600s'").unwrap();
     let count = launch.within_reach("xfan-count").unwrap();
     let wrapper = launch.folder().join("wrapper");
-    // It starts the next one in the same place, with the same connection.
+    // The shell starts the next worker as the same member, with the same connection.
     let script = format!("trap 'kill $!; exit 0' TERM\nwhile :; do {} & wait $!; done", count.display());
     write_script(&wrapper, &script);
     let primary = launch.worker(wrapper.to_str().unwrap(), "").unwrap().start().unwrap();
@@ -267,16 +251,10 @@ fn the_death_of_a_worker_is_seen_though_a_shell_keeps_its_connection() {
     primary.end(Signal::SIGTERM);
 }
 
-fn write_script(path: &std::path::Path, script: &str) {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
-}
-
 #[test]
 fn a_descriptor_that_is_no_connection_is_named() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     for (number, reason) in
         [("0", "it is not a socket"), ("999", "it is not open"), ("three", "that is not a descriptor number")]
     {
@@ -290,21 +268,21 @@ fn a_descriptor_that_is_no_connection_is_named() {
 }
 
 #[test]
-fn a_worker_that_holds_all_connections_of_its_user_keeps_nobody_out() {
+fn a_worker_cannot_use_up_its_users_connections() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "restart_delay = '1ms'\n[control]\nallow_users = ['daemon']";
     let primary = hostile(&namespace, config, "hold 900");
     let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", primary.process.pid())).unwrap().count();
     primary.process.wait_for_line("holds ").unwrap();
     let report = primary.report_when(|report| report.control.connections >= 900);
     assert!(report.control.too_many >= 900 - 16, "{:?}", report.control);
-    // 16 of its user, 4 of its own, and of each worker one that it inherited.
+    // 16 connections of its user, 4 of its own, and one inherited connection of each worker.
     assert!(descriptors() < 100, "{}", descriptors());
-    // The other worker of the same user is started anew, and attaches.
+    // The other worker of the same user is restarted and attaches.
     kill(pid(&members(&report)[1]), Signal::SIGKILL).unwrap();
     primary.report_when(|report| members(report)[1].restarts == 1 && members(report)[1].state == "running");
-    // So does a worker of another user.
+    // A worker of another user attaches as well.
     let guest = as_daemon(&primary, "xfan-count", &format!("--attach {}", primary.socket().display()));
     primary.report_when(|report| report.member("default/2").is_some_and(|guest| guest.state == "running"));
     send_synthetic(&namespace, 8);
@@ -317,9 +295,9 @@ fn a_worker_that_holds_all_connections_of_its_user_keeps_nobody_out() {
 }
 
 #[test]
-fn a_flood_of_questions_does_not_hide_a_death() {
+fn a_flood_of_requests_does_not_hide_a_death() {
     let _watchdog = e2e_or_skip!(300);
-    let namespace = network();
+    let namespace = network(2);
     let primary = hostile(&namespace, "restart_delay = '1ms'\nstart_limit_burst = 50", "flood 20");
     primary.unleash();
     let line = primary.process.wait_for_line("floods on ").unwrap();
@@ -334,7 +312,7 @@ fn a_flood_of_questions_does_not_hide_a_death() {
     }
     let report = primary.balanced_report_when(|report| members(report)[1].backlog == 0);
     assert_balanced(&report, 10 * PACKETS);
-    // Many are told the same report.
+    // One report answers many requests.
     let line = primary.printed("answers ");
     let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let [answers, reports] = numbers[..] else { panic!("{line}") };
@@ -342,7 +320,7 @@ fn a_flood_of_questions_does_not_hide_a_death() {
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
-/// Of those that were refused, so many were told, one by one or in sums.
+/// How many of the refused requests the journal has as single entries, and how many in totals.
 fn told(journal: &[Entry]) -> (usize, u64) {
     let refused: Vec<_> = journal.iter().filter(|entry| entry.event == "refused").collect();
     let more = |entry: &&Entry| {
@@ -355,9 +333,9 @@ fn told(journal: &[Entry]) -> (usize, u64) {
 }
 
 #[test]
-fn orders_of_whoever_may_not_are_told_in_sums() {
+fn forbidden_orders_are_logged_as_totals() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "[control]\nallow_users = ['daemon']";
     let launch = Launch::on(&namespace).unwrap().config(config).unwrap().with("-n 1");
     launch.within_reach("xfan-hostile").unwrap();
@@ -379,9 +357,9 @@ fn orders_of_whoever_may_not_are_told_in_sums() {
 }
 
 #[test]
-fn a_guest_that_attaches_again_and_again_is_refused_after_a_while() {
+fn a_guest_that_keeps_reattaching_is_refused() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "max_workers = 3\nstart_limit_burst = 4\nstart_limit_interval = '600s'\n[control]\nallow_users = ['daemon']";
     let launch = Launch::on(&namespace).unwrap().config(config).unwrap().with("-n 1");
     launch.within_reach("xfan-hostile").unwrap();
@@ -390,7 +368,7 @@ fn a_guest_that_attaches_again_and_again_is_refused_after_a_while() {
     primary.report_when(|report| report.member("default/1").is_some_and(|guest| guest.state == "running"));
     hostile.signal(Signal::SIGUSR1);
     primary.report_when(|report| report.control.refused > 200);
-    // It is still trying.
+    // The guest keeps trying.
     send_synthetic(&namespace, 8);
     hostile.kill();
     let report = primary.balanced_report_when(|report| {

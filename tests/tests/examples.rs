@@ -1,4 +1,4 @@
-//! The SDK's example programs do what they say.
+//! The SDK's example programs work as documented.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,18 +6,13 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Folder, Launch, Primary};
 use xfan_tests::process::{Exit, Process, binary};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
-
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
 
 fn frames() -> Vec<Vec<u8>> {
     traffic::synthetic(60, 600, 7).frames
@@ -29,7 +24,7 @@ fn example(name: &str, socket: &Path, arguments: &str) -> Process {
     Process::spawn(command).unwrap()
 }
 
-/// The lines of those that `secondary` has printed, by length.
+/// The packet lengths that `secondary` printed.
 fn lengths(exit: &Exit) -> Vec<usize> {
     let length = |line: &String| line.split_once(" bytes, hash ").unwrap().0.parse().unwrap();
     let mut lengths: Vec<_> = exit.stdout.iter().map(length).collect();
@@ -42,9 +37,9 @@ fn committed(primary: &Primary) -> u64 {
 }
 
 #[test]
-fn a_secondary_prints_every_packet_and_leaves_in_good_order() {
+fn a_secondary_prints_every_packet_and_leaves() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = Launch::on(&namespace).unwrap().with("-n 1").start().unwrap();
     let secondary = example("secondary", &primary.socket(), "");
     secondary.wait_for_line("as member default/0").unwrap();
@@ -66,10 +61,10 @@ fn a_secondary_prints_every_packet_and_leaves_in_good_order() {
 }
 
 #[test]
-fn a_secondary_ends_after_a_number_of_packets_and_leaves_the_rest_to_others() {
+fn a_secondary_stops_after_a_number_of_packets() {
     let _watchdog = e2e_or_skip!();
     const WANTED: u64 = 101;
-    let namespace = network();
+    let namespace = network(2);
     let primary = Launch::on(&namespace).unwrap().with("-n 2").start().unwrap();
     let first = example("secondary", &primary.socket(), &format!("--count {WANTED}"));
     let second = example("secondary", &primary.socket(), "");
@@ -89,26 +84,26 @@ fn a_secondary_ends_after_a_number_of_packets_and_leaves_the_rest_to_others() {
 }
 
 #[test]
-fn a_secondary_says_when_there_is_no_primary_or_waits_for_it() {
+fn a_secondary_reports_or_awaits_a_missing_primary() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let folder = Folder::new().unwrap();
     let socket = folder.socket();
     let exit = example("secondary", &socket, "").wait();
     assert_eq!((exit.code, exit.stdout.len()), (Some(1), 0));
     let said = format!("secondary: no dispatcher listens on {}: start one with", socket.display());
     assert!(exit.stderr.concat().contains(&said), "{exit:#?}");
-    // By name.
+    // The socket's path comes from an option.
     let mut command = Command::new(binary("examples/secondary").unwrap());
     command.arg("no-such-if");
     let exit = Process::spawn(command).unwrap().wait();
     assert!(exit.stderr.concat().contains("no dispatcher listens on /run/xfan/no-such-if.sock"), "{exit:#?}");
 
-    // One that waits can be ended, …
+    // A waiting process can be ended …
     let mut waiting = example("secondary", &socket, "--wait");
     assert!(waiting.is_running());
     assert_eq!(waiting.end(Signal::SIGTERM).signal, Some(Signal::SIGTERM as i32));
-    // … and finds the primary when it comes.
+    // … and finds the primary once it starts.
     let waiting = example("secondary", &socket, "--wait --count 600");
     let primary = Launch::within(&namespace, folder).with("-n 1").start().unwrap();
     waiting.wait_for_line("as member default/0").unwrap();
@@ -122,7 +117,7 @@ fn a_secondary_says_when_there_is_no_primary_or_waits_for_it() {
 #[test]
 fn a_manager_shows_all_members() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 3");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     namespace.run(|| Replay::onto("tx0").run(&frames())).unwrap();
@@ -139,7 +134,7 @@ fn a_manager_shows_all_members() {
         assert_eq!(line[6..], ["0", "0"], "backlog and dropped");
     }
 
-    // Without --once it goes on until the primary ends.
+    // Without --once it runs until the primary ends.
     let manager = example("manager", &primary.socket(), "");
     manager.wait_for_line("default/2").unwrap();
     while manager.stdout().iter().filter(|line| line.starts_with("default/2")).count() < 2 {

@@ -1,5 +1,5 @@
-//! Flows from the wire to the workers' records: every packet and byte is where an independent reading says it should be,
-//! and every flow is at exactly one worker.
+//! Flows from the wire to the workers' records: every packet and byte is where an independent
+//! parser expects it, and every flow belongs to exactly one worker.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -16,10 +16,10 @@ use xfan_tests::replay::{OpenReplay, Replay};
 use xfan_tests::traffic::{self, Echo};
 use xfan_tests::veth::{Veth, VethConfig};
 
-/// The largest that a veth with an XDP program takes: so the fewest captured frames are too long.
+/// The largest MTU of a veth with an XDP program, so that the fewest captured frames are too long.
 const MTU: u32 = 3498;
-/// Packets that a lane and a worker's ring hold while nobody looks: no more are sent at once, so that none can be dropped,
-/// however late lanes and workers get a CPU.
+/// Packets that a lane and a worker's ring hold. The tests never send more at once, so that none is
+/// dropped, however late lanes and workers get a CPU.
 const DEPTH: usize = 1024;
 const CONFIG: &str = "frame_size = 4096\nrx_ring = 1024\nring_slots = 1024\n";
 const KEY: &str = "hash_key = '000102030405060708090a0b0c0d0e0f'\n";
@@ -44,11 +44,11 @@ fn expectation<'a>(frames: impl IntoIterator<Item = &'a Vec<u8>>) -> Expectation
     Expectation::of(frames.into_iter().map(Vec::as_slice), &[])
 }
 
-/// A dispatcher with `xfan-flow` workers, and all that was sent to it.
+/// A dispatcher with `xfan-flow` workers, and all frames that were sent to it.
 struct Metering<'a> {
     sender: &'a mut OpenReplay,
     primary: Primary,
-    /// Frames by queue.
+    /// The frames by queue.
     sent: Vec<Vec<Vec<u8>>>,
 }
 
@@ -60,7 +60,7 @@ impl<'a> Metering<'a> {
         Metering { sender, primary, sent: vec![Vec::new(); *queues] }
     }
 
-    /// Sends each frame to the queue after that of the one before. Waits until workers have committed all.
+    /// Sends the frames to the queues in turn and waits until workers have committed all.
     fn replay(&mut self, frames: &[Vec<u8>]) -> Report {
         assert!(frames.len() <= DEPTH, "{} frames might not fit the rings", frames.len());
         let report = self.sender.run(frames).unwrap();
@@ -70,7 +70,7 @@ impl<'a> Metering<'a> {
         self.primary.report_after(expectation(self.sent.iter().flatten()).redirected, true)
     }
 
-    /// Holds a report, taken when workers had committed all, against what was sent.
+    /// Compares a report, taken when workers had committed everything, with what was sent.
     fn check(&self, report: &Report, what: &str) {
         assert_eq!(report.ports[0].lanes.len(), self.sent.len());
         for ((lane, of_group), sent) in report.lanes().zip(&report.groups[0].lanes).zip(&self.sent) {
@@ -97,7 +97,8 @@ impl<'a> Metering<'a> {
         assert_eq!(sum(|member| member.counters["packets_unparsed"]), expected.unreadable, "{what}");
     }
 
-    /// Stops it and holds the workers' records against what was sent. Returns the record of each flow.
+    /// Stops the dispatcher, compares the workers' records with what was sent, and returns the
+    /// record of each flow.
     fn finish(self) -> BTreeMap<Flow, FlowRecord> {
         let report = self.primary.report();
         let (exit, folder) = self.primary.stop();
@@ -105,7 +106,7 @@ impl<'a> Metering<'a> {
         let mut records = BTreeMap::new();
         for record in flow_records(&folder) {
             if let Some(earlier) = records.insert(record.flow(), record) {
-                panic!("of two records of one flow, one is {earlier:?}");
+                panic!("a flow has a second record, {earlier:?}");
             }
         }
         let expected = expectation(self.sent.iter().flatten());
@@ -116,7 +117,7 @@ impl<'a> Metering<'a> {
             assert!(totals.community_ids.contains(&record.community_id), "{flow:?}: {record:?}");
             assert!(record.first <= record.last, "{record:?}");
         }
-        // What the report says a worker got is what the worker says.
+        // The report agrees with what each worker printed.
         for member in &report.groups[0].members {
             let of_member = records.values().filter(|record| record.member == member.id);
             let packets: u64 = of_member.map(|record| record.packets).sum();
@@ -126,7 +127,7 @@ impl<'a> Metering<'a> {
     }
 }
 
-/// What the XDP program should count.
+/// The counts that the XDP program should have.
 fn outcomes(expected: &Expectation) -> Xdp {
     let Expectation { redirected, non_ip, neighbour_discovery, rule, .. } = *expected;
     Xdp {
@@ -140,7 +141,7 @@ fn outcomes(expected: &Expectation) -> Xdp {
     }
 }
 
-/// 200 flows of all kinds and, in between, frames that are hard to read or are the kernel's.
+/// 200 flows of all kinds, interleaved with frames that are hard to parse or belong to the kernel.
 fn synthetic() -> Vec<Vec<u8>> {
     let mut frames = traffic::synthetic(200, 900, 1).frames;
     for (number, frame) in oddities().into_iter().enumerate() {
@@ -164,29 +165,30 @@ fn oddities() -> Vec<Vec<u8>> {
         with(&udp4, &[(12, 0x08), (13, 0x06)]),                        // ARP
         with(&udp4, &[(12, 0x88), (13, 0xcc)]),                        // LLDP
         with(&udp4, &[(14, 0x43)]),                                    // a header of 12 bytes
-        with(&udp4, &[(14, 0x65)]),                                    // version 6 under the wrong ethertype
+        with(&udp4, &[(14, 0x65)]),                                    // IPv6, wrong ethertype
         with(&udp4, &[(14, 0x4f), (17, 150)]),                         // 40 bytes of options
         with(&udp4[..40], &[(14, 0x4f)]),                              // cut off within options
-        with(&udp4, &[(16, 0), (17, 22)]),                             // padding where ports would be
+        with(&udp4, &[(16, 0), (17, 22)]),                             // padding, no ports
         with(&udp4, &[(23, 6)]),                                       // TCP
         with(&udp4, &[(23, 132)]),                                     // SCTP
         with(&udp4, &[(23, 33)]),                                      // DCCP
         with(&udp6, &[(20, 33)]),                                      // DCCP
         with(&udp4, &[(23, 136)]),                                     // UDP-Lite
-        with(&udp4, &[(16, 0), (17, 0)]), // total length 0: as segmentation offload leaves it
+        with(&udp4, &[(16, 0), (17, 0)]), // total length 0, as left by segmentation offload
         with(&udp4, &[(16, 0), (17, 19)]), // shorter than its header
         with(&udp4, &[(23, 47)]),         // GRE: no ports
         udp4[..30].to_vec(),              // cut off within the header
         udp4[..36].to_vec(),              // cut off within the ports
-        udp4[..14].to_vec(),              // cut off behind the Ethernet header
+        udp4[..14].to_vec(),              // cut off after the Ethernet header
         udp6[..50].to_vec(),              // cut off within the header
         with(&udp6, &[(20, 0), (54, 43), (55, 0), (62, 17), (63, 0)]), // two extension headers
         with(&udp6, &[(20, 60), (54, 17), (55, 99)]), // an extension header longer than the packet
         with(&udp6, &[(20, 59)]),         // no next header
         with(&udp6, &[(18, 0), (19, 0)]), // payload length 0: the rest is a trailer
-        with(&udp6, &[(18, 0), (19, 3)]), // the same within the ports
-        with(&udp6, &[(18, 0), (19, 7), (20, 44), (54, 17), (57, 1)]), // within a fragment header
-        // Payload length 0 and hop-by-hop options: padding, a jumbo payload, one of 11 bytes
+        with(&udp6, &[(18, 0), (19, 3)]), // the same, ending in the ports
+        with(&udp6, &[(18, 0), (19, 7), (20, 44), (54, 17), (57, 1)]), // ending in a fragment header
+        // Payload length 0 and hop-by-hop options: padding, a jumbo payload, a jumbo payload of 11
+        // bytes
         with(&udp6, &[(18, 0), (19, 0), (20, 0), (54, 17), (55, 0), (56, 1), (57, 4)]),
         with(&udp6, &[(18, 0), (19, 0), (20, 0), (54, 17), (55, 0), (56, 0xc2), (57, 4), (58, 0), (59, 1)]),
         with(
@@ -221,11 +223,11 @@ fn oddities() -> Vec<Vec<u8>> {
     frames
 }
 
-/// The frames of every capture in the folder that `XFAN_PCAPS` names. What is longer than the veth takes is cut off there,
-/// which is said.
+/// The frames of every capture in the folder that `XFAN_PCAPS` names. Frames longer than the veth
+/// takes are truncated, with a message.
 fn captures() -> Vec<(String, Vec<Vec<u8>>)> {
     let Some(folder) = std::env::var_os(community_id::CAPTURES) else {
-        eprintln!("made-up frames only: {} names no folder with captures", community_id::CAPTURES);
+        eprintln!("synthetic frames only: {} names no folder with captures", community_id::CAPTURES);
         return Vec::new();
     };
     let is_capture = |path: &Path| path.extension().is_some_and(|kind| kind == "pcap" || kind == "pcapng");
@@ -236,28 +238,28 @@ fn captures() -> Vec<(String, Vec<Vec<u8>>)> {
     paths.into_iter().map(|path| (path.display().to_string(), fitting(&path))).collect()
 }
 
-/// The frames of a capture, none longer than what the veth takes: MTU, Ethernet header and one tag.
+/// The frames of a capture, truncated to what the veth takes: MTU, Ethernet header and one tag.
 fn fitting(path: &Path) -> Vec<Vec<u8>> {
     const LIMIT: usize = MTU as usize + 14 + 4;
     let mut frames = Capture::read(path).unwrap().frames;
     for (number, frame) in frames.iter_mut().enumerate().filter(|(_, frame)| frame.len() > LIMIT) {
         let (path, number, bytes) = (path.display(), number + 1, frame.len());
         eprintln!(
-            "{path}: frame {number} has {bytes} bytes: its first {LIMIT} are sent, the most for an MTU of {MTU}"
+            "{path}: frame {number} has {bytes} bytes, truncated to {LIMIT}, the limit for an MTU of {MTU}"
         );
         frame.truncate(LIMIT);
     }
     frames
 }
 
-/// (1) with 1, 2 and 3 workers.
+/// Meters all traffic with 1, 2 and 3 workers.
 fn all_is_metered(queues: u32) {
     let mut network = Network::new(queues);
     let captures = captures();
     for workers in 1..=3 {
         let mut metering = Metering::start(&mut network, workers, "");
         let report = metering.replay(&synthetic());
-        metering.check(&report, "made-up frames");
+        metering.check(&report, "synthetic frames");
         for (path, frames) in &captures {
             let report = metering.replay(frames);
             metering.check(&report, path);
@@ -284,7 +286,7 @@ fn four_queues_are_metered_to_the_byte() {
     all_is_metered(4);
 }
 
-/// The Community IDs of the packets with this verdict, for each flow.
+/// The Community IDs of the packets with this verdict, by flow.
 fn ids(frames: &[Vec<u8>], verdict: Verdict) -> BTreeMap<Flow, String> {
     let readings = frames.iter().map(|frame| oracle::read(frame, &[]));
     let readings = readings.filter(|reading| reading.verdict == verdict);
@@ -314,17 +316,17 @@ fn community_ids_are_those_of_zeek() {
             assert_eq!(records[flow].community_id, *id, "{}: {flow:?}", reference.name);
         }
         if reference.known.iter().any(|known| !known.has_ports) {
-            eprintln!("{}: Zeek saw no ports; compared with the oracle alone", reference.name);
+            eprintln!("{}: Zeek's list has no ports; compared only with the oracle", reference.name);
             continue;
         }
         let ours: BTreeMap<&str, &FlowRecord> =
             metered.keys().map(|flow| (records[flow].community_id.as_str(), &records[flow])).collect();
-        // Zeek sees neighbour discovery too, which is the kernel's.
+        // Zeek also lists neighbour discovery, which goes to the kernel.
         let kernels: BTreeSet<String> = ids(frames, Verdict::NeighbourDiscovery).into_values().collect();
         let zeeks: BTreeMap<&str, &Known> = reference.known.iter().map(|known| (&*known.id, known)).collect();
         let (left, metered): (Vec<_>, Vec<_>) =
             zeeks.iter().partition(|(id, _)| kernels.contains(**id) && !ours.contains_key(**id));
-        assert!(!metered.is_empty(), "{}: all is neighbour discovery: {left:?}", reference.name);
+        assert!(!metered.is_empty(), "{}: every flow is neighbour discovery: {left:?}", reference.name);
         assert!(
             ours.keys().eq(metered.iter().map(|(id, _)| *id)),
             "{}: {ours:?} {metered:?}",
@@ -338,8 +340,8 @@ fn community_ids_are_those_of_zeek() {
     }
 }
 
-/// Flows of every kind, each with four packets of either direction, so that by turns each direction comes in by each of
-/// four queues.
+/// Flows of every kind with four packets in each direction, so that each direction arrives on each
+/// of four queues.
 fn conversations() -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     for number in 0..120u8 {
@@ -357,7 +359,7 @@ fn conversations() -> Vec<Vec<u8>> {
                     2 | 3 => traffic::udp(from, to, &payload),
                     _ => traffic::echo(from.ip(), to.ip(), half, sequence, &payload),
                 };
-                // As a mirror port shows them that tags what goes out otherwise than what comes in.
+                // Some mirror ports tag the two directions differently.
                 frames.push(if number % 5 == 0 { traffic::tagged(&frame, &[(0x8100, vlan)]) } else { frame });
             }
         }
@@ -365,14 +367,15 @@ fn conversations() -> Vec<Vec<u8>> {
     frames
 }
 
-/// Sends all conversations through four queues, the first frame coming `turn` frames later; returns who got which flow.
+/// Sends all conversations through four queues, beginning `turn` queues later, and returns the
+/// worker of each flow.
 fn assignment(network: &mut Network, turn: usize, config: &str) -> BTreeMap<Flow, String> {
     let mut metering = Metering::start(network, 3, config);
     let mut frames = conversations();
     frames.rotate_right(turn);
     let report = metering.replay(&frames);
     metering.check(&report, "conversations");
-    // That each flow has one record, with all packets of both directions, is checked at the end.
+    // `finish` checks that each flow has one record with all packets of both directions.
     let records = metering.finish();
     assert_eq!(records.len(), 120);
     assert!(records.values().all(|record| record.packets == 8));
@@ -384,19 +387,19 @@ fn assignment(network: &mut Network, turn: usize, config: &str) -> BTreeMap<Flow
 }
 
 #[test]
-fn both_directions_of_a_flow_reach_one_worker_by_whatever_queue() {
+fn both_directions_reach_one_worker_from_any_queue() {
     let _watchdog = e2e_or_skip!();
     let mut network = Network::new(4);
     let fixed = assignment(&mut network, 0, KEY);
-    // The same key at the next start: the same workers, though every frame comes by another queue.
+    // After a restart with the same key, each flow has the same worker, though every queue differs.
     for turn in 1..4 {
         let again = assignment(&mut network, turn, KEY);
         let moved = fixed.iter().filter(|(flow, member)| again[flow] != **member).count();
         assert_eq!(moved, 0, "of {} flows", fixed.len());
     }
     let random = assignment(&mut network, 0, "");
-    assert!(random != fixed, "a random key is another one");
-    assert!(random != assignment(&mut network, 0, ""), "and another one each time");
+    assert!(random != fixed, "a random key differs from the fixed one");
+    assert!(random != assignment(&mut network, 0, ""), "and differs at each start");
 }
 
 #[test]
@@ -411,7 +414,7 @@ fn fragments_of_a_datagram_reach_one_worker() {
         };
         let datagram = traffic::udp(one.parse().unwrap(), other.parse().unwrap(), &[number; 600]);
         let fragments = traffic::fragments(&datagram, 128);
-        assert_eq!(fragments.len(), 5, "so that each datagram begins on another queue");
+        assert_eq!(fragments.len(), 5, "the number is odd, so that each datagram begins on another queue");
         frames.extend(fragments);
     }
     let mut metering = Metering::start(&mut network, 3, "");

@@ -1,4 +1,5 @@
-//! The harness itself, in namespaces of its own: what is sent arrives, byte for byte, once, on the right queue.
+//! The harness itself, in its own namespaces: what is sent arrives unchanged, once, on the right
+//! queue.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,7 +23,7 @@ use xfan_tests::veth::{Veth, VethConfig};
 
 const ALL: [u32; 4] = [0, 1, 2, 3];
 
-/// A pair of four queues, and sockets on all of the receiver's.
+/// A pair with four queues, and sockets on all queues of the receiver.
 fn network() -> (Netns, Receiver) {
     let (namespace, pair) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
     assert_eq!((pair.sender.tx_queues, pair.receiver.rx_queues), (4, 4));
@@ -30,7 +31,7 @@ fn network() -> (Netns, Receiver) {
     (namespace, receiver)
 }
 
-/// The frames of each queue.
+/// Groups the frames by queue.
 fn by_queue(received: Vec<Received>) -> BTreeMap<u32, Vec<Vec<u8>>> {
     let mut queues = BTreeMap::new();
     for Received { queue, bytes } in received {
@@ -52,7 +53,8 @@ fn replayed_frames_arrive_on_the_chosen_queue() {
         let replay = Replay { queues: vec![queue], ..Replay::onto("tx0") };
         let report = namespace.run(|| replay.run(&frames)).unwrap();
         assert_eq!((report.packets, report.queues), (1000, BTreeMap::from([(queue, 1000)])));
-        // All have been handled when the replay is over: nothing needs to be waited for, and nothing more comes.
+        // All frames have arrived when the replay ends: no wait is needed, and no more frames
+        // arrive.
         assert_eq!(by_queue(receiver.drain()), BTreeMap::from([(queue, frames.clone())]));
     }
     assert_eq!(receiver.dropped().unwrap(), 0);
@@ -82,10 +84,10 @@ fn a_replay_spreads_and_repeats() {
 }
 
 #[test]
-fn only_queues_in_use_are_sent_through() {
+fn a_replay_uses_only_active_queues() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
-    // The generator's frames are counted by the sender's queue, however many the receiver has.
+    // The generator counts by the sender's queue, however many queues the receiver has.
     namespace.ethtool("-L tx0 tx 1").unwrap();
     let load = Load { cpu: 1, ..Load::onto("tx0", End::Frames(100)) };
     let report = namespace.run(|| generator::run(&load)).unwrap();
@@ -103,7 +105,7 @@ fn only_queues_in_use_are_sent_through() {
 }
 
 #[test]
-fn the_generator_counts_whatever_queue_the_receiver_uses() {
+fn the_generator_counts_whichever_queue_receives() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _pair) = Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(4) }).unwrap();
     // CPU 1 sends to RX queue 0, which the sender counts as its queue 0.
@@ -114,7 +116,7 @@ fn the_generator_counts_whatever_queue_the_receiver_uses() {
 }
 
 #[test]
-fn a_capture_file_through_the_program() {
+fn the_replay_program_sends_a_capture_file() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
     let folder = tempfile::tempdir().unwrap();
@@ -148,7 +150,7 @@ fn a_capture_file_through_the_program() {
         "{error:?}"
     );
     let error = run("xfan-replay", &["-i", "tx9", file_name]);
-    assert!(error.stderr.concat().contains("interface tx9 is not to be found"), "{error:?}");
+    assert!(error.stderr.concat().contains("cannot find interface tx9"), "{error:?}");
 }
 
 #[test]
@@ -157,7 +159,7 @@ fn a_capture_larger_than_memory_is_streamed() {
     let (namespace, _pair) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("large.pcap.gz");
-    // 73 MB of frames in a small file; the program, which needs 15 MB to start, gets 50 MB.
+    // 73 MB of frames in a small file. The program needs 15 MB to start and gets 50 MB.
     let frame = [traffic::SERVER_MAC, traffic::CLIENT_MAC].concat();
     let frame = [&frame[..], &[0x88, 0xb5], &[0; 1500]].concat();
     let part = folder.path().join("part.pcap");
@@ -190,7 +192,7 @@ fn a_capture_larger_than_memory_is_streamed() {
 }
 
 #[test]
-fn a_capture_larger_than_memory_is_made_up() {
+fn a_capture_larger_than_memory_is_generated() {
     let _watchdog = e2e_or_skip!();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("large.pcap");
@@ -207,7 +209,7 @@ fn a_capture_larger_than_memory_is_made_up() {
 }
 
 #[test]
-fn a_file_is_checked_before_the_first_frame_is_sent_and_a_pipe_is_not() {
+fn files_but_not_pipes_are_checked_before_sending() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
     let folder = tempfile::tempdir().unwrap();
@@ -237,7 +239,7 @@ fn a_file_is_checked_before_the_first_frame_is_sent_and_a_pipe_is_not() {
     assert!(said.contains("after 99 packets: the file is cut off"), "{said}");
     assert!(said.ends_with("; 0 packets were sent"), "{said}");
     let said = error(run(&frames, 0, "cat $file | $replay --loops 2 /dev/stdin"), 1);
-    assert!(said.contains("/dev/stdin is no regular file: it can be read, and sent, only once"), "{said}");
+    assert!(said.contains("/dev/stdin is no regular file: it can be read and sent only once"), "{said}");
     let said = error(run(&frames, 0, "$replay /nowhere/x.pcap"), 1);
     assert!(said.contains("/nowhere/x.pcap: No such file"), "{said}");
     assert_eq!(receiver.drain(), []);
@@ -247,7 +249,7 @@ fn a_file_is_checked_before_the_first_frame_is_sent_and_a_pipe_is_not() {
     let said = error(run(&frames[..100], 1, as_pipe), 1);
     assert!(said.ends_with("; 99 packets were sent"), "{said}");
     assert_eq!(receiver.drain().len(), 199);
-    // A file is one by whatever name.
+    // A file is recognised by any of its names.
     let exit = run(&frames[..100], 0, "$replay --loops 2 /dev/stdin < $file");
     assert_eq!(exit.code, Some(0), "{exit:?}");
     assert_eq!(receiver.drain().len(), 200);
@@ -268,7 +270,7 @@ fn reference_captures_arrive_unchanged() {
     for path in paths.filter(|path| path.extension().is_some_and(|extension| extension == "pcap")) {
         let mut frames = Capture::read(&path).unwrap().frames;
         if frames.iter().any(|frame| frame.len() > 2018) {
-            // Nothing is sent of a capture with a frame that cannot be.
+            // A capture with a frame that is too long is refused before anything is sent.
             let error = namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap_err().to_string();
             assert!(error.contains("bytes cannot be sent on tx0: it takes 14 to 2018"), "{error}");
             assert_eq!(receiver.drain(), []);
@@ -284,7 +286,7 @@ fn reference_captures_arrive_unchanged() {
 }
 
 #[test]
-fn two_namespaces() {
+fn a_pair_connects_two_namespaces() {
     let _watchdog = e2e_or_skip!();
     let (left, right) = (Netns::quiet().unwrap(), Netns::quiet().unwrap());
     Veth::create(&VethConfig::queues(2), &left, &right).unwrap();
@@ -297,7 +299,7 @@ fn two_namespaces() {
 }
 
 #[test]
-fn the_generator_sends_exactly_so_many() {
+fn the_generator_sends_the_exact_number() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
     for (cpu, frame_bytes) in [(0, 64), (1, 1514)] {
@@ -318,7 +320,7 @@ fn the_generator_sends_exactly_so_many() {
         assert_eq!(received.len(), 2000);
         assert!(received.iter().all(|frame| frame.queue as usize == cpu));
         assert!(received.iter().all(|frame| frame.bytes.len() == usize::from(frame_bytes)));
-        // Twenty rounds over 100 flows, ten of them backwards.
+        // Twenty rounds over 100 flows, ten of them in the reverse direction.
         let expected = Expectation::of(received.iter().map(|frame| frame.bytes.as_slice()), &[]);
         assert_eq!(expected.flows.len(), 100);
         assert!(expected.flows.values().all(|totals| totals.packets == 20));
@@ -336,7 +338,7 @@ fn header_sum(frame: &[u8]) -> u32 {
 }
 
 #[test]
-fn a_flood_is_accounted_for_to_the_last_frame() {
+fn every_frame_of_a_flood_is_accounted_for() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
     let generator =
@@ -347,7 +349,7 @@ fn a_flood_is_accounted_for_to_the_last_frame() {
     }
     let report = generator.stop().unwrap();
     assert_eq!(report.offered, report.sent + report.refused);
-    // What the receiver took it either kept or dropped by its own counters. It may be at it still.
+    // The receiver's socket either delivered or dropped each frame, perhaps only now.
     while received.len() as u64 + receiver.dropped().unwrap() < report.sent {
         received.extend(receiver.drain());
     }
@@ -358,7 +360,7 @@ fn a_flood_is_accounted_for_to_the_last_frame() {
 }
 
 #[test]
-fn a_receiver_that_cannot_take_redirected_frames_is_named() {
+fn a_receiver_without_redirect_support_is_named() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _pair) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
     let load = Load::onto("tx0", End::Frames(100));
@@ -393,7 +395,7 @@ fn a_held_queue_is_named() {
 }
 
 #[test]
-fn namespaces_and_processes_go_with_a_panic() {
+fn a_panic_removes_namespaces_and_processes() {
     let _watchdog = e2e_or_skip!();
     let (name, pid) = (std::sync::Mutex::new(None), std::sync::Mutex::new(None));
     let panic = std::panic::catch_unwind(|| {
@@ -426,7 +428,7 @@ fn programs_in_a_namespace_see_its_interfaces() {
 }
 
 #[test]
-fn refused_frames_are_sent_again_and_counted_once() {
+fn refused_frames_are_resent_and_counted_once() {
     let _watchdog = e2e_or_skip!();
     let (namespace, mut receiver) = network();
     let frames = traffic::synthetic(50, 500, 4).frames;
@@ -452,7 +454,7 @@ fn refused_frames_are_sent_again_and_counted_once() {
 }
 
 #[test]
-#[ignore = "hangs; it is run by the next one"]
+#[ignore = "hangs; the next test runs it"]
 fn hangs() {
     let _watchdog = e2e_or_skip!(1);
     let namespace = Netns::new().unwrap();
@@ -465,7 +467,7 @@ fn hangs() {
 }
 
 #[test]
-fn the_watchdog_ends_a_test_that_hangs() {
+fn the_watchdog_aborts_a_test_that_hangs() {
     let _watchdog = e2e_or_skip!();
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--ignored", "--exact", "hangs", "--nocapture"]);
@@ -474,13 +476,13 @@ fn the_watchdog_ends_a_test_that_hangs() {
     assert!(exit.stderr.concat().contains("watchdog: hangs hangs, not done after 1 s"), "{exit:?}");
     let said = |what| exit.stdout.iter().find_map(|line| line.rsplit_once(what)).unwrap().1;
     assert!(!std::path::Path::new("/run/netns").join(said("namespace ")).exists());
-    // Nobody but its new parent can wait for it.
+    // Only its new parent can reap it.
     while is_alive(said("process ")) {
         std::thread::yield_now();
     }
 }
 
-/// Whether a process exists and is no zombie.
+/// Whether a process exists and is not a zombie.
 fn is_alive(pid: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))

@@ -1,5 +1,5 @@
-//! What is left to the host while a dispatcher runs: its own address, ports it keeps, queues nobody dispatches. And what
-//! workers get is, byte for byte, what came.
+//! What the host keeps while a dispatcher runs: its own address, ports that rules pass, queues
+//! without a lane. Workers get the packets exactly as they were sent.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -15,16 +15,17 @@ use xfan_tests::oracle::Flow;
 use xfan_tests::primary::{FlowRecord, Launch, Primary, flow_records};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::{Veth, VethConfig, network};
 use xfan_worker::{Received, Worker};
 
-/// The address of `tx0`, the other side.
+/// The address of `tx0`, the guest's end.
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 /// The address of `rx0`, whose packets are dispatched.
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const CONFIG: &str = "rx_ring = 1024\nring_slots = 1024\n";
 
-/// Two hosts that know each other's addresses: one guest that sends, one host on whose interface a dispatcher runs.
+/// Two hosts that know each other's addresses: a guest that sends, and a host that runs a
+/// dispatcher.
 struct Hosts {
     guest: Netns,
     host: Netns,
@@ -37,8 +38,8 @@ impl Hosts {
         let pair = Veth::create(&VethConfig::queues(queues), &guest, &host).unwrap();
         guest.ip(&format!("addr add {GUEST}/24 dev tx0")).unwrap();
         host.ip(&format!("addr add {HOST}/24 dev rx0")).unwrap();
-        // The guest asks for the host's MAC address by ARP once, and then neither asks again nor doubts the answer; the
-        // host need not ask: so ARP can be counted.
+        // The guest resolves the host's MAC address by ARP once and never revalidates it, and the
+        // host needs no ARP, so that the ARP packets can be counted.
         for (setting, milliseconds) in
             [("retrans_time_ms", 3_600_000), ("base_reachable_time_ms", 86_400_000)]
         {
@@ -55,14 +56,15 @@ impl Hosts {
         launch.flow_workers(2).unwrap().start().unwrap()
     }
 
-    /// Packets that the guest has sent.
+    /// The number of packets that the guest has sent.
     fn sent(&self) -> u64 {
         let text = self.guest.ip("-json -statistics link show dev tx0").unwrap();
         let links: serde_json::Value = serde_json::from_str(&text).unwrap();
         links[0]["stats64"]["tx"]["packets"].as_u64().unwrap()
     }
 
-    /// The report, once all that the guest has sent since it had sent `before` is in it, and committed by workers.
+    /// The report once it has everything that the guest sent after `before` packets, all of it
+    /// committed.
     fn settled(&self, primary: &Primary, before: u64) -> Report {
         primary.report_when(|report| {
             let Xdp { redirect, pass, .. } = outcomes(report);
@@ -74,7 +76,7 @@ impl Hosts {
         })
     }
 
-    /// `ping` until it has three answers, or for one second: how many it sent, and how many answers it got.
+    /// Runs `ping` until three answers or for `seconds`; returns the requests sent and the answers.
     fn ping(&self, seconds: u32) -> (u64, u64) {
         let mut ping = self.guest.command("ping");
         ping.args(["-n", "-c", "3", "-i", "0.2", "-w", &seconds.to_string(), &HOST.to_string()]);
@@ -89,14 +91,14 @@ impl Hosts {
     }
 }
 
-/// Outcomes of all queues.
+/// The sum of the outcomes of all queues.
 fn outcomes(report: &Report) -> Xdp {
     let mut sum = report.ports[0].unserved;
     report.lanes().for_each(|lane| sum.add(lane.xdp));
     sum
 }
 
-/// Stops it; returns what its workers saw.
+/// Stops the primary and returns its workers' flow records.
 fn records(primary: Primary) -> Vec<FlowRecord> {
     let (exit, folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
@@ -108,7 +110,7 @@ fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
 }
 
 #[test]
-fn the_host_answers_to_ping_where_a_rule_lets_it() {
+fn the_host_answers_pings_that_a_rule_passes() {
     let _watchdog = e2e_or_skip!();
     let hosts = Hosts::new(4);
     let before = hosts.sent();
@@ -125,7 +127,7 @@ fn the_host_answers_to_ping_where_a_rule_lets_it() {
 }
 
 #[test]
-fn the_workers_get_pings_where_no_rule_does() {
+fn without_a_rule_the_workers_get_pings() {
     let _watchdog = e2e_or_skip!();
     let hosts = Hosts::new(4);
     let before = hosts.sent();
@@ -134,15 +136,15 @@ fn the_workers_get_pings_where_no_rule_does() {
     assert_eq!(answers, 0);
     assert!(pings >= 1);
     let expected = Xdp { redirect: pings, pass: 1, pass_non_ip: 1, ..Xdp::default() };
-    // ARP passes as ever: otherwise there would be no pings.
+    // ARP still passes: without it there would be no pings.
     assert_eq!(outcomes(&hosts.settled(&primary, before)), expected);
     let records = records(primary);
     assert_eq!(records.len(), 1);
     assert_eq!(records[0].flow(), Flow::between(1, (GUEST.into(), 8), (HOST.into(), 0)));
-    // 56 bytes of data, as ping sends unless told otherwise.
+    // By default ping sends 56 bytes of data.
     assert_eq!((records[0].packets, records[0].bytes), (pings, pings * 98));
 
-    // And without a dispatcher the host answers again.
+    // Without a dispatcher the host answers again.
     assert_eq!(hosts.ping(60).1, 3);
 }
 
@@ -164,13 +166,13 @@ fn ipv6_neighbours_find_each_other() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains(" 3 received"), "{text}");
     let Xdp { redirect, pass_nd, pass_rule, .. } = outcomes(&primary.report());
-    // What the two kernels say to each other besides is up to them, but it is all ICMPv6.
+    // The kernels may exchange other packets, but all of them are ICMPv6.
     assert!(pass_nd >= 1 && pass_rule >= 3, "{pass_nd} {pass_rule}");
     assert_eq!(redirect, 0);
 }
 
 #[test]
-fn a_port_is_left_to_the_host_and_no_other() {
+fn only_the_passed_port_is_left_to_the_host() {
     let _watchdog = e2e_or_skip!();
     const KEPT: u16 = 2222;
     const OTHER: u16 = 2223;
@@ -180,7 +182,7 @@ fn a_port_is_left_to_the_host_and_no_other() {
     let before = hosts.sent();
     let primary = hosts.launch(&format!("--pass tcp/{KEPT}"));
 
-    // A conversation with the port that is kept, longer than a segment.
+    // A conversation with the passed port, longer than one segment.
     let question: Vec<u8> = (0..50_000u32).map(|number| number.to_le_bytes()[0]).collect();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| {
@@ -202,7 +204,7 @@ fn a_port_is_left_to_the_host_and_no_other() {
     assert_eq!((passed.redirect, passed.pass_non_ip), (0, 1));
     assert_eq!(passed.pass_rule, hosts.sent() - before - 1, "all but the ARP request");
 
-    // Nobody answers at the other one, though somebody listens.
+    // The other port gets no answer, although a socket listens.
     let connecting =
         hosts.guest.run(|| TcpStream::connect_timeout(&at(HOST, OTHER), Duration::from_millis(200)));
     assert_eq!(connecting.unwrap_err().kind(), ErrorKind::TimedOut);
@@ -211,7 +213,7 @@ fn a_port_is_left_to_the_host_and_no_other() {
     assert!(attempts >= 1);
     assert_eq!(after, Xdp { redirect: attempts, ..passed });
 
-    // Nor does the source port open a way past the workers, or the same number of another protocol.
+    // Neither the source port nor the same port of another protocol passes.
     let strangers = [
         traffic::tcp(at(GUEST, KEPT), at(HOST, 80), 0, &[]),
         traffic::udp(at(GUEST, 1000), at(HOST, KEPT), &[0; 10]),
@@ -229,15 +231,15 @@ fn a_port_is_left_to_the_host_and_no_other() {
 }
 
 #[test]
-fn queues_without_a_lane_are_the_hosts() {
+fn queues_without_a_lane_go_to_the_host() {
     let _watchdog = e2e_or_skip!();
     const DATAGRAMS: u16 = 50;
     let hosts = Hosts::new(4);
     let socket = hosts.host.run(|| UdpSocket::bind(at(HOST, 7000))).unwrap();
-    // Some kernels keep each datagram in a page of its own, and all of them have to wait until they are read.
+    // Some kernels keep each datagram in its own page, and all of them wait until they are read.
     setsockopt(&socket, sockopt::RcvBufForce, &(1 << 22)).unwrap();
     let primary = hosts.launch("--queues 0,1 --pass udp/9");
-    // To each queue: so many datagrams, one that a rule meets, and one frame that is not IP.
+    // Each queue gets the datagrams, one packet that a rule passes, and one frame that is not IP.
     let to = |datagram: Vec<u8>| traffic::addressed(datagram, hosts.pair.receiver.mac);
     let mut frames: Vec<_> = (0..DATAGRAMS)
         .map(|number| to(traffic::udp(at(GUEST, 6000 + number % 10), at(HOST, 7000), &number.to_be_bytes())))
@@ -265,7 +267,7 @@ fn queues_without_a_lane_are_the_hosts() {
         ..Xdp::default()
     };
     assert_eq!(report.ports[0].unserved, unserved);
-    // The host has received what came by the other queues …
+    // The host has received what arrived on the other queues …
     let mut buffer = [0; 100];
     for number in (0..DATAGRAMS).chain(0..DATAGRAMS) {
         let (bytes, from) = socket.recv_from(&mut buffer).unwrap();
@@ -281,7 +283,7 @@ fn queues_without_a_lane_are_the_hosts() {
     }
 }
 
-/// A worker in this process that keeps what it gets, until the dispatcher closes.
+/// Attaches a worker in this process that keeps all packets until the dispatcher closes.
 fn record_all(primary: &Primary) -> std::thread::JoinHandle<Vec<Vec<u8>>> {
     let socket = primary.socket();
     let (ready, is_ready) = std::sync::mpsc::channel();
@@ -307,7 +309,7 @@ fn record_all(primary: &Primary) -> std::thread::JoinHandle<Vec<Vec<u8>>> {
 #[test]
 fn tagged_frames_reach_workers_byte_for_byte() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _pair) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let namespace = network(1);
     let primary = Launch::on(&namespace).unwrap().config(CONFIG).unwrap().start().unwrap();
     let worker = record_all(&primary);
 
@@ -323,7 +325,7 @@ fn tagged_frames_reach_workers_byte_for_byte() {
         &[(0x9100, 100), (0x8100, 7)],
         &[(0x8100, 100), (0x8100, 0xffff)],
     ];
-    // To the longest that the sender takes: MTU 1500, Ethernet header, one tag.
+    // Up to the longest frame that the sender takes: MTU 1500, Ethernet header, one tag.
     let longest = |tags: &[_]| 1518 - 42 - 4 * tags.len();
     let frames: Vec<_> = tags
         .iter()
@@ -334,8 +336,8 @@ fn tagged_frames_reach_workers_byte_for_byte() {
     namespace.run(|| Replay::onto("tx0").run(&all)).unwrap();
 
     let report = primary.report_after(frames.len() as u64, true);
-    assert_eq!(report.ports[0].lanes[0].xdp.pass_non_ip, 1, "behind a third tag nobody looks");
+    assert_eq!(report.ports[0].lanes[0].xdp.pass_non_ip, 1, "a third tag ends parsing");
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert!(worker.join().unwrap() == frames, "the worker got other bytes than were sent");
+    assert!(worker.join().unwrap() == frames, "the worker got bytes that were not sent");
 }

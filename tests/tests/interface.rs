@@ -1,4 +1,4 @@
-//! What the dispatcher reads of an interface, and changes, is what `ethtool` shows.
+//! What the dispatcher reads and changes of an interface matches what `ethtool` shows.
 
 use xfan::exit::Exit;
 use xfan::host::interface::{Interface, Offload};
@@ -17,20 +17,20 @@ fn gro_is_on(namespace: &Netns) -> bool {
 }
 
 #[test]
-fn generic_mode_gets_packets_as_they_were_sent() {
+fn generic_mode_receives_packets_as_sent() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _pair) = Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(1) }).unwrap();
     let launch = Launch::on(&namespace).unwrap().config("xdp_mode = 'generic'").unwrap();
     let primary = launch.flow_workers(1).unwrap().start().unwrap();
     assert!(!gro_is_on(&namespace));
-    // Segments of one direction, one behind the other: what GRO merges.
+    // Consecutive segments of one direction, which GRO merges.
     let (from, to) = ("10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
     let segments: Vec<_> =
         (0..64).map(|number| traffic::tcp(from, to, 1 + number * 1000, &[7; 1000])).collect();
     namespace.run(|| Replay::onto("tx0").run(&segments)).unwrap();
     let report = primary.report_after(64, true);
     assert_eq!((report.ports[0].lanes[0].bytes, report.ports[0].lanes[0].xdp.drop_too_long), (64 * 1054, 0));
-    // Under whatever name the interface has then.
+    // GRO is restored even if the interface has another name by then.
     namespace.ip("link set dev rx0 down").unwrap();
     namespace.ip("link set dev rx0 name other").unwrap();
     let (exit, _folder) = primary.stop();
@@ -40,10 +40,10 @@ fn generic_mode_gets_packets_as_they_were_sent() {
     assert!(gro_is_on(&namespace));
 }
 
-/// The kernel merges packets of an interface below before they reach the one above, whose program in
-/// generic mode sees them then: of a bond's ports, for example.
+/// The kernel merges packets of a lower interface, for example a bond's port, before the upper
+/// interface gets them. A program in generic mode on the upper one then sees merged packets.
 #[test]
-fn interfaces_below_do_not_merge_packets_either() {
+fn lower_interfaces_do_not_merge_packets() {
     let _watchdog = e2e_or_skip!();
     let merges = |namespace: &Netns| {
         let features = namespace.ethtool("-k low0").unwrap();
@@ -54,11 +54,11 @@ fn interfaces_below_do_not_merge_packets_either() {
     {
         let (namespace, _pair) =
             Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(1) }).unwrap();
-        // The sender segments by itself, or veth leaves out GRO.
+        // The sender does the segmentation; otherwise veth skips GRO.
         namespace.ethtool("-K tx0 tso off gso off").unwrap();
         namespace.ip("link set dev rx0 down").unwrap();
         namespace.ip("link set dev rx0 name low0").unwrap();
-        // What comes within a poll or two is merged, however busy this machine is.
+        // Packets that arrive within a poll or two are merged, however busy this machine is.
         let waits = "echo 50000000 > /sys/class/net/low0/gro_flush_timeout; \
                      echo 100 > /sys/class/net/low0/napi_defer_hard_irqs";
         command::run(namespace.command("sh").args(["-c", waits])).unwrap();
@@ -93,19 +93,19 @@ fn interfaces_below_do_not_merge_packets_either() {
     }
 }
 
-/// Makes a device; tells why if this kernel has no such kind.
+/// Makes a device. If this kernel lacks the type, prints that and returns false.
 fn made(namespace: &Netns, command: &str) -> bool {
     match namespace.ip(command) {
         Ok(_) => true,
         Err(error) => {
-            eprintln!("left out: {error}");
+            eprintln!("skipped: {error}");
             false
         }
     }
 }
 
 #[test]
-fn layer_3_devices_are_refused_by_their_type() {
+fn layer_3_devices_are_refused_by_type() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     let devices = [
@@ -122,14 +122,14 @@ fn layer_3_devices_are_refused_by_their_type() {
     for (command, kind) in devices {
         if made(&namespace, command) {
             let error = namespace.run(|| Interface::find("l3")).unwrap_err();
-            let begin = format!("`l3` is {kind}: its packets begin with no Ethernet header; ");
+            let begin = format!("`l3` is {kind}: its packets have no Ethernet header; ");
             assert!(error.to_string().starts_with(&begin), "{command}: {error}");
             assert_eq!(Exit::from(&error), Exit::Interface);
             namespace.ip("link del l3").unwrap();
             refused += 1;
         }
     }
-    assert!(refused > 0, "tun is in every kernel");
+    assert!(refused > 0, "every kernel has tun");
     for command in [
         "tuntap add dev l2 mode tap",
         "link add l2 type dummy",
@@ -157,7 +157,7 @@ fn gro_is_read_and_set_as_ethtool_shows_it() {
         namespace.run(|| rx0.set_offload(Offload::Gro, on)).unwrap();
         assert_eq!((shown(), namespace.run(|| rx0.offload(Offload::Gro)).unwrap()), (on, on));
     }
-    // A veth has no LRO: there is nothing to turn off.
+    // A veth has no LRO to turn off.
     assert!(!namespace.run(|| rx0.offload(Offload::Lro)).unwrap());
     namespace.run(|| rx0.set_offload(Offload::Lro, false)).unwrap();
     let error = namespace.run(|| rx0.set_offload(Offload::Lro, true)).unwrap_err();

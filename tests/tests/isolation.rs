@@ -1,4 +1,5 @@
-//! A worker can spoil nothing but itself: not the packets, not another's segments, not the primary.
+//! A worker can damage only itself: not the packets, not another worker's segments, not the
+//! primary.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,13 +13,13 @@ use xfan_tests::e2e_or_skip;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
-/// A hostile worker and an honest one, on two queues.
+/// Starts a primary with a hostile and an honest worker, on two queues.
 fn start(way: &str) -> (Netns, Primary) {
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace)
         .unwrap()
         .config("max_workers = 3\nstop_timeout = '200ms'\nrestart = 'no'")
@@ -28,7 +29,7 @@ fn start(way: &str) -> (Netns, Primary) {
 }
 
 #[test]
-fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
+fn a_worker_can_write_only_to_its_own_segment() {
     let _watchdog = e2e_or_skip!();
     let (_namespace, primary) = start("probe");
     let report: BTreeMap<String, String> =
@@ -51,7 +52,7 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
             &[
                 ("map writable", "EACCES"),
                 ("make a mapping writable", "EACCES"),
-                ("take pages away", "EACCES"),
+                ("remove pages", "EACCES"),
                 ("open for writing", "EACCES"),
                 ("open for both", "EACCES"),
                 ("write", "EBADF"),
@@ -66,14 +67,14 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
             ],
         );
     }
-    // To its own it may write through the mapping that it has, and nothing else.
+    // The worker can write to its own segment only through the mapping that it has.
     expect(
         "up ",
         &[
             ("map writable", "EPERM"),
             ("make a mapping writable", "EACCES"),
-            ("take pages away", "EACCES"),
-            ("take pages away from within", "EPERM"),
+            ("remove pages", "EACCES"),
+            ("remove pages through the mapping", "EPERM"),
             ("punch a hole", "EPERM"),
             ("write", "EPERM"),
             ("seal", "EPERM"),
@@ -100,35 +101,34 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
         ],
     );
     expect("peer ", &[("open down", "EPERM"), ("open up", "EPERM")]);
-    let not_yours =
-        |place: &str| format!("member {place} is for the process that the primary started for it");
+    let not_yours = |id: &str| format!("member {id} is for the process that the primary started for it");
     expect(
         "take ",
         &[
-            ("other's place without a token", &not_yours("default/1")),
-            ("other's place with our token", &not_yours("default/1")),
-            ("our place without a token", &not_yours("default/0")),
-            ("our place again", "member default/0 has a worker"),
+            ("other member without a token", &not_yours("default/1")),
+            ("other member with our token", &not_yours("default/1")),
+            ("our member without a token", &not_yours("default/0")),
+            ("our member again", "member default/0 has a worker"),
             (
-                "any place",
+                "any member",
                 "this primary starts its own workers: beside them may join root, and whom allow_users and allow_groups in [control] of its configuration name",
             ),
-            ("a place that is not there", "there is no member default/9: they are default/0 to default/2"),
+            ("a member that does not exist", "there is no member default/9: they are default/0 to default/2"),
         ],
     );
-    // Nor through the connection that it inherited.
+    // The inherited connection does not allow it either.
     let for_0 = "this connection is for member default/0";
     let mut expect = |what: &str, outcome: &str| {
         expected.insert(format!("inherited {what}"), outcome.to_owned());
     };
-    expect("takes our place again", "member default/0 has a worker");
-    expect("takes other's place", for_0);
-    expect("takes a vacant place", for_0);
+    expect("takes our member again", "member default/0 has a worker");
+    expect("takes other member", for_0);
+    expect("takes a vacant member", for_0);
     expect("orders", "only root may add, drain, restart or remove workers: use sudo");
     expect("makes connections", "4");
-    expect("made takes other's place", for_0);
+    expect("made takes other member", for_0);
     expect("makes too many", "this worker has 4 connections, which is the limit: close some");
-    // Since Linux 6.16 the kernel refuses them.
+    // Linux 6.16 and later refuse them.
     let passed = report["inherited passes descriptors"].clone();
     assert!(passed == "done" || passed.contains("Operation not permitted"), "{passed}");
     expect("passes descriptors", &passed);
@@ -137,13 +137,13 @@ fn an_unprivileged_worker_can_change_nothing_but_its_own_segment() {
 }
 
 #[test]
-fn noise_in_a_segment_evicts_its_writer_alone() {
+fn noise_in_a_segment_evicts_only_its_writer() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("noise 7");
     send_synthetic(&namespace, 6);
     let report = primary
         .report_when(|report| report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0);
-    let [share, rest] = [0, 1].map(|place| report.groups[0].members[place].delivered);
+    let [share, rest] = [0, 1].map(|index| report.groups[0].members[index].delivered);
     assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
 
     primary.unleash();
@@ -152,12 +152,12 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
         gone(&report.groups[0].members[0]) && report.groups[0].members[1].committed == PACKETS
     });
     assert_balanced(&report, PACKETS);
-    let [liar, other] = [0, 1].map(|place| &report.groups[0].members[place]);
+    let [liar, other] = [0, 1].map(|index| &report.groups[0].members[index]);
     assert_eq!((liar.committed, liar.requeued, liar.lost, liar.backlog, liar.buckets), (0, share, 0, 0, 0));
     assert_eq!((other.delivered, other.buckets, other.state.as_str()), (PACKETS, 4096, "running"));
     assert!(report.lanes().all(|lane| lane.frames.lent == 0));
 
-    // It is killed, and the other gets every flow.
+    // The hostile worker is killed, and the other gets every flow.
     send_synthetic(&namespace, 6);
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
@@ -170,7 +170,7 @@ fn noise_in_a_segment_evicts_its_writer_alone() {
 }
 
 #[test]
-fn a_worker_that_jams_its_doorbell_stops_nobody() {
+fn a_jammed_doorbell_affects_only_its_worker() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("jam");
     primary.unleash();
@@ -180,7 +180,7 @@ fn a_worker_that_jams_its_doorbell_stops_nobody() {
         report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0
     });
     assert_balanced(&report, PACKETS);
-    let [jammer, other] = [0, 1].map(|place| &report.groups[0].members[place]);
+    let [jammer, other] = [0, 1].map(|index| &report.groups[0].members[index]);
     assert_eq!(
         (jammer.backlog, other.committed, other.dropped),
         (jammer.delivered, PACKETS - jammer.delivered, 0)
@@ -194,17 +194,17 @@ fn open_descriptors(primary: &Primary) -> usize {
 }
 
 #[test]
-fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
+fn control_socket_floods_are_counted_and_harmless() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap();
     let primary = launch.start().unwrap();
     let before = open_descriptors(&primary);
-    // Many systems allow a process 1,024 descriptors unless it asks for more.
+    // Many systems limit a process to 1,024 descriptors unless it raises its soft limit.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
 
-    // Connections by the thousand that say nothing: of root, which these are, there can be 64 at a time.
+    // 2,000 silent connections of root, which may have 64 at a time.
     let silent: Vec<_> = (0..2000).map(|_| primary.dial()).collect();
     let refused = |control: &OwnedFd| {
         matches!(
@@ -218,7 +218,7 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
     while open_descriptors(&primary) > before {
         std::thread::yield_now();
     }
-    // Messages by the thousand that make no sense, and then workers that are not wanted.
+    // 2,000 malformed messages, then refused workers.
     for _ in 0..2000 {
         let control = primary.dial();
         send(control.as_raw_fd(), b"{\"attach\":", MsgFlags::MSG_NOSIGNAL).unwrap();
@@ -236,21 +236,16 @@ fn floods_on_the_control_socket_are_counted_and_stop_nobody() {
     let control = report.control;
     assert!((1900..=1999).contains(&control.too_many), "{control:?}");
     assert_eq!((control.malformed, control.refused, control.forbidden), (2000, 500, 0));
-    // They do not push what matters out of the journal.
-    let Ok(Reply::Events(page)) =
-        xfan::control::client::ask(&primary.socket(), &protocol::Request::Events(0))
-    else {
-        panic!("it tells what happened")
-    };
-    let page: xfan::control::journal::Page = serde_json::from_value(page).unwrap();
+    // They do not push other events out of the journal.
+    let page = primary.journal();
     assert_eq!((page.missed, page.entries.iter().filter(|entry| entry.event == "attached").count()), (0, 2));
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
 #[test]
-fn messages_that_make_no_sense_are_answered_and_forgotten() {
+fn malformed_messages_are_answered_and_dropped() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").worker("xfan-count", "").unwrap();
     let primary = launch.start().unwrap();
     let before = open_descriptors(&primary);
@@ -283,8 +278,8 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
     let version = b"{\"attach\":{\"version\":99,\"member\":\"default/9\",\"program\":\"x\"}}";
     assert_eq!(refused(version), "there is no member default/9: they are default/0 to default/3");
 
-    // An empty message and a hang-up say the same. Descriptors, which nobody asked for, are refused by the kernel
-    // (from 6.16 on) or closed.
+    // An empty message means the same as a hang-up. The kernel refuses unexpected descriptors (6.16
+    // and later), or the primary closes them.
     let control = primary.dial();
     send(control.as_raw_fd(), b"", MsgFlags::MSG_NOSIGNAL).unwrap();
     assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY), Err(protocol::ProtocolError::Closed)));
@@ -295,7 +290,7 @@ fn messages_that_make_no_sense_are_answered_and_forgotten() {
     }
     protocol::send(&control, &protocol::Request::Stats, &[]).unwrap();
     assert!(matches!(protocol::receive::<Reply>(&control, MAX_REPLY).unwrap().0, Reply::Stats(_)));
-    // Many at once that say nothing.
+    // Many silent connections at once.
     let silent: Vec<_> = (0..50).map(|_| primary.dial()).collect();
     primary.report();
     drop((silent, control));

@@ -13,11 +13,12 @@ use xfan_tests::generator::{End, Generator, Load};
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Folder, Launch, Primary};
+use xfan_tests::proc::{signal, stop};
 use xfan_tests::process::{Exit, Process, binary};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::{Veth, VethConfig, network};
 
 const PACKETS: u64 = 600;
 
@@ -29,14 +30,14 @@ fn replay(namespace: &Netns, frames: &[Vec<u8>]) {
     namespace.run(|| Replay::onto("tx0").run(frames)).unwrap();
 }
 
-/// Two workers on two queues.
+/// Starts a primary with two workers on two queues.
 fn start(namespace: &Netns, folder: Folder) -> Primary {
     let launch = Launch::within(namespace, folder).with("-n 2").config("restart = 'no'").unwrap();
     launch.worker("xfan-count", "").unwrap().start().unwrap()
 }
 
-/// Waits until no process is left in the namespace, with a segment mapped or not, and no XDP program: a process that was
-/// told to end takes its time. The queues can then be bound.
+/// Waits until no process is left in the namespace, no segment is mapped and no XDP program is
+/// attached, so that the queues can be bound: a process takes time to end.
 fn wait_until_nothing_is_left(namespace: &Netns) {
     let program = || leftovers::xdp_program(namespace, "rx0").unwrap();
     while !leftovers::processes_in(namespace).is_empty() || program().is_some() {
@@ -45,7 +46,7 @@ fn wait_until_nothing_is_left(namespace: &Netns) {
     namespace.run(|| [0, 1].map(|queue| TxSocket::open("rx0", queue).unwrap()));
 }
 
-/// The primary has waited for its workers and taken the XDP program off before it ended.
+/// Before it exits, the primary reaps its workers and detaches the XDP program.
 fn assert_nothing_is_left(namespace: &Netns, folder: &Folder) {
     assert_eq!(leftovers::processes_in(namespace), Vec::<String>::new());
     assert_eq!(leftovers::xdp_program(namespace, "rx0").unwrap(), None);
@@ -57,19 +58,13 @@ fn assert_ended_well(exit: &Exit) {
     assert!(!exit.stderr.concat().contains("add up"), "{exit:#?}");
 }
 
-/// Packets the workers say to have counted, together.
-fn counted(exit: &Exit) -> u64 {
-    let totals = exit.json().into_iter();
-    totals.filter_map(|totals| totals["packets"].as_u64()).sum()
-}
-
 #[test]
-fn either_signal_ends_it_and_leaves_nothing() {
+fn sigint_and_sigterm_end_it_and_leave_nothing() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let mut folder = Folder::new().unwrap();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        // The second run binds the queues of the first at once.
+        // The second run binds the first run's queues at once.
         let primary = start(&namespace, folder);
         assert!(leftovers::xdp_program(&namespace, "rx0").unwrap().is_some());
         assert_eq!(leftovers::processes_in(&namespace).len(), 3);
@@ -77,19 +72,19 @@ fn either_signal_ends_it_and_leaves_nothing() {
         assert_balanced(&primary.report_after(PACKETS, false), PACKETS);
         let (exit, kept) = primary.end(signal);
         assert_ended_well(&exit);
-        assert_eq!(counted(&exit), PACKETS);
+        assert_eq!(exit.packets(), PACKETS);
         assert_nothing_is_left(&namespace, &kept);
         folder = kept;
     }
     wait_until_nothing_is_left(&namespace);
 }
 
-/// Before it listens to signals, they wait: for all threads, or one that does not put them off would
-/// end it, and the socket would stay.
+/// Signals that arrive before the primary handles them stay pending, blocked in all threads. A
+/// thread that did not block them would end the process, and the socket would stay.
 #[test]
-fn no_lane_takes_a_signal() {
+fn lanes_block_all_signals() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace, Folder::new().unwrap());
     let threads = std::fs::read_dir(format!("/proc/{}/task", primary.process.pid())).unwrap();
     let mut lanes = 0;
@@ -113,13 +108,13 @@ fn no_lane_takes_a_signal() {
 }
 
 #[test]
-fn packets_that_arrive_cut_are_counted_delivered_and_told_of() {
+fn truncated_packets_are_counted_and_reported() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace, Folder::new().unwrap());
     let (from, to) = ("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:53".parse().unwrap());
     let whole = traffic::udp(from, to, &[7; 1400]);
-    // As a driver delivers them whose buffers are too short, to queue 0 and to queue 1.
+    // This is what a driver with short buffers delivers, to queue 0 and to queue 1.
     let cut = whole[..1024].to_vec();
     replay(&namespace, &[whole.clone(), cut.clone(), whole.clone(), cut.clone(), whole, cut]);
     let report = primary.report_after(6, true);
@@ -133,15 +128,15 @@ fn packets_that_arrive_cut_are_counted_delivered_and_told_of() {
         assert!(rest.starts_with("packets arrived cut") && rest.contains("frame_size = 4096"), "{line}");
         told += packets.parse::<u64>().unwrap();
     }
-    // What came since is told a second later.
+    // The next log line, a second later, reports the packets since.
     assert!((1..=3).contains(&told), "{told}");
     assert_ended_well(&primary.stop().0);
 }
 
 #[test]
-fn it_ends_well_under_a_flood() {
+fn a_primary_stops_cleanly_under_a_flood() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace, Folder::new().unwrap());
     let generator =
         namespace.run(|| Generator::start(&Load::onto("tx0", End::After(Duration::MAX)))).unwrap();
@@ -153,9 +148,9 @@ fn it_ends_well_under_a_flood() {
 }
 
 #[test]
-fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
+fn a_worker_that_ignores_sigterm_is_killed() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '3s'").unwrap();
     let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
     replay(&namespace, &frames());
@@ -163,7 +158,7 @@ fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
         report.totals().0 == PACKETS && report.groups[0].members[1].backlog == 0
     });
     assert_balanced(&report, PACKETS);
-    let [deaf, other] = [0, 1].map(|place| report.groups[0].members[place].clone());
+    let [deaf, other] = [0, 1].map(|index| report.groups[0].members[index].clone());
     assert_eq!((deaf.backlog, deaf.committed, deaf.backlog + other.committed), (deaf.delivered, 0, PACKETS));
     assert!(deaf.delivered > 0);
 
@@ -172,14 +167,14 @@ fn a_worker_that_ignores_sigterm_is_killed_and_its_packets_counted_as_lost() {
     let stderr = exit.stderr.join("\n");
     assert!(stderr.contains("did not end within 3s of SIGTERM: killed"), "{stderr}");
     assert!(stderr.contains("default/0") && !stderr.contains("default/1\" did not"), "{stderr}");
-    assert_eq!(counted(&exit), other.committed);
+    assert_eq!(exit.packets(), other.committed);
     assert_nothing_is_left(&namespace, &folder);
 }
 
 #[test]
-fn a_second_signal_ends_the_waiting() {
+fn a_second_signal_kills_remaining_workers() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '600s'").unwrap();
     let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
     replay(&namespace, &frames());
@@ -189,7 +184,7 @@ fn a_second_signal_ends_the_waiting() {
 
     kill(primary.process.pid(), Signal::SIGTERM).unwrap();
     primary.report_when(|report| report.groups[0].members[0].state == "draining");
-    // The second signal kills whatever has not ended yet: only the one that never will, then.
+    // The second signal kills all workers that still run, which should be only the deaf one.
     let other_pid = Pid::from_raw(i32::try_from(other.pid).unwrap());
     while kill(other_pid, None).is_ok() {
         thread::sleep(Duration::from_millis(5));
@@ -198,12 +193,12 @@ fn a_second_signal_ends_the_waiting() {
     assert_ended_well(&exit);
     let stderr = exit.stderr.join("\n");
     assert!(stderr.contains("killed, as the primary was told to stop again"), "{stderr}");
-    assert_eq!(counted(&exit), other.committed);
+    assert_eq!(exit.packets(), other.committed);
     assert_nothing_is_left(&namespace, &folder);
 }
 
 #[test]
-fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
+fn a_killed_primary_returns_traffic_to_the_kernel() {
     let _watchdog = e2e_or_skip!();
     let (sender, receiver) = (Netns::quiet().unwrap(), Netns::quiet().unwrap());
     Veth::create(&VethConfig::queues(2), &sender, &receiver).unwrap();
@@ -219,7 +214,7 @@ fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
     while !knock() {}
 
     let primary = start(&receiver, Folder::new().unwrap());
-    // One more may have been under way; now the workers get them.
+    // One more packet may have been in flight; now the workers get them.
     while to.recv(&mut [0; 8]).is_ok() {}
     assert!(!knock());
     primary.report_when(|report| report.totals().0 == 1);
@@ -229,11 +224,11 @@ fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
     assert_eq!(exit.signal, Some(libc::SIGKILL));
     drop(generator);
 
-    // Its workers go with it, and so do the XDP program and the sockets; its socket's file cannot.
+    // Its workers end with it; so do the XDP program and the sockets. The socket's file remains.
     wait_until_nothing_is_left(&receiver);
     while !knock() {}
 
-    // The next one takes its place at once, socket file and all.
+    // The next primary starts at once, despite the old socket file.
     assert!(folder.socket().exists());
     let primary = start(&receiver, folder);
     assert!(!knock());
@@ -245,22 +240,18 @@ fn a_primary_killed_under_traffic_gives_the_kernel_its_traffic_back() {
 }
 
 #[test]
-fn what_a_killed_worker_held_goes_to_the_other() {
+fn packets_of_a_killed_worker_go_to_the_other() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace, Folder::new().unwrap());
     let frames = frames();
     replay(&namespace, &frames);
     let report = primary.report_after(PACKETS, true);
-    let [share, rest] = [0, 1].map(|place| report.groups[0].members[place].committed);
+    let [share, rest] = [0, 1].map(|index| report.groups[0].members[index].committed);
     assert!(share > 0 && rest > 0 && share + rest == PACKETS, "{report:#?}");
 
     let victim = report.groups[0].members[0].pid;
-    let signal = |signal| kill(Pid::from_raw(i32::try_from(victim).unwrap()), signal).unwrap();
-    signal(Signal::SIGSTOP);
-    while leftovers::state(victim) != Some('T') {
-        std::thread::yield_now();
-    }
+    stop(victim);
     replay(&namespace, &frames);
     let report = primary.balanced_report_when(|report| {
         report.totals().0 == 2 * PACKETS && report.groups[0].members[1].backlog == 0
@@ -268,14 +259,14 @@ fn what_a_killed_worker_held_goes_to_the_other() {
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(report.groups[0].members[0].backlog, share);
 
-    signal(Signal::SIGKILL);
+    signal(victim, Signal::SIGKILL);
     let gone = |member: &Member| member.state == "crashed" && member.backlog == 0;
     let report = primary.balanced_report_when(|report| {
-        let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
+        let [victim, survivor] = [0, 1].map(|index| &report.groups[0].members[index]);
         gone(victim) && survivor.committed == 2 * rest + share
     });
     assert_balanced(&report, 2 * PACKETS);
-    let [victim, survivor] = [0, 1].map(|place| &report.groups[0].members[place]);
+    let [victim, survivor] = [0, 1].map(|index| &report.groups[0].members[index]);
     assert_eq!((victim.committed, victim.requeued, victim.lost, victim.buckets), (share, share, 0, 0));
     assert_eq!((survivor.delivered, survivor.buckets), (2 * rest + share, 4096));
     assert!(report.lanes().all(|lane| lane.frames.lent == 0));
@@ -289,17 +280,17 @@ fn what_a_killed_worker_held_goes_to_the_other() {
     assert_eq!(report.totals().2, 0, "{report:#?}");
     let (exit, folder) = primary.stop();
     assert_ended_well(&exit);
-    assert_eq!(counted(&exit), 2 * rest + share + PACKETS);
+    assert_eq!(exit.packets(), 2 * rest + share + PACKETS);
     assert_nothing_is_left(&namespace, &folder);
 }
 
 #[test]
-fn without_any_worker_left_it_ends_and_says_so() {
+fn a_primary_without_workers_left_exits_with_an_error() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace, Folder::new().unwrap());
     for member in &primary.report().groups[0].members {
-        kill(Pid::from_raw(i32::try_from(member.pid).unwrap()), Signal::SIGKILL).unwrap();
+        signal(member.pid, Signal::SIGKILL);
     }
     let socket = primary.socket();
     let exit = primary.process.wait();
@@ -312,9 +303,9 @@ fn without_any_worker_left_it_ends_and_says_so() {
 }
 
 #[test]
-fn workers_of_their_own_see_the_primary_go() {
+fn attached_workers_notice_the_primarys_end() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let primary = Launch::on(&namespace).unwrap().with("-n 2").start().unwrap();
         let mut command = namespace.command(binary("xfan-count").unwrap());
@@ -336,23 +327,23 @@ fn workers_of_their_own_see_the_primary_go() {
             assert_eq!(worker.code, Some(1), "{worker:?}");
             assert!(worker.stderr.concat().contains("the dispatcher is gone"), "{worker:?}");
         }
-        assert_eq!(counted(&worker), PACKETS);
+        assert_eq!(worker.packets(), PACKETS);
         wait_until_nothing_is_left(&namespace);
     }
 }
 
 #[test]
-fn packets_longer_than_a_frame_are_counted_as_such() {
+fn packets_longer_than_a_frame_are_counted() {
     let _watchdog = e2e_or_skip!();
     for (mode, mtu) in [("native", 3000), ("generic", 3000)] {
-        let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+        let namespace = network(2);
         let config = format!("frame_size = 2048\nxdp_mode = '{mode}'");
         let launch = Launch::on(&namespace).unwrap().config(&config).unwrap();
         let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
         for interface in ["tx0", "rx0"] {
             namespace.ip(&format!("link set dev {interface} mtu {mtu}")).unwrap();
         }
-        // 1,792 bytes are what a frame of 2,048 holds beside its headroom.
+        // A frame of 2,048 bytes holds 1,792 bytes beside its headroom.
         let of = |length: usize| {
             traffic::udp("10.0.0.1:7".parse().unwrap(), "10.0.0.2:9".parse().unwrap(), &vec![0; length - 42])
         };

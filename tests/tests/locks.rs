@@ -1,4 +1,4 @@
-//! Locks of the kernel that a peer can hold for as long as it likes: the primary takes none of them.
+//! The primary takes no kernel lock that a peer can hold indefinitely.
 
 use std::os::fd::OwnedFd;
 use std::thread;
@@ -12,11 +12,11 @@ use xfan_tests::primary::Launch;
 use xfan_tests::proc::{pid_of, signal};
 use xfan_tests::replay::send_synthetic;
 use xfan_tests::stuck::StuckPage;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
-/// Attaches. Returns the segment to write to, and that mapped.
+/// Attaches. Returns the worker's own segment and its mapping.
 fn attach(control: &OwnedFd) -> (OwnedFd, Up) {
     let attach = Attach { version: VERSION, group: None, member: None, token: None, program: "guest".into() };
     let (reply, fds) = protocol::ask(control, &Request::Attach(attach)).unwrap();
@@ -27,9 +27,9 @@ fn attach(control: &OwnedFd) -> (OwnedFd, Up) {
 }
 
 #[test]
-fn a_worker_that_holds_the_lock_of_its_segment_holds_nobody() {
+fn a_locked_segment_blocks_only_its_worker() {
     let _watchdog = e2e_or_skip!();
-    let namespace = Veth::in_namespace(&VethConfig::queues(2)).unwrap().0;
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("max_workers = 3").unwrap().with("-n 2");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let (control, page) = (primary.dial(), StuckPage::new().unwrap());
@@ -37,11 +37,11 @@ fn a_worker_that_holds_the_lock_of_its_segment_holds_nobody() {
     thread::scope(|scope| {
         scope.spawn(|| page.write_to(&up, 64));
         page.wait_for_reader().unwrap();
-        // From here on nobody can seal the segment: who tries, waits.
+        // From now on an attempt to seal the segment blocks.
         let (reply, _) = protocol::ask(&control, &Request::Ready).unwrap();
         let Reply::Refused(refusal) = reply else { panic!("{reply:?}") };
         assert!(refusal.message.contains("has not sealed its own segment"), "{}", refusal.message);
-        // The primary goes on: it answers, hears of a death, and starts another worker.
+        // The primary continues: it answers, notices a death and starts another worker.
         let before = pid_of(&primary.report(), 0);
         signal(before, Signal::SIGKILL);
         primary.report_when(|report| {

@@ -1,4 +1,4 @@
-//! Workers that come and go while packets flow: by themselves, or as an operator orders.
+//! Workers attach and leave while packets flow, by themselves or on an operator's order.
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -10,21 +10,17 @@ use xfan::report::{Member, Report};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::generator::{End, Generator, Load};
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::process::{Exit, Process, binary};
+use xfan_tests::proc::signal;
+use xfan_tests::process::{Exit, Process, binary, run_as};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 use xfan_worker::{Received, Worker};
 
 const PACKETS: u64 = 600;
-/// Ids of the user and group `daemon`, which every Debian has, and of nobody's.
+/// The id of the user and group `daemon`, which every Debian has; the other id has no user.
 const DAEMON: u32 = 1;
 const STRANGER: u32 = 54_321;
-
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
 
 fn member<'a>(report: &'a Report, id: &str) -> &'a Member {
     report.member(id).unwrap_or_else(|| panic!("{id} is not in {report:#?}"))
@@ -34,24 +30,15 @@ fn is(report: &Report, id: &str, state: &str) -> bool {
     report.member(id).is_some_and(|member| member.state == state)
 }
 
-/// `xfan-count --attach`, as a user and group.
+/// Starts `xfan-count --attach` as a user and groups.
 fn attach(primary: &Primary, ids: (u32, u32), groups: &[u32]) -> Process {
     let mut command = Command::new(primary.folder().join("xfan-count"));
     command.arg("--attach").arg(primary.socket()).args(["--group", "default"]);
-    let groups: Vec<_> = groups.iter().map(|&gid| nix::unistd::Gid::from_raw(gid)).collect();
-    let (uid, gid) = (nix::unistd::Uid::from_raw(ids.0), nix::unistd::Gid::from_raw(ids.1));
-    // SAFETY: only system calls that are async-signal-safe.
-    unsafe {
-        command.pre_exec(move || {
-            nix::unistd::setgroups(&groups)?;
-            nix::unistd::setresgid(gid, gid, gid)?;
-            Ok(nix::unistd::setresuid(uid, uid, uid)?)
-        });
-    }
+    run_as(&mut command, ids.0, ids.1, groups);
     Process::spawn(command).unwrap()
 }
 
-/// `xfan workers …` by root.
+/// Runs `xfan workers …` as root.
 fn workers(primary: &Primary, arguments: &str) -> Exit {
     let mut command = Command::new(binary("xfan").unwrap());
     command.arg("workers").args(arguments.split_whitespace()).arg("--socket").arg(primary.socket());
@@ -70,21 +57,17 @@ fn refused(primary: &Primary, arguments: &str) -> String {
     exit.stderr.concat()
 }
 
-fn counted(exit: &Exit) -> u64 {
-    exit.json().iter().find_map(|line| line["packets"].as_u64()).expect("its totals")
-}
-
 #[test]
-fn workers_of_another_user_join_and_leave_under_traffic_and_nothing_is_lost_for_it() {
+fn workers_join_and_leave_under_traffic_without_loss() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "[control]\nallow_users = ['daemon']";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let load = Load { frames_per_second: Some(100_000), ..Load::onto("tx0", End::After(Duration::MAX)) };
     let generator = namespace.run(|| Generator::start(&load)).unwrap();
     primary.report_when(|report| report.totals().0 > 1000);
-    assert_eq!(primary.report().groups[0].members.len(), 1, "places that nobody ever had are not shown");
+    assert_eq!(primary.report().groups[0].members.len(), 1, "members that never had a worker are not shown");
 
     let first = attach(&primary, (DAEMON, DAEMON), &[]);
     let report = primary.report_when(|report| is(report, "default/1", "running"));
@@ -98,7 +81,7 @@ fn workers_of_another_user_join_and_leave_under_traffic_and_nothing_is_lost_for_
         report.groups[0].members.iter().all(|member| member.committed > 1000 && member.delivered > 2000)
     });
 
-    // One leaves by itself, one as it is told; their places are vacant again.
+    // One worker leaves by itself, the other on an order; both members are vacant again.
     let first = first.end(Signal::SIGTERM);
     assert_eq!(first.code, Some(0), "{first:#?}");
     assert_eq!(ordered(&primary, "drain default/2"), ["default/2"]);
@@ -117,15 +100,15 @@ fn workers_of_another_user_join_and_leave_under_traffic_and_nothing_is_lost_for_
         assert_eq!((member.lost, member.requeued), (0, 0), "{member:#?}");
     }
     assert_eq!(report.groups[0].lanes.iter().map(|lane| lane.dropped["no_worker"]).sum::<u64>(), 0);
-    assert_eq!(counted(&first), member(&report, "default/1").committed);
-    assert_eq!(counted(&second), member(&report, "default/2").committed);
+    assert_eq!(first.packets(), member(&report, "default/1").committed);
+    assert_eq!(second.packets(), member(&report, "default/2").committed);
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
 #[test]
-fn an_operator_adds_drains_restarts_and_removes_workers() {
+fn workers_are_added_drained_restarted_and_removed() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config("max_workers = 3").unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let shares = || {
@@ -149,7 +132,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     assert_eq!(drained.last_exit.as_deref(), Some("exit status: 0"));
     assert!(refused(&primary, "drain default/1").contains("member default/1 has no worker"));
 
-    // A restart: of one that runs, and of one that was drained.
+    // Restarts a running member and a drained one.
     for id in ["default/0", "default/1"] {
         let restarts = member(&primary.report(), id).restarts;
         assert_eq!(ordered(&primary, &format!("restart {id}")), [id]);
@@ -159,7 +142,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
         assert_ne!(member_now.pid, member(&before, id).pid);
     }
 
-    // Where one was removed, and be it one that had been drained, whoever comes may join.
+    // Once a member is removed, even a drained one, any worker may take it.
     assert_eq!(ordered(&primary, "drain default/2"), ["default/2"]);
     assert_eq!(ordered(&primary, "remove default/2"), ["default/2"]);
     let gone = member(&primary.report(), "default/2").clone();
@@ -185,7 +168,7 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
     assert_eq!(report.totals(), (2 * PACKETS, 2 * PACKETS, 0));
     assert!(report.groups[0].members.iter().all(|member| member.lost + member.requeued == 0));
 
-    // With everyone drained the primary stays, and says what it drops.
+    // With all members drained the primary continues and counts the drops.
     for id in ["default/0", "default/1"] {
         assert_eq!(ordered(&primary, &format!("drain {id}")), [id]);
     }
@@ -197,9 +180,9 @@ fn an_operator_adds_drains_restarts_and_removes_workers() {
 }
 
 #[test]
-fn one_that_does_not_leave_is_made_to_and_its_packets_go_to_the_others() {
+fn a_worker_that_ignores_a_drain_is_killed() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("stop_timeout = '300ms'").unwrap();
     let primary = launch.hostile_worker("deaf").unwrap().start().unwrap();
     send_synthetic(&namespace, 7);
@@ -217,9 +200,9 @@ fn one_that_does_not_leave_is_made_to_and_its_packets_go_to_the_others() {
 }
 
 #[test]
-fn who_may_not_is_told_why_and_counted() {
+fn unauthorized_requests_are_refused_and_counted() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "[control]\nallow_groups = ['daemon']";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
     launch.within_reach("xfan-count").unwrap();
@@ -234,7 +217,7 @@ fn who_may_not_is_told_why_and_counted() {
     let control = primary.report().control;
     assert_eq!((control.forbidden, control.too_many, control.malformed), (1, 0, 0));
 
-    // Of a group, first or among others.
+    // The group is the first of the process or a supplementary one.
     for (ids, groups) in [((STRANGER, DAEMON), vec![]), ((STRANGER, STRANGER), vec![4, DAEMON])] {
         let guest = attach(&primary, ids, &groups);
         primary.report_when(|report| is(report, "default/0", "running"));
@@ -243,7 +226,7 @@ fn who_may_not_is_told_why_and_counted() {
         primary.report_when(|report| is(report, "default/0", "vacant"));
     }
 
-    // Who may look may not order.
+    // Permission to attach is not permission to give orders.
     let mut command = Command::new(&tool);
     command.args(["workers", "add", "--socket"]).arg(primary.socket()).uid(STRANGER).gid(DAEMON);
     let exit = Process::spawn(command).unwrap().wait();
@@ -263,9 +246,9 @@ fn who_may_not_is_told_why_and_counted() {
 }
 
 #[test]
-fn a_worker_from_outside_goes_on_with_the_next_primary() {
+fn a_guest_reconnects_to_the_next_primary() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
     launch.within_reach("xfan-count").unwrap();
     let first = launch.start().unwrap();
@@ -281,23 +264,23 @@ fn a_worker_from_outside_goes_on_with_the_next_primary() {
     assert_eq!(exit.signal, Some(9));
     let second = Launch::within(&namespace, folder).with("-n 2").start().unwrap();
     let report = second.report_when(|report| is(report, "default/1", "running"));
-    assert_eq!(member(&report, "default/1").pid, pid, "the same process, as the same member");
+    assert_eq!(member(&report, "default/1").pid, pid, "the same process is the same member");
     send_synthetic(&namespace, 7);
     let report = second.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!(member(&report, "default/1").committed, PACKETS);
-    // Nor does it wait for ever when it is told to go while there is none.
+    // A worker told to leave while there is no primary does not wait for one.
     let (exit, _folder) = second.end(Signal::SIGKILL);
     assert_eq!(exit.signal, Some(9));
     let exit = worker.end(Signal::SIGTERM);
     assert_eq!(exit.code, Some(0), "{exit:#?}");
-    assert_eq!(counted(&exit), 2 * PACKETS);
+    assert_eq!(exit.packets(), 2 * PACKETS);
 }
 
 #[test]
 fn ten_thousand_joins_leave_nothing_behind() {
     let _watchdog = e2e_or_skip!(900);
-    let namespace = network();
+    let namespace = network(2);
     let config = "ring_slots = 64\n[log]\nlevel = 'error'";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
     let primary = launch.start_until_it_answers().unwrap();
@@ -322,7 +305,7 @@ fn ten_thousand_joins_leave_nothing_behind() {
     };
     let at_rest = || primary.report_when(|report| report.groups[0].members[0].state == "vacant");
     at_rest();
-    // The last connection may be closing still.
+    // The last connection may still be closing.
     let before = loop {
         let count = descriptors();
         std::thread::sleep(Duration::from_millis(50));
@@ -348,9 +331,9 @@ fn ten_thousand_joins_leave_nothing_behind() {
 }
 
 #[test]
-fn what_happened_is_in_the_journal() {
+fn the_journal_records_every_event() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "restart_delay = '1ms'\n[control]\nallow_users = ['daemon']";
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config(config).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
@@ -363,7 +346,7 @@ fn what_happened_is_in_the_journal() {
     let follower = events(true);
     let first = primary.report().groups[0].members[0].clone();
     assert!(first.resident_bytes > 0 && first.in_state_ns > 0);
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.pid.cast_signed()), Signal::SIGKILL).unwrap();
+    signal(first.pid, Signal::SIGKILL);
     primary.report_when(|report| {
         report.groups[0].members[0].restarts == 1 && is(report, "default/0", "running")
     });
@@ -381,7 +364,7 @@ fn what_happened_is_in_the_journal() {
     let of = |id: Option<&str>| {
         let ours = entries.iter().filter(|entry| entry.member.as_deref() == id);
         let mut events: Vec<_> = ours.map(|entry| entry.event.as_str()).collect();
-        // The end of its connection may be seen before that of its process, which is then a second entry.
+        // Its connection and its process may end as two events, which are then two entries.
         events.dedup();
         events
     };
@@ -400,24 +383,17 @@ fn what_happened_is_in_the_journal() {
 }
 
 #[test]
-fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
+fn without_workers_packets_pass_to_the_kernel() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 1").config("on_empty = 'pass'").unwrap();
     launch.within_reach("xfan-count").unwrap();
     let primary = launch.start_until_it_answers().unwrap();
-    let told = |event: &str, times: usize| loop {
-        let request = xfan_shm::protocol::Request::Events(0);
-        let Ok(xfan_shm::protocol::Reply::Events(page)) =
-            xfan::control::client::ask(&primary.socket(), &request)
-        else {
-            panic!("it tells what happened")
-        };
-        let page: xfan::control::journal::Page = serde_json::from_value(page).unwrap();
-        if page.entries.iter().filter(|entry| entry.event == event).count() == times {
-            break;
+    let told = |event: &str, times: usize| {
+        let count = || primary.journal().entries.iter().filter(|entry| entry.event == event).count();
+        while count() != times {
+            std::thread::yield_now();
         }
-        std::thread::yield_now();
     };
     let passed = |report: &Report| report.lanes().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
 
@@ -430,7 +406,7 @@ fn while_nobody_takes_packets_they_go_to_the_kernel_if_they_are_to() {
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
     assert_eq!((report.totals(), passed(&report)), ((PACKETS, PACKETS, 0), PACKETS));
-    // However it goes.
+    // The reason for the worker's end makes no difference.
     assert_eq!(guest.end(Signal::SIGKILL).signal, Some(9));
     told("empty", 1);
     send_synthetic(&namespace, 7);

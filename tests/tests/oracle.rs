@@ -1,4 +1,4 @@
-//! The oracle, on frames made by hand and on reference captures. Needs no root.
+//! The oracle on handmade frames and reference captures. Needs no root.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -21,7 +21,7 @@ fn flow(protocol: u8, one: &str, one_port: u16, other: &str, other_port: u16) ->
     Flow::between(protocol, (address(one), one_port), (address(other), other_port))
 }
 
-/// An IPv6 frame whose payload begins with `headers`, the first of which is `first`.
+/// An IPv6 frame whose payload begins with `headers`; `first` is the type of the first.
 fn with_extensions(first: u8, headers: &[u8]) -> Vec<u8> {
     let mut frame = udp6();
     let payload_length = u16::try_from(frame.len() - 54 + headers.len()).unwrap();
@@ -31,7 +31,7 @@ fn with_extensions(first: u8, headers: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// ICMPv6 of the given type and hop limit.
+/// An ICMPv6 message of the given type and hop limit.
 fn icmpv6(kind: u8, hop_limit: u8) -> Vec<u8> {
     let address = |text: &str| text.parse().unwrap();
     let mut frame = traffic::echo(address("fe80::2"), address("fe80::1"), Echo::Request, 0, &[0; 24]);
@@ -52,7 +52,7 @@ fn both_directions_are_one_flow() {
 }
 
 #[test]
-fn two_tags_are_looked_behind_and_a_third_is_not() {
+fn two_vlan_tags_are_parsed_and_a_third_is_not() {
     let expected = Some(flow(17, "10.0.0.1", 53, "10.0.0.2", 4000));
     for tags in [&[][..], &[(0x8100, 7)], &[(0x88a8, 7), (0x8100, 8)], &[(0x9100, 7), (0x8100, 8)]] {
         let reading = read(&traffic::tagged(&udp4(), tags), &[]);
@@ -105,7 +105,7 @@ fn a_packet_ends_where_its_header_says() {
 }
 
 #[test]
-fn an_icmp_message_and_its_answer_are_one_flow_and_other_messages_are_others() {
+fn an_icmp_request_and_its_reply_are_one_flow() {
     let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
     let echo = |from, to, half| read(&traffic::echo(from, to, half, 0, &[0; 24]), &[]).flow.unwrap();
     let expected = flow(1, "10.0.0.1", 8, "10.0.0.2", 0);
@@ -121,10 +121,10 @@ fn an_icmp_message_and_its_answer_are_one_flow_and_other_messages_are_others() {
         (flow(58, "fe80::2", 1, "fe80::1", 3), flow(58, "fe80::2", 3, "fe80::1", 1));
     assert_eq!(read(&message(1, 3), &[]).flow, Some(unreachable));
     assert_eq!(read(&message(3, 1), &[]).flow, Some(exceeded));
-    // What the other side sends is another flow, even if the numbers are exchanged as well.
+    // The other direction is another flow, even with the numbers exchanged.
     assert_ne!(unreachable, flow(58, "fe80::1", 1, "fe80::2", 3));
     assert_ne!(unreachable, flow(58, "fe80::1", 3, "fe80::2", 1));
-    // Fragments, and what is cut off within type and code, have no numbers.
+    // Fragments and messages truncated within type and code have no numbers.
     let without = Some(flow(58, "fe80::1", 0, "fe80::2", 0));
     assert!(traffic::fragments(&message(1, 3), 16).iter().all(|frame| read(frame, &[]).flow == without));
     assert_eq!(read(&message(1, 3)[..55], &[]).flow, without);
@@ -135,19 +135,20 @@ fn an_icmp_message_and_its_answer_are_one_flow_and_other_messages_are_others() {
 fn extension_headers_are_walked() {
     let expected = Some(flow(17, "2001:db8::1", 53, "2001:db8::2", 4000));
     let mut chain = vec![43, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop, then routing
-    chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // routing, 16 bytes, then destination
+    // routing, 16 bytes, then destination
+    chain.extend([60, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     chain.extend([51, 0, 0, 0, 0, 0, 0, 0]); // destination, then authentication
     chain.extend([44, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // authentication, 12 bytes, then fragment
     chain.extend([17, 0, 0, 0, 0, 0, 0, 9]); // an atomic fragment, then UDP
     assert_eq!(read(&with_extensions(0, &chain), &[]).flow, expected);
-    // The 13 bits of the offset, each of them, and "more"; but not the two reserved bits between.
+    // Each of the 13 bits of the offset, and "more", but not the two reserved bits between.
     for bit in 0..16 {
         let [high, low] = (1u16 << bit).to_be_bytes();
         let frame = with_extensions(44, &[17, 0, high, low, 0, 0, 0, 9]);
         let ports = read(&frame, &[]).flow.unwrap().low.1;
         assert_eq!(ports, if bit == 1 || bit == 2 { 53 } else { 0 }, "bit {bit}");
     }
-    // Encryption ends the walk; a chain that is cut off ends at the header that is.
+    // Encryption ends the walk; a truncated chain ends at the header that is incomplete.
     let encrypted = read(&with_extensions(50, &[0; 16]), &[]).flow.unwrap();
     assert_eq!((encrypted.protocol, encrypted.low.1), (50, 0));
     let cut = with_extensions(0, &chain);
@@ -155,7 +156,7 @@ fn extension_headers_are_walked() {
 }
 
 #[test]
-fn what_is_left_to_the_kernel() {
+fn arp_and_neighbour_discovery_go_to_the_kernel() {
     let mut arp = udp4();
     arp[12..14].copy_from_slice(&[0x08, 0x06]);
     assert_eq!(read(&arp, &[]).verdict, Verdict::NonIp);
@@ -168,7 +169,7 @@ fn what_is_left_to_the_kernel() {
 }
 
 #[test]
-fn rules() {
+fn rules_match_protocol_and_port() {
     let by_port = [PassRule { protocol: 17, port: Some(53) }];
     assert_eq!(read(&udp4(), &by_port).verdict, Verdict::Rule);
     assert_eq!(read(&udp6(), &by_port).verdict, Verdict::Rule);
@@ -180,7 +181,7 @@ fn rules() {
 }
 
 #[test]
-fn frames_without_a_readable_ip_header_go_to_the_workers_without_a_flow() {
+fn frames_with_a_bad_ip_header_have_no_flow() {
     let mut frame = udp4();
     frame[14] = 0x43; // a header of 12 bytes
     let expected = Expectation::of([&frame[..], &udp6()[..30]], &[]);
@@ -190,12 +191,12 @@ fn frames_without_a_readable_ip_header_go_to_the_workers_without_a_flow() {
 #[test]
 fn padding_has_no_ports() {
     let mut frame = udp4();
-    frame[16..18].copy_from_slice(&20u16.to_be_bytes()); // nothing behind the IP header
+    frame[16..18].copy_from_slice(&20u16.to_be_bytes()); // nothing follows the IP header
     assert_eq!(read(&frame, &[]).flow.unwrap(), flow(17, "10.0.0.1", 0, "10.0.0.2", 0));
 }
 
 #[test]
-fn made_up_traffic_has_all_its_flows_in_both_directions() {
+fn synthetic_traffic_has_both_directions_of_a_flow() {
     let capture = traffic::synthetic(300, 5000, 7);
     assert_eq!(capture, traffic::synthetic(300, 5000, 7));
     assert_ne!(capture, traffic::synthetic(300, 5000, 8));
@@ -208,9 +209,9 @@ fn made_up_traffic_has_all_its_flows_in_both_directions() {
     assert!(capture.frames.iter().all(|frame| (42..=1500).contains(&frame.len())));
 }
 
-/// Every Community ID that Zeek computes for a reference capture is among the oracle's, and the other way round.
+/// The oracle computes the same set of Community IDs for a reference capture as Zeek.
 #[test]
-fn community_ids_equal_the_references() {
+fn community_ids_match_the_references() {
     for reference in references().unwrap() {
         for known in &reference.known {
             let id = community_id(known.protocol, known.source, known.destination, Some(known.ports));
@@ -223,7 +224,7 @@ fn community_ids_equal_the_references() {
             let zeeks: BTreeSet<_> = reference.known.iter().map(|known| known.id.clone()).collect();
             assert_eq!(ours, zeeks, "{}", reference.name);
         } else {
-            // The lists cannot tell more than how many flows there are.
+            // These lists give only the number of flows.
             let flows: BTreeSet<_> = readings.filter_map(|reading| reading.flow).collect();
             assert_eq!(flows.len(), reference.known.len(), "{}", reference.name);
         }

@@ -1,38 +1,32 @@
-//! Overload: a slow worker loses its own packets and nobody else's, and every packet is accounted for.
+//! Overload: a slow worker loses only its own packets, and every packet is accounted for.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use xfan::report::{Member, Report};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::generator::{self, End, Load};
-use xfan_tests::leftovers;
-use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::process::Exit;
+use xfan_tests::proc::{signal, stop};
+use xfan_tests::process::write_script;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
-/// Slots of each ring in these tests.
+/// The slots of each ring in these tests.
 const SLOTS: u64 = 256;
-/// Frames sent at once: fewer than a ring has slots, so that whoever keeps up has room for all of them.
+/// Frames sent at once: fewer than the slots of a ring, so that a worker that keeps up drops none.
 const CHUNK: usize = 200;
-/// Small rings, and the same flows to the same workers in every run.
+/// Small rings, and the same flows for the same workers in every run.
 const CONFIG: &str = "ring_slots = 256\nhash_key = '000102030405060708090a0b0c0d0e0f'\nstop_timeout = '5s'";
-
-fn network(queues: u32) -> Netns {
-    Veth::in_namespace(&VethConfig::queues(queues)).unwrap().0
-}
 
 fn members(report: &Report) -> [&Member; 2] {
     report.groups[0].members.iter().collect::<Vec<_>>().try_into().unwrap()
 }
 
-/// Sends all frames through each socket, and waits after each chunk until `fast` has committed all it got.
+/// Sends all frames through each socket. After each chunk it waits until the workers in `fast` have
+/// committed everything they got.
 fn send(primary: &Primary, sockets: &mut [TxSocket], frames: &[Vec<u8>], fast: &[usize]) {
     for chunk in frames.chunks(CHUNK) {
         let before: u64 = primary.report().lanes().map(|lane| lane.xdp.redirect).sum();
@@ -42,34 +36,23 @@ fn send(primary: &Primary, sockets: &mut [TxSocket], frames: &[Vec<u8>], fast: &
         }
         let sent = before + (chunk.len() * sockets.len()) as u64;
         primary.report_when(|report| {
-            report.totals().0 == sent && fast.iter().all(|&place| members(report)[place].backlog == 0)
+            report.totals().0 == sent && fast.iter().all(|&index| members(report)[index].backlog == 0)
         });
     }
 }
 
-/// A worker for `launch` that is `xfan-count`, with `arguments` if it is the first member.
+/// A worker command that runs `xfan-count`, with `arguments` for the first member.
 fn first_member_with(launch: &Launch<'_>, arguments: &str) -> PathBuf {
     let count = launch.within_reach("xfan-count").unwrap();
     let count = count.display().to_string();
-    let script = format!(
-        "#!/bin/sh\ncase $XFAN_MEMBER in\n*/0) exec {count} {arguments} ;;\n*) exec {count} ;;\nesac\n"
-    );
+    let script = format!("case $XFAN_MEMBER in\n*/0) exec {count} {arguments} ;;\n*) exec {count} ;;\nesac");
     let path = launch.folder().join("worker.sh");
-    std::fs::write(&path, script).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_script(&path, &script);
     path
 }
 
-/// What a member's `xfan-count` printed in the end.
-fn counted(exit: &Exit, member: &str) -> u64 {
-    let totals = exit.json().into_iter();
-    let totals: Vec<_> = totals.filter(|totals| totals["member"] == member).collect();
-    assert_eq!(totals.len(), 1, "{exit:#?}");
-    totals[0]["packets"].as_u64().unwrap()
-}
-
 #[test]
-fn a_worker_that_sleeps_drops_only_its_own_packets() {
+fn a_sleeping_worker_drops_only_its_own_packets() {
     let _watchdog = e2e_or_skip!();
     let namespace = network(1);
     let launch = Launch::on(&namespace).unwrap().config(CONFIG).unwrap().with("-n 2");
@@ -83,7 +66,7 @@ fn a_worker_that_sleeps_drops_only_its_own_packets() {
     let report = primary.report();
     assert_balanced(&report, 1500);
     let [slow, fast] = members(&report);
-    // It holds what it has room for, and gives nothing back.
+    // Its ring is full, and it commits nothing.
     assert_eq!((slow.delivered, slow.backlog, slow.committed), (SLOTS, SLOTS, 0));
     assert_eq!(
         (fast.dropped, fast.delivered, fast.committed),
@@ -96,36 +79,33 @@ fn a_worker_that_sleeps_drops_only_its_own_packets() {
         (0, SLOTS)
     );
 
-    // It does not wake up for SIGTERM either: what it held is lost, and counted.
+    // It does not react to SIGTERM either: the packets in its ring are counted as lost.
     let fast_delivered = fast.delivered;
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!(counted(&exit, "default/1"), fast_delivered);
+    assert_eq!(exit.totals_of("default/1").0, fast_delivered);
 }
 
 #[test]
-fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
+fn a_stopped_worker_drops_only_its_own_packets() {
     let _watchdog = e2e_or_skip!();
     let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config(CONFIG).unwrap().with("-n 2");
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let frames = traffic::synthetic(100, 1200, 2).frames;
-    // Every frame goes to both lanes.
+    // Both lanes get every frame.
     let mut sockets = namespace.run(|| [0, 1].map(|queue| TxSocket::open("tx0", queue).unwrap()));
     send(&primary, &mut sockets, &frames, &[0, 1]);
     let report = primary.report();
     assert_balanced(&report, 2400);
     let [slow, fast] = members(&report);
     assert_eq!((slow.committed + fast.committed, slow.dropped + fast.dropped), (2400, 0));
-    // What one lane has for each in one round.
+    // One lane's packets for each worker in one round.
     let (slow_share, fast_share) = (slow.committed / 2, fast.committed / 2);
     assert!(slow_share > SLOTS && fast_share > 0, "both have flows: {report:#?}");
 
-    let pid = Pid::from_raw(i32::try_from(slow.pid).unwrap());
-    kill(pid, Signal::SIGSTOP).unwrap();
-    while leftovers::state(slow.pid) != Some('T') {
-        std::thread::yield_now();
-    }
+    let pid = slow.pid;
+    stop(pid);
     send(&primary, &mut sockets, &frames, &[1]);
     let report = primary.report();
     assert_balanced(&report, 4800);
@@ -138,7 +118,7 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
         assert_eq!(u64::from(lane.frames.lent), SLOTS);
     }
 
-    kill(pid, Signal::SIGCONT).unwrap();
+    signal(pid, Signal::SIGCONT);
     primary.balanced_report_when(|report| members(report)[0].backlog == 0);
     send(&primary, &mut sockets, &frames, &[0, 1]);
     let report = primary.report();
@@ -151,11 +131,11 @@ fn a_stopped_worker_drops_only_its_own_packets_and_goes_on_when_continued() {
     let committed = (slow.committed, fast.committed);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!((counted(&exit, "default/0"), counted(&exit, "default/1")), committed);
+    assert_eq!((exit.totals_of("default/0").0, exit.totals_of("default/1").0), committed);
 }
 
 #[test]
-fn what_the_kernel_drops_is_counted_to_the_last_packet() {
+fn every_packet_that_the_kernel_drops_is_counted() {
     let _watchdog = e2e_or_skip!();
     let namespace = network(1);
     let launch = Launch::on(&namespace).unwrap().config("rx_ring = 64\nring_slots = 64").unwrap();
@@ -163,11 +143,8 @@ fn what_the_kernel_drops_is_counted_to_the_last_packet() {
     let frames = traffic::synthetic(100, 1000, 3).frames;
     let mut socket = namespace.run(|| TxSocket::open("tx0", 0)).unwrap();
 
-    // A primary that does not run leaves the kernel the frames it has posted, and no more.
-    primary.process.signal(Signal::SIGSTOP);
-    while leftovers::state(primary.process.pid().as_raw().unsigned_abs()) != Some('T') {
-        std::thread::yield_now();
-    }
+    // While the primary is stopped, the kernel has only the frames that were posted before.
+    stop(primary.process.pid().as_raw().unsigned_abs());
     frames.iter().for_each(|frame| socket.send(frame).unwrap());
     socket.finish().unwrap();
     primary.process.signal(Signal::SIGCONT);
@@ -181,7 +158,7 @@ fn what_the_kernel_drops_is_counted_to_the_last_packet() {
 }
 
 #[test]
-fn a_flood_on_slow_workers_is_accounted_for_to_the_last_packet() {
+fn every_packet_of_a_flood_is_accounted_for() {
     let _watchdog = e2e_or_skip!();
     let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config(CONFIG).unwrap().with("-n 2");
@@ -197,13 +174,13 @@ fn a_flood_on_slow_workers_is_accounted_for_to_the_last_packet() {
         assert_balanced(&report, sent);
         let [slow, fast] = members(&report).map(Clone::clone);
         assert_eq!((slow.delivered, fast.delivered), (slow.committed, fast.committed));
-        // Where the flood keeps the lanes from running, it is the kernel that drops.
+        // If the flood keeps the lanes from running, the kernel drops packets instead.
         if slow.dropped > 0 {
             break [slow, fast];
         }
     };
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:?}");
-    assert_eq!(counted(&exit, "default/0"), slow.committed);
-    assert_eq!(counted(&exit, "default/1"), fast.committed);
+    assert_eq!(exit.totals_of("default/0").0, slow.committed);
+    assert_eq!(exit.totals_of("default/1").0, fast.committed);
 }

@@ -1,53 +1,37 @@
-//! Workers that crash or hang: others get their packets, and they are started again.
+//! Workers that crash or hang: other workers get their packets, and xfan restarts them.
 
 use std::process::Command;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use xfan::control::client;
-use xfan::control::journal::Page;
 use xfan::report::{Member, Report};
 use xfan_shm::protocol::{Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
-use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::proc::{pid_of, signal, stop};
 use xfan_tests::process::{Process, binary};
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
 fn start(config: &str) -> (Netns, Primary) {
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     (namespace, primary)
 }
 
-fn member(report: &Report, place: usize) -> &Member {
-    &report.groups[0].members[place]
+fn member(report: &Report, index: usize) -> &Member {
+    &report.groups[0].members[index]
 }
 
-fn signal(member: &Member, signal: Signal) {
-    kill(Pid::from_raw(i32::try_from(member.pid).unwrap()), signal).unwrap();
-}
-
-fn stop(member: &Member) {
-    signal(member, Signal::SIGSTOP);
-    while leftovers::state(member.pid) != Some('T') {
-        std::thread::yield_now();
-    }
-}
-
-/// What happened to the first member.
+/// The events of the first member.
 fn life_of_the_first(primary: &Primary) -> Vec<String> {
-    let Ok(Reply::Events(page)) = client::ask(&primary.socket(), &Request::Events(0)) else {
-        panic!("it tells what happened")
-    };
-    let page: Page = serde_json::from_value(page).unwrap();
-    let its = page.entries.into_iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
+    let its =
+        primary.journal().entries.into_iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
     its.map(|entry| entry.event).collect()
 }
 
@@ -56,7 +40,7 @@ fn committed(report: &Report) -> u64 {
 }
 
 #[test]
-fn a_killed_worker_is_started_again_and_gets_its_share_again() {
+fn a_killed_worker_is_restarted_with_its_share() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("hash_key = '000102030405060708090a0b0c0d0e0f'");
     send_synthetic(&namespace, 5);
@@ -65,7 +49,7 @@ fn a_killed_worker_is_started_again_and_gets_its_share_again() {
     let share = member(&before, 0).committed;
     assert!(share > 0 && share < PACKETS);
 
-    signal(member(&before, 0), Signal::SIGKILL);
+    signal(pid_of(&before, 0), Signal::SIGKILL);
     let again = |member: &Member| member.restarts == 1 && member.state == "running";
     let report = primary.report_when(|report| again(member(report, 0)));
     assert_ne!(member(&report, 0).pid, member(&before, 0).pid);
@@ -75,18 +59,18 @@ fn a_killed_worker_is_started_again_and_gets_its_share_again() {
     let report = primary.report_after(2 * PACKETS, true);
     assert_balanced(&report, 2 * PACKETS);
     assert_eq!(committed(&report), 2 * PACKETS);
-    // Half of the buckets again, though perhaps not the same ones.
+    // It has half of the buckets again, though perhaps not the same ones.
     assert!(member(&report, 0).committed > share);
     assert_eq!((member(&report, 0).lost, member(&report, 0).requeued), (0, 0));
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
 #[test]
-fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_again() {
+fn a_hung_worker_is_replaced_and_its_packets_requeued() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("hang_timeout = '1s'");
     let before = primary.report();
-    stop(member(&before, 0));
+    stop(pid_of(&before, 0));
     send_synthetic(&namespace, 5);
     let report = primary.balanced_report_when(|report| {
         member(report, 0).hangs == 1 && member(report, 0).state == "running" && committed(report) == PACKETS
@@ -104,8 +88,8 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
     assert_eq!(committed(&report), 2 * PACKETS);
     assert!(member(&report, 0).committed > 0);
     let life = life_of_the_first(&primary);
-    let place = |event: &str| life.iter().position(|entry| entry == event).expect(event);
-    assert!(place("stalled") < place("hung") && place("hung") < place("died"), "{life:?}");
+    let position = |event: &str| life.iter().position(|entry| entry == event).expect(event);
+    assert!(position("stalled") < position("hung") && position("hung") < position("died"), "{life:?}");
 
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
@@ -113,7 +97,7 @@ fn a_hanging_worker_is_killed_its_packets_go_to_the_other_and_it_is_started_agai
 }
 
 #[test]
-fn a_guest_that_hung_finds_out_when_it_goes_on_and_takes_nothing_that_is_not_its_own() {
+fn a_hung_guest_reads_no_packets_after_its_eviction() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("hang_timeout = '1s'\nrestart = 'no'");
     let mut command = Command::new(binary("xfan-count").unwrap());
@@ -122,16 +106,16 @@ fn a_guest_that_hung_finds_out_when_it_goes_on_and_takes_nothing_that_is_not_its
     let pid = guest.pid().as_raw().cast_unsigned();
     let report =
         primary.report_when(|report| report.groups[0].members.iter().any(|member| member.pid == pid));
-    stop(member(&report, 2));
+    stop(pid_of(&report, 2));
     send_synthetic(&namespace, 5);
     let report =
         primary.balanced_report_when(|report| member(report, 2).hangs == 1 && committed(report) == PACKETS);
     assert_eq!(member(&report, 2).state, "crashed");
     assert!(member(&report, 2).requeued > 0 && member(&report, 2).committed == 0);
-    // The frames of what it had hold other packets by now.
+    // By now the frames of its former packets hold other packets.
     send_synthetic(&namespace, 5);
     primary.report_after(2 * PACKETS, true);
-    kill(Pid::from_raw(pid.cast_signed()), Signal::SIGCONT).unwrap();
+    signal(pid, Signal::SIGCONT);
     let exit = guest.wait();
     assert_eq!(exit.code, Some(1), "{exit:#?}");
     assert!(exit.stderr.concat().contains("has ended this worker's membership"), "{exit:#?}");
@@ -141,9 +125,9 @@ fn a_guest_that_hung_finds_out_when_it_goes_on_and_takes_nothing_that_is_not_its
 }
 
 #[test]
-fn a_worker_that_hides_from_signals_is_killed_all_the_same() {
+fn a_worker_that_hides_from_signals_is_killed() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let config = "stop_timeout = '300ms'\nhang_timeout = '1s'\nrestart = 'no'";
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config(config).unwrap();
     let primary = launch.hostile_worker("deaf --hidden").unwrap().start().unwrap();
@@ -156,14 +140,14 @@ fn a_worker_that_hides_from_signals_is_killed_all_the_same() {
 }
 
 #[test]
-fn one_that_ends_well_without_a_word_leaves_its_share_to_the_others() {
+fn a_worker_that_exits_leaves_its_share_to_the_other() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2").config("restart = 'on-failure'").unwrap();
-    // Its child keeps the connection.
+    // The worker's child keeps the connection open.
     let primary = launch.hostile_worker("fork").unwrap().start().unwrap();
     send_synthetic(&namespace, 5);
-    signal(member(&primary.report(), 0), Signal::SIGUSR1);
+    signal(pid_of(&primary.report(), 0), Signal::SIGUSR1);
     let report = primary.report_when(|report| member(report, 0).last_exit.is_some());
     assert_eq!((member(&report, 0).state.as_str(), member(&report, 0).buckets), ("stopped", 0));
     assert_eq!(member(&report, 1).buckets, 4096);
@@ -175,7 +159,7 @@ fn one_that_ends_well_without_a_word_leaves_its_share_to_the_others() {
 }
 
 #[test]
-fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
+fn a_worker_that_crashes_too_often_stays_down() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) =
         start("restart_delay = '1ms'\nstart_limit_burst = 3\nstart_limit_interval = '600s'");
@@ -183,7 +167,7 @@ fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
         let report = primary.report_when(|report| {
             member(report, 0).restarts == restarts && member(report, 0).state == "running"
         });
-        signal(member(&report, 0), Signal::SIGKILL);
+        signal(pid_of(&report, 0), Signal::SIGKILL);
     }
     let report = primary.report_when(|report| member(report, 0).state == "failed");
     assert_eq!((member(&report, 0).restarts, member(&report, 0).buckets), (2, 0));
@@ -193,12 +177,12 @@ fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
     assert_balanced(&report, PACKETS);
     assert_eq!(member(&report, 1).committed, PACKETS);
 
-    // When all are down for good, so is the primary.
+    // When all workers stay down, the primary ends.
     for restarts in 0..3 {
         let report = primary.report_when(|report| {
             member(report, 1).restarts == restarts && member(report, 1).state == "running"
         });
-        signal(member(&report, 1), Signal::SIGKILL);
+        signal(pid_of(&report, 1), Signal::SIGKILL);
     }
     let exit = primary.process.wait();
     assert_eq!(exit.code, Some(6), "{exit:#?}");
@@ -208,16 +192,16 @@ fn one_that_ends_too_often_stays_down_and_its_flows_go_to_the_other() {
 }
 
 #[test]
-fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
+fn a_lone_workers_packets_are_lost_when_it_dies() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let namespace = network(1);
     let launch = Launch::on(&namespace).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let before = primary.report();
-    stop(member(&before, 0));
+    stop(pid_of(&before, 0));
     send_synthetic(&namespace, 5);
     primary.report_when(|report| member(report, 0).backlog == PACKETS);
-    signal(member(&before, 0), Signal::SIGKILL);
+    signal(pid_of(&before, 0), Signal::SIGKILL);
     let report = primary.balanced_report_when(|report| {
         member(report, 0).restarts == 1 && member(report, 0).state == "running"
     });
@@ -231,21 +215,21 @@ fn a_worker_alone_is_started_again_and_what_it_had_is_counted_as_lost() {
 }
 
 #[test]
-fn what_is_held_waits_for_the_next_process_and_nothing_goes_to_the_other() {
+fn held_packets_wait_for_the_workers_successor() {
     let _watchdog = e2e_or_skip!();
     let key = "hash_key = '000102030405060708090a0b0c0d0e0f'";
     let (namespace, primary) =
         start(&format!("{key}\non_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '1s'"));
     let before = primary.report();
-    stop(member(&before, 0));
+    stop(pid_of(&before, 0));
     send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
     let had = member(&seen, 0).backlog;
     assert!(had > 0 && had < PACKETS);
 
-    signal(member(&before, 0), Signal::SIGKILL);
+    signal(pid_of(&before, 0), Signal::SIGKILL);
     primary.report_when(|report| member(report, 0).held);
-    // Its flows go on waiting.
+    // Its flows keep waiting.
     send_synthetic(&namespace, 5);
     let report = primary.balanced_report_when(|report| {
         member(report, 0).restarts == 1 && committed(report) == 2 * PACKETS && !member(report, 0).held
@@ -256,15 +240,15 @@ fn what_is_held_waits_for_the_next_process_and_nothing_goes_to_the_other() {
     assert_eq!((second.committed, second.delivered), (2 * (PACKETS - had), 2 * (PACKETS - had)));
     assert_eq!((first.buckets, second.buckets), (2048, 2048));
     let life = life_of_the_first(&primary);
-    let place = |event: &str| life.iter().position(|entry| entry == event).expect(event);
-    assert!(place("died") < place("held") && place("held") < place("resumed"), "{life:?}");
+    let position = |event: &str| life.iter().position(|entry| entry == event).expect(event);
+    assert!(position("died") < position("held") && position("held") < position("resumed"), "{life:?}");
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
 #[test]
-fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
+fn held_packets_are_released_by_timeout_or_order() {
     let _watchdog = e2e_or_skip!();
-    // Nobody comes: in time, ever, or as an operator drains it.
+    // The successor is late, is not due, or an operator drains the member.
     for (config, drain) in [
         ("hold_timeout = '200ms'\nrestart_delay = '60s'", false),
         ("hold_timeout = '600s'\nrestart = 'no'", false),
@@ -272,12 +256,12 @@ fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
     ] {
         let (namespace, primary) = start(&format!("on_loss = 'hold'\n{config}"));
         let before = primary.report();
-        stop(member(&before, 0));
+        stop(pid_of(&before, 0));
         send_synthetic(&namespace, 5);
         let seen = primary.report_after(PACKETS, false);
         let had = member(&seen, 0).backlog;
         assert!(had > 0);
-        signal(member(&before, 0), Signal::SIGKILL);
+        signal(pid_of(&before, 0), Signal::SIGKILL);
         if drain {
             let report = primary.report_when(|report| member(report, 0).held);
             assert_eq!((member(&report, 0).backlog, member(&report, 0).requeued), (had, 0));
@@ -297,9 +281,9 @@ fn what_is_held_goes_to_the_other_when_nobody_comes_or_an_operator_says_so() {
 }
 
 #[test]
-fn what_is_held_comes_to_whoever_joins_next() {
+fn held_packets_go_to_the_next_worker_that_joins() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let config = "on_loss = 'hold'\nhold_timeout = '600s'\non_empty = 'pass'";
     let primary = Launch::on(&namespace)
         .unwrap()
@@ -317,25 +301,25 @@ fn what_is_held_comes_to_whoever_joins_next() {
         |report: &Report| report.groups[0].members.iter().filter(|member| member.state == "running").count();
     let mut guests = vec![guest(Some("default/1")), guest(Some("default/2"))];
     let before = primary.report_when(|report| running(report) == 2);
-    let victims: Vec<u32> = [1, 2].map(|place| member(&before, place).pid).into();
-    for place in [1, 2] {
-        stop(member(&before, place));
+    let victims: Vec<u32> = [1, 2].map(|index| member(&before, index).pid).into();
+    for index in [1, 2] {
+        stop(pid_of(&before, index));
     }
     send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
-    let had = [1, 2].map(|place| member(&seen, place).backlog);
+    let had = [1, 2].map(|index| member(&seen, index).backlog);
     assert_eq!(had[0] + had[1], PACKETS);
     for pid in victims {
-        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
+        signal(pid, Signal::SIGKILL);
     }
     primary.report_when(|report| member(report, 1).held && member(report, 2).held);
-    // By name; and one that names none gets what waits, not the place that nobody ever had.
+    // One guest names its member; the other gets the member with held packets, not an unused one.
     guests.push(guest(Some("default/2")));
     let report = primary.balanced_report_when(|report| member(report, 2).committed == had[1]);
     assert!(member(&report, 1).held && member(&report, 1).backlog == had[0]);
     guests.push(guest(None));
     let report = primary.balanced_report_when(|report| committed(report) == PACKETS);
-    assert_eq!([1, 2].map(|place| member(&report, place).committed), had);
+    assert_eq!([1, 2].map(|index| member(&report, index).committed), had);
     assert!(
         report.groups[0]
             .members
@@ -351,44 +335,45 @@ fn what_is_held_comes_to_whoever_joins_next() {
 }
 
 #[test]
-fn what_is_held_when_the_primary_stops_goes_to_the_others() {
+fn held_packets_go_to_the_others_at_shutdown() {
     let _watchdog = e2e_or_skip!();
     let (namespace, primary) = start("on_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '60s'");
     let before = primary.report();
-    stop(member(&before, 0));
+    stop(pid_of(&before, 0));
     send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
-    signal(member(&before, 0), Signal::SIGKILL);
+    signal(pid_of(&before, 0), Signal::SIGKILL);
     primary.report_when(|report| member(report, 0).held);
     let (exit, _) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     let sum: u64 = exit.json().iter().filter_map(|line| line["packets"].as_u64()).sum();
-    assert_eq!(sum, PACKETS, "{} of them had waited: {exit:#?}", member(&seen, 0).backlog);
+    assert_eq!(sum, PACKETS, "{} of them were held: {exit:#?}", member(&seen, 0).backlog);
 }
 
 #[test]
-fn what_several_left_goes_to_the_one_that_is_there_and_not_from_one_to_the_other() {
+fn packets_of_several_go_straight_to_the_survivor() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let config = "on_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '60s'\nstop_timeout = '60s'";
     let launch = Launch::on(&namespace).unwrap().with("-n 3").config(config).unwrap();
     let primary = launch.worker("xfan-count", "").unwrap().start().unwrap();
     let before = primary.report();
-    for place in [0, 1] {
-        stop(member(&before, place));
+    for index in [0, 1] {
+        stop(pid_of(&before, index));
     }
     send_synthetic(&namespace, 5);
     let seen = primary.report_after(PACKETS, false);
-    let had = [0, 1].map(|place| member(&seen, place).backlog);
-    for place in [0, 1] {
-        signal(member(&before, place), Signal::SIGKILL);
+    let had = [0, 1].map(|index| member(&seen, index).backlog);
+    for index in [0, 1] {
+        signal(pid_of(&before, index), Signal::SIGKILL);
     }
     primary.report_when(|report| member(report, 0).held && member(report, 1).held);
     let (exit, _) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
-    // Neither was given what the other left, as the last table says: member, pid, core, state, delivered, …
-    for (place, had) in had.iter().enumerate() {
-        let line = exit.stdout.iter().find(|line| line.starts_with(&format!("default/{place} "))).unwrap();
+    // Neither got the other's packets. The last table has the columns member, pid, core, state,
+    // delivered, …
+    for (index, had) in had.iter().enumerate() {
+        let line = exit.stdout.iter().find(|line| line.starts_with(&format!("default/{index} "))).unwrap();
         assert_eq!(line.split_whitespace().nth(4), Some(&*had.to_string()), "{line}");
     }
     let last = exit.json().into_iter();
@@ -397,14 +382,14 @@ fn what_several_left_goes_to_the_one_that_is_there_and_not_from_one_to_the_other
 }
 
 #[test]
-fn one_that_attaches_and_hangs_up_again_and_again_is_killed_and_stays_down() {
+fn a_worker_that_keeps_reattaching_is_stopped() {
     let _watchdog = e2e_or_skip!();
     for policy in ["requeue", "hold"] {
-        let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+        let namespace = network(2);
         let config = format!("on_loss = '{policy}'\nhold_timeout = '600s'\nstart_limit_interval = '600s'");
         let launch = Launch::on(&namespace).unwrap().with("-n 2").config(&config).unwrap();
         let primary = launch.hostile_worker("again").unwrap().start().unwrap();
-        signal(member(&primary.report(), 0), Signal::SIGUSR1);
+        signal(pid_of(&primary.report(), 0), Signal::SIGUSR1);
         let report = primary.report_when(|report| member(report, 0).state == "failed");
         assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (0, 4096));
         assert_eq!((member(&report, 0).pid, member(&report, 0).restarts), (0, 4));

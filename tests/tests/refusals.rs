@@ -1,4 +1,5 @@
-//! What cannot work is refused with a sentence that names the thing, the limit and the way out, and with the exit code for it.
+//! What cannot work is refused with a message that names the thing, the limit and the remedy, and
+//! with its exit code.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -14,7 +15,7 @@ use xfan_tests::receiver::Receiver;
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::{Veth, VethConfig, network};
 
 const USAGE: i32 = 2;
 const PERMISSION: i32 = 3;
@@ -22,11 +23,7 @@ const INTERFACE: i32 = 4;
 const BUSY: i32 = 5;
 const WORKERS: i32 = 6;
 
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-/// The launch of a primary that would run, were it not for what the test does to it.
+/// The launch of a primary that would run if the test did not prevent it.
 fn launch(namespace: &Netns) -> Launch<'_> {
     Launch::on(namespace).unwrap().worker("xfan-count", "").unwrap()
 }
@@ -38,7 +35,7 @@ fn assert_refused(exit: &Exit, code: i32, message: &str) {
     assert_eq!(exit.stderr.last().map(String::as_str), Some(message), "{exit:#?}");
 }
 
-/// As [`assert_refused`], and nothing is left of it.
+/// As [`assert_refused`]; checks also that nothing is left behind.
 #[track_caller]
 fn assert_refused_without_trace(namespace: &Netns, exit: &Exit, code: i32, message: &str) {
     assert_refused(exit, code, message);
@@ -47,12 +44,13 @@ fn assert_refused_without_trace(namespace: &Netns, exit: &Exit, code: i32, messa
 }
 
 #[test]
-fn without_root() {
+fn a_primary_without_root() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = launch(&namespace);
     let mut command = launch.command().unwrap();
-    // SAFETY: between fork and exec the closure makes two plain system calls. (The namespace is entered before it.)
+    // SAFETY: between fork and exec the closure makes two plain system calls, after the namespace
+    // is entered.
     unsafe {
         command.pre_exec(|| {
             if libc::setgid(65534) < 0 || libc::setuid(65534) < 0 {
@@ -67,28 +65,28 @@ fn without_root() {
         &exit,
         PERMISSION,
         "xfan: xfan run lacks CAP_NET_ADMIN (to attach the XDP program), CAP_NET_RAW (to make AF_XDP sockets), \
-         CAP_BPF (to load the XDP program), CAP_PERFMON (to have it walk packet headers), \
-         CAP_SYS_ADMIN (to hand the packet memory to workers), CAP_SETUID (to run workers as an unprivileged user), \
-         CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to give workers the control socket), \
-         CAP_KILL (to end workers of another user), CAP_SETPCAP (to give up capabilities): start it with sudo",
+         CAP_BPF (to load the XDP program), CAP_PERFMON (to let the XDP program parse headers), \
+         CAP_SYS_ADMIN (to share packet memory with workers), CAP_SETUID (to run workers as an unprivileged user), \
+         CAP_SETGID (to run workers as an unprivileged user), CAP_CHOWN (to let workers use the control socket), \
+         CAP_KILL (to stop workers of another user), CAP_SETPCAP (to drop capabilities): start it with sudo",
     );
 }
 
 #[test]
 fn without_a_single_capability() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     for (capability, name, purpose) in [
         (12, "CAP_NET_ADMIN", "attach the XDP program"),
         (13, "CAP_NET_RAW", "make AF_XDP sockets"),
         (39, "CAP_BPF", "load the XDP program"),
-        (38, "CAP_PERFMON", "have it walk packet headers"),
-        (21, "CAP_SYS_ADMIN", "hand the packet memory to workers"),
+        (38, "CAP_PERFMON", "let the XDP program parse headers"),
+        (21, "CAP_SYS_ADMIN", "share packet memory with workers"),
         (7, "CAP_SETUID", "run workers as an unprivileged user"),
         (6, "CAP_SETGID", "run workers as an unprivileged user"),
-        (0, "CAP_CHOWN", "give workers the control socket"),
-        (5, "CAP_KILL", "end workers of another user"),
-        (8, "CAP_SETPCAP", "give up capabilities"),
+        (0, "CAP_CHOWN", "let workers use the control socket"),
+        (5, "CAP_KILL", "stop workers of another user"),
+        (8, "CAP_SETPCAP", "drop capabilities"),
     ] {
         let launch = launch(&namespace);
         let mut command = launch.command().unwrap();
@@ -106,11 +104,11 @@ fn without_a_single_capability() {
 }
 
 #[test]
-fn an_interface_that_is_not_there() {
+fn an_interface_that_does_not_exist() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     let exit = launch(&namespace).run().unwrap();
-    let message = "xfan: no interface `rx0` in this network namespace; there are: lo";
+    let message = "xfan: no interface `rx0` in this network namespace; existing interfaces: lo";
     assert_refused(&exit, INTERFACE, message);
 }
 
@@ -120,8 +118,8 @@ fn a_layer_3_interface() {
     let namespace = Netns::quiet().unwrap();
     namespace.ip("tuntap add dev rx0 mode tun").unwrap();
     namespace.ip("link set dev rx0 up").unwrap();
-    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets begin with no Ethernet header; \
-                   name the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
+    let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets have no Ethernet header; \
+                   use the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
     assert_refused_without_trace(&namespace, &launch(&namespace).run().unwrap(), INTERFACE, message);
     let mut topology = namespace.command(binary("xfan").unwrap());
     topology.args(["topology", "-i", "rx0"]);
@@ -129,9 +127,9 @@ fn a_layer_3_interface() {
 }
 
 #[test]
-fn a_queue_that_is_not_there() {
+fn a_queue_that_does_not_exist() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let exit = launch(&namespace).with("--queues 0,2").run().unwrap();
     let message = "xfan: `rx0` has no RX queue 2: it has 2 (0 to 1); see `ethtool -l rx0`";
     assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
@@ -140,13 +138,13 @@ fn a_queue_that_is_not_there() {
 #[test]
 fn a_queue_that_another_program_holds() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let _held = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();
     let exit = launch(&namespace).run().unwrap();
     let message = "xfan: queue 1 of rx0 is bound by another AF_XDP socket: end the program that holds it \
                    (`ss --xdp -p` names it), or leave the queue out with --queues";
     assert_refused_without_trace(&namespace, &exit, BUSY, message);
-    // As it says.
+    // The proposed remedy works.
     let primary = launch(&namespace).with("--queues 0").start().unwrap();
     assert_eq!(primary.stop().0.code, Some(0));
 }
@@ -154,7 +152,7 @@ fn a_queue_that_another_program_holds() {
 #[test]
 fn an_interface_that_runs_another_xdp_program() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let _other = namespace.run(|| Receiver::open("rx0", &[])).unwrap();
     let exit = launch(&namespace).run().unwrap();
     let id = xdp_program_id(&namespace);
@@ -163,7 +161,7 @@ fn an_interface_that_runs_another_xdp_program() {
          if that has exited, remove the program with: ip link set dev rx0 xdp off"
     );
     assert_refused(&exit, BUSY, &message);
-    assert_eq!(xdp_program_id(&namespace), id, "it is still there");
+    assert_eq!(xdp_program_id(&namespace), id, "the other program is still attached");
 }
 
 fn xdp_program_id(namespace: &Netns) -> u32 {
@@ -175,7 +173,7 @@ fn xdp_program_id(namespace: &Netns) -> u32 {
 #[test]
 fn a_second_primary() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = launch(&namespace).start().unwrap();
     let exit = launch(&namespace).run().unwrap();
     let message = format!(
@@ -183,7 +181,7 @@ fn a_second_primary() {
         xdp_program_id(&namespace)
     );
     assert_refused(&exit, BUSY, &message);
-    // The first has not noticed.
+    // The first primary is unaffected.
     let frames = traffic::synthetic(10, 100, 1).frames;
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
     assert_eq!(primary.report_after(100, true).totals(), (100, 100, 0));
@@ -193,7 +191,7 @@ fn a_second_primary() {
 #[test]
 fn a_control_socket_that_another_primary_listens_on() {
     let _watchdog = e2e_or_skip!();
-    let (first, second) = (network(), network());
+    let (first, second) = (network(2), network(2));
     let primary = launch(&first).start().unwrap();
     let mut command = second.command(binary("xfan").unwrap());
     command.args(["run", "-i", "rx0", "--socket"]).arg(primary.socket());
@@ -210,7 +208,7 @@ fn a_control_socket_that_another_primary_listens_on() {
 #[test]
 fn a_control_socket_where_a_file_is() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = launch(&namespace);
     let path = launch.socket();
     std::fs::create_dir(path.parent().unwrap()).unwrap();
@@ -234,7 +232,7 @@ fn packets_that_do_not_fit_a_frame() {
     let message = "xfan: the MTU of `rx0` is 3000 bytes, but a frame of 2048 bytes holds packets of an MTU of at most \
                    1770: set `frame_size = 4096`, or run `ip link set dev rx0 mtu 1770`";
     assert_refused_without_trace(&namespace, &exit, INTERFACE, message);
-    // As it says, and as it is by default.
+    // The proposed remedy works, and so does the default.
     for config in ["frame_size = 4096", ""] {
         let primary = launch(&namespace).config(config).unwrap().start().unwrap();
         assert_eq!(primary.stop().0.code, Some(0));
@@ -242,18 +240,18 @@ fn packets_that_do_not_fit_a_frame() {
 }
 
 #[test]
-fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
+fn an_mtu_that_the_driver_refuses_with_xdp() {
     let _watchdog = e2e_or_skip!();
     let namespace = Netns::quiet().unwrap();
     Veth::create(&VethConfig { mtu: 3600, ..VethConfig::queues(2) }, &namespace, &namespace).unwrap();
     let exit = launch(&namespace).config("frame_size = 4096\nxdp_mode = 'native'").unwrap().run().unwrap();
     assert_eq!(exit.code, Some(INTERFACE), "{exit:#?}");
     let message = exit.stderr.last().unwrap();
-    // The reason in veth's own words.
+    // The message quotes veth's own reason.
     assert!(message.starts_with("xfan: the driver of rx0 refuses native XDP ("), "{message}");
     assert!(message.contains("Peer MTU is too large to set XDP\")"), "{message}");
     assert!(message.contains("lower the MTU (many drivers accept at most some 3000 bytes)"), "{message}");
-    // Without being asked for native mode it says the same, and goes on.
+    // Without a request for native mode it logs the same reason and continues.
     let primary = launch(&namespace).config("frame_size = 4096").unwrap().start().unwrap();
     assert_eq!(primary.report().ports[0].mode, "generic, copy");
     let (exit, _folder) = primary.stop();
@@ -266,7 +264,7 @@ fn an_mtu_that_the_driver_cannot_combine_with_xdp() {
 #[test]
 fn modes_that_exclude_each_other() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let config = "xdp_mode = 'generic'\nbind_mode = 'zero-copy'";
     let exit = launch(&namespace).config(config).unwrap().run().unwrap();
     let message = "xfan: `bind_mode = \"zero-copy\"` needs the driver, and `xdp_mode = \"generic\"` leaves it out: set \
@@ -275,9 +273,9 @@ fn modes_that_exclude_each_other() {
 }
 
 #[test]
-fn zero_copy_that_the_driver_cannot_do() {
+fn zero_copy_that_the_driver_lacks() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let exit = launch(&namespace).config("bind_mode = 'zero-copy'").unwrap().run().unwrap();
     let message = "xfan: queue 0 of rx0 cannot be bound in zero-copy mode (Operation not supported (os error 95)): the \
                    driver or the device does not support it";
@@ -285,14 +283,15 @@ fn zero_copy_that_the_driver_cannot_do() {
 }
 
 #[test]
-fn the_interface_is_left_alone_until_the_workers_are_there() {
+fn the_interface_is_untouched_until_workers_attach() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("start_timeout = '60s'\nrx_ring = 512").unwrap();
     let primary = launch.worker("/bin/sleep", "1000").unwrap().start_until_it_answers().unwrap();
-    // Attaching the program would have reset the link of most NICs, for nothing.
+    // Attaching the program resets the link of most NICs, so it must not happen without workers.
     assert_eq!(leftovers::xdp_program(&namespace, "rx0").unwrap(), None);
-    // The frames are posted by then: some drivers take what there is when the program is attached, and nothing later.
+    // The frames are posted by then: some drivers take frames only while a program is being
+    // attached.
     let report = primary.report();
     assert_eq!(report.ports[0].mode, "not attached, copy");
     assert_eq!(report.lanes().map(|lane| lane.frames.kernel).collect::<Vec<_>>(), [512, 512]);
@@ -301,9 +300,9 @@ fn the_interface_is_left_alone_until_the_workers_are_there() {
 }
 
 #[test]
-fn a_worker_command_that_is_not_there() {
+fn a_worker_command_that_does_not_exist() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let exit = Launch::on(&namespace).unwrap().worker("/no/such/worker", "").unwrap().run().unwrap();
     let message = "xfan: worker command `/no/such/worker` not found: give its full path (sudo searches its own \
                    secure_path), or check the name";
@@ -313,14 +312,14 @@ fn a_worker_command_that_is_not_there() {
 #[test]
 fn a_worker_command_that_may_not_be_executed() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap();
     let path = launch.folder().join("worker");
     std::fs::write(&path, "#!/bin/sh\n").unwrap();
     let exit = launch.worker(path.to_str().unwrap(), "").unwrap().run().unwrap();
     let message = format!(
         "xfan: worker command `{}` cannot be executed by user nobody: Permission denied (os error 13); make it \
-         executable (chmod a+rx) and every directory above it enterable (chmod a+x), or choose another user with --user",
+         executable (chmod a+rx) and every directory above it accessible (chmod a+x), or choose another user with --user",
         path.display()
     );
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
@@ -329,7 +328,7 @@ fn a_worker_command_that_may_not_be_executed() {
 #[test]
 fn a_worker_that_exits_at_once() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     for (program, how) in [("/bin/false", "exit status: 1"), ("/bin/true", "exit status: 0")] {
         let exit = Launch::on(&namespace).unwrap().worker(program, "").unwrap().run().unwrap();
         let message = format!(
@@ -343,7 +342,7 @@ fn a_worker_that_exits_at_once() {
 #[test]
 fn a_worker_that_never_attaches() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().config("start_timeout = '200ms'").unwrap();
     let exit = launch.worker("/bin/sleep", "1000").unwrap().run().unwrap();
     let message = "xfan: worker default/0 (/bin/sleep) has not attached within 200ms: is it an xfan worker? If it needs \
@@ -354,7 +353,7 @@ fn a_worker_that_never_attaches() {
 #[test]
 fn a_worker_of_another_protocol_version() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("-n 2");
     let program = launch.folder().join("xfan-hostile");
     let exit = launch.hostile_worker("version 99").unwrap().run().unwrap();
@@ -363,15 +362,15 @@ fn a_worker_of_another_protocol_version() {
     );
     let message = format!("xfan: worker default/0 ({}) was refused: {why}", program.display());
     assert_refused_without_trace(&namespace, &exit, WORKERS, &message);
-    // The worker has been told, too.
+    // The worker gets the reason as well.
     let told = format!(" default/0 stderr: xfan-hostile: {why}");
     assert!(exit.stderr.iter().any(|line| line.ends_with(&told)), "{exit:#?}");
 }
 
 #[test]
-fn a_user_that_is_not_there() {
+fn a_user_that_does_not_exist() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let exit = launch(&namespace).with("--user no-such-user").run().unwrap();
     let message = "xfan: no user `no-such-user` on this system: set `user` (or --user) to one that `getent passwd` lists";
     assert_refused_without_trace(&namespace, &exit, USAGE, message);
@@ -380,7 +379,7 @@ fn a_user_that_is_not_there() {
 #[test]
 fn a_configuration_that_cannot_be_read() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let exit = launch(&namespace).with("--config /no/such/file.toml").run().unwrap();
     let message =
         "xfan: cannot read the configuration file /no/such/file.toml: No such file or directory (os error 2)";
@@ -393,7 +392,7 @@ fn a_configuration_that_cannot_be_read() {
 #[test]
 fn a_configuration_with_an_unknown_key() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = launch(&namespace).config("workers = 2\nring_slot = 512").unwrap();
     let file = launch.folder().join("xfan.toml");
     let exit = launch.run().unwrap();
@@ -403,9 +402,9 @@ fn a_configuration_with_an_unknown_key() {
 }
 
 #[test]
-fn a_configuration_with_a_value_beyond_its_limits() {
+fn a_configuration_with_a_value_out_of_range() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = launch(&namespace).config("ring_slots = 100").unwrap();
     let file = launch.folder().join("xfan.toml");
     let exit = launch.run().unwrap();
@@ -418,9 +417,9 @@ fn a_configuration_with_a_value_beyond_its_limits() {
 }
 
 #[test]
-fn frames_that_do_not_suffice() {
+fn a_frame_budget_that_is_too_small() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let launch = launch(&namespace).with("-n 2").config("frames = 4096\nring_slots = 4096").unwrap();
     let exit = launch.run().unwrap();
     let message = "xfan: `frames` is 4096 per lane, but a lane needs rx_ring (4096) + batch (64) + max_workers (2) × \
@@ -431,7 +430,7 @@ fn frames_that_do_not_suffice() {
 #[test]
 fn an_interface_that_vanishes() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = launch(&namespace).with("-n 2").start().unwrap();
     let frames = traffic::synthetic(10, 100, 1).frames;
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
@@ -445,7 +444,7 @@ fn an_interface_that_vanishes() {
         "xfan: interface rx0 has vanished: it was removed, or moved to another network namespace; start xfan again \
                    once it is back",
     );
-    // Its workers were told in good order, and the totals are there.
+    // Its workers were told to end, and printed their totals.
     let counted = exit.json().into_iter();
     assert_eq!(counted.filter_map(|totals| totals["packets"].as_u64()).sum::<u64>(), 100);
     assert_eq!(leftovers::processes_in(&namespace), Vec::<String>::new());
@@ -465,8 +464,8 @@ fn statistics_without_a_primary() {
         "xfan: no primary answers on /no/such/xfan.sock: start one with `xfan run`, or name its socket";
     assert_refused(&exit, 1, message);
 
-    // Nor behind the socket of one that was killed.
-    let namespace = network();
+    // The socket of a killed primary gives the same message.
+    let namespace = network(2);
     let primary = launch(&namespace).start().unwrap();
     let socket = primary.socket();
     let (_exit, _folder) = primary.end(Signal::SIGKILL);

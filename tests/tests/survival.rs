@@ -1,23 +1,19 @@
-//! Workers that outlive the primary that started them, and go on under the next.
+//! Workers outlive the primary that started them and continue under the next.
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use xfan::report::{Member, Report};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Folder, Launch, Primary};
+use xfan_tests::proc::signal;
 use xfan_tests::replay::send_synthetic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
 const PACKETS: u64 = 600;
 
-fn network() -> Netns {
-    Veth::in_namespace(&VethConfig::queues(2)).unwrap().0
-}
-
-/// With two workers; in the folder of the primary before, if there was one.
+/// Prepares two workers, in the folder of the previous primary if there was one.
 fn launch<'a>(namespace: &'a Netns, folder: Option<Folder>, config: &str) -> Launch<'a> {
     let launch = match folder {
         Some(folder) => Launch::within(namespace, folder),
@@ -40,11 +36,7 @@ fn pids(report: &Report) -> Vec<u32> {
     members(report).iter().map(|member| member.pid).collect()
 }
 
-fn signal(pid: u32, signal: Signal) {
-    kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
-}
-
-/// Two workers of which the first is hostile.
+/// Starts two workers, of which the first is hostile.
 fn start_hostile(namespace: &Netns, folder: Option<Folder>, way: &str, config: &str) -> Primary {
     launch(namespace, folder, config).hostile_worker(way).unwrap().start().unwrap()
 }
@@ -57,9 +49,9 @@ fn wait_for_end(pid: u32) {
 }
 
 #[test]
-fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_its_own() {
+fn the_next_primary_adopts_surviving_workers() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let first = start(&namespace, None, "survive = true");
     send_synthetic(&namespace, 5);
     let before = first.report_after(PACKETS, true);
@@ -76,10 +68,11 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     assert_balanced(&report, PACKETS);
     for (member, counted) in members(&report).iter().zip(&counted) {
         assert_eq!(member.committed, *counted, "{}", member.id);
-        assert_eq!(member.counters["packets"], 2 * counted, "{}: the process counts on", member.id);
+        assert_eq!(member.counters["packets"], 2 * counted, "{}: the process keeps its own count", member.id);
     }
 
-    // One that fails is started again, as this primary's own child; the other goes on through one more primary.
+    // A worker that fails is restarted as this primary's own child; the other one continues under a
+    // third primary.
     signal(members(&report)[0].pid, Signal::SIGKILL);
     let report = second
         .report_when(|report| members(report)[0].restarts == 1 && members(report)[0].state == "running");
@@ -93,7 +86,7 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
     assert_eq!(members(&report)[0].counters["packets"], counted[0]);
     assert_eq!(members(&report)[1].counters["packets"], 3 * counted[1]);
 
-    // An ordered end is the workers' end, and nothing is left of the note.
+    // An orderly stop ends the workers and removes the note.
     let (exit, folder) = third.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     assert!(exit.stdout.iter().any(|line| line.starts_with("default/1 ")), "{exit:#?}");
@@ -106,9 +99,9 @@ fn workers_go_on_under_the_next_primary_which_looks_after_them_as_if_they_were_i
 }
 
 #[test]
-fn survivors_that_are_dead_or_stuck_are_replaced() {
+fn dead_or_stuck_survivors_are_replaced() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let first = start(&namespace, None, "survive = true");
     let before = pids(&first.report());
     let folder = first.kill();
@@ -127,10 +120,10 @@ fn survivors_that_are_dead_or_stuck_are_replaced() {
 }
 
 #[test]
-fn survivors_that_the_next_primary_does_not_want_end() {
+fn survivors_of_another_configuration_are_ended() {
     let _watchdog = e2e_or_skip!();
     for (config, arguments) in [("survive = false", ""), ("survive = true", "--sleep-per-batch 1ms")] {
-        let namespace = network();
+        let namespace = network(2);
         let first = start(&namespace, None, "survive = true");
         let before = pids(&first.report());
         let folder = first.kill();
@@ -150,7 +143,7 @@ fn survivors_that_the_next_primary_does_not_want_end() {
 #[test]
 fn a_survivor_of_another_release_is_replaced() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let first = start_hostile(&namespace, None, "relic", "survive = true");
     let before = pids(&first.report());
     let second = start_hostile(&namespace, Some(first.kill()), "relic", "survive = true");
@@ -162,21 +155,21 @@ fn a_survivor_of_another_release_is_replaced() {
 }
 
 #[test]
-fn one_that_does_not_want_to_end_is_made_to() {
+fn a_survivor_that_ignores_sigterm_is_killed() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let first = start_hostile(&namespace, None, "deaf", "survive = true");
     let before = pids(&first.report());
     let second = start(&namespace, Some(first.kill()), "stop_timeout = '300ms'");
-    // While it runs, and not only when it ends.
+    // It is killed while the primary runs, not only when the primary ends.
     before.into_iter().for_each(wait_for_end);
     assert_eq!(second.stop().0.code, Some(0));
 }
 
 #[test]
-fn without_survive_workers_end_with_their_primary() {
+fn without_survive_workers_end_with_the_primary() {
     let _watchdog = e2e_or_skip!();
-    let namespace = network();
+    let namespace = network(2);
     let primary = start(&namespace, None, "");
     let workers = pids(&primary.report());
     let folder = primary.kill();

@@ -1,39 +1,38 @@
-//! Receive times: they lie between sending and reading, and never decrease within a lane.
+//! Receive times lie between sending and reading, and never decrease within a lane.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use xfan::report::Report;
 use xfan_shm::clock::monotonic_ns;
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
-use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::proc::{signal, stop};
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::network;
 
-/// How far a packet's time may lie before it arrived: what the documentation says.
+/// How much earlier than its arrival a packet's time may be, as documented.
 const EARLY_NS: u64 = 2048;
 
 fn start(queues: u32, workers: usize, config: &str) -> (Netns, Primary) {
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(queues)).unwrap();
+    let namespace = network(queues);
     let launch = Launch::on(&namespace).unwrap().with(&format!("-n {workers}")).config(config).unwrap();
     let primary = launch.worker("xfan-times", "").unwrap().start().unwrap();
     (namespace, primary)
 }
 
-/// The sum, or whatever it is, of what the workers publish under this name.
+/// What each worker publishes under this name.
 fn published(report: &Report, name: &str) -> impl Iterator<Item = u64> {
     let members = report.groups[0].members.iter();
     members.map(|member| member.counters[name]).collect::<Vec<_>>().into_iter()
 }
 
 #[test]
-fn under_load_they_never_decrease_within_a_lane() {
+fn times_never_decrease_within_a_lane() {
     let _watchdog = e2e_or_skip!();
     const ROUNDS: u64 = 400;
     let (namespace, primary) = start(4, 2, "");
@@ -41,7 +40,7 @@ fn under_load_they_never_decrease_within_a_lane() {
     let over = AtomicBool::new(false);
     let begin = monotonic_ns();
     thread::scope(|scope| {
-        // More threads than CPUs: lanes and workers lose theirs at any point.
+        // With more threads than CPUs, lanes and workers are preempted at any point.
         for _ in 0..2 * thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
@@ -68,23 +67,19 @@ fn under_load_they_never_decrease_within_a_lane() {
 }
 
 #[test]
-fn a_packet_that_waited_keeps_its_time() {
+fn a_packet_that_waits_keeps_its_receive_time() {
     let _watchdog = e2e_or_skip!();
-    // More than 4.29 s, in which 32 bits of nanoseconds wrap.
+    // Longer than 4.29 s, in which 32 bits of nanoseconds wrap.
     let (namespace, primary) =
         start(2, 1, "on_loss = 'hold'\nhold_timeout = '600s'\nrestart_delay = '5s'\nhang_timeout = '0s'");
     let pid = primary.report().groups[0].members[0].pid;
-    let process = Pid::from_raw(i32::try_from(pid).unwrap());
-    kill(process, Signal::SIGSTOP).unwrap();
-    while leftovers::state(pid) != Some('T') {
-        thread::yield_now();
-    }
+    stop(pid);
     let frames = traffic::synthetic(60, 600, 5).frames;
     let begin = monotonic_ns();
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
     primary.report_after(600, false);
     let end = monotonic_ns();
-    kill(process, Signal::SIGKILL).unwrap();
+    signal(pid, Signal::SIGKILL);
     let report = primary.report_when(|report| {
         let member = &report.groups[0].members[0];
         member.restarts == 1 && member.counters.get("packets") == Some(&600)

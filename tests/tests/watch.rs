@@ -1,22 +1,18 @@
-//! What changes about the interface while a primary runs is said, followed, and never taken for
+//! Changes of the interface while a primary runs are reported, followed, and not mistaken for
 //! something else.
 
-use nix::sys::resource::Resource;
-use nix::unistd::Pid;
-use xfan::control::client::ask;
-use xfan::control::journal::Page;
 use xfan::report::{Level, Notice, Report};
-use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::command;
 use xfan_tests::e2e_or_skip;
 use xfan_tests::meddle;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::proc::limit_descriptors;
 use xfan_tests::replay::Replay;
 use xfan_tests::traffic;
 use xfan_tests::tx::TxSocket;
-use xfan_tests::veth::{Veth, VethConfig};
+use xfan_tests::veth::{Veth, VethConfig, network};
 
 const PACKETS: u64 = 100;
 
@@ -26,23 +22,9 @@ fn replay(namespace: &Netns) {
     namespace.run(|| replay.run(&frames)).unwrap();
 }
 
-/// One worker, on two queues.
+/// Starts one worker on two queues.
 fn start(namespace: &Netns) -> Primary {
     Launch::on(namespace).unwrap().worker("xfan-count", "").unwrap().start().unwrap()
-}
-
-/// Sets the soft limit of another process's descriptors; returns the one it had.
-fn limit_descriptors(pid: Pid, limit: u64) -> u64 {
-    let get = |new: *const libc::rlimit| {
-        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: both point to a limit of ours, or are null, which means none.
-        let result = unsafe { libc::prlimit(pid.as_raw(), Resource::RLIMIT_NOFILE as _, new, &raw mut old) };
-        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-        old
-    };
-    let old = get(std::ptr::null());
-    get(&libc::rlimit { rlim_cur: limit, ..old });
-    old.rlim_cur
 }
 
 fn all_received(report: &Report, packets: u64) -> bool {
@@ -50,14 +32,14 @@ fn all_received(report: &Report, packets: u64) -> bool {
 }
 
 #[test]
-fn without_descriptors_left_the_primary_goes_on() {
+fn a_primary_without_descriptors_left_continues() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let mut primary = start(&namespace);
     let pid = primary.process.pid();
-    // Its own 0, 1 and 2 are all there may be: no other can be made, whichever is closed meanwhile.
+    // The limit allows only descriptors 0, 1 and 2: no new one can be made, even if others close.
     let before = limit_descriptors(pid, 3);
-    // Through many looks at the interface.
+    // Meanwhile the primary checks the interface several times.
     std::thread::sleep(std::time::Duration::from_millis(2500));
     assert!(primary.process.is_running(), "{:#?}", primary.process.stderr());
     replay(&namespace);
@@ -71,7 +53,7 @@ fn without_descriptors_left_the_primary_goes_on() {
 #[test]
 fn a_renamed_interface_is_followed() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let primary = start(&namespace);
     replay(&namespace);
     primary.report_after(PACKETS, true);
@@ -80,7 +62,7 @@ fn a_renamed_interface_is_followed() {
     namespace.ip("link set dev mirror0 up").unwrap();
     let report = primary.report_when(|report| report.ports[0].name == "mirror0");
     assert_balanced(&report, PACKETS);
-    // What comes next under the old name is another interface.
+    // An interface that takes the old name is another one.
     namespace.ip("link add name rx0 type veth peer name other0").unwrap();
     replay(&namespace);
     let report = primary.report_when(|report| all_received(report, 2 * PACKETS));
@@ -91,7 +73,7 @@ fn a_renamed_interface_is_followed() {
     assert!(log.contains("rx0 was renamed to mirror0"), "{log}");
 }
 
-/// The report, once it says something of this topic; and what it says.
+/// Waits until the report has a notice of this topic, and returns the notice.
 fn told(primary: &Primary, topic: &str) -> Notice {
     let notice = |report: &Report| {
         report.ports[0].notices.iter().find(|notice| notice.topic.starts_with(topic)).cloned()
@@ -99,24 +81,27 @@ fn told(primary: &Primary, topic: &str) -> Notice {
     notice(&primary.report_when(|report| notice(report).is_some())).unwrap()
 }
 
-/// Waits until the report says nothing of this topic.
+/// Waits until the report has no notice of this topic.
 fn told_no_longer(primary: &Primary, topic: &str) {
     primary
         .report_when(|report| !report.ports[0].notices.iter().any(|notice| notice.topic.starts_with(topic)));
 }
 
-/// What its journal says about the interface.
+/// The details of an event in the journal.
+fn details(primary: &Primary, event: &str) -> Vec<String> {
+    let entries = primary.journal().entries.into_iter();
+    entries.filter(|entry| entry.event == event).map(|entry| entry.detail).collect()
+}
+
+/// The journal's entries about the interface.
 fn journal(primary: &Primary) -> Vec<String> {
-    let Ok(Reply::Events(page)) = ask(&primary.socket(), &Request::Events(0)) else { panic!("no journal") };
-    let page: Page = serde_json::from_value(page).unwrap();
-    let said = page.entries.into_iter().filter(|entry| entry.event == "interface");
-    said.map(|entry| entry.detail).collect()
+    details(primary, "interface")
 }
 
 #[test]
-fn each_change_is_said_in_log_journal_and_report() {
+fn each_change_is_in_log_journal_and_report() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(4)).unwrap();
+    let namespace = network(4);
     for end in ["tx0", "rx0"] {
         namespace.ethtool(&format!("-L {end} rx 2 tx 2")).unwrap();
     }
@@ -137,20 +122,20 @@ fn each_change_is_said_in_log_journal_and_report() {
             "mtu",
             "ip link set dev rx0 mtu 3000",
             "ip link set dev rx0 mtu 1500",
-            "the MTU of rx0 is 3000 bytes, and a frame holds packets of 1770: longer ones are dropped, and counted",
+            "the MTU of rx0 is 3000 bytes, and a frame holds packets of 1770: longer packets are dropped and counted",
         ),
         (
             "carrier",
             "ip link set dev tx0 down",
             "ip link set dev tx0 up",
-            "rx0 has no carrier: no packet comes in",
+            "rx0 has no carrier: it receives no packets",
         ),
-        ("link", "ip link set dev rx0 down", "ip link set dev rx0 up", "rx0 is down: no packet comes in"),
+        ("link", "ip link set dev rx0 down", "ip link set dev rx0 up", "rx0 is down: it receives no packets"),
         (
             "promiscuous",
             "ip link set dev rx0 promisc off",
             "ip link set dev rx0 promisc on",
-            "rx0 is not in promiscuous mode: it takes frames for this host alone",
+            "rx0 is not in promiscuous mode: it receives only frames for this host",
         ),
     ];
     let run = |command: &str| {
@@ -170,7 +155,7 @@ fn each_change_is_said_in_log_journal_and_report() {
         primary.process.wait_for_line(&format!("over: {}", notice.what)).unwrap();
     }
 
-    // And it still works.
+    // Packets still arrive.
     replay(&namespace);
     let report = primary.report_when(|report| all_received(report, PACKETS));
     assert_balanced(&report, PACKETS);
@@ -179,7 +164,7 @@ fn each_change_is_said_in_log_journal_and_report() {
 }
 
 #[test]
-fn what_is_so_at_the_start_is_said() {
+fn conditions_at_the_start_are_reported() {
     let _watchdog = e2e_or_skip!();
     let (namespace, _veth) = Veth::in_namespace(&VethConfig { gro: true, ..VethConfig::queues(2) }).unwrap();
     namespace.ip("link set dev tx0 down").unwrap();
@@ -201,16 +186,16 @@ fn what_is_so_at_the_start_is_said() {
     }
     assert_eq!(journal(&primary).len(), 2);
     assert_eq!(primary.report().ports[0].notices.len(), expected.len());
-    // What is said of the table is for people; a note is not worth a line of it.
+    // The table shows warnings to people; it leaves out mere information.
     let (exit, _folder) = primary.stop();
     let table = exit.stdout.join("\n");
     assert!(table.contains("warning: rx0 has no carrier: ") && !table.contains("promiscuous"), "{table}");
 }
 
 #[test]
-fn a_program_that_somebody_else_removes_is_missed() {
+fn removal_of_the_xdp_program_is_reported() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let namespace = network(1);
     let primary = start(&namespace);
     meddle::detach_program(primary.process.pid());
     let notice = told(&primary, "xdp");
@@ -221,9 +206,9 @@ fn a_program_that_somebody_else_removes_is_missed() {
 }
 
 #[test]
-fn packets_that_do_not_fit_a_frame_are_counted_and_told() {
+fn packets_that_do_not_fit_a_frame_are_reported() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).unwrap();
+    let namespace = network(1);
     let primary = start(&namespace);
     for end in ["tx0", "rx0"] {
         namespace.ip(&format!("link set dev {end} mtu 3000")).unwrap();
@@ -232,27 +217,24 @@ fn packets_that_do_not_fit_a_frame_are_counted_and_told() {
     assert!(notice.meaning.contains("`ip link set dev rx0 mtu 1770`"), "{notice}");
     let long = traffic::udp("10.3.0.2:4000".parse().unwrap(), "10.3.0.1:53".parse().unwrap(), &[0; 2900]);
     namespace.run(|| Replay::onto("tx0").run(&vec![long; 100])).unwrap();
-    // Counted, and not as lost.
+    // The packets are counted, and not as lost.
     let report = primary.report_when(|report| report.ports[0].lanes[0].xdp.drop_too_long == 100);
     assert_eq!((report.ports[0].lanes[0].xdp.redirect, report.ports[0].lanes[0].kernel.rx_dropped), (0, 0));
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
 }
 
-/// What its journal says about packets that nobody counts.
+/// The journal's entries about packets in no counter.
 fn losses(primary: &Primary) -> Vec<String> {
-    let Ok(Reply::Events(page)) = ask(&primary.socket(), &Request::Events(0)) else { panic!("no journal") };
-    let page: Page = serde_json::from_value(page).unwrap();
-    let said = page.entries.into_iter().filter(|entry| entry.event == "unaccounted");
-    said.map(|entry| entry.detail).collect()
+    details(primary, "unaccounted")
 }
 
-/// A queue goes deaf: the kernel refuses packets for a socket of another queue, and counts that
-/// nowhere but in the driver.
+/// A queue goes deaf: the kernel refuses its packets, since the socket belongs to another queue,
+/// and only the driver counts that.
 #[test]
-fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
+fn a_deaf_queue_is_reported_at_once_and_at_the_end() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("--queues 0").worker("xfan-count", "").unwrap();
     let primary = launch.start().unwrap();
     let pid = primary.process.pid();
@@ -285,7 +267,7 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
         (PACKETS, PACKETS)
     );
 
-    // It hears again: that is told once it has been so for a while.
+    // The queue receives again, which is reported after a while.
     meddle::redirect_to(pid, 0, &right[0]);
     primary.report_when(|report| {
         send();
@@ -306,11 +288,11 @@ fn a_queue_that_goes_deaf_is_told_while_running_and_at_the_end() {
     assert!(table.contains("driver rx_queue_0_drops 100"), "{table}");
 }
 
-/// As it ends, it knows better: nothing is under way any more.
+/// At its end nothing is in flight any more, so even one missing packet is reported.
 #[test]
-fn a_loss_that_only_shows_at_the_end_is_told_then() {
+fn a_loss_that_shows_only_at_the_end_is_reported() {
     let _watchdog = e2e_or_skip!();
-    let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(2)).unwrap();
+    let namespace = network(2);
     let launch = Launch::on(&namespace).unwrap().with("--queues 0").worker("xfan-count", "").unwrap();
     let primary = launch.start().unwrap();
     let of_queue_1 = namespace.run(|| TxSocket::open("rx0", 1)).unwrap();

@@ -45,6 +45,6 @@ mod rule_table;
 pub use attach::{AttachError, XdpMode};
 pub use counters::QueueCounters;
 pub use object::OBJECT;
-pub use program::{LoadError, MAX_QUEUES, MapError, SteerProgram};
+pub use program::{LoadError, MAX_QUEUES, MINIMUM_KERNEL, MapError, SteerProgram};
 pub use rule::{PassRule, RuleError};
 pub use rule_table::rule_table;

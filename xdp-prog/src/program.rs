@@ -20,6 +20,9 @@ use crate::rule_table::rule_table;
 /// 16 bits.
 pub const MAX_QUEUES: u32 = 65_535;
 
+/// The oldest Linux release that xfan supports and is tested on.
+pub const MINIMUM_KERNEL: &str = "5.10";
+
 /// Why the program could not be loaded.
 #[derive(Debug, Error)]
 pub enum LoadError {
@@ -46,7 +49,10 @@ pub enum LoadError {
         source: libbpf_rs::Error,
     },
     /// The kernel refuses the program or a map, most likely because it is too old.
-    #[error("the kernel refuses the XDP program ({source:#}); xfan needs Linux 5.10 or newer{}", Log(log))]
+    #[error(
+        "the kernel refuses the XDP program ({source:#}); xfan needs Linux {MINIMUM_KERNEL} or newer{}",
+        Log(log)
+    )]
     Refused {
         /// The kernel's error.
         source: libbpf_rs::Error,

@@ -4,15 +4,13 @@
 //! that connected: its user, and all its groups.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt};
 use nix::unistd::{Gid, Group, Uid, User};
 
 use crate::config::{ControlAccess, UserError, WorkerUser};
-
-/// Most groups of a user that are looked at; the kernel's own limit.
-const MAX_GROUPS: usize = 65536;
+use crate::host::sys;
 
 /// Whom a peer is admitted as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +78,8 @@ impl Access {
         }
         let named = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
         if self.users.contains(&uid)
-            || !self.groups.is_empty() && (named(peer.gid()) || peer_groups(socket)?.into_iter().any(named))
+            || !self.groups.is_empty()
+                && (named(peer.gid()) || sys::peer_groups(socket.as_fd())?.into_iter().any(named))
         {
             return Ok(Some(Standing::Named));
         }
@@ -94,33 +93,6 @@ impl Access {
 /// Whatever the kernel says.
 pub fn peer_of(socket: &impl AsFd) -> io::Result<UnixCredentials> {
     Ok(getsockopt(socket, sockopt::PeerCredentials)?)
-}
-
-/// The supplementary groups of who connected. See `SO_PEERGROUPS` in socket(7); nix has no name for it.
-fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
-    let mut groups = vec![0u32; 64];
-    loop {
-        let mut bytes = libc::socklen_t::try_from(size_of_val(&*groups)).map_err(io::Error::other)?;
-        // SAFETY: the pointer leads to as many bytes as `bytes` says, which the kernel fills with group ids.
-        let result = unsafe {
-            libc::getsockopt(
-                socket.as_fd().as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_PEERGROUPS,
-                groups.as_mut_ptr().cast(),
-                &raw mut bytes,
-            )
-        };
-        let count = bytes as usize / size_of::<u32>();
-        match result {
-            0 => {
-                groups.truncate(count);
-                return Ok(groups);
-            }
-            _ if count > groups.len() && count <= MAX_GROUPS => groups.resize(count, 0),
-            _ => return Err(io::Error::last_os_error()),
-        }
-    }
 }
 
 fn user(name: &str) -> Result<Uid, UserError> {

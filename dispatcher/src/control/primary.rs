@@ -33,6 +33,7 @@ use crate::control::rate_limit::RateLimit;
 use crate::control::server::Listener;
 use crate::group::life::{Change, State};
 use crate::group::restart::Starts;
+use crate::host::random::random_bytes;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::lane::{BUCKETS, BucketTable, Command, NOBODY};
@@ -518,26 +519,4 @@ fn reopen_on_hangup(outbox: Outbox) -> std::io::Result<()> {
 fn random_token() -> std::io::Result<String> {
     let bytes: [u8; 16] = random_bytes()?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Random bytes from the kernel. Needs no descriptor.
-///
-/// # Errors
-/// The errors of getrandom(2).
-pub fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        let rest = &mut bytes[filled..];
-        // SAFETY: the kernel writes at most `rest.len()` bytes to `rest`.
-        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(count) {
-            Ok(count) => filled += count,
-            Err(_) => match std::io::Error::last_os_error() {
-                error if error.kind() == std::io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    }
-    Ok(bytes)
 }

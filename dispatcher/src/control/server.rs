@@ -6,15 +6,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{AtFlags, OFlag};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
-};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use nix::unistd::{fchownat, geteuid};
 use tokio::io::Interest;
@@ -25,7 +23,7 @@ use crate::control::access::{Access, peer_of};
 use crate::control::connection::{Connections, ControlCounters, Shared, count};
 use crate::control::inbox::Outbox;
 use crate::control::limits::{Limits, Room};
-use crate::host::folder::{Folder, FolderError, kind, set_mode};
+use crate::host::directory::{Directory, DirectoryError, kind, set_mode};
 use crate::host::privileges::{OF_SOCKET, drop_capabilities_but};
 use crate::host::sys;
 
@@ -40,7 +38,7 @@ pub enum ControlError {
     NotASocket(PathBuf),
     /// Its folder is not to be trusted, or not to be had.
     #[error("no control socket: {0}")]
-    Folder(#[from] FolderError),
+    Directory(#[from] DirectoryError),
     /// Anything else.
     #[error("cannot listen on {path}: {source}")]
     Io {
@@ -56,7 +54,7 @@ pub enum ControlError {
 pub struct Listener {
     fd: OwnedFd,
     path: PathBuf,
-    folder: Folder,
+    folder: Directory,
     name: OsString,
     inode: u64,
     access: Access,
@@ -77,7 +75,7 @@ impl Listener {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(fail(io::ErrorKind::InvalidInput.into()));
         };
-        let folder = Folder::open(parent)?;
+        let folder = Directory::open(parent)?;
         let address = UnixAddr::new(path).map_err(|errno| fail(errno.into()))?;
         if let Ok(found) = folder.look(name) {
             if kind(&found) != SFlag::S_IFSOCK {
@@ -111,7 +109,7 @@ impl Listener {
     }
 
     /// The folder of the socket, and its name there.
-    pub fn place(&self) -> (&Folder, &OsStr) {
+    pub fn place(&self) -> (&Directory, &OsStr) {
         (&self.folder, &self.name)
     }
 
@@ -164,7 +162,7 @@ impl Drop for Listener {
 
 /// Gives the file of a socket that this process has just bound its mode and owner, and no other
 /// file, should one be there by now.
-fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
+fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()> {
     let file = folder.open_file(name, OFlag::O_PATH, 0)?;
     let found = fstat(&file)?;
     if kind(&found) != SFlag::S_IFSOCK || found.st_uid != geteuid().as_raw() {
@@ -175,12 +173,6 @@ fn hand_over(folder: &Folder, name: &OsStr, access: &Access) -> io::Result<()> {
     Ok(())
 }
 
-fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
-    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: the kernel has just made it, nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 /// Accepts connections for ever.
 async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: &Shared) -> io::Result<()> {
     let counters = &shared.counters;
@@ -189,7 +181,7 @@ async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: 
     let mut told = None;
     loop {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
-            let socket = accept(listener)?;
+            let socket = sys::accept(listener)?;
             let peer = peer_of(&socket)?;
             Ok((socket, peer))
         });
@@ -239,7 +231,7 @@ mod tests {
     fn a_link_in_place_of_the_socket_leads_nowhere() {
         let temporary = tempfile::tempdir().unwrap();
         let path = temporary.path().join("folder/x.sock");
-        let folder = Folder::open(path.parent().unwrap()).unwrap();
+        let folder = Directory::open(path.parent().unwrap()).unwrap();
         let mut access =
             Access::find(&ControlAccess::default(), &WorkerUser::find(Some("root")).unwrap()).unwrap();
         (access.mode, access.owner) = (0o666, 4711.into());

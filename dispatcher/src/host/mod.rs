@@ -1,8 +1,9 @@
-//! What the machine is, and the system calls that nothing else wraps.
+//! The machine: interfaces, CPUs, capabilities, directories, system calls.
 
-pub mod folder;
+pub mod directory;
 pub mod interface;
 pub mod placement;
 pub mod privileges;
+pub mod random;
 pub mod sys;
 pub mod topology;

@@ -1,71 +1,71 @@
-//! Which thread runs where: lanes on the cores nearest to the interface, workers on the next ones.
+//! Assigns a CPU to each lane and worker: lanes get the cores nearest to the interface, workers the
+//! next ones.
 
 use crate::config::format_list;
 use crate::host::topology::{Core, Machine};
 
-/// Where everything runs.
+/// The CPUs of all lanes and workers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// One slot per lane, in the order of the lanes.
+    /// One slot for each lane, in the order of the lanes.
     pub lanes: Vec<Slot>,
-    /// One slot per worker.
+    /// One slot for each worker.
     pub workers: Vec<Slot>,
-    /// Whether some CPU runs more than one of them. Such threads must yield rather than spin.
+    /// Whether any CPU runs more than one lane or worker. Threads that share a CPU must yield, not
+    /// spin.
     pub shared: bool,
-    /// What the operator should know, in sentences.
+    /// Sentences for the operator, such as what limits performance.
     pub notes: Vec<String>,
 }
 
-/// A thread's place.
+/// The CPU of one lane or worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {
-    /// The CPU (hardware thread) it is pinned to.
+    /// The number of the CPU (hardware thread) to which it is pinned.
     pub cpu: usize,
     /// Whether another lane or worker is pinned to the same CPU.
     pub shared: bool,
-    /// Why it is this one.
+    /// Why this CPU was chosen.
     pub reason: String,
 }
 
-/// Why there is no placement.
+/// Why lanes and workers cannot be placed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
-    /// A CPU was asked for that does not exist or that this process may not use.
+    /// The setting `cores` names a CPU that does not exist or that this process may not use.
     #[error(
-        "`cores` names CPU {cpu}, which does not exist or is not allowed here; allowed are {}",
+        "`cores` names CPU {cpu}, which does not exist or which this process may not use; it may use {}",
         format_list(allowed)
     )]
     NotAllowed {
-        /// The CPU asked for.
+        /// The requested CPU.
         cpu: usize,
-        /// The CPUs there are.
+        /// The CPUs that this process may use.
         allowed: Vec<usize>,
     },
-    /// There is nothing to run on.
-    #[error(
-        "the machine shows no CPU that this process may run on; see `taskset -p $$` and the cgroup's cpuset"
-    )]
+    /// The process may use no CPU.
+    #[error("found no CPU that this process may use; check `taskset -p $$` and the cpuset of its cgroup")]
     NoCpu,
 }
 
-/// A CPU to use, and why.
+/// A CPU, and why it comes next.
 #[derive(Clone)]
 struct Candidate {
     cpu: usize,
     reason: String,
 }
 
-/// Gives every lane and every worker a CPU.
+/// Assigns a CPU to every lane and every worker.
 ///
-/// Physical cores come first: those of the interface's NUMA node, then of its package, then the others; SMT
-/// siblings follow when the cores are used up. `asked` replaces that order by the operator's.
+/// Physical cores come first: those of the interface's NUMA node, then those of its package, then
+/// all others. SMT siblings follow once every core is used. `asked`, from the setting `cores`,
+/// replaces this order.
 ///
-/// The first go to the lanes, the next to the workers. Where they do not suffice they are shared: workers
-/// share what the lanes left, and everything is shared only if the lanes left nothing.
+/// Lanes get the first CPUs, workers the next. If there are too few, workers share the CPUs that
+/// the lanes left; workers share CPUs with lanes only if the lanes left none.
 ///
 /// # Errors
-///
-/// A CPU in `asked` that the machine does not offer, or no CPU at all.
+/// [`PlacementError`]
 pub fn place(
     machine: &Machine,
     lanes: usize,
@@ -114,7 +114,7 @@ fn as_asked(machine: &Machine, cpus: &[usize]) -> Result<Vec<Candidate>, Placeme
     let allowed = machine.cpus();
     let candidate = |&cpu: &usize| {
         if allowed.contains(&cpu) {
-            Ok(Candidate { cpu, reason: "asked for by `cores`".to_owned() })
+            Ok(Candidate { cpu, reason: "requested by `cores`".to_owned() })
         } else {
             Err(PlacementError::NotAllowed { cpu, allowed: allowed.clone() })
         }
@@ -158,10 +158,10 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
     used.sort_unstable();
     used.dedup();
     if used.len() < threads {
-        let more = if asked { "list more CPUs in `cores`" } else { "fewer workers or queues" };
+        let remedy = if asked { "list more CPUs in `cores`" } else { "use fewer workers or queues" };
         notes.push(format!(
-            "{} and {} share {}: those that share one yield instead of spinning and are \
-             slower; {more} would avoid it",
+            "{} and {} share {}: threads that share a CPU yield instead of spinning, and are slower; \
+             to avoid this, {remedy}",
             plural(lanes.len(), "lane"),
             plural(workers.len(), "worker"),
             plural(used.len(), "CPU"),
@@ -171,7 +171,7 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
         && nic.node.is_none()
         && machine.cores.iter().any(|core| core.node != machine.cores[0].node)
     {
-        notes.push(format!("which NUMA node {} is near to is not known: {}", nic.name, nic.source));
+        notes.push(format!("the NUMA node of {} is unknown: {}", nic.name, nic.source));
     }
     if let Some(nic) = &machine.nic
         && let Some(home) = nic.node
@@ -182,7 +182,7 @@ fn notes(machine: &Machine, lanes: &[Slot], workers: &[Slot], asked: bool) -> Ve
             .count();
         if away > 0 {
             notes.push(format!(
-                "lanes away from NUMA node {home}, where {} is: {away} of {}; their packets cross the interconnect",
+                "lanes that are not on NUMA node {home}, where {} is: {away} of {}; their packets cross the interconnect",
                 nic.name,
                 lanes.len()
             ));
@@ -201,7 +201,8 @@ pub(crate) mod tests {
     use crate::host::topology::{LocalitySource, NicLocality};
     use proptest::prelude::*;
 
-    /// `nodes` nodes of `cores` cores of `smt` CPUs each, siblings numbered as x86 does it: `c` and `c + all cores`.
+    /// A machine of `nodes` nodes with `cores` cores of `smt` CPUs each. SMT siblings are numbered
+    /// as on x86: `c` and `c + all cores`.
     pub(crate) fn machine(nodes: usize, cores: usize, smt: usize, nic: Option<usize>) -> Machine {
         let all = nodes * cores;
         let core = |index: usize| Core {
@@ -227,7 +228,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn one_core_carries_everything_and_says_so() {
+    fn a_single_core_is_shared_with_a_note() {
         let placement = auto(&machine(1, 1, 1, None), 1, 2);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0], vec![0, 0]));
         assert!(placement.shared && placement.workers[0].shared);
@@ -236,7 +237,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn workers_share_among_themselves_before_they_share_with_a_lane() {
+    fn workers_share_with_workers_before_lanes() {
         let placement = auto(&machine(1, 2, 1, None), 1, 1);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0], vec![1]));
         assert!(!placement.shared && placement.notes.is_empty());
@@ -248,7 +249,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_interfaces_node_is_filled_first() {
+    fn the_node_of_the_interface_comes_first() {
         let placement = auto(&machine(2, 4, 1, Some(1)), 2, 4);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![4, 5], vec![6, 7, 0, 1]));
         assert_eq!(placement.lanes[0].reason, "core on the interface's node 1");
@@ -257,7 +258,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn lanes_away_from_the_interface_are_told() {
+    fn lanes_on_another_node_cause_a_note() {
         let placement = auto(&machine(2, 2, 1, Some(1)), 3, 1);
         assert!(placement.notes[0].contains("NUMA node 1, where eth1 is: 1 of 3;"), "{:?}", placement.notes);
         let placement = auto(&machine(2, 2, 1, None), 1, 1);
@@ -265,7 +266,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn siblings_are_used_when_the_cores_of_all_nodes_are() {
+    fn siblings_come_after_the_cores_of_all_nodes() {
         let placement = auto(&machine(2, 2, 2, Some(0)), 2, 4);
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![0, 1], vec![2, 3, 4, 5]));
         assert_eq!(placement.workers[2].reason, "SMT sibling of CPU 0: no core is left");
@@ -273,7 +274,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_operator_has_the_last_word() {
+    fn configured_cores_replace_the_order() {
         let machine = machine(2, 4, 1, Some(1));
         let placement = place(&machine, 2, 2, Some(&[3, 1, 2, 2])).unwrap();
         assert_eq!((cpus(&placement.lanes), cpus(&placement.workers)), (vec![3, 1], vec![2, 2]));
@@ -283,11 +284,11 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_cpu_that_is_not_there_is_told_with_those_that_are() {
+    fn a_missing_cpu_error_lists_the_usable() {
         let error = place(&machine(1, 4, 1, None), 1, 1, Some(&[0, 9])).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "`cores` names CPU 9, which does not exist or is not allowed here; allowed are 0-3"
+            "`cores` names CPU 9, which does not exist or which this process may not use; it may use 0-3"
         );
         let nothing = Machine { cores: Vec::new(), nic: None };
         assert_eq!(place(&nothing, 1, 1, None), Err(PlacementError::NoCpu));
@@ -295,7 +296,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn nothing_runs_where_it_may_not(
+        fn only_allowed_cpus_are_used(
             nodes in 1usize..4, cores in 1usize..6, smt in 1usize..3, nic in prop::option::of(0usize..4),
             gone in prop::collection::vec(0usize..30, 0..12), lanes in 0usize..20, workers in 0usize..20,
         ) {

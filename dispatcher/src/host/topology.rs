@@ -1,4 +1,4 @@
-//! The machine as hwloc sees it, reduced to what placement needs.
+//! The CPUs of the machine as hwloc reports them, reduced to what placement needs.
 
 mod memory;
 mod show;
@@ -19,52 +19,52 @@ use crate::host::interface::Interface;
 pub use memory::with_memory_bound_to;
 pub use show::show;
 
-/// The CPUs this process may run on, and where the interface sits among them.
+/// The CPUs that this process may use, and the location of the interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
-    /// The physical cores with at least one CPU that we may use, in the order of their CPUs.
+    /// The physical cores with at least one usable CPU, in the order of their first CPUs.
     pub cores: Vec<Core>,
-    /// The interface's place. `None` when no interface was asked about.
+    /// The location of the interface; `None` if no interface was given.
     pub nic: Option<NicLocality>,
 }
 
 /// A physical core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Core {
-    /// The numbers of its CPUs (hardware threads) that we may use, ascending. Never empty.
+    /// The numbers of its usable CPUs (hardware threads), ascending. Never empty.
     pub cpus: Vec<usize>,
-    /// The NUMA node whose memory is nearest.
+    /// The NUMA node with the nearest memory.
     pub node: usize,
-    /// The package (socket) it lies in.
+    /// The package (socket) to which it belongs.
     pub package: usize,
-    /// The L3 cache it uses, if the machine tells.
+    /// The L3 cache that it uses, if known.
     pub l3: Option<usize>,
 }
 
-/// Where an interface sits.
+/// The location of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NicLocality {
-    /// The interface.
+    /// The name of the interface.
     pub name: String,
-    /// Its NUMA node, if it has one and the machine tells.
+    /// Its NUMA node, if it has one and it is known.
     pub node: Option<usize>,
-    /// How we know.
+    /// How the node is known, or why it is not.
     pub source: LocalitySource,
 }
 
-/// How we know where an interface sits.
+/// How the NUMA node of an interface is known, or why it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LocalitySource {
-    /// hwloc knows the PCI device of this address.
+    /// hwloc reports it for the PCI device with this address.
     Pci(String),
-    /// hwloc knows a network device of this name.
+    /// hwloc reports it for the network device with this name.
     Device,
-    /// `/sys` gives the device's node.
+    /// `/sys` reports it.
     Sysfs,
-    /// We do not: the interface is virtual and sits nowhere.
+    /// Unknown: the interface is virtual.
     Virtual,
-    /// We do not: the machine does not tell.
-    Untold,
+    /// Unknown: the machine does not report it.
+    Unreported,
 }
 
 impl fmt::Display for LocalitySource {
@@ -74,12 +74,12 @@ impl fmt::Display for LocalitySource {
             Self::Device => f.write_str("hwloc, network device"),
             Self::Sysfs => f.write_str("/sys"),
             Self::Virtual => f.write_str("it is virtual"),
-            Self::Untold => f.write_str("the machine does not tell"),
+            Self::Unreported => f.write_str("the machine does not report it"),
         }
     }
 }
 
-/// Why the machine cannot be looked at.
+/// Why the topology cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TopologyError {
     /// hwloc fails.
@@ -88,11 +88,10 @@ pub enum TopologyError {
 }
 
 impl Machine {
-    /// Looks at this machine. Only the CPUs that the calling thread may run on count, so call it before
-    /// any thread is pinned.
+    /// Reads the topology of this machine. Only the CPUs that the calling thread may use count, so
+    /// call this before any thread is pinned.
     ///
     /// # Errors
-    ///
     /// hwloc cannot read the topology.
     pub fn discover(interface: Option<&Interface>) -> Result<Self, TopologyError> {
         let topology = load()?;
@@ -105,7 +104,7 @@ impl Machine {
         })
     }
 
-    /// Every CPU we may run on, ascending.
+    /// All usable CPUs, ascending.
     #[must_use]
     pub fn cpus(&self) -> Vec<usize> {
         let mut cpus: Vec<_> = self.cores.iter().flat_map(|core| core.cpus.iter().copied()).collect();
@@ -113,20 +112,20 @@ impl Machine {
         cpus
     }
 
-    /// The NUMA node of the interface, if it is known.
+    /// The NUMA node of the interface, if known.
     #[must_use]
     pub fn nic_node(&self) -> Option<usize> {
         self.nic.as_ref()?.node
     }
 
-    /// The core that has this CPU.
+    /// The core to which a CPU belongs.
     #[must_use]
     pub fn core_of(&self, cpu: usize) -> Option<&Core> {
         self.cores.iter().find(|core| core.cpus.contains(&cpu))
     }
 }
 
-/// hwloc's topology of this machine, devices included.
+/// Loads hwloc's topology of this machine, with devices.
 fn load() -> Result<Topology, TopologyError> {
     let topology = Topology::builder()
         .with_io_type_filter(TypeFilter::KeepImportant)
@@ -134,14 +133,14 @@ fn load() -> Result<Topology, TopologyError> {
     topology.build().map_err(|error| TopologyError::Hwloc(error.to_string()))
 }
 
-/// The cores of `topology` with a CPU in `allowed`.
+/// The cores with at least one CPU in `allowed`.
 fn cores(topology: &Topology, allowed: &CpuSet) -> Vec<Core> {
     let mut cores: Vec<(_, Core)> = Vec::new();
     for unit in topology.objects_with_type(ObjectType::PU) {
         let Some(cpu) = unit.os_index().filter(|&cpu| allowed.is_set(cpu)) else { continue };
-        let place = |kind| unit.first_ancestor_with_type(kind);
-        // Where hwloc sees no cores every CPU is one.
-        let identity = place(ObjectType::Core).unwrap_or(unit).global_persistent_index();
+        let ancestor = |kind| unit.first_ancestor_with_type(kind);
+        // If hwloc reports no cores, each CPU counts as one.
+        let identity = ancestor(ObjectType::Core).unwrap_or(unit).global_persistent_index();
         if let Some((_, core)) = cores.iter_mut().find(|(known, _)| *known == identity) {
             core.cpus.push(cpu);
             continue;
@@ -149,8 +148,8 @@ fn cores(topology: &Topology, allowed: &CpuSet) -> Vec<Core> {
         let core = Core {
             cpus: vec![cpu],
             node: first_node(unit).unwrap_or(0),
-            package: place(ObjectType::Package).map_or(0, TopologyObject::logical_index),
-            l3: place(ObjectType::L3Cache).map(TopologyObject::logical_index),
+            package: ancestor(ObjectType::Package).map_or(0, TopologyObject::logical_index),
+            l3: ancestor(ObjectType::L3Cache).map(TopologyObject::logical_index),
         };
         cores.push((identity, core));
     }
@@ -166,13 +165,14 @@ fn first_node(object: &TopologyObject) -> Option<usize> {
     object.nodeset()?.first_set().map(usize::from)
 }
 
-/// The node of a device: that of its nearest ancestor with CPUs, if that lies in a single node.
+/// The NUMA node of a device: the node of its nearest ancestor with CPUs, if that is a single node.
 fn only_node(device: &TopologyObject) -> Option<usize> {
     let nodes = device.first_non_io_ancestor()?.nodeset()?;
     (nodes.weight() == Some(1)).then(|| nodes.first_set().map(usize::from)).flatten()
 }
 
-/// The PCI address comes from the driver and is the same in every network namespace, so it is asked first.
+/// Finds the NUMA node of an interface. The PCI address comes first: the driver reports it, and it
+/// is the same in every network namespace.
 fn locality(topology: &Topology, interface: &Interface) -> NicLocality {
     let Interface { name, bus, .. } = interface;
     let at = |node, source| NicLocality { name: name.clone(), node, source };
@@ -190,12 +190,12 @@ fn locality(topology: &Topology, interface: &Interface) -> NicLocality {
     }
     let device = folder.map(|folder| folder.join("device")).filter(|device| device.exists());
     let of_bus = (!bus.is_empty()).then(|| Path::new("/sys/bus/pci/devices").join(bus));
-    // Where there is no node the file says -1.
-    let told = |device: &PathBuf| fs::read_to_string(device.join("numa_node")).ok()?.trim().parse().ok();
-    match of_bus.iter().chain(&device).find_map(told) {
+    // The file contains -1 if there is no node, which does not parse.
+    let reported = |device: &PathBuf| fs::read_to_string(device.join("numa_node")).ok()?.trim().parse().ok();
+    match of_bus.iter().chain(&device).find_map(reported) {
         Some(node) => at(Some(node), LocalitySource::Sysfs),
         None if bus.is_empty() && device.is_none() => at(None, LocalitySource::Virtual),
-        None => at(None, LocalitySource::Untold),
+        None => at(None, LocalitySource::Unreported),
     }
 }
 
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_packages_and_caches_are_told_apart() {
+    fn nodes_packages_and_caches_are_distinguished() {
         let cores = synthetic("pack:2 [numa] l3:2 core:2 pu:1", &[0, 1, 2, 3, 4, 5, 6, 7]);
         let places: Vec<_> = cores.iter().map(|core| (core.package, core.node, core.l3)).collect();
         assert_eq!(places[0], (0, 0, Some(0)));
@@ -230,13 +230,13 @@ mod tests {
     }
 
     #[test]
-    fn cpus_that_are_not_allowed_are_not_there() {
+    fn disallowed_cpus_are_left_out() {
         let cores = synthetic("numa:1 core:2 pu:2", &[1, 2, 3]);
         assert_eq!(cores.iter().map(|core| core.cpus.clone()).collect::<Vec<_>>(), [vec![1], vec![2, 3]]);
     }
 
     #[test]
-    fn this_machine_has_a_cpu_and_a_loopback_that_is_near_to_none() {
+    fn the_loopback_interface_is_on_no_node() {
         let lo = Interface::find("lo").unwrap();
         let machine = Machine::discover(Some(&lo)).unwrap();
         assert!(!machine.cpus().is_empty());

@@ -5,6 +5,8 @@
 //! of each loop fit into its registers. The steps are functions of what they use rather than of the
 //! lane: the compiler then knows that what they write is not what they read.
 
+#![allow(unsafe_code, reason = "reads packet memory, writes ring slots")]
+
 use std::mem::MaybeUninit;
 
 use xfan_packet::is_cut;

@@ -1,5 +1,7 @@
 //! A lane fed from memory: no root, no socket, no thread.
 
+#![allow(unsafe_code, reason = "fakes of the kernel and of workers")]
+
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU32;

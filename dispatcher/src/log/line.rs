@@ -1,4 +1,4 @@
-//! What a line of the log looks like.
+//! The format of a log line: time, level, message, fields.
 
 use std::fmt;
 use std::time::SystemTime;
@@ -10,10 +10,10 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::text::printable;
 
-/// Formats an event as one line: time, level, message, values. Whatever a name in it holds, it
-/// stays one line, and steers no terminal; only the colours made here do.
+/// Formats an event as one line. Control characters in its fields are removed, so that a name can
+/// neither add a line nor control the terminal. Only the colours added here are escape sequences.
 pub(super) struct Line {
-    /// In colours.
+    /// Adds colours.
     pub(super) ansi: bool,
 }
 
@@ -39,7 +39,7 @@ where
     }
 }
 
-/// As tracing-subscriber has them.
+/// The ANSI colour of a level, as in tracing-subscriber.
 fn colour(level: &Level) -> u8 {
     match *level {
         Level::ERROR => 31,
@@ -50,7 +50,7 @@ fn colour(level: &Level) -> u8 {
     }
 }
 
-/// The time, as every line begins.
+/// The current time, in the format with which every line begins.
 pub(super) fn now() -> humantime::Rfc3339Timestamp {
     humantime::format_rfc3339_micros(SystemTime::now())
 }
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_one_line_whatever_names_hold() {
+    fn an_event_is_one_line_whatever_it_contains() {
         let line = logged(false);
         let (time, rest) = line.split_at(27);
         assert!(time.ends_with('Z'), "{line}");
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_own_colours_reach_a_terminal() {
+    fn only_added_colours_reach_a_terminal() {
         let line = logged(true);
         assert_eq!(line.matches('\u{1b}').count(), 4, "{line:?}");
         assert!(line.starts_with("\x1b[2m") && line.contains("\x1b[33m WARN\x1b[0m e"), "{line:?}");

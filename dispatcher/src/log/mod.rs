@@ -3,12 +3,12 @@
 //! ```text
 //!  tracing ──► Line: one line, printable ──┐
 //!                                          ├──► Writer (queue, thread) ──► Sink (stderr or file)
-//!  output/: a worker's line, escaped ──────┘
+//!  process/output: a worker's line ────────┘
 //! ```
 //!
-//! Whoever logs neither waits nor fails, whatever is behind the sink. Lines that find no room, or
-//! that the sink does not take, are counted; once it takes lines again, one tells how many are
-//! missing.
+//! Logging neither blocks nor fails, whatever the state of the sink. Lines that do not fit into the
+//! queue, or that the sink does not accept, are counted as lost. Once the sink accepts lines again,
+//! a line reports how many were lost.
 
 mod line;
 mod sink;
@@ -23,28 +23,31 @@ use crate::print::PATIENCE;
 use crate::text::printable;
 
 pub use sink::{Sink, open_to_append};
-pub use writer::{ROOM, Writer};
+pub use writer::{CAPACITY, Writer};
 
-/// The log of this process.
+/// The writer of this process' log; unset until [`begin`].
 static LOG: OnceLock<Writer> = OnceLock::new();
 
-/// The log cannot be written.
+/// Why logging cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// Its file cannot be opened.
-    #[error("cannot open the log file {}: {source}; make its folder, or set another file in [log]", path.display())]
+    /// The log file cannot be opened.
+    #[error(
+        "cannot open the log file {}: {source}; create its directory, or set another file in [log]",
+        path.display()
+    )]
     File {
         /// The setting `file` in `[log]`.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// There is no thread or descriptor for it.
-    #[error("cannot begin to log: {0}")]
+    /// No thread or descriptor is available.
+    #[error("cannot start logging: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Begins to log, to standard error or to a file. Panics are logged, too.
+/// Starts logging to standard error or to a file. Panics are logged as errors.
 ///
 /// # Errors
 /// [`LogError`]
@@ -67,26 +70,26 @@ pub fn begin(level: tracing::Level, file: Option<&Path>) -> Result<(), LogError>
     Ok(())
 }
 
-/// Writes a line of a worker, unless so many lines wait that those of the primary might find no
-/// room.
+/// Logs a line that a worker wrote. Returns `false` if the queue is more than half full: the other
+/// half is for lines of the primary.
 pub fn relay(member: &str, stream: &str, text: &str) -> bool {
     let line = format!("{} {} {stream}: {text}\n", line::now(), printable(member));
-    LOG.get().is_some_and(|log| log.offer(line.into_bytes(), 1, None, ROOM / 2))
+    LOG.get().is_some_and(|log| log.offer(line.into_bytes(), 1, None, CAPACITY / 2))
 }
 
-/// Opens the log's file anew.
+/// Reopens the log file, for example after log rotation.
 pub fn reopen() {
     if let Some(log) = LOG.get() {
         log.reopen();
     }
 }
 
-/// Lines that were not written.
+/// The number of lines that were lost.
 pub fn lost() -> u64 {
     LOG.get().map_or(0, Writer::lost)
 }
 
-/// Waits until all is written, but not for long.
+/// Waits until all lines are written, at most for [`PATIENCE`].
 pub fn flush() {
     if let Some(log) = LOG.get() {
         log.flush(Instant::now() + PATIENCE);
@@ -98,13 +101,13 @@ fn notice(lost: u64) -> Vec<u8> {
         .into_bytes()
 }
 
-/// Takes what tracing writes: whole lines.
+/// Puts the lines of tracing, which writes whole lines, into the queue.
 struct Queue;
 
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if let Some(log) = LOG.get()
-            && !log.offer(line.to_vec(), 1, None, ROOM)
+            && !log.offer(line.to_vec(), 1, None, CAPACITY)
         {
             log.lose(1);
         }

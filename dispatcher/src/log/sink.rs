@@ -1,4 +1,4 @@
-//! Where lines end up: standard error, or a file that may be replaced by another of its name.
+//! The destination of lines: standard error, or a file that can be reopened by its name.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -10,16 +10,17 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::print::write_whole;
 
-/// Permissions of the files that are made here, whatever the umask.
+/// Permissions of files created here, whatever the umask: logs may hold names and addresses, so
+/// that only the owner and the group may read them.
 const MODE: u32 = 0o640;
 
 /// An open file, or standard error.
 #[derive(Debug)]
 pub struct Sink {
     fd: OwnedFd,
-    /// None: standard error.
+    /// `None`: standard error.
     path: Option<PathBuf>,
-    /// A write ended in the middle of a line.
+    /// The last write ended in the middle of a line.
     torn: bool,
 }
 
@@ -27,18 +28,18 @@ impl Sink {
     /// Standard error.
     ///
     /// # Errors
-    /// If there are no descriptors left.
+    /// No descriptor is left.
     pub fn stderr() -> io::Result<Self> {
         Ok(Sink { fd: io::stderr().as_fd().try_clone_to_owned()?, path: None, torn: false })
     }
 
-    /// This descriptor.
+    /// An open descriptor.
     #[cfg(test)]
     pub fn of(fd: OwnedFd) -> Self {
         Sink { fd, path: None, torn: false }
     }
 
-    /// The file of this name.
+    /// The file at this path, opened to append.
     ///
     /// # Errors
     /// As [`open_to_append`].
@@ -46,7 +47,8 @@ impl Sink {
         Ok(Sink { fd: open_to_append(path)?.into(), path: Some(path.to_owned()), torn: false })
     }
 
-    /// Opens the file of its name anew, if it has one. After an error it goes on with the old one.
+    /// Reopens the file by its path, if the sink is a file. After an error, the old file stays in
+    /// use.
     ///
     /// # Errors
     /// As [`open_to_append`].
@@ -58,14 +60,14 @@ impl Sink {
         Ok(())
     }
 
-    /// Writes whole lines. After a line that was written in part, they begin on a line of their
-    /// own.
+    /// Writes whole lines. If the previous write ended in the middle of a line, a line break comes
+    /// first.
     ///
     /// # Errors
-    /// Whatever write(2) says. None or some of the lines are written then.
+    /// The errors of write(2). Some of the lines may have been written.
     pub fn write(&mut self, lines: &[u8]) -> io::Result<()> {
-        let begun_anew = self.torn.then(|| [b"\n", lines].concat());
-        match write_whole(&self.fd, begun_anew.as_deref().unwrap_or(lines)) {
+        let separated = self.torn.then(|| [b"\n", lines].concat());
+        match write_whole(&self.fd, separated.as_deref().unwrap_or(lines)) {
             Ok(()) => {
                 self.torn = false;
                 Ok(())
@@ -78,11 +80,13 @@ impl Sink {
     }
 }
 
-/// Opens a file to append to, or makes it, with permissions 0640 whatever the umask.
+/// Opens a file to append to it. A file that does not exist is created with permissions 0640,
+/// whatever the umask.
 ///
 /// # Errors
-/// Whatever open(2) says: ELOOP for a symbolic link, ENXIO for a FIFO that nobody reads; and if the
-/// file has a second name, which may be anybody's.
+/// The errors of open(2), among them ELOOP for a symbolic link and ENXIO for a FIFO without a
+/// reader. A file with more than one hard link is refused: another user may have created the link
+/// to make the primary, which may run as root, write to that file.
 pub fn open_to_append(path: &Path) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
     let open =
@@ -99,7 +103,7 @@ pub fn open_to_append(path: &Path) -> io::Result<File> {
     if metadata.is_file() && metadata.nlink() > 1 {
         return Err(io::Error::other("it is a hard link to another file"));
     }
-    // Only opening was not to block.
+    // O_NONBLOCK was for open(2) only. Writes may block.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::O_APPEND))?;
     Ok(file)
 }
@@ -123,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_half_line_does_not_swallow_the_next() {
+    fn a_torn_line_is_ended_before_the_next() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut sink = Sink { fd: writer.into(), path: None, torn: true };
         sink.write(b"whole\n").unwrap();

@@ -1,5 +1,4 @@
-//! A thread that writes lines, so that whoever has some need not wait for a disk, a pipe or a
-//! terminal.
+//! A thread that writes lines, so that no other thread waits for a disk, a pipe or a terminal.
 
 use std::io;
 use std::sync::Arc;
@@ -10,16 +9,19 @@ use std::time::{Duration, Instant};
 use super::sink::Sink;
 use crate::host::privileges::drop_all_capabilities;
 
-/// Bytes that may wait to be written.
-pub const ROOM: usize = 1 << 20;
+/// The most bytes in a queue: some 10,000 lines, which is enough for a burst and little compared
+/// with packet memory.
+pub const CAPACITY: usize = 1 << 20;
 
-/// What a line in the queue takes beside its bytes.
+/// Bytes by which an entry of the queue is larger than its text: the entry itself and the
+/// allocation.
 const OVERHEAD: usize = 64;
 
-/// How long after a failure the next try is made, if there is no line before.
+/// The time after a failed write until the next attempt to report lost lines, unless a line comes
+/// earlier.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// The way to a thread that writes lines. Offering some never blocks.
+/// A handle to a thread that writes lines. Offering lines never blocks.
 #[derive(Debug)]
 pub struct Writer {
     queue: Sender<Lines>,
@@ -28,10 +30,11 @@ pub struct Writer {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Bytes in the queue, or being written.
-    waiting: AtomicUsize,
+    /// Bytes in the queue or being written.
+    queued: AtomicUsize,
     /// Lines that were not written.
     lost: AtomicU64,
+    /// The sink is to be reopened before the next write.
     reopen: AtomicBool,
 }
 
@@ -39,95 +42,101 @@ struct Shared {
 struct Lines {
     bytes: Vec<u8>,
     count: u64,
-    /// Counts them if they are lost, beside the writer.
+    /// A second counter of lost lines, beside that of the writer.
     owner: Option<Arc<AtomicU64>>,
 }
 
-/// The line that tells how many were lost.
+/// Makes the line that reports how many lines were lost.
 pub type Notice = fn(u64) -> Vec<u8>;
 
 impl Writer {
-    /// Starts the thread. `name` is for the log. Once lines can be written again, `notice` tells
-    /// there how many were lost; without one the log does.
+    /// Starts the thread. `name` names the sink in log lines. Once the sink accepts lines again,
+    /// the line made by `notice` reports to it how many were lost; without `notice`, the log
+    /// reports it.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The thread cannot be started.
     pub fn start(name: String, sink: Sink, notice: Option<Notice>) -> io::Result<Self> {
         let (queue, lines) = channel();
         let shared = Arc::<Shared>::default();
-        let carrier = Carrier { name, sink, notice, told: 0, failed: 0, shared: shared.clone() };
+        let thread = WriterThread { name, sink, notice, reported: 0, failed: 0, shared: shared.clone() };
         std::thread::Builder::new().name("writer".into()).spawn(move || {
             drop_all_capabilities();
-            carrier.run(&lines);
+            thread.run(&lines);
         })?;
         Ok(Writer { queue, shared })
     }
 
-    /// Has whole lines written, unless more than `room` bytes would wait then. Whether they will be
-    /// tried.
-    pub fn offer(&self, bytes: Vec<u8>, count: u64, owner: Option<Arc<AtomicU64>>, room: usize) -> bool {
+    /// Queues whole lines, unless the queue would then hold more than `limit` bytes. Returns
+    /// whether the lines were queued. Lines that cannot be written later are counted as lost, by
+    /// the writer and by `owner`.
+    pub fn offer(&self, bytes: Vec<u8>, count: u64, owner: Option<Arc<AtomicU64>>, limit: usize) -> bool {
         let size = bytes.len() + OVERHEAD;
-        let taken = self.shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| {
-            Some(waiting + size).filter(|all| *all <= room)
+        let reserved = self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
+            Some(queued + size).filter(|all| *all <= limit)
         });
-        taken.is_ok() && self.queue.send(Lines { bytes, count, owner }).is_ok()
+        reserved.is_ok() && self.queue.send(Lines { bytes, count, owner }).is_ok()
     }
 
-    /// Counts lines as lost that could not be offered.
+    /// Counts lines as lost that [`offer`](Self::offer) did not take.
     pub fn lose(&self, count: u64) {
         self.shared.lost.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Lines that were not written.
+    /// The number of lines that were lost.
     pub fn lost(&self) -> u64 {
         self.shared.lost.load(Ordering::Relaxed)
     }
 
-    /// Has the file opened anew, before the next line.
+    /// Makes the thread reopen its file before it writes the next line.
     pub fn reopen(&self) {
         self.shared.reopen.store(true, Ordering::Release);
         // Wakes the thread.
         let _ = self.queue.send(Lines { bytes: Vec::new(), count: 0, owner: None });
     }
 
-    /// Waits until all that was offered is written or lost, but not longer than to the deadline.
+    /// Waits until every queued line is written or lost, but not beyond the deadline.
     pub fn flush(&self, deadline: Instant) {
-        while self.shared.waiting.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+        while self.shared.queued.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
-/// The thread's own.
-struct Carrier {
+/// The state of the thread.
+struct WriterThread {
     name: String,
     sink: Sink,
     notice: Option<Notice>,
-    /// Lost lines that the notice has told of.
-    told: u64,
-    /// Lines that failed since the last that did not.
+    /// Lost lines that a notice has already reported.
+    reported: u64,
+    /// Lines that could not be written since the last successful write.
     failed: u64,
     shared: Arc<Shared>,
 }
 
-impl Carrier {
+impl WriterThread {
     fn run(mut self, queue: &Receiver<Lines>) {
         loop {
-            let untold = self.notice.is_some() && self.shared.lost.load(Ordering::Relaxed) > self.told;
-            let next = queue.recv_timeout(if untold { RETRY } else { Duration::MAX });
+            let unreported =
+                self.notice.is_some() && self.shared.lost.load(Ordering::Relaxed) > self.reported;
+            let next = queue.recv_timeout(if unreported { RETRY } else { Duration::MAX });
             if self.shared.reopen.swap(false, Ordering::Acquire)
                 && let Err(error) = self.sink.reopen()
             {
-                tracing::error!(file = self.name, "cannot be opened anew, the old one stays in use: {error}");
+                tracing::error!(
+                    file = self.name,
+                    "the file cannot be reopened, and the old one stays in use: {error}"
+                );
             }
             match next {
                 Ok(lines) if lines.count > 0 => {
                     self.write(&lines);
-                    self.shared.waiting.fetch_sub(lines.bytes.len() + OVERHEAD, Ordering::Release);
+                    self.shared.queued.fetch_sub(lines.bytes.len() + OVERHEAD, Ordering::Release);
                 }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    let _ = self.tell();
+                    let _ = self.report_lost();
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -135,16 +144,19 @@ impl Carrier {
     }
 
     fn write(&mut self, lines: &Lines) {
-        match self.tell().and_then(|()| self.sink.write(&lines.bytes)) {
+        match self.report_lost().and_then(|()| self.sink.write(&lines.bytes)) {
             Ok(()) => {
                 let failed = std::mem::take(&mut self.failed);
                 if failed > 0 && self.notice.is_none() {
-                    tracing::warn!(file = self.name, lost = failed, "can be written to again");
+                    tracing::warn!(file = self.name, lost = failed, "the file can be written again");
                 }
             }
             Err(error) => {
                 if self.failed == 0 && self.notice.is_none() {
-                    tracing::error!(file = self.name, "cannot be written to, its lines are lost: {error}");
+                    tracing::error!(
+                        file = self.name,
+                        "the file cannot be written, and its lines are lost: {error}"
+                    );
                 }
                 self.failed += lines.count;
                 self.shared.lost.fetch_add(lines.count, Ordering::Relaxed);
@@ -155,12 +167,12 @@ impl Carrier {
         }
     }
 
-    /// Writes the notice, if there is something to tell.
-    fn tell(&mut self) -> io::Result<()> {
+    /// Writes the notice if lines were lost since the last one.
+    fn report_lost(&mut self) -> io::Result<()> {
         let lost = self.shared.lost.load(Ordering::Relaxed);
-        if let Some(notice) = self.notice.filter(|_| lost > self.told) {
-            self.sink.write(&notice(lost - self.told))?;
-            self.told = lost;
+        if let Some(notice) = self.notice.filter(|_| lost > self.reported) {
+            self.sink.write(&notice(lost - self.reported))?;
+            self.reported = lost;
         }
         Ok(())
     }
@@ -175,19 +187,19 @@ mod tests {
         format!("lost {lost}\n").into_bytes()
     }
 
-    /// A writer to a pipe.
+    /// A writer whose sink is a pipe.
     fn start() -> (Writer, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
         (Writer::start("pipe".into(), Sink::of(writer.into()), Some(notice)).unwrap(), reader)
     }
 
     #[test]
-    fn lines_that_find_no_room_are_counted_and_told() {
+    fn lines_beyond_the_capacity_are_reported_lost() {
         let (writer, mut reader) = start();
         let line = |number: usize| format!("{number:0>1023}\n").into_bytes();
         let mut written = 0;
-        // Fills the pipe, and then the queue.
-        while writer.offer(line(written), 1, None, ROOM) {
+        // This fills the pipe, and then the queue.
+        while writer.offer(line(written), 1, None, CAPACITY) {
             written += 1;
         }
         writer.lose(7);
@@ -198,7 +210,7 @@ mod tests {
         let numbers: Vec<usize> = text.lines().filter_map(|line| line.parse().ok()).collect();
         assert_eq!(numbers, (0..written).collect::<Vec<_>>());
         assert_eq!(text.lines().filter(|line| *line == "lost 7").count(), 1);
-        assert!(writer.offer(line(1), 1, None, ROOM));
+        assert!(writer.offer(line(1), 1, None, CAPACITY));
     }
 
     #[test]
@@ -206,16 +218,16 @@ mod tests {
         let full = Sink::file(std::path::Path::new("/dev/full")).unwrap();
         let writer = Writer::start("full".into(), full, None).unwrap();
         let owner = Arc::<AtomicU64>::default();
-        assert!(writer.offer(b"a\nb\n".to_vec(), 2, Some(owner.clone()), ROOM));
+        assert!(writer.offer(b"a\nb\n".to_vec(), 2, Some(owner.clone()), CAPACITY));
         writer.flush(Instant::now() + Duration::from_secs(600));
         assert_eq!((writer.lost(), owner.load(Ordering::Relaxed)), (2, 2));
     }
 
     #[test]
-    fn waiting_for_a_sink_that_takes_nothing_ends() {
+    fn flush_ends_at_its_deadline() {
         let (writer, _reader) = start();
-        while writer.offer(vec![b'x'; 1024], 1, None, ROOM) {}
+        while writer.offer(vec![b'x'; 1024], 1, None, CAPACITY) {}
         writer.flush(Instant::now() + Duration::from_millis(10));
-        assert!(writer.shared.waiting.load(Ordering::Relaxed) > ROOM / 2);
+        assert!(writer.shared.queued.load(Ordering::Relaxed) > CAPACITY / 2);
     }
 }

@@ -1,5 +1,7 @@
 //! Packet memory: one UMEM for all lanes, mapped by every worker.
 
+#![allow(unsafe_code, reason = "packet memory is shared with the kernel")]
+
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -16,6 +16,8 @@
 //! other end's index only when the cached one says empty (or full), as libxdp's
 //! `xsk_ring_cons__peek` and `xsk_ring_prod__reserve` do (xdp-tools, headers/xdp/xsk.h).
 
+#![allow(unsafe_code, reason = "the rings of AF_XDP sockets are mapped memory")]
+
 use std::ffi::c_void;
 use std::io;
 use std::marker::PhantomData;
@@ -27,6 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sys::stat::fstat;
 use procfs::process::{MMapPath, Process};
 use xfan_shm::ids::UmemOffset;
+use xfan_xdp::MINIMUM_KERNEL;
 
 use crate::port::source::Received;
 
@@ -386,9 +389,10 @@ fn get_option<T: Copy>(socket: &impl AsRawFd, option: libc::c_int) -> io::Result
         return Err(io::Error::last_os_error());
     }
     if (length as usize) < size_of::<T>() {
-        return Err(io::Error::other(
-            "this kernel is too old for xfan: its AF_XDP options are shorter (Linux 5.10 is needed)",
-        ));
+        return Err(io::Error::other(format!(
+            "this kernel is too old for xfan, which needs Linux {MINIMUM_KERNEL}: its AF_XDP options \
+             are shorter"
+        )));
     }
     // SAFETY: zeroed, then written by the kernel; the types used here are plain integers.
     Ok(unsafe { value.assume_init() })

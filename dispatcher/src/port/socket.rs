@@ -4,6 +4,8 @@
 //! descriptor. So the lane accesses its two rings directly ([`rings`]). xsk-rs' handles only keep
 //! the rings mapped.
 
+#![allow(unsafe_code, reason = "xsk-rs leaves the lifetime of the UMEM to its caller")]
+
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;

@@ -1,14 +1,16 @@
-//! A cgroup (version 2) for each worker's process: it and all that descends from it can be limited, and be killed at once.
+//! A cgroup (version 2) for each worker process. It limits the worker with all its descendants, and
+//! kills them at once.
 //!
 //! ```text
-//!  the primary's cgroup when it starts            delegated to it, or there is no systemd
-//!   └─ xfan-run-xfan-eth1.sock                    one for each control socket
-//!       ├─ primary                                the primary, where it has to make room (see `Cgroups::begin`)
-//!       ├─ default-0                              a worker
+//!  the primary's cgroup at its start    must be delegated by systemd, if systemd runs
+//!   └─ xfan-run-xfan-eth1.sock          one for each control socket
+//!       ├─ primary                      the primary, if it has to move (see `Cgroups::begin`)
+//!       ├─ default-0                    a worker
 //!       └─ default-1
 //! ```
 //!
-//! Folders are removed when what is in them has ended. Those of a primary that was killed, the next one removes.
+//! A cgroup is removed when all processes in it have ended. A primary removes the cgroups that a
+//! killed predecessor left behind.
 
 use std::fs;
 use std::io::{self, Write};
@@ -21,88 +23,89 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 
-/// What a worker and its descendants may use.
+use crate::config::{MAX_CPU, format_list, parse_list};
+use crate::host::sys::has_attribute;
+
+/// The limits of a worker and its descendants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of memory; none: as much as there is.
+    /// Memory in bytes; `None`: no limit.
     pub memory: Option<u64>,
-    /// Processes and threads.
+    /// The most processes and threads.
     pub processes: u32,
-    /// Share of CPU time where workers and others want more than there is; others have 100.
+    /// The share of CPU time when the CPUs are busy, relative to other cgroups, which have 100.
     pub cpu_weight: u32,
-    /// CPUs that are the lanes' alone.
+    /// The CPUs that workers may not use: each runs a lane.
     pub lanes: Vec<usize>,
 }
 
-/// The primary's part of the hierarchy.
+/// The primary's part of the cgroup hierarchy.
 #[derive(Debug)]
 pub struct Cgroups {
     shared: Arc<Shared>,
     limits: Limits,
-    /// Controllers that workers' cgroups have.
+    /// The controllers that are enabled for workers' cgroups.
     controllers: Vec<&'static str>,
-    /// Where the primary was before it made room.
+    /// The cgroup that the primary left; `None`: it did not move.
     moved_from: Option<PathBuf>,
 }
 
 #[derive(Debug)]
 struct Shared {
     folder: PathBuf,
-    /// Cgroups that are to go as soon as they are empty.
-    leaving: Mutex<Vec<PathBuf>>,
+    /// Cgroups to remove once they are empty.
+    emptying: Mutex<Vec<PathBuf>>,
 }
 
-/// A worker's cgroup. Dropping it kills what is in it.
+/// The cgroup of a worker. Dropping it kills every process in it.
 #[derive(Debug)]
 pub struct Cgroup {
     folder: PathBuf,
     shared: Arc<Shared>,
 }
 
-/// The cgroup of the primary, if it may make others in it; else why not.
+/// The cgroup of the primary.
+///
+/// # Errors
+/// A sentence that says why the primary cannot create cgroups in it.
 fn own() -> Result<PathBuf, String> {
-    let text =
-        |file: &str| fs::read_to_string(file).map_err(|error| format!("{file} cannot be read: {error}"));
+    let text = |file: &str| fs::read_to_string(file).map_err(|error| format!("cannot read {file}: {error}"));
     let (cgroups, mounts) = (text("/proc/self/cgroup")?, text("/proc/self/mountinfo")?);
     let path =
         cgroups.lines().find_map(|line| line.strip_prefix("0::")).ok_or("the kernel has no cgroup v2")?;
     let folder = mounts.lines().filter_map(|line| within(line, path)).find(|folder| is_cgroup(folder));
-    let folder = folder.ok_or("no cgroup v2 hierarchy is mounted that shows xfan's own cgroup")?;
+    let folder = folder.ok_or("no mounted cgroup v2 hierarchy contains xfan's own cgroup")?;
     if Path::new("/run/systemd/system").exists() && !is_delegated(&folder) {
         return Err(format!("systemd has not delegated {} to xfan", folder.display()));
     }
     Ok(folder)
 }
 
-/// The folder of a cgroup by a line of /proc/self/mountinfo, if that mounts a hierarchy which has it.
+/// The directory of a cgroup, if this line of /proc/self/mountinfo mounts a hierarchy that contains
+/// it.
 fn within(line: &str, cgroup: &str) -> Option<PathBuf> {
     let (mount, kind) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(3);
     let (root, point) = (fields.next()?, fields.next()?);
     let rest = Path::new(cgroup).strip_prefix(root).ok()?;
-    // Blanks in it are escaped, as in proc_pid_mountinfo(5).
+    // mountinfo escapes spaces: see proc_pid_mountinfo(5).
     let point = point.replace("\\040", " ");
     kind.starts_with("cgroup2 ").then(|| Path::new(&point).join(rest))
 }
 
-/// Something else may be mounted over it.
+/// Whether a directory is a cgroup: another file system may be mounted over it.
 fn is_cgroup(folder: &Path) -> bool {
     statfs(folder).is_ok_and(|statfs| statfs.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-/// Whether systemd leaves what is below to others: see CGROUP_DELEGATION in its documentation.
+/// Whether systemd has delegated a cgroup: see CGROUP_DELEGATION in its documentation.
 fn is_delegated(folder: &Path) -> bool {
     let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else { return false };
-    [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| {
-        let mut value = [0u8; 1];
-        // SAFETY: both strings end in a null byte; the kernel writes one byte at most.
-        let length =
-            unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-        length == 1 && value == *b"1"
-    })
+    [c"trusted.delegate", c"user.delegate"].into_iter().any(|name| has_attribute(&path, name, b'1'))
 }
 
-/// `/run/xfan/eth1.sock` as a name: `xfan-run-xfan-eth1.sock`, and never the same for two paths.
+/// The name for the cgroup of a control socket: `xfan-run-xfan-eth1.sock` for
+/// `/run/xfan/eth1.sock`. Two paths never get the same name.
 fn name_of(socket: &Path) -> String {
     let bytes = socket.as_os_str().as_bytes();
     let escaped = bytes.strip_prefix(b"/").unwrap_or(bytes).iter().map(|byte| match byte {
@@ -122,7 +125,7 @@ fn words(folder: &Path, file: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Makes a folder, or takes one that is there.
+/// Creates a directory, unless it exists.
 fn make(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -130,7 +133,7 @@ fn make(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives the cgroups in a folder a controller.
+/// Enables a controller for the cgroups in a directory.
 fn enable(folder: &Path, controller: &str) -> io::Result<()> {
     if words(folder, "cgroup.subtree_control").iter().any(|word| word == controller) {
         return Ok(());
@@ -139,18 +142,19 @@ fn enable(folder: &Path, controller: &str) -> io::Result<()> {
 }
 
 impl Cgroups {
-    /// Makes the folder for the workers of the primary that listens on `socket`.
+    /// Creates the cgroup for the workers of the primary that listens on `socket`.
     ///
-    /// A cgroup that gives its children controllers must have no processes of its own, but at the root. So the primary may have
-    /// to go into a cgroup of its own. If other processes are beside it, the limits that need controllers cannot be had.
+    /// Only the root cgroup may contain processes while it enables controllers for its children.
+    /// The primary may therefore have to move into a child of its cgroup. If other processes share
+    /// its cgroup, the limits that need controllers are not available.
     ///
     /// # Errors
-    /// A sentence that says why there are no cgroups.
+    /// A sentence that says why workers get no cgroups.
     pub fn begin(socket: &Path, limits: Limits) -> Result<Self, String> {
         let own = own()?;
         let folder = own.join(name_of(socket));
-        make(&folder).map_err(|error| format!("{} cannot be made: {error}", folder.display()))?;
-        let shared = Arc::new(Shared { folder, leaving: Mutex::default() });
+        make(&folder).map_err(|error| format!("cannot create {}: {error}", folder.display()))?;
+        let shared = Arc::new(Shared { folder, emptying: Mutex::default() });
         let mut cgroups = Cgroups { shared, limits, controllers: Vec::new(), moved_from: None };
         let mut wanted = vec!["memory", "pids", "cpu"];
         if !cgroups.limits.lanes.is_empty() {
@@ -160,21 +164,24 @@ impl Cgroups {
         for controller in wanted.into_iter().filter(|wanted| available.iter().any(|word| word == wanted)) {
             let mut enabled = enable(&own, controller);
             if enabled.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-                && cgroups.make_room(&own).is_ok()
+                && cgroups.move_primary(&own).is_ok()
             {
                 enabled = enable(&own, controller);
             }
             let enabled = enabled.and_then(|()| enable(&cgroups.shared.folder, controller));
             match enabled {
                 Ok(()) => cgroups.controllers.push(controller),
-                Err(error) => tracing::debug!(controller, "cannot be enabled for workers' cgroups: {error}"),
+                Err(error) => tracing::debug!(
+                    controller,
+                    "the controller cannot be enabled for workers' cgroups: {error}"
+                ),
             }
         }
         Ok(cgroups)
     }
 
-    /// Moves the primary from its cgroup to one below.
-    fn make_room(&mut self, own: &Path) -> io::Result<()> {
+    /// Moves the primary from its cgroup into a child of it.
+    fn move_primary(&mut self, own: &Path) -> io::Result<()> {
         if self.moved_from.is_none() {
             let folder = self.shared.folder.join("primary");
             make(&folder)?;
@@ -184,12 +191,12 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Where the workers' cgroups are.
+    /// The directory that contains the workers' cgroups.
     pub fn folder(&self) -> &Path {
         &self.shared.folder
     }
 
-    /// The limits that cgroups enforce, and those that they do not.
+    /// The configured limits that cgroups enforce, and those that they do not enforce.
     pub fn in_force(&self) -> (Vec<&'static str>, Vec<&'static str>) {
         let wanted = [
             ("worker_memory", "memory", self.limits.memory.is_some()),
@@ -204,18 +211,18 @@ impl Cgroups {
         (names(have), names(lack))
     }
 
-    /// Whether `worker_memory` is enforced here.
+    /// Whether cgroups enforce `worker_memory`.
     pub fn limits_memory(&self) -> bool {
         self.controllers.contains(&"memory")
     }
 
-    /// A cgroup for a new process of a member, such as `default/0`.
+    /// Creates a cgroup for a new process of a member, such as `default/0`.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of mkdir(2) and of write(2) to the cgroup's files.
     pub fn make(&self, member: &str) -> io::Result<Cgroup> {
         let name = member.replace('/', "-");
-        // What is left of the process before may still be ending.
+        // Processes of the previous worker may still be ending in a cgroup of that name.
         for number in 0.. {
             let name = if number == 0 { name.clone() } else { format!("{name}.{number}") };
             let folder = self.shared.folder.join(name);
@@ -237,7 +244,7 @@ impl Cgroups {
             && let Some(bytes) = memory
         {
             write(folder, "memory.max", &bytes.to_string())?;
-            // Half a worker is of no use. Kernels before 4.19 cannot.
+            // On OOM, kill all processes of the worker: it cannot work with some missing.
             let _ = write(folder, "memory.oom.group", "1");
         }
         if has("pids") {
@@ -248,19 +255,20 @@ impl Cgroups {
         }
         if has("cpuset") {
             let all = words(&self.shared.folder, "cpuset.cpus.effective").concat();
-            let others: Vec<usize> = crate::config::parse_list(&all, crate::config::MAX_CPU)
+            let others: Vec<usize> = parse_list(&all, MAX_CPU)
                 .unwrap_or_default()
                 .into_iter()
                 .filter(|cpu| !lanes.contains(cpu))
                 .collect();
             if !others.is_empty() {
-                write(folder, "cpuset.cpus", &crate::config::format_list(&others))?;
+                write(folder, "cpuset.cpus", &format_list(&others))?;
             }
         }
         Ok(())
     }
 
-    /// The cgroup of a worker that an earlier primary started, if that has the same place.
+    /// The cgroup of a process that an earlier primary started, if it is one of this primary's
+    /// cgroups.
     pub fn of(&self, pid: u32) -> Option<Cgroup> {
         let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let name = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?).file_name()?;
@@ -269,7 +277,7 @@ impl Cgroups {
         words(&folder, "cgroup.procs").contains(&pid).then(|| Cgroup { folder, shared: self.shared.clone() })
     }
 
-    /// Kills what an earlier primary left behind here, but for what is in `kept`.
+    /// Kills all processes that an earlier primary left in these cgroups, except those in `kept`.
     pub fn clear(&self, kept: &[&Cgroup]) {
         let folders =
             fs::read_dir(&self.shared.folder).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -280,17 +288,17 @@ impl Cgroups {
         }
     }
 
-    /// Removes cgroups whose processes have ended. `true`: all of them.
+    /// Removes the cgroups whose processes have ended. Returns whether all are removed.
     pub fn sweep(&self) -> bool {
-        let mut leaving = self.shared.leaving.lock().unwrap_or_else(PoisonError::into_inner);
-        leaving.retain(|folder| match fs::remove_dir(folder) {
+        let mut emptying = self.shared.emptying.lock().unwrap_or_else(PoisonError::into_inner);
+        emptying.retain(|folder| match fs::remove_dir(folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 kill_all(folder);
                 true
             }
             _ => false,
         });
-        leaving.is_empty()
+        emptying.is_empty()
     }
 }
 
@@ -298,7 +306,7 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         let folder = &self.shared.folder;
         if let Some(own) = &self.moved_from {
-            // The way in, backwards.
+            // Undo the steps of `begin` in reverse order.
             for folder in [folder, own] {
                 for controller in &self.controllers {
                     let _ = write(folder, "cgroup.subtree_control", &format!("-{controller}"));
@@ -310,21 +318,21 @@ impl Drop for Cgroups {
         if let Err(error) = fs::remove_dir(folder)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(path = %folder.display(), "cannot be removed: {error}");
+            tracing::warn!(path = %folder.display(), "the cgroup cannot be removed: {error}");
         }
     }
 }
 
 impl Cgroup {
-    /// Where a process enters it, by writing `0`.
+    /// Opens `cgroup.procs`: a process that writes `0` to it enters the cgroup.
     ///
     /// # Errors
-    /// Whatever the kernel says.
-    pub fn entrance(&self) -> io::Result<OwnedFd> {
+    /// The errors of open(2).
+    pub fn procs(&self) -> io::Result<OwnedFd> {
         Ok(fs::OpenOptions::new().write(true).open(self.folder.join("cgroup.procs"))?.into())
     }
 
-    /// Kills all that is in it.
+    /// Kills all processes in the cgroup.
     pub fn kill(&self) {
         kill_all(&self.folder);
     }
@@ -334,20 +342,21 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         kill_all(&self.folder);
         if fs::remove_dir(&self.folder).is_err() {
-            let mut leaving = self.shared.leaving.lock().unwrap_or_else(PoisonError::into_inner);
-            leaving.push(self.folder.clone());
+            let mut emptying = self.shared.emptying.lock().unwrap_or_else(PoisonError::into_inner);
+            emptying.push(self.folder.clone());
         }
     }
 }
 
-/// Kills all that is in a cgroup; before Linux 5.14 one by one, after it has been frozen, so that nothing in it starts more.
+/// Kills all processes in a cgroup. Before Linux 5.14 it freezes them first, so that none can start
+/// another, and kills them one by one.
 fn kill_all(folder: &Path) {
     if write(folder, "cgroup.kill", "1").is_ok() {
         return;
     }
     let _ = write(folder, "cgroup.freeze", "1");
     for pid in words(folder, "cgroup.procs").iter().filter_map(|pid| pid.parse().ok()) {
-        // In a frozen cgroup nothing ends but by a signal, so the id is not another's.
+        // Processes in a frozen cgroup end only by a signal, so no other process can have this pid.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }
@@ -357,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cgroup_is_found_by_where_its_hierarchy_is_mounted() {
+    fn a_cgroup_is_found_below_its_mount_point() {
         let line = |root: &str, point: &str, kind: &str| {
             format!("41 31 0:38 {root} {point} rw,relatime shared:9 - {kind} none rw")
         };
@@ -371,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn two_sockets_have_two_names() {
+    fn different_sockets_have_different_names() {
         assert_eq!(name_of(Path::new("/run/xfan/eth1.sock")), "xfan-run-xfan-eth1.sock");
         let names = ["/a-b/c", "/a/b/c", "/a\\x2db/c", "/ab/c"].map(|path| name_of(Path::new(path)));
         let distinct: std::collections::BTreeSet<_> = names.iter().collect();

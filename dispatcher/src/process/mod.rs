@@ -1,4 +1,4 @@
-//! Worker processes: how they are started and confined, and what becomes of their output.
+//! Worker processes: starting, confining and adopting them, and relaying their output.
 
 pub mod cgroup;
 pub mod inherit;

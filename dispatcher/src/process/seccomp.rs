@@ -1,7 +1,10 @@
-//! System calls that neither the primary nor a worker has business with, and fewer still for a worker in the sandbox.
+//! Filters that refuse system calls: one for the primary and all workers, and a stricter one for
+//! workers with `worker_sandbox = true`.
 //!
-//! Workers inherit the primary's filter, and run programs that xfan does not know. So both filters are lists of what is refused,
-//! with EPERM; all else works. A filter stays for good, also when the process executes another program.
+//! Workers inherit the primary's filter and run arbitrary programs. Both filters therefore list
+//! what they refuse, with EPERM; all other calls work. A filter is permanent and survives exec(2).
+
+#![allow(unsafe_code, reason = "seccomp(2) takes a pointer to a program")]
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,9 +15,10 @@ use seccompiler::{
     TargetArch,
 };
 
-/// Refused to all. Several need a capability as well, which workers do not have, and most threads of the primary neither.
-const NOBODYS: &[c_long] = &[
-    // Mounts and namespaces. clone(2) with a namespace is refused, too.
+/// Refused for the primary and its workers. Several also need a capability that workers, and most
+/// threads of the primary, do not have.
+const REFUSED: &[c_long] = &[
+    // Mounts and namespaces. A rule below refuses clone(2) with a namespace flag.
     libc::SYS_mount,
     libc::SYS_umount2,
     libc::SYS_pivot_root,
@@ -51,7 +55,7 @@ const NOBODYS: &[c_long] = &[
     libc::SYS_iopl,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_ioperm,
-    // Other processes' memory and descriptors, files by handle.
+    // Memory and descriptors of other processes, files by handle.
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -59,16 +63,16 @@ const NOBODYS: &[c_long] = &[
     libc::SYS_open_by_handle_at,
     libc::SYS_fanotify_init,
     libc::SYS_userfaultfd,
-    // Keyrings. keyctl(2) is left to xfan for one purpose.
+    // Keyrings. A rule below allows one operation of keyctl(2), which xfan needs.
     libc::SYS_add_key,
     libc::SYS_request_key,
     KEXEC_FILE_LOAD,
 ];
 
-/// As in asm/unistd.h: libc has no name for it on every machine.
+/// As in asm/unistd.h; libc lacks the constant on some machines.
 const KEXEC_FILE_LOAD: c_long = if cfg!(target_arch = "x86_64") { 320 } else { 294 };
 
-/// Refused to a worker in the sandbox, too.
+/// Refused for sandboxed workers as well.
 const NOT_SANDBOXED: &[c_long] = &[
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
@@ -78,7 +82,7 @@ const NOT_SANDBOXED: &[c_long] = &[
     libc::SYS_keyctl,
 ];
 
-/// Flags of clone(2) that make namespaces.
+/// The flags of clone(2) that create namespaces.
 const NAMESPACES: [libc::c_int; 7] = [
     libc::CLONE_NEWNS,
     libc::CLONE_NEWCGROUP,
@@ -89,13 +93,13 @@ const NAMESPACES: [libc::c_int; 7] = [
     libc::CLONE_NEWNET,
 ];
 
-/// No filter can be made, or none be installed.
+/// Why a filter cannot be built or installed.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the message says it
 pub enum FilterError {
-    #[error("cannot make a seccomp filter: {0}")]
+    #[error("cannot build a seccomp filter: {0}")]
     Make(#[from] seccompiler::BackendError),
-    #[error("cannot install a seccomp filter (CONFIG_SECCOMP_FILTER): {0}")]
+    #[error("cannot install a seccomp filter, which needs a kernel with CONFIG_SECCOMP_FILTER: {0}")]
     Install(#[from] io::Error),
 }
 
@@ -105,7 +109,8 @@ pub struct Filter(Vec<BpfProgram>);
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// Adds a rule; also for the x32 numbers of x86-64, by which a program could get around it.
+/// Adds a rule for a system call; on x86-64 also for its x32 number, which would bypass the filter
+/// otherwise.
 fn refuse(rules: &mut Rules, call: c_long, when: &[SeccompRule]) {
     const X32: i64 = 0x4000_0000;
     rules.insert(call, when.to_vec());
@@ -114,20 +119,22 @@ fn refuse(rules: &mut Rules, call: c_long, when: &[SeccompRule]) {
     }
 }
 
+/// A condition on the lower 32 bits of an argument.
 fn when(argument: u8, is: SeccompCmpOp, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, is, value)?])
 }
 
 impl Filter {
-    /// That of the primary, and of everything it starts.
+    /// The filter of the primary, which its workers inherit.
     ///
     /// # Errors
-    /// The machine is neither x86-64 nor arm64 nor riscv64.
+    /// The machine is not x86-64, arm64 or riscv64.
     pub fn of_primary() -> Result<Self, FilterError> {
         let mut rules = Rules::new();
-        NOBODYS.iter().for_each(|&call| refuse(&mut rules, call, &[]));
+        REFUSED.iter().for_each(|&call| refuse(&mut rules, call, &[]));
         if cfg!(target_arch = "x86_64") {
-            // ptrace, kexec_load, process_vm_readv and process_vm_writev have other numbers in x32.
+            // In x32, ptrace, kexec_load, process_vm_readv and process_vm_writev have these
+            // numbers.
             [521, 528, 539, 540].iter().for_each(|&call| refuse(&mut rules, call, &[]));
         }
         let of_clone = |&flag| {
@@ -138,19 +145,20 @@ impl Filter {
         refuse(&mut rules, libc::SYS_clone, &namespaces);
         let join = u64::from(libc::KEYCTL_JOIN_SESSION_KEYRING);
         refuse(&mut rules, libc::SYS_keyctl, &[when(0, SeccompCmpOp::Ne, join)?]);
-        // Who joins another's process group can have it get SIGHUP: the kernel sends that to a group
-        // whose last tie to its session is cut while one of it is stopped.
+        // A process that joins the process group of another could make the kernel send SIGHUP to
+        // it: a group gets SIGHUP when it becomes orphaned while a member of it is stopped.
         refuse(&mut rules, libc::SYS_setpgid, &[when(1, SeccompCmpOp::Ne, 0)?]);
-        // A filter cannot see the flags of clone3(2). C libraries do without it, where the kernel seems not to have it.
+        // A filter cannot read the flags of clone3(2), which are in memory. With ENOSYS, C
+        // libraries fall back to clone(2).
         let mut unknown = Rules::new();
         refuse(&mut unknown, libc::SYS_clone3, &[]);
         Ok(Filter(vec![compile(rules, libc::EPERM)?, compile(unknown, libc::ENOSYS)?]))
     }
 
-    /// That of a worker with `worker_sandbox = true`, beside the primary's.
+    /// The filter of a worker with `worker_sandbox = true`, in addition to the primary's.
     ///
     /// # Errors
-    /// As [`of_primary`](Self::of_primary).
+    /// Those of [`of_primary`](Self::of_primary).
     pub fn of_sandbox() -> Result<Self, FilterError> {
         let mut rules = Rules::new();
         NOT_SANDBOXED.iter().for_each(|&call| refuse(&mut rules, call, &[]));
@@ -161,40 +169,40 @@ impl Filter {
         Ok(Filter(vec![compile(rules, libc::EPERM)?]))
     }
 
-    /// Installs it for all threads of this process, and what they start.
+    /// Installs the filter for all threads of this process and everything they start.
     ///
     /// # Errors
-    /// Whatever seccomp(2) says.
+    /// The errors of seccomp(2).
     pub fn install_for_all_threads(&self) -> io::Result<()> {
         self.install_with(libc::SECCOMP_FILTER_FLAG_TSYNC)
     }
 
-    /// Installs it for the calling thread, and what it starts. Async-signal-safe.
+    /// Installs the filter for the calling thread and everything it starts. Async-signal-safe.
     ///
     /// # Errors
-    /// Whatever seccomp(2) says.
+    /// The errors of seccomp(2).
     pub fn install(&self) -> io::Result<()> {
         self.install_with(0)
     }
 
     fn install_with(&self, flags: libc::c_ulong) -> io::Result<()> {
-        // Without this flag, kernels before 5.16 also turn off the processor's speculation for the process, which would slow
-        // lanes and workers down.
+        // Without this flag, kernels before 5.16 also disable CPU speculation for the process,
+        // which would slow lanes and workers down.
         let flags = flags | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
-        // The kernel asks for it, from whoever lacks CAP_SYS_ADMIN.
+        // The kernel requires it without CAP_SYS_ADMIN.
         nix::sys::prctl::set_no_new_privs()?;
         for program in &self.0 {
-            // An instruction of seccompiler has the layout of the kernel's.
+            // An instruction of seccompiler has the layout of the kernel's: asserted below.
             let program = libc::sock_fprog {
                 len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
                 filter: program.as_ptr().cast_mut().cast(),
             };
-            // SAFETY: the kernel reads the program, which lives through the call, and changes nothing.
+            // SAFETY: the kernel only reads the program, which outlives the call.
             match unsafe {
                 libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
             } {
                 0 => {}
-                // Else it is the thread that cannot have it.
+                // With TSYNC, a positive result is the id of a thread that cannot get the filter.
                 ..0 => return Err(io::Error::last_os_error()),
                 _ => return Err(io::ErrorKind::Other.into()),
             }
@@ -215,7 +223,7 @@ const _: () = assert!(size_of::<seccompiler::sock_filter>() == size_of::<libc::s
 mod tests {
     use super::*;
 
-    /// On threads of their own, which end with their filters.
+    /// Runs `work` under filters, on a thread of its own: the filters end with the thread.
     fn under(filters: Vec<Filter>, work: impl FnOnce() + Send + 'static) {
         let thread = std::thread::spawn(move || {
             filters.iter().for_each(|filter| filter.install().unwrap());
@@ -229,16 +237,16 @@ mod tests {
     }
 
     #[test]
-    fn everything_on_the_list_is_refused_and_the_rest_works() {
+    fn listed_calls_are_refused_and_others_work() {
         under(vec![Filter::of_primary().unwrap()], || {
-            for &call in NOBODYS {
-                // Arguments that make sense to none of them, so that they do no harm without the filter.
+            for &call in REFUSED {
+                // No call accepts these arguments, so that a missing filter does no harm.
                 // SAFETY: no pointer is valid; the calls fail.
                 let result = unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) };
                 assert_eq!(answer(result), libc::EPERM, "{call}");
             }
             for flag in NAMESPACES {
-                // SAFETY: no stack is needed: refused.
+                // SAFETY: the filter refuses the call, so no child uses the null stack.
                 let result = unsafe { libc::syscall(libc::SYS_clone, flag | libc::SIGCHLD, 0, 0, 0, 0) };
                 assert_eq!(answer(result), libc::EPERM, "{flag:#x}");
             }
@@ -250,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sandbox_knows_unix_sockets_only() {
+    fn the_sandbox_allows_only_unix_sockets() {
         under(vec![Filter::of_sandbox().unwrap()], || {
             for &call in NOT_SANDBOXED {
                 // SAFETY: no pointer is valid; the calls fail.

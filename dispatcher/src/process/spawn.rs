@@ -1,4 +1,6 @@
-//! Starting worker processes: unprivileged, and with nothing of the primary's but their place.
+//! Starts worker processes: unprivileged, and without the primary's resources.
+
+#![allow(unsafe_code, reason = "code that runs between fork and exec")]
 
 use std::fmt;
 use std::io;
@@ -21,64 +23,66 @@ use crate::process::inherit::{self, Fresh};
 use crate::process::output::{Output, OutputError, Tap};
 use crate::process::seccomp::Filter;
 
-/// What workers get of the primary's environment: where programs are, and how to write to people. The rest may hold what is
-/// root's alone.
+/// The variables that workers inherit from the primary's environment. Other variables may contain
+/// secrets of root.
 const ENVIRONMENT: [&str; 5] = ["PATH", "LANG", "LC_ALL", "TZ", "TERM"];
 
-/// How long a worker that survives its primary looks for the next one.
+/// How long a worker that survives its primary tries to reach the next one: long enough to restart
+/// a service.
 const SURVIVAL: Duration = Duration::from_secs(60);
 
 /// What all workers of a primary have in common.
 #[derive(Clone, Debug)]
 pub struct WorkerCommand {
-    /// Program and arguments.
+    /// The program and its arguments.
     pub command: Vec<String>,
-    /// Whom they run as.
+    /// The user that they run as.
     pub user: WorkerUser,
-    /// Whether they go on when the primary dies, and look for the next.
+    /// Whether they survive the death of the primary, and reconnect to the next one.
     pub survive: bool,
-    /// What each may use, as far as the system can limit it.
+    /// The limits of each worker, as far as the system can enforce them.
     pub limits: Limits,
-    /// System calls that they are refused beside those that the primary is.
+    /// A filter of system calls in addition to that of the primary.
     pub sandbox: Option<Filter>,
-    /// What becomes of their output.
+    /// The destination of their output.
     pub output: Arc<Output>,
 }
 
-/// A worker could not be started.
+/// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// There is no such program.
+    /// The program does not exist.
     #[error(
         "worker command `{program}` not found: give its full path (sudo searches its own secure_path), \
          or check the name"
     )]
     NotFound {
-        /// As given.
+        /// The program, as configured.
         program: String,
     },
-    /// It may not be executed.
+    /// The workers' user may not execute the program.
     #[error(
-        "worker command `{program}` cannot be executed by user {user}: {source}; make it executable (chmod a+rx) and every \
-         directory above it enterable (chmod a+x), or choose another user with --user"
+        "worker command `{program}` cannot be executed by user {user}: {source}; make it executable \
+         (chmod a+rx) and every directory above it accessible (chmod a+x), or choose another user with \
+         --user"
     )]
     NotExecutable {
-        /// As given.
+        /// The program, as configured.
         program: String,
         /// The workers' user.
         user: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// It has nowhere to write to.
+    /// The destination of its output cannot be opened.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// Anything else.
+    /// Any other error.
     #[error("cannot start worker command `{program}`: {}", explained(source))]
     Other {
-        /// As given.
+        /// The program, as configured.
         program: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -88,25 +92,25 @@ pub enum SpawnError {
 pub struct Process {
     pid: u32,
     pidfd: OwnedFd,
-    /// None: an earlier primary started it.
+    /// `None`: an earlier primary started it.
     child: Option<Child>,
-    /// What descends from it is in there, too; killed with it.
+    /// The cgroup of the process and its descendants, which are killed with it.
     cgroup: Option<Cgroup>,
-    /// Has its last lines relayed, when this is dropped.
+    /// Dropped with the process: relays its last lines.
     _tap: Option<Tap>,
 }
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// As it told the primary, its parent.
+    /// With this status.
     Status(ExitStatus),
-    /// It told its parent, which the primary was not.
+    /// The primary is not its parent, and does not learn the status.
     Unknown,
 }
 
 impl Ending {
-    /// Whether it ended with status 0, as far as is known.
+    /// Whether it is known to have ended with status 0.
     pub fn success(&self) -> bool {
         matches!(self, Ending::Status(status) if status.success())
     }
@@ -122,12 +126,14 @@ impl fmt::Display for Ending {
 }
 
 impl Process {
-    /// Starts a worker for the member `member`: as the given user, without capabilities and without
-    /// a way to get any, in its own process group and cgroup, without a controlling terminal (so
-    /// that it cannot type into the primary's), with descriptors 0 (empty), 1 and 2 (see
-    /// [`Output`]) and `control`, its connection, an environment of its own, nothing of how the
-    /// primary is scheduled and limited, and told to end when the primary does, unless it is to
-    /// survive that.
+    /// Starts a worker for a member. The worker
+    ///
+    /// - runs as the configured user, without capabilities and with no way to gain any;
+    /// - has its own process group and cgroup, and no controlling terminal: otherwise it could
+    ///   inject input into the primary's;
+    /// - has the descriptors 0 (/dev/null), 1 and 2 (see [`Output`]) and `control`, its connection;
+    /// - has its own environment, and the scheduling and resource limits of a new login;
+    /// - gets SIGTERM when the primary dies, unless workers survive that.
     ///
     /// # Errors
     /// [`SpawnError`]
@@ -155,11 +161,12 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(ends.stdout)
             .stderr(ends.stderr)
-            // No session of its own: where the kernel schedules by session (sched(7), autogroup), a lane that yields would
-            // not yield to a worker of another one.
+            // Workers share the session of the primary. With autogroup (sched(7)), the kernel
+            // schedules by session: a lane that yields would not yield to a worker of another
+            // session.
             .process_group(0);
-        // Under its number here: another one may be in use for what the child tells its parent
-        // until exec.
+        // The worker gets the descriptor under its number in this process. Another number may be in
+        // use for the pipe by which the child reports an error before exec.
         let control = control.as_raw_fd();
         process.env(ENV_CONTROL_FD, control.to_string());
         let survive = command.survive;
@@ -171,15 +178,16 @@ impl Process {
             process.env("USER", &user.name).env("LOGNAME", &user.name);
         }
         let other = |source| SpawnError::Other { program: program.to_owned(), source };
-        let entrance = cgroup.as_ref().map(Cgroup::entrance).transpose().map_err(other)?;
+        let procs = cgroup.as_ref().map(Cgroup::procs).transpose().map_err(other)?;
         let (uid, gid, sandbox) = (user.uid.as_raw(), user.gid.as_raw(), command.sandbox.clone());
-        // SAFETY: the closure only makes system calls that are async-signal-safe.
+        // SAFETY: the closure makes only async-signal-safe calls.
         unsafe {
             process.pre_exec(move || {
-                // What the primary's rights are needed for, comes first. Not every cgroup takes real-time processes.
+                // First the steps that need the primary's capabilities. `shed` comes before the
+                // cgroup, since some cgroups refuse real-time processes.
                 inherit::shed(&fresh)?;
-                if let Some(entrance) = &entrance {
-                    sys::enter_cgroup(entrance.as_fd())?;
+                if let Some(procs) = &procs {
+                    sys::enter_cgroup(procs.as_fd())?;
                 }
                 privileges::empty_bounding_set()?;
                 sys::become_user(uid, gid)?;
@@ -210,7 +218,7 @@ impl Process {
         match sys::pidfd_open(child.id()) {
             Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child), cgroup, _tap: ends.tap }),
             Err(source) => {
-                // Our own child and not yet waited for: its number is still its own.
+                // The child has not been reaped, so its pid still belongs to it.
                 let _ = child.kill();
                 let _ = child.wait();
                 Err(SpawnError::Other { program: program.to_owned(), source })
@@ -218,37 +226,38 @@ impl Process {
         }
     }
 
-    /// A process that an earlier primary started, by its number and descriptor; and its cgroup, if that is one of this primary's.
+    /// Adopts a process that an earlier primary started. `cgroup`: its cgroup, if this primary
+    /// manages it.
     pub fn adopt(pid: u32, pidfd: OwnedFd, cgroup: Option<Cgroup>) -> Self {
         Process { pid, pidfd, child: None, cgroup, _tap: None }
     }
 
-    /// Its cgroup.
+    /// The cgroup of the process, if it has one of its own.
     pub fn cgroup(&self) -> Option<&Cgroup> {
         self.cgroup.as_ref()
     }
 
-    /// Whether an earlier primary started it.
+    /// Whether an earlier primary started the process.
     pub fn is_adopted(&self) -> bool {
         self.child.is_none()
     }
 
-    /// Process id.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// A descriptor that is readable once the process has ended.
+    /// A descriptor that becomes readable when the process ends.
     ///
     /// # Errors
-    /// If there are no descriptors left.
+    /// No descriptor is left.
     pub fn watch(&self) -> io::Result<OwnedFd> {
         self.pidfd.try_clone()
     }
 
-    /// Signals the process; not its group: what a worker started is the worker's to end.
+    /// Sends a signal to the process, but not to its group: a worker manages its own children.
     pub fn signal(&self, signal: Signal) {
-        // It may have ended meanwhile.
+        // The process may have ended.
         let _ = sys::pidfd_signal(self.pidfd.as_fd(), signal);
     }
 
@@ -258,29 +267,29 @@ impl Process {
         catches(&String::from_utf8_lossy(&status), signal)
     }
 
-    /// Kills the process and what it has left in its cgroup, or in its process group, unless it has ended.
+    /// Kills the process, unless it has ended, and the processes in its cgroup or process group.
     pub fn kill(&mut self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.kill();
         }
         if self.ended().is_none() {
             match &self.child {
-                // Until it is waited for, its number is its own, and its group's.
+                // Until it is reaped, its pid belongs to it and to its group.
                 Some(child) => {
                     let group = i32::try_from(child.id()).map(nix::unistd::Pid::from_raw);
                     let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
                 }
-                // Others wait for it. Before Linux 6.9 there is no way then.
+                // Another process reaps it. Before Linux 6.9, its group cannot be signalled safely.
                 None => {
                     let _ = sys::pidfd_signal_group(self.pidfd.as_fd(), Signal::SIGKILL);
                 }
             }
-            // It may have gone to another group.
+            // The process may have moved to another group.
             self.signal(Signal::SIGKILL);
         }
     }
 
-    /// How it ended, if it has.
+    /// How the process ended; `None` if it is still running.
     pub fn ended(&mut self) -> Option<Ending> {
         match &mut self.child {
             Some(child) => child.try_wait().ok().flatten().map(Ending::Status),
@@ -290,7 +299,7 @@ impl Process {
 }
 
 impl Drop for Process {
-    /// No worker outlives the primary's interest in it, also when starting the others failed.
+    /// Kills the worker: none may outlive its `Process`, for example if starting the others failed.
     fn drop(&mut self) {
         self.kill();
         let given_up = Instant::now() + Duration::from_secs(1);
@@ -298,7 +307,7 @@ impl Drop for Process {
             if Instant::now() >= given_up {
                 tracing::error!(
                     pid = self.pid(),
-                    "a worker does not end though it was killed: it hangs in the kernel"
+                    "the worker did not end within 1 s of SIGKILL: it hangs in the kernel"
                 );
                 return;
             }
@@ -307,7 +316,7 @@ impl Drop for Process {
     }
 }
 
-/// Whether a process of this status has a handler for a signal.
+/// Whether the text of a /proc/PID/status lists a handler for a signal.
 fn catches(status: &str, signal: Signal) -> bool {
     sys::bits_of_status(status, "SigCgt:") & 1 << (signal as i32 - 1) != 0
 }

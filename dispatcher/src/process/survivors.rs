@@ -1,8 +1,10 @@
-//! Workers that outlive their primary (`survive = true`), and the note by which the next one knows them.
+//! Workers that survive their primary (`survive = true`), and the note by which the next primary
+//! recognises them.
 //!
-//! A primary that is killed can hand nothing over. So while it runs it keeps a note of its workers beside its control socket, which an
-//! ordered end takes away. The note holds their tokens, and who stands in it may be killed: it is root's alone, and what is in it is
-//! believed only where the kernel says the same of the process.
+//! A primary that is killed cannot hand anything over. While it runs, it therefore keeps a note
+//! about its workers beside its control socket; an orderly stop removes the note. The note contains
+//! the workers' tokens, and the next primary may kill the processes in it. Only root can read and
+//! write it, and an entry counts only if the kernel reports the same about the process.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -14,27 +16,28 @@ use nix::fcntl::OFlag;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::folder::Folder;
+use crate::host::directory::Directory;
 use crate::host::sys;
 use crate::process::spawn::{Process, WorkerCommand};
 
-/// A worker that a primary started.
+/// A worker that a primary started, as the note describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Survivor {
     /// The member it was started for, such as `default/0`.
     pub member: String,
-    /// Process id …
+    /// The process id.
     pub pid: u32,
-    /// … and when that process began, in clock ticks since boot: together they are no other process'.
+    /// The start time of the process, in clock ticks since boot. Pid and start time together
+    /// identify a process.
     pub began: u64,
-    /// What it must know to take its place.
+    /// The token that the worker must present to attach again.
     pub token: String,
-    /// Its program and arguments.
+    /// The program and its arguments.
     pub command: Vec<String>,
 }
 
 impl Survivor {
-    /// The note's line about a running process; none if the kernel knows no such process.
+    /// Describes a running process; `None` if the process no longer exists.
     pub fn of(process: &Process, member: &str, token: &str, command: &WorkerCommand) -> Option<Self> {
         Some(Survivor {
             member: member.to_owned(),
@@ -45,9 +48,9 @@ impl Survivor {
         })
     }
 
-    /// A descriptor of the process, if it still runs, as the user that workers run as.
+    /// Opens a pidfd of the process, if it still exists and runs as the workers' user.
     pub fn find(&self, command: &WorkerCommand) -> Option<OwnedFd> {
-        // First the descriptor: it stays with the process it was opened for, whatever becomes of the number.
+        // The pidfd comes first: it keeps referring to the same process, even if the pid is reused.
         let pidfd = sys::pidfd_open(self.pid).ok()?;
         let facts = facts(self.pid)?;
         let is_ours = facts.began == self.began && facts.uid == command.user.uid.as_raw();
@@ -55,7 +58,7 @@ impl Survivor {
     }
 }
 
-/// What the kernel says of a process.
+/// What the kernel reports about a process.
 struct Facts {
     began: u64,
     uid: u32,
@@ -63,7 +66,7 @@ struct Facts {
 
 fn facts(pid: u32) -> Option<Facts> {
     let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
-    // Its name, which stands there too, may be of any bytes.
+    // The file also contains the name of the process, which may not be UTF-8.
     let status = fs::read(format!("/proc/{pid}/status")).ok()?;
     let status = String::from_utf8_lossy(&status);
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
@@ -75,16 +78,16 @@ fn facts(pid: u32) -> Option<Facts> {
 /// The note beside a control socket.
 #[derive(Clone, Debug)]
 pub struct Note {
-    folder: Folder,
+    folder: Directory,
     name: OsString,
-    /// What is written before it gets that name.
+    /// The temporary name under which it is written.
     new: OsString,
 }
 
 impl Note {
-    /// Of the primary whose socket has this name in its folder: `eth1.sock.workers` beside
+    /// The note for the socket with this name in its directory: `eth1.sock.workers` beside
     /// `eth1.sock`.
-    pub fn beside((folder, socket): (&Folder, &OsStr)) -> Self {
+    pub fn beside((folder, socket): (&Directory, &OsStr)) -> Self {
         let with = |more| {
             let mut name = socket.to_owned();
             name.push(more);
@@ -93,10 +96,10 @@ impl Note {
         Note { folder: folder.clone(), name: with(".workers"), new: with(".workers.new") }
     }
 
-    /// Writes who runs now. Whoever reads sees the note as it was or as it is.
+    /// Replaces the note atomically by one about these workers.
     ///
     /// # Errors
-    /// Whatever the file system says.
+    /// The errors of the file system.
     pub fn write(&self, survivors: &[Survivor]) -> io::Result<()> {
         self.remove_unfinished();
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
@@ -109,12 +112,12 @@ impl Note {
         written
     }
 
-    /// Who stands in it; nobody if there is none.
+    /// The workers in the note; empty if there is no note.
     ///
     /// # Errors
-    /// It cannot be read, is not this user's alone, or is no such note.
+    /// The note cannot be read or parsed, or other users have access to it.
     pub fn read(&self) -> io::Result<Vec<Survivor>> {
-        /// More than the note of 64 workers.
+        /// Larger than any note: 64 workers, the most of a group, with long commands.
         const LIMIT: u64 = 4 << 20;
         let file = match self.folder.open_file(&self.name, OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -125,31 +128,31 @@ impl Note {
             || metadata.uid() != nix::unistd::geteuid().as_raw()
             || metadata.mode() & 0o077 != 0
         {
-            return Err(io::Error::other("it is not this user's alone"));
+            return Err(io::Error::other("other users have access to it"));
         }
         let mut bytes = Vec::new();
         file.take(LIMIT).read_to_end(&mut bytes)?;
         Ok(serde_json::from_slice(&bytes)?)
     }
 
-    /// Takes it away, and what a primary may have left of one.
+    /// Removes the note, and an unfinished one.
     pub fn remove(&self) {
         self.forget(&self.name);
         self.remove_unfinished();
     }
 
-    /// Takes away what a primary left that was killed while it wrote.
+    /// Removes the unfinished note of a primary that was killed while it wrote.
     pub fn remove_unfinished(&self) {
         self.forget(&self.new);
     }
 
     fn forget(&self, name: &OsStr) {
         if let Err(error) = self.folder.remove(name) {
-            tracing::warn!(file = %name.display(), "cannot be removed: {error}");
+            tracing::warn!(file = %name.display(), "the note about workers cannot be removed: {error}");
         }
     }
 
-    /// Its name in the socket's folder.
+    /// Its name in the directory of the socket.
     pub fn name(&self) -> &OsStr {
         &self.name
     }
@@ -163,10 +166,10 @@ mod tests {
     use crate::config::WorkerOutput;
     use crate::process::output::Output;
 
-    /// A note, and where it lies.
+    /// A note, and its path.
     fn note() -> (tempfile::TempDir, Note, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
-        let note = Note::beside((&Folder::open(folder.path()).unwrap(), OsStr::new("eth1.sock")));
+        let note = Note::beside((&Directory::open(folder.path()).unwrap(), OsStr::new("eth1.sock")));
         let path = folder.path().join("eth1.sock.workers");
         (folder, note, path)
     }
@@ -177,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_until_it_is_taken_away() {
+    fn a_note_is_read_until_it_is_removed() {
         let (_folder, note, path) = note();
         assert_eq!(note.read().unwrap(), []);
         for began in [1, 2] {
@@ -191,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_have_written_is_not_believed() {
+    fn a_note_that_others_can_access_is_refused() {
         let (folder, note, path) = note();
         let folder = folder.path();
         fs::write(&path, "no JSON").unwrap();
@@ -199,7 +202,7 @@ mod tests {
         assert!(note.read().is_err());
         note.write(&[survivor(7, 1)]).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
-        assert_eq!(note.read().unwrap_err().to_string(), "it is not this user's alone");
+        assert_eq!(note.read().unwrap_err().to_string(), "other users have access to it");
         fs::rename(&path, folder.join("elsewhere")).unwrap();
         std::os::unix::fs::symlink(folder.join("elsewhere"), &path).unwrap();
         assert!(note.read().is_err());
@@ -209,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_primary_left_is_cleaned_and_links_are_not_followed() {
+    fn unfinished_notes_are_removed_without_following_links() {
         let (folder, note, path) = note();
         let (target, new) = (folder.path().join("target"), folder.path().join("eth1.sock.workers.new"));
         fs::write(&target, "as it was").unwrap();
@@ -225,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_very_process_is_found() {
+    fn only_the_same_process_is_found() {
         let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
         let began = facts(child.id()).unwrap().began;
         let command = |uid| {

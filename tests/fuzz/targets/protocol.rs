@@ -1,4 +1,4 @@
-//! Any message on the control socket is a request, a reply, or an error that says what it is.
+//! Any message on the control socket is a request, a reply, or an error that names the fault.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ fuzz_target!(|message: &[u8]| {
     let put = || send(peer.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL).is_ok();
     if put() {
         match receive::<Request>(&ours, MAX_REQUEST) {
-            // What can be read can be written, and read again.
+            // Decoding what was encoded returns the same message.
             Ok((request, fds)) => {
                 assert!(fds.is_empty());
                 xfan_shm::protocol::send(&peer, &request, &[]).unwrap();

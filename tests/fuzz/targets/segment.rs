@@ -1,7 +1,7 @@
-//! Whatever a worker writes to its segment, and a dispatcher to its own, the other reads without harm.
+//! The dispatcher reads anything that a worker writes to its segment without harm, and vice versa.
 //!
-//! The first byte of the input says how many descriptors are pushed; the next eight are a position and what is written over;
-//! the rest is written there, again and again.
+//! The first byte of the input is the number of descriptors to push. The next eight are a position
+//! and the bytes to write over it. The rest is written there repeatedly.
 
 #![no_main]
 
@@ -31,7 +31,8 @@ fuzz_target!(|input: &[u8]| {
     let up = Up::create(&up_fd, GEOMETRY).unwrap();
     let (down_file, up_file) = (File::from(down_fd), File::from(up_fd));
 
-    // The dispatcher's side: an index is either possible or an error, and no frame comes back twice or from nowhere.
+    // The dispatcher's side: an index is valid or an error, and each lent frame comes back exactly
+    // once.
     let mut producer = Producer::new(SharedRing::new(&down, &up, LaneId(0)));
     for number in 0..u32::from(pushed) {
         producer.push(Descriptor { offset: UmemOffset(number), ..Descriptor::default() });
@@ -48,7 +49,7 @@ fuzz_target!(|input: &[u8]| {
     assert!(up.published_counters().all(|(name, _)| xfan_shm::layout::counter_name_is_valid(&name)));
     assert!(up.published_counters().count() <= COUNTERS);
 
-    // The worker's side: a segment is refused, or its slots are read as what they are.
+    // The worker's side: it refuses the segment, or reads its slots as they are.
     scribble(&down_file, GEOMETRY.down_bytes(), usize::from(u16::from_le_bytes([q0, q1])), noise);
     if let (Ok(down), Ok(up)) = (Down::open(&down_file, GEOMETRY), Up::open(&up_file, GEOMETRY)) {
         for lane in 0..GEOMETRY.lanes {

@@ -9,11 +9,13 @@ use xfan_tests::capture;
 use xfan_tests::generator::{self, End, Load, Report};
 use xfan_tests::traffic;
 
-/// Generates UDP traffic from within the kernel into a veth interface, or writes a capture of made-up traffic.
+/// Generates UDP traffic from within the kernel into a veth interface, or writes a capture of
+/// synthetic traffic.
 ///
-/// The frames arrive on the RX queue of the other end that is numbered like the sending CPU, if that end has an XDP program
-/// or GRO. Every frame carries its running number, 8 bytes from byte 42 on. What was sent is counted by the driver: offered
-/// frames are those made, sent ones those the other end took, refused ones those it had no room for.
+/// The frames arrive on the other end's RX queue with the number of the sending CPU, if that end
+/// has an XDP program or GRO. Every frame has a sequence number, 8 bytes from byte 42 on. The
+/// driver counts what was sent: offered frames were made, sent frames were accepted by the other
+/// end, refused frames found its ring full.
 #[derive(Parser)]
 #[command(version, group = ArgGroup::new("where").required(true))]
 struct Arguments {
@@ -41,7 +43,7 @@ struct Arguments {
     #[arg(long, value_name = "S", value_parser = seconds, conflicts_with_all = ["count", "write_pcap"])]
     seconds: Option<Duration>,
 
-    /// Exactly how many frames to make
+    /// The exact number of frames to make
     #[arg(long, value_name = "N", conflicts_with = "write_pcap")]
     count: Option<u32>,
 
@@ -53,8 +55,8 @@ struct Arguments {
     #[arg(long)]
     json: bool,
 
-    /// Send nothing: write a capture (TCP, UDP, ICMP; IPv4, IPv6; VLAN; both directions) of --packets packets and --flows
-    /// flows
+    /// Send nothing; write a capture of --packets packets and --flows flows (TCP, UDP, ICMP; IPv4,
+    /// IPv6; VLAN; both directions)
     #[arg(long, value_name = "FILE", group = "where")]
     write_pcap: Option<PathBuf>,
 

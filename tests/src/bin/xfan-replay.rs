@@ -10,12 +10,13 @@ use xfan_tests::tx::MAX_FRAME_BYTES;
 /// Replays a capture (pcap or pcapng, also gzipped) into chosen TX queues of an interface, byte for
 /// byte, each packet exactly once.
 ///
-/// On a veth pair what goes through TX queue N arrives on RX queue N of the other end. When the program ends, all packets
-/// have arrived there. It prints one line of JSON: packets and bytes sent, packets by queue, and how often a full receiver
-/// refused one, which was then sent again.
+/// On a veth pair, what goes through TX queue N arrives on RX queue N of the other end. When the
+/// program ends, all packets have arrived there. It prints one line of JSON: packets and bytes
+/// sent, packets by queue, and how often a full receiver refused a packet, which was then sent
+/// again.
 ///
-/// The capture may be larger than memory. It is read once before the first packet is sent: of a
-/// file that is broken, or has a packet too long for the interface, nothing is sent. A pipe is read
+/// The capture may be larger than memory. It is read once before the first packet is sent: nothing
+/// is sent of a file that is damaged or has a packet too long for the interface. A pipe is read
 /// only once, and packets before a fault are sent. Where the capture says that packets end in their
 /// FCS, each FCS that matches its packet is removed.
 #[derive(Parser)]
@@ -34,11 +35,11 @@ struct Arguments {
     #[arg(long, default_value = "packet")]
     spread: Spread,
 
-    /// How often to send the capture; a pipe can be sent once
+    /// How many times to send the capture; a pipe can be sent once
     #[arg(long, default_value_t = 1, value_name = "N")]
     loops: u64,
 
-    /// Packets per second at most [default: as fast as possible]
+    /// The most packets per second [default: as fast as possible]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pps: Option<u64>,
 
@@ -46,7 +47,7 @@ struct Arguments {
     file: PathBuf,
 }
 
-/// None are all.
+/// The queues; empty means all.
 #[derive(Clone)]
 struct Queues(Vec<u32>);
 

@@ -130,9 +130,9 @@ fn padded(mut capture: Capture) -> Capture {
 fn udp_frames(sizes: &[usize]) -> Capture {
     const HEADERS: usize = 14 + 20 + 8;
     let mut frames = Vec::new();
-    for (place, size) in (0u8..).zip(sizes) {
-        let client = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, place)), 10_000 + u16::from(place));
-        let server = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, place)), 53);
+    for (index, size) in (0u8..).zip(sizes) {
+        let client = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, index)), 10_000 + u16::from(index));
+        let server = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, index)), 53);
         for (from, to) in [(client, server), (server, client)] {
             for number in 0..3u8 {
                 let payload: Vec<u8> = (number..=u8::MAX).cycle().take(size - HEADERS).collect();
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_captures_may_have_a_number_of_times() {
+    fn names_of_captures_may_have_a_count() {
         let capture = PathBuf::from("/x/mixed.pcap");
         assert_eq!(sent("/x/mixed.pcap"), Ok(Sent { capture: capture.clone(), times: 1 }));
         assert_eq!(sent("/x/mixed.pcapx3"), Ok(Sent { capture, times: 3 }));
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn an_uncounted_loss_is_a_difference_even_where_losses_may_be() {
+    fn an_uncounted_loss_is_always_a_difference() {
         let expected = sizes();
         let mut recorded = recorded(&expected);
         recorded.flows.values_mut().next().unwrap().packets -= 1;
@@ -439,7 +439,7 @@ mod tests {
             let found = ledger(&report, 102, &expected, &recorded, may_lose);
             assert!(found.iter().any(|text| text.contains("should be 102, is 101")), "{found:?}");
         }
-        // The NIC's counters tell of it in zero-copy mode alone.
+        // Only in zero-copy mode do the NIC's counters report it.
         report.ports[0].nic.interface.insert("rx_dropped".into(), 1);
         report.ports[0].nic.driver.insert("rx_drops".into(), 1);
         report.ports[0].nic.driver.insert("rx2_drops".into(), 1);
@@ -449,7 +449,7 @@ mod tests {
         report.ports[0].lanes[0].xdp.redirect -= 1;
         assert_eq!(ledger(&report, 102, &expected, &recorded, true), [""; 0]);
         report.ports[0].lanes[0].xdp.redirect += 1;
-        // That the kernel had no use for a packet the program passed is no loss.
+        // A packet that was passed, and that no protocol of the kernel wanted, is not lost.
         report.ports[0].nic.driver.clear();
         report.ports[0].lanes[0].kernel.rx_ring_full = 1;
         assert_eq!(ledger(&report, 102, &expected, &recorded, true), [""; 0]);

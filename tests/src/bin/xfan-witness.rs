@@ -1,4 +1,5 @@
-//! A worker that writes down every packet of the generator before it commits it, for [`xfan_tests::witness`].
+//! A worker that records every packet of the generator before it commits it, for
+//! [`xfan_tests::witness`].
 
 use std::fs::File;
 use std::io::Write;
@@ -11,13 +12,13 @@ use xfan_tests::generator::sequence_of;
 use xfan_tests::witness::Sighting;
 use xfan_worker::{Received, Worker};
 
-/// A worker that writes down what it sees.
+/// A worker that records what it sees.
 #[derive(Parser)]
 struct Arguments {
-    /// Join the dispatcher behind this control socket
+    /// Attach to the dispatcher behind this control socket
     #[arg(long)]
     attach: Option<PathBuf>,
-    /// Where its file goes
+    /// The folder for its file
     folder: PathBuf,
 }
 
@@ -55,14 +56,14 @@ fn witness(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
                         .to_bytes(),
                     );
                 }
-                // What it read was of other packets, perhaps.
+                // The slots may belong to other packets by now.
                 if !batch.is_current() {
                     return Err("evicted".into());
                 }
                 if seen.len() != batch.len() * Sighting::BYTES {
-                    return Err("a packet that is not the generator's".into());
+                    return Err("a packet that is not from the generator".into());
                 }
-                // What a killed process has written stays; and what it commits, it has written.
+                // What a killed process has written persists, and it writes before it commits.
                 file.write_all(&seen)?;
                 batch.commit();
             }

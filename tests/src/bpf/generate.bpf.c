@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * A traffic source: run on live frames by BPF_PROG_TEST_RUN, once per frame, it fills in the flow and the
- * sequence number and redirects the frame into an interface. What it fills in is laid out in generator.rs.
+ * A traffic source. BPF_PROG_TEST_RUN runs it on live frames, once per frame. It fills in the flow
+ * and the sequence number and redirects the frame into an interface. generator.rs has the layout.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -10,24 +10,24 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-#define MARK_EVERY 512          /* frames between two looks at the clock */
-#define LATE_NS 1000000         /* a burst this late is not caught up with: it would overrun the receiver */
-#define SPINS_MAX (1 << 20)     /* looks at the clock before a burst; some 30 ms */
+#define MARK_EVERY 512          /* frames between two readings of the clock */
+#define LATE_NS 1000000         /* catching up on a later burst would overrun the receiver */
+#define SPINS_MAX (1 << 20)     /* readings of the clock before a burst; some 30 ms */
 
-/* struct Config in generator.rs. */
+/* The layout of `Config` in generator.rs. */
 struct generator_config {
 	__u64 frames_per_second; /* 0: as fast as possible */
-	__u32 burst;             /* frames sent without a look at the schedule */
+	__u32 burst;             /* frames sent between two checks of the schedule */
 	__u32 interface;         /* index, in the namespace of the running thread */
 	__u32 flows;
 	__u32 client_base;       /* addresses, in host order; flow f comes from client_base + f */
 	__u32 server;
 	__u32 server_port;
-	__u32 checksum;          /* sum of the IPv4 header's 16-bit words with the client's address left out */
+	__u32 checksum;          /* sum of the IPv4 header's 16-bit words without the client's address */
 	__u32 both_directions;   /* every other round over the flows goes from server to client */
 };
 
-/* struct State in generator.rs. */
+/* The layout of `State` in generator.rs. */
 struct generator_state {
 	__u64 offered;   /* frames handed to the redirect */
 	__u64 start_ns;  /* origin of the schedule */
@@ -39,7 +39,7 @@ struct generator_state {
 	__u32 backwards;
 };
 
-/* struct bytes of the wire; the sequence number follows the UDP header. */
+/* The frame on the wire; the sequence number follows the UDP header. */
 struct frame {
 	struct ethhdr eth;
 	struct iphdr ip;
@@ -91,7 +91,7 @@ int generate(struct xdp_md *ctx)
 	STATE.offered = sequence + 1;
 
 	client = CONFIG.client_base + STATE.flow;
-	port = bpf_htons((__u16)(STATE.flow * 0x9e37)); /* odd: flows below 65,536 all differ */
+	port = bpf_htons((__u16)(STATE.flow * 0x9e37)); /* an odd factor: all flows below 65,536 differ */
 	if (STATE.backwards) {
 		frame->ip.saddr = bpf_htonl(CONFIG.server);
 		frame->ip.daddr = bpf_htonl(client);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* Every frame of a queue goes to that queue's AF_XDP socket; where there is none, to the kernel. */
+/* Redirects frames to their queue's AF_XDP socket, or passes them to the kernel if it has none. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 

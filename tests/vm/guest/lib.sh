@@ -190,8 +190,8 @@ send() {
     peer xfan-replay -i "${sender:-tx0}" --pps "${pps:-500}" --loops "${2:-1}" "/captures/$1.pcap" >/tmp/sent 2>&1 ||
         fault "xfan-replay of $1.pcap: $(cat /tmp/sent)"
 }
-# Whether the driver receives nothing any more, and xfan says so. vmxnet3 has been seen to, after the
-# link was down or the MTU was changed; no counter has the packets then.
+# Whether the driver no longer receives anything, and xfan reports it. vmxnet3 was seen to do so
+# after the link was down or the MTU changed; no counter has the packets then.
 deaf() { [ "$vm_model" = vmxnet3 ] && grep -q 'ERROR packets come in on .* the XDP program sees none' /tmp/log; }
 # check NAME [--losses] CAPTURE[xN]...: compares records and counters with what was sent.
 check() {

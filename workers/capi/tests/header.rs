@@ -1,6 +1,6 @@
 //! The committed header is the one that cbindgen generates. C and C++ compilers accept it, and the
-//! README's worker in C. `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header` writes
-//! the header.
+//! worker in docs/workers-c.md. `XFAN_WRITE_HEADER=1 cargo test -p xfan-worker-capi --test header`
+//! writes the header.
 
 use std::path::Path;
 use std::process::Command;
@@ -47,8 +47,9 @@ fn compilers_accept_the_header() {
 }
 
 #[test]
-fn compilers_accept_the_readmes_worker_in_c() {
-    let (_, code) = include_str!("../../../README.md").split_once("\n```c\n").expect("a block of C");
+fn compilers_accept_the_documented_worker() {
+    let page = include_str!("../../../docs/workers-c.md");
+    let (_, code) = page.split_once("\n```c\n").expect("a block of C");
     let (code, _) = code.split_once("\n```\n").expect("the end of the block");
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("{code}\n")).unwrap();

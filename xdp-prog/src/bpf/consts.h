@@ -1,26 +1,17 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* Protocol numbers, and the limits of parsing. */
+/*
+ * Protocol numbers. The limits of parsing are those of the parser in user space (packet/src):
+ * build.rs defines MAX_VLAN_TAGS, MAX_EXTENSION_HEADERS and MAX_OPTIONS.
+ */
 #pragma once
 
-/* Number of VLAN tags to skip: one, or a service tag and a customer tag (QinQ). */
-#define MAX_VLAN_TAGS 2
 /* The QinQ tag before IEEE 802.1ad. linux/if_ether.h calls it deprecated. */
 #define ETHERTYPE_QINQ_OLD 0x9100
 
 #define IPV4_FRAGMENT_OFFSET 0x1fff
 #define IPV4_WORDS_MIN 5 /* header length in words of 4 bytes, without options */
 
-/*
- * Number of IPv6 extension headers to skip in search of the protocol. The verifier requires a
- * bound. By RFC 8200, a packet carries at most six of these headers.
- */
-#define MAX_EXTENSION_HEADERS 6
 #define IPV6_FRAGMENT_OFFSET 0xfff8
-/*
- * Number of hop-by-hop options to read in search of a jumbo payload's length (RFC 2675). It equals
- * MAX_OPTIONS of the parser in user space (packet/src/ip.rs).
- */
-#define MAX_OPTIONS 8
 #define OPTION_PAD_1 0
 #define OPTION_JUMBO_PAYLOAD 0xc2
 

@@ -1,32 +1,36 @@
-//! Memory near to the interface: the allocations of one closure go to one NUMA node.
+//! Allocates memory near the interface: a closure runs with its memory bound to one NUMA node.
 
 use hwlocality::Topology;
 use hwlocality::memory::binding::{MemoryBindingFlags, MemoryBindingPolicy};
 use hwlocality::memory::nodeset::NodeSet;
 use tracing::{debug, warn};
 
-/// Calls `f` while the calling thread takes its memory from NUMA node `node`, and puts the thread's
-/// policy back afterwards, also when `f` panics.
+/// Calls `f` while the calling thread allocates its memory from NUMA node `node`. Restores the
+/// thread's memory policy afterwards, also if `f` panics.
 ///
-/// The policy acts where a page is first touched, so `f` must touch what it allocates (a registered UMEM
-/// is: the kernel pins its pages). It is a preference: when the node is full, other nodes help out.
+/// The policy acts when a page is first touched, so `f` must touch what it allocates. Registering a
+/// UMEM does, since the kernel pins its pages. The policy is a preference: if the node is full,
+/// memory comes from other nodes.
 ///
-/// On a machine with a single node this only calls `f`. Where the binding fails it says so as a
-/// warning and calls `f` without.
+/// On a machine with a single node, this only calls `f`. If the binding fails, this logs a warning
+/// and calls `f` without it.
 pub fn with_memory_bound_to<R>(node: usize, f: impl FnOnce() -> R) -> R {
     let topology = match Topology::new() {
         Ok(topology) => topology,
         Err(error) => {
-            warn!(node, %error, "packet memory is not bound to the interface's NUMA node: hwloc fails");
+            warn!(node, %error, "packet memory is not bound to the interface's NUMA node: hwloc failed");
             return f();
         }
     };
     if topology.nodeset().weight() == Some(1) {
-        debug!("this machine has a single NUMA node: no memory binding needed");
+        debug!("packet memory needs no binding: the machine has a single NUMA node");
         return f();
     }
     if topology.node_with_os_index(node).is_none() {
-        warn!(node, "packet memory is not bound to the interface's NUMA node: it has no memory we may use");
+        warn!(
+            node,
+            "packet memory is not bound to the interface's NUMA node: the node has no memory that this process may use"
+        );
         return f();
     }
     match Binding::new(&topology, node) {
@@ -38,7 +42,7 @@ pub fn with_memory_bound_to<R>(node: usize, f: impl FnOnce() -> R) -> R {
     }
 }
 
-/// A thread's memory policy, for as long as this lives.
+/// Binds the memory of the calling thread to a node. Dropping it restores the previous policy.
 struct Binding<'a> {
     topology: &'a Topology,
     before: (NodeSet, Option<MemoryBindingPolicy>),
@@ -68,7 +72,7 @@ impl Drop for Binding<'_> {
             _ => self.topology.unbind_memory(flags),
         };
         if let Err(error) = restored {
-            warn!(%error, "the thread's memory policy could not be restored");
+            warn!(%error, "the memory policy of the thread could not be restored");
         }
     }
 }
@@ -78,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_closure_runs_whatever_the_machine() {
+    fn the_closure_runs_on_every_machine() {
         for node in [0, 1, 4000] {
             assert_eq!(with_memory_bound_to(node, || 7), 7);
         }

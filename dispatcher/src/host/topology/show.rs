@@ -1,4 +1,4 @@
-//! What `xfan topology` prints: who would run where, and why. Fits 80 columns.
+//! The output of `xfan topology`: which thread would run on which CPU, and why. Fits 80 columns.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,8 @@ use crate::host::placement::{Placement, Slot};
 /// Width of the output in columns.
 const COLUMNS: usize = 80;
 
-/// Describes the interface, the machine and the placement. `queues` are the lanes' queues.
+/// Describes the interface, the machine and the placement. `queues` are the queues that have a
+/// lane.
 #[must_use]
 pub fn show(machine: &Machine, interface: &Interface, queues: &[QueueId], placement: &Placement) -> String {
     let mut lines = Vec::new();
@@ -96,7 +97,7 @@ fn row(lines: &mut Vec<String>, machine: &Machine, thread: &str, queue: &str, sl
     wrap(lines, &format!("{thread:<12}{queue:>5}{:>6}{node:>5}{l3:>5}  ", slot.cpu), &slot.reason);
 }
 
-/// Breaks `text` at blanks; the lines after the first are indented as far as `prefix` reaches.
+/// Wraps `text` at spaces. Lines after the first are indented by the width of `prefix`.
 fn wrap(lines: &mut Vec<String>, prefix: &str, text: &str) {
     let indent = prefix.chars().count();
     let mut line = prefix.to_owned();
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_says_who_runs_where_and_why() {
+    fn the_table_shows_cpus_and_reasons() {
         let machine = machine(2, 4, 1, Some(1));
         let placement = place(&machine, 2, 3, None).unwrap();
         assert_eq!(

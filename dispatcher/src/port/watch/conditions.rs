@@ -1,5 +1,4 @@
-//! The conditions of an interface that affect packets, and the sentences that report them. Pure: no
-//! I/O.
+//! The conditions of an interface that affect packets, and the sentences that report them. No I/O.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -10,20 +9,20 @@ use super::driver::Offloads;
 use super::link::Link;
 use crate::report::{Level, Notice};
 
-/// An interface as it was last seen.
+/// The state of an interface at the last look.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Its name.
     pub name: String,
     /// Flags and MTU.
     pub link: Link,
-    /// RX queues in use; `None`: the driver does not report them.
+    /// The number of RX queues in use; `None` if the driver does not report it.
     pub rx_queues: Option<u32>,
     /// Offloads that change packets before xfan sees them.
     pub offloads: Offloads,
 }
 
-/// What the primary expects of the interface since its start.
+/// What the primary expects of the interface, fixed at its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
     /// Queues that have a lane.
@@ -32,7 +31,8 @@ pub struct Expected {
     pub max_mtu: u32,
 }
 
-/// All conditions of an interface. `unseen`: packets come in, but the XDP program sees none.
+/// All current conditions of an interface. `unseen`: the interface receives packets, but the XDP
+/// program sees none.
 pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice> {
     let Seen { name, link, rx_queues, offloads } = seen;
     let mut all = Vec::new();
@@ -44,14 +44,14 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             "link",
             Level::Warn,
             format!("{name} is down"),
-            format!("no packet comes in until `ip link set dev {name} up`"),
+            format!("it receives no packets; run `ip link set dev {name} up`"),
         );
     } else if !link.carrier {
         say(
             "carrier",
             Level::Warn,
             format!("{name} has no carrier"),
-            "no packet comes in until the other end of its cable is up".into(),
+            "it receives no packets until the other end of the link is up".into(),
         );
     }
     if let Some(count) = *rx_queues {
@@ -63,8 +63,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 Level::Warn,
                 format!("RX {} of {name} {} no lane", queues(&without), has(&without)),
                 format!(
-                    "their packets go to the kernel; restart xfan to take them in, or lower the number of queues \
-                     (`ethtool -L {name}`)"
+                    "their packets go to the kernel; restart xfan to give them lanes, or lower the \
+                     number of queues (`ethtool -L {name}`)"
                 ),
             );
         }
@@ -74,9 +74,10 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 "queues_gone",
                 Level::Warn,
                 format!("{name} has only {count} RX queues now; {} had a lane", queues(&gone)),
-                "these lanes receive nothing, and the other lanes get their packets; restart xfan, or raise the number \
-                 again (`ethtool -L`)"
-                    .into(),
+                format!(
+                    "these lanes receive nothing, and other lanes get their packets; restart xfan, or \
+                     raise the number again (`ethtool -L {name}`)"
+                ),
             );
         }
     }
@@ -89,8 +90,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
                 link.mtu, expected.max_mtu
             ),
             format!(
-                "longer ones are dropped, and counted (`drop_too_long`); run `ip link set dev {name} mtu {}`, or restart \
-                 xfan, which then uses larger frames or says why it cannot",
+                "longer packets are dropped and counted (`drop_too_long`); run `ip link set dev {name} \
+                 mtu {}`, or restart xfan, which then uses larger frames or reports why it cannot",
                 expected.max_mtu
             ),
         );
@@ -107,8 +108,9 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
         say(
             "unseen",
             Level::Error,
-            format!("packets come in on {name}, and the XDP program sees none"),
-            "the driver drops them, or does not run the program for them (see the counters of the NIC); restart xfan"
+            format!("{name} receives packets, but the XDP program sees none"),
+            "the driver drops them, or does not run the program for them (see the counters of the \
+             NIC); restart xfan"
                 .into(),
         );
     }
@@ -118,7 +120,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             Level::Info,
             format!("{name} is not in promiscuous mode"),
             format!(
-                "it takes frames for this host alone; on a mirror port, run `ip link set dev {name} promisc on`"
+                "it receives only frames for this host; on a mirror port, run `ip link set dev {name} \
+                 promisc on`"
             ),
         );
     }
@@ -128,8 +131,8 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             Level::Warn,
             format!("{name} merges packets (LRO or hardware GRO)"),
             format!(
-                "workers see merged ones, and those that do not fit a frame are dropped; run `ethtool -K {name} lro off \
-                 rx-gro-hw off`"
+                "workers see merged packets, and those that do not fit into a frame are dropped; run \
+                 `ethtool -K {name} lro off rx-gro-hw off`"
             ),
         );
     }
@@ -139,21 +142,23 @@ pub fn conditions(seen: &Seen, expected: &Expected, unseen: bool) -> Vec<Notice>
             Level::Info,
             format!("{name} may strip VLAN tags (rxvlan)"),
             format!(
-                "workers see packets without them; for packets as on the wire, run `ethtool -K {name} rxvlan off`"
+                "workers see packets without these tags; to keep the tags, run `ethtool -K {name} \
+                 rxvlan off`"
             ),
         );
     }
     all
 }
 
-/// The condition that packets were redirected to a socket, did not arrive, and are in no counter.
+/// The condition that packets redirected to a socket did not arrive, and are in no counter.
 pub fn unaccounted(queue: QueueId, lost: u64) -> Notice {
     Notice::new(
         "unaccounted",
         Level::Error,
         format!("packets of queue {queue} that were redirected to its socket and did not arrive: {lost}"),
-        "no counter of the kernel or of xfan has them; the counters of the NIC may tell more. Restart xfan; if it happens \
-         again, set xdp_mode = \"generic\", or, on a bond, run xfan on its ports",
+        "no counter of the kernel or of xfan contains them; the counters of the NIC may tell more. \
+         Restart xfan; if it happens again, set xdp_mode = \"generic\", or, on a bond, run xfan on \
+         its ports",
     )
 }
 
@@ -169,55 +174,58 @@ fn has(numbers: &[QueueId]) -> &'static str {
 /// A change to report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// The condition begins, or has changed.
+    /// The condition has begun, or its text has changed.
     Begins(Notice),
-    /// The condition is over.
+    /// The condition has ended.
     Ends(Notice),
 }
 
-/// The most reports of a topic in a burst …
+/// The most reports of a topic in a burst: three times that a condition begins and ends.
 const BURST: u32 = 6;
-/// … and the time after which one more is allowed.
+/// The time after which one more report of a topic is allowed.
 const REFILL: Duration = Duration::from_secs(10);
 
-/// The conditions already reported. Limits the rate, so that a flapping link does not fill log and
-/// journal.
+/// The conditions already reported. Limits the rate, so that a flapping link does not fill the log
+/// and the journal.
 #[derive(Debug, Default)]
-pub struct Told {
+pub struct Reported {
     topics: BTreeMap<String, Topic>,
 }
 
 #[derive(Debug)]
 struct Topic {
+    /// The condition as last reported; `None`: none, or its end was reported.
     notice: Option<Notice>,
-    tellings: u32,
+    /// The reports that count against [`BURST`].
+    reports: u32,
+    /// When `reports` was last lowered.
     refilled: Instant,
 }
 
-impl Told {
+impl Reported {
     /// The changes to report, given all current conditions.
     pub fn changes(&mut self, conditions: &[Notice], now: Instant) -> Vec<Change> {
         for notice in conditions {
             self.topics.entry(notice.topic.clone()).or_insert(Topic {
                 notice: None,
-                tellings: 0,
+                reports: 0,
                 refilled: now,
             });
         }
         let mut changes = Vec::new();
         for (name, topic) in &mut self.topics {
-            while topic.tellings > 0 && now.saturating_duration_since(topic.refilled) >= REFILL {
-                topic.tellings -= 1;
+            while topic.reports > 0 && now.saturating_duration_since(topic.refilled) >= REFILL {
+                topic.reports -= 1;
                 topic.refilled += REFILL;
             }
             let notice = conditions.iter().find(|notice| notice.topic == *name);
-            if notice == topic.notice.as_ref() || topic.tellings == BURST {
+            if notice == topic.notice.as_ref() || topic.reports == BURST {
                 continue;
             }
-            if topic.tellings == 0 {
+            if topic.reports == 0 {
                 topic.refilled = now;
             }
-            topic.tellings += 1;
+            topic.reports += 1;
             match (notice, std::mem::replace(&mut topic.notice, notice.cloned())) {
                 (Some(notice), _) => changes.push(Change::Begins(notice.clone())),
                 (None, Some(before)) => changes.push(Change::Ends(before)),
@@ -256,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_interface_that_is_as_it_should_be_nothing_is_said() {
+    fn a_healthy_interface_has_no_conditions() {
         assert_eq!(said(|_, _| {}), []);
         assert_eq!(said(|seen, _| seen.link.mtu = 1770), []);
         assert_eq!(said(|seen, _| seen.rx_queues = None), []);
@@ -269,9 +277,9 @@ mod tests {
             (
                 |seen, _| (seen.link.up, seen.link.carrier) = (false, false),
                 "link",
-                "eth1 is down: no packet comes in",
+                "eth1 is down: it receives no packets",
             ),
-            (|seen, _| seen.link.carrier = false, "carrier", "eth1 has no carrier: no packet"),
+            (|seen, _| seen.link.carrier = false, "carrier", "eth1 has no carrier: it receives no packets"),
             (
                 |seen, _| seen.rx_queues = Some(6),
                 "queues",
@@ -290,7 +298,7 @@ mod tests {
             (
                 |seen, _| seen.link.mtu = 1771,
                 "mtu",
-                "is 1771 bytes, and a frame holds packets of 1770: longer ones",
+                "is 1771 bytes, and a frame holds packets of 1770: longer packets",
             ),
             (|seen, _| seen.link.promiscuous = false, "promiscuous", "`ip link set dev eth1 promisc on`"),
             (|seen, _| seen.link.xdp = false, "xdp", "no longer attached to eth1"),
@@ -305,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_sees_nothing_is_told_unless_it_is_not_there() {
+    fn a_detached_program_is_not_also_unseen() {
         let (mut seen, expected) = well();
         let topics = |seen: &Seen| {
             conditions(seen, &expected, true).into_iter().map(|notice| notice.topic).collect::<Vec<_>>()
@@ -316,39 +324,40 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_said_once_and_its_end_too() {
+    fn a_change_and_its_end_are_reported_once() {
         let (mut seen, expected) = well();
-        let (mut told, now) = (Told::default(), Instant::now());
-        assert_eq!(told.changes(&conditions(&seen, &expected, false), now), []);
+        let (mut reported, now) = (Reported::default(), Instant::now());
+        assert_eq!(reported.changes(&conditions(&seen, &expected, false), now), []);
         seen.rx_queues = Some(5);
         let one = conditions(&seen, &expected, false);
-        assert_eq!(told.changes(&one, now), [Change::Begins(one[0].clone())]);
-        assert_eq!(told.changes(&one, now), []);
+        assert_eq!(reported.changes(&one, now), [Change::Begins(one[0].clone())]);
+        assert_eq!(reported.changes(&one, now), []);
         seen.rx_queues = Some(6);
         let two = conditions(&seen, &expected, false);
-        assert_eq!(told.changes(&two, now), [Change::Begins(two[0].clone())]);
-        assert_eq!(told.changes(&[], now), [Change::Ends(two[0].clone())]);
-        assert_eq!(told.changes(&[], now), []);
+        assert_eq!(reported.changes(&two, now), [Change::Begins(two[0].clone())]);
+        assert_eq!(reported.changes(&[], now), [Change::Ends(two[0].clone())]);
+        assert_eq!(reported.changes(&[], now), []);
     }
 
     #[test]
-    fn what_changes_all_the_time_is_said_seldom_and_at_last_as_it_is() {
+    fn reports_of_a_flapping_link_are_rate_limited() {
         let (mut seen, expected) = well();
         seen.link.carrier = false;
         let down = conditions(&seen, &expected, false);
-        let (mut told, start) = (Told::default(), Instant::now());
+        let (mut reported, start) = (Reported::default(), Instant::now());
         let mut number = 0;
         let mut last = None;
         for second in 0..1000u32 {
             let conditions = if second % 2 == 0 { &down[..] } else { &[] };
-            let changes = told.changes(conditions, start + Duration::from_secs(second.into()));
+            let changes = reported.changes(conditions, start + Duration::from_secs(second.into()));
             number += changes.len();
             last = changes.into_iter().next_back().or(last);
         }
         assert!((100..=106).contains(&number), "{number}");
         // The link stays up: the last report says so.
-        let changes: Vec<_> =
-            (1000..1020).flat_map(|second| told.changes(&[], start + Duration::from_secs(second))).collect();
+        let changes: Vec<_> = (1000..1020)
+            .flat_map(|second| reported.changes(&[], start + Duration::from_secs(second)))
+            .collect();
         let last = changes.into_iter().next_back().or(last);
         assert_eq!(last, Some(Change::Ends(down[0].clone())));
     }

@@ -1,4 +1,4 @@
-//! Counters as differences since the start.
+//! The increase of counters since the start.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +10,8 @@ pub struct Differences {
 }
 
 impl Differences {
-    /// Takes a reading. If a counter goes backwards, it was reset: its difference continues from
-    /// the new value.
+    /// Takes a reading. A counter that goes backwards was reset: its increase continues from the
+    /// new value.
     pub fn update(&mut self, now: BTreeMap<String, u64>) {
         for (name, value) in now {
             let more = self.last.get(&name).map_or(0, |last| value.saturating_sub(*last));
@@ -20,7 +20,7 @@ impl Differences {
         }
     }
 
-    /// The differences, by name.
+    /// The increases, by name of the counter.
     pub fn since_start(&self) -> &BTreeMap<String, u64> {
         &self.since
     }
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reset_loses_nothing_that_was_counted() {
+    fn a_counter_reset_keeps_the_sum() {
         let mut differences = Differences::default();
         let mut update = |values: &[(&str, u64)]| {
             differences.update(values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect());

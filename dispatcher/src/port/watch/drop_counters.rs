@@ -1,7 +1,7 @@
 //! Which of a driver's own counters (`ethtool -S`) count dropped packets.
 
-/// The drop counters of each driver, by name; `*` matches any text. For other drivers and other
-/// names see [`may_be_one`].
+/// The drop counters of each driver, by name; `*` matches any text. [`may_be_one`] covers other
+/// drivers and other names.
 const KNOWN: [(&str, &[&str]); 19] = [
     ("bnxt_en", &["rx_discards", "rx_buf_errors", "rx_total_ring_discards", "rx_total_oom_discards"]),
     (
@@ -52,7 +52,7 @@ const KNOWN: [(&str, &[&str]); 19] = [
 ];
 
 /// Parts of names that suggest a drop counter, for counters not in [`KNOWN`].
-const TELLING: [&str; 13] = [
+const SUGGESTIVE: [&str; 13] = [
     "drop",
     "miss",
     "no_buf",
@@ -68,17 +68,17 @@ const TELLING: [&str; 13] = [
     "oversize",
 ];
 
-/// Whether a counter is known to count dropped packets. It is shown even at 0.
+/// Whether a counter of a driver is known to count dropped packets. Reports show it even at 0.
 pub fn is_one(driver: &str, name: &str) -> bool {
     let of_driver = KNOWN.iter().find(|(known, _)| *known == driver);
     of_driver.is_some_and(|(_, patterns)| patterns.iter().any(|pattern| matches(pattern, name)))
 }
 
-/// Whether a counter's name suggests dropped packets. It is shown once it is above 0.
+/// Whether a counter's name suggests dropped packets. Reports show it once it is above 0.
 pub fn may_be_one(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let sends = name.starts_with("tx") || ["_tx", ".tx", " tx"].iter().any(|part| name.contains(part));
-    !sends && TELLING.iter().any(|part| name.contains(part))
+    let transmit = name.starts_with("tx") || ["_tx", ".tx", " tx"].iter().any(|part| name.contains(part));
+    !transmit && SUGGESTIVE.iter().any(|part| name.contains(part))
 }
 
 /// Whether a pattern matches a name.
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_told_by_their_name() {
+    fn other_drop_counters_are_guessed_by_name() {
         for name in ["rx_missed_errors", "RxDiscard", "port.rx_nobuf", "rx_fifo_overflow", "rx-3.alloc_err"] {
             assert!(may_be_one(name), "{name}");
         }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_star_stands_for_anything() {
+    fn a_star_matches_any_text() {
         for (pattern, name, expected) in [
             ("a*c", "ac", true),
             ("a*c", "abcbc", true),

@@ -1,4 +1,4 @@
-//! Queries a link by its index: flags, MTU and counters, in one RTM_GETLINK. See rtnetlink(7).
+//! Queries a link by its index. One RTM_GETLINK returns flags, MTU and counters. See rtnetlink(7).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,19 +10,19 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
-/// `struct nlmsghdr`, `struct ifinfomsg` and the header of an attribute, in bytes.
+// The sizes of `struct nlmsghdr`, `struct ifinfomsg` and `struct rtattr` in bytes.
 const MESSAGE_HEADER: usize = 16;
 const LINK_HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
-/// Masks out the type bits that mark an attribute as nested, or as in network byte order.
+/// Masks out the type bits that mark an attribute as nested or as in network byte order.
 const TYPE_MASK: u16 = 0x3fff;
 /// As in linux/if_link.h.
 const IFLA_XDP_ATTACHED: u16 = 2;
-/// The longest answer in bytes. The request leaves out the data of virtual functions, which can be
-/// long.
+/// The size of the buffer for an answer in bytes: far more than one link needs. The request
+/// excludes the data of virtual functions, which can be long.
 const ANSWER: usize = 64 << 10;
 
-/// The RX counters of `struct rtnl_link_stats64`: name, and index among its u64.
+/// The RX counters of `struct rtnl_link_stats64`: name, and index among its u64 fields.
 const STATISTICS: [(&str, usize); 10] = [
     ("rx_packets", 0),
     ("rx_errors", 4),
@@ -36,16 +36,16 @@ const STATISTICS: [(&str, usize); 10] = [
     ("rx_nohandler", 23),
 ];
 
-/// A link as it is now.
+/// The state of a link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     /// Its MTU in bytes.
     pub mtu: u32,
-    /// Set up by the administrator (`ip link set … up`).
+    /// The administrator has set the link up (`ip link set … up`).
     pub up: bool,
-    /// The other end is there.
+    /// The link has a carrier: its other end is up.
     pub carrier: bool,
-    /// In promiscuous mode, set by whatever program.
+    /// The link is in promiscuous mode.
     pub promiscuous: bool,
     /// An XDP program is attached.
     pub xdp: bool,
@@ -70,7 +70,8 @@ impl LinkSocket {
         let protocol = SockProtocol::NetlinkRoute;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-        // The answer is queued when `send` returns. If it was lost, `recv` times out.
+        // The kernel has queued the answer when `send` returns. If it had no memory, `recv` times
+        // out.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(1))?;
         Ok(LinkSocket { socket, index, sequence: 0 })
     }
@@ -78,7 +79,7 @@ impl LinkSocket {
     /// Queries the link.
     ///
     /// # Errors
-    /// ENODEV if the link does not exist; any other error of the kernel.
+    /// ENODEV if the link does not exist; any other error of the kernel; EAGAIN if no answer comes.
     pub fn ask(&mut self) -> io::Result<Link> {
         self.sequence = self.sequence.wrapping_add(1);
         send(self.socket.as_raw_fd(), &request(self.index, self.sequence), MsgFlags::empty())?;
@@ -115,7 +116,7 @@ fn field(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// The attributes in these bytes: type and value. Ends at the first truncated one.
+/// The attributes in these bytes: type and value. Stops at the first truncated attribute.
 fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
@@ -130,14 +131,14 @@ fn parse(message: &[u8]) -> io::Result<Link> {
     let kind = message.get(4..).and_then(<[u8]>::first_chunk).map(|kind| u16::from_ne_bytes(*kind));
     if kind == Some(2) {
         // NLMSG_ERROR: a negative error number.
-        let code = field(message, MESSAGE_HEADER).ok_or_else(|| invalid("the error is cut off"))?;
+        let code = field(message, MESSAGE_HEADER).ok_or_else(|| invalid("the error is truncated"))?;
         return Err(io::Error::from_raw_os_error(code.cast_signed().wrapping_neg()));
     }
     if kind != Some(libc::RTM_NEWLINK) {
         return Err(invalid("the answer is another message"));
     }
     let flags =
-        field(message, MESSAGE_HEADER + 8).ok_or_else(|| invalid("the answer is cut off"))?.cast_signed();
+        field(message, MESSAGE_HEADER + 8).ok_or_else(|| invalid("the answer is truncated"))?.cast_signed();
     let mut link = Link { up: flags & libc::IFF_UP != 0, ..Link::default() };
     for (kind, value) in attributes(message.get(MESSAGE_HEADER + LINK_HEADER..).unwrap_or_default()) {
         let number = || field(value, 0).unwrap_or_default();
@@ -156,8 +157,8 @@ fn parse(message: &[u8]) -> io::Result<Link> {
             }
             libc::IFLA_STATS64 => {
                 let (words, _) = value.as_chunks::<8>();
-                let counter = |&(name, place): &(&str, usize)| {
-                    Some((name.to_owned(), u64::from_ne_bytes(*words.get(place)?)))
+                let counter = |&(name, index): &(&str, usize)| {
+                    Some((name.to_owned(), u64::from_ne_bytes(*words.get(index)?)))
                 };
                 link.counters.extend(STATISTICS.iter().filter_map(counter));
             }
@@ -178,7 +179,7 @@ mod tests {
         bytes
     }
 
-    /// An answer of the kernel with these flags and attributes.
+    /// A message of the kernel with these flags and attributes.
     fn message(kind: u16, flags: u32, attributes: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = request(5, 1).to_vec();
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
@@ -218,7 +219,7 @@ mod tests {
         let Link { mtu, up, carrier, promiscuous, xdp, counters } = &link;
         assert_eq!((*mtu, *up, *carrier, *promiscuous, *xdp), (3000, true, true, true, true));
         assert_eq!((counters["rx_dropped"], counters["rx_nohandler"]), (106, 123));
-        // An older kernel knows fewer counters, and a message may be cut off anywhere.
+        // An older kernel has fewer counters, and a message may be truncated anywhere.
         for length in 0..whole.len() {
             let _ = parse(&whole[..length]);
         }
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_the_kernels() {
+    fn errors_of_the_kernel_are_returned() {
         let mut refused = message(2, 0, &[]);
         refused[16..20].copy_from_slice(&(-libc::EPERM).to_ne_bytes());
         assert_eq!(parse(&refused).unwrap_err().raw_os_error(), Some(libc::EPERM));

@@ -2,8 +2,8 @@
 //! packets arrive.
 //!
 //! The control thread checks often whether the interface still exists, which takes no lock. All
-//! other queries take RTNL, a lock that other processes may hold for seconds, so a separate thread
-//! makes them about once a second.
+//! other queries take RTNL, a kernel lock that other processes may hold for seconds. A separate
+//! thread therefore makes them, about once a second.
 
 mod arrivals;
 mod conditions;
@@ -32,19 +32,21 @@ use unseen::Unseen;
 pub use arrivals::{Arrivals, Change as ArrivalsChange, Reading};
 pub use conditions::{Change, Expected, unaccounted};
 
-/// The time from one look at the interface to the next.
+/// The time from one look at the interface to the next. Each look takes RTNL, which other processes
+/// need.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How long the first look may take.
+/// How long the first look may take before the start goes on without it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long a link may take to come back after attaching the program has reset it.
+/// How long a link may take to come up again after attaching the program has reset it: a NIC may
+/// negotiate for some seconds.
 const RESET: Duration = Duration::from_secs(6);
 
-/// Whether an interface has a carrier; `false` also if that cannot be read.
+/// Whether an interface has a carrier; `false` also if the query fails.
 pub fn has_carrier(index: u32) -> bool {
     LinkSocket::of(index).and_then(|mut link| link.ask()).is_ok_and(|link| link.carrier)
 }
 
-/// Watches an interface.
+/// Watches an interface, for the control thread.
 #[derive(Debug)]
 pub struct Watch {
     presence: Presence,
@@ -52,17 +54,17 @@ pub struct Watch {
     expected: Expected,
     orders: mpsc::Sender<()>,
     looks: mpsc::Receiver<Option<Look>>,
-    /// A look was ordered, and its result has not arrived yet.
+    /// A look was ordered, and its result has not arrived yet. The next look is due at `next`.
     waiting: bool,
     next: Instant,
     seen: Option<Seen>,
     /// Until this time a missing carrier is not reported: the link may still be resetting.
     carrier_due: Option<Instant>,
-    told: conditions::Told,
+    reported: conditions::Reported,
     of_interface: Differences,
     of_driver: Differences,
     unseen: Unseen,
-    /// What could not be read and has been reported.
+    /// Failed queries that have been reported.
     unreadable: BTreeSet<&'static str>,
 }
 
@@ -76,7 +78,7 @@ struct Look {
     counters: io::Result<BTreeMap<String, u64>>,
 }
 
-/// The descriptors that a look uses.
+/// The descriptors that a look uses, on the thread that looks.
 struct Looker {
     presence: Presence,
     link: LinkSocket,
@@ -84,7 +86,8 @@ struct Looker {
 }
 
 impl Looker {
-    /// `None`: the interface is gone, or was renamed during the look: ethtool queries go by name.
+    /// Makes all queries. `None`: the interface no longer exists, or was renamed meanwhile: ethtool
+    /// queries go by name.
     fn look(&mut self) -> Option<Look> {
         let name = self.presence.name().ok()??;
         let look = Look {
@@ -99,10 +102,12 @@ impl Looker {
 }
 
 impl Watch {
-    /// Begins to watch an interface of the calling thread's network namespace. Counters start at
-    /// zero now. Attach the program and bind the sockets first, since both reset the counters of
-    /// some drivers. Many drivers also reset the link: if the interface `had_carrier` before, a
-    /// missing carrier is not reported at once.
+    /// Starts to watch an interface of the calling thread's network namespace. Counters start at
+    /// zero now.
+    ///
+    /// Attach the program and bind the sockets first: both reset the counters of some drivers. Many
+    /// drivers also reset the link, so if the interface `had_carrier` before, a missing carrier is
+    /// not reported at once.
     ///
     /// # Errors
     /// No descriptor or thread is left.
@@ -127,7 +132,7 @@ impl Watch {
             next: Instant::now(),
             seen: None,
             carrier_due: had_carrier.then(|| Instant::now() + RESET),
-            told: conditions::Told::default(),
+            reported: conditions::Reported::default(),
             of_interface: Differences::default(),
             of_driver: Differences::default(),
             unseen: Unseen::default(),
@@ -137,8 +142,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// The interface's name; `None`: it is gone. If the query fails otherwise, returns `known` and
-    /// takes the interface as present.
+    /// The interface's name; `None` if the interface no longer exists. If the query fails for
+    /// another reason, returns `known`.
     pub fn name(&mut self, known: &str) -> Option<String> {
         self.presence.name().unwrap_or_else(|error| {
             self.cannot_read("the name", known, &error);
@@ -146,7 +151,7 @@ impl Watch {
         })
     }
 
-    /// Looks, and waits for the result, at most for `patience`.
+    /// Looks, and waits for the result for at most `patience`.
     fn look_now(&mut self, patience: Duration) {
         let until = Instant::now() + patience;
         let take = |watch: &mut Self| {
@@ -164,16 +169,16 @@ impl Watch {
         }
     }
 
-    /// Reads the counters once more. Settings stay as last seen, since the primary itself is
-    /// detaching from the interface.
+    /// Reads the counters once more, at the end. Settings stay as last seen: they now change
+    /// because the primary itself detaches from the interface.
     pub fn count_now(&mut self, patience: Duration) {
         let seen = self.seen.clone();
         self.look_now(patience);
         self.seen = seen;
     }
 
-    /// Takes results, and orders the next look when it is due. `true`: a result has arrived since
-    /// the last call.
+    /// Takes results, and orders the next look when it is due. Returns whether a result has arrived
+    /// since the last call.
     pub fn look(&mut self) -> bool {
         let mut news = false;
         while let Ok(look) = self.looks.try_recv() {
@@ -226,11 +231,14 @@ impl Watch {
         self.seen = seen;
     }
 
-    /// Reports once what cannot be read. Ignores ENODEV: [`name`](Self::name) detects that the
-    /// interface is gone.
+    /// Reports each failing query once. Ignores ENODEV: [`name`](Self::name) detects that the
+    /// interface no longer exists.
     fn cannot_read(&mut self, what: &'static str, interface: &str, error: &io::Error) {
         if error.raw_os_error() != Some(libc::ENODEV) && self.unreadable.insert(what) {
-            tracing::warn!(interface, "cannot read {what} of the interface: {error}; xfan continues without");
+            tracing::warn!(
+                interface,
+                "cannot read {what} of the interface: {error}; xfan continues without them"
+            );
         }
     }
 
@@ -244,16 +252,16 @@ impl Watch {
     pub fn program_has_seen(&mut self, packets: u64) {
         let counted = self.of_interface.since_start();
         let count = |name: &str| counted.get(name).copied().unwrap_or_default();
-        let came_in = ["rx_packets", "rx_dropped", "rx_missed_errors", "rx_over_errors", "rx_fifo_errors"];
-        self.unseen.observe(came_in.into_iter().map(count).sum(), packets);
+        let received = ["rx_packets", "rx_dropped", "rx_missed_errors", "rx_over_errors", "rx_fifo_errors"];
+        self.unseen.observe(received.into_iter().map(count).sum(), packets);
     }
 
-    /// The changes to report now.
+    /// The changes of conditions to report now.
     pub fn changes(&mut self) -> Vec<Change> {
-        self.told.changes(&self.conditions(), Instant::now())
+        self.reported.changes(&self.conditions(), Instant::now())
     }
 
-    /// The kernel's and the driver's counters of dropped packets, since the start.
+    /// The counters of the kernel and the driver for dropped packets, since the start.
     pub fn nic(&self) -> report::Nic {
         let driver = self.of_driver.since_start().iter();
         report::Nic {
@@ -271,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_that_is_reset_at_the_start_is_not_said_to_have_no_carrier() {
+    fn a_link_reset_at_start_is_not_reported() {
         let interface = Interface::find("lo").unwrap();
         assert!(!has_carrier(0x7fff_fff0));
         let expected = Expected { queues: vec![xfan_shm::ids::QueueId(0)], max_mtu: 1770 };

@@ -1,46 +1,36 @@
-//! Whether an interface is still there, and what it is called now.
+//! Whether an interface still exists, and its current name.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use crate::host::interface::socket;
+use crate::host::interface::ioctl::{name_of, socket};
 
-/// An interface, followed by its index. It keeps one descriptor open, so that a query needs no new
+/// An interface, identified by its index. One descriptor stays open, so that a query needs no new
 /// one.
 #[derive(Debug)]
 pub struct Presence {
     socket: OwnedFd,
-    index: libc::c_int,
+    index: u32,
 }
 
 impl Presence {
-    /// Follows the interface with this index in the network namespace of the calling thread.
+    /// Follows the interface with this index in the calling thread's network namespace.
     ///
     /// # Errors
     /// The errors of socket(2).
     pub fn of(index: u32) -> io::Result<Self> {
-        let socket = socket()?;
-        Ok(Presence { socket, index: libc::c_int::try_from(index).map_err(io::Error::other)? })
+        Ok(Presence { socket: socket()?, index })
     }
 
-    /// The interface's name; `None`: the interface no longer exists. Does not take RTNL.
+    /// The interface's name; `None` if the interface no longer exists. Does not take RTNL.
     ///
     /// # Errors
-    /// Any error but ENODEV. It does not mean that the interface is gone.
+    /// Any error but ENODEV. An error does not mean that the interface no longer exists.
     pub fn name(&self) -> io::Result<Option<String>> {
-        // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        request.ifr_ifru.ifru_ifindex = self.index;
-        // SAFETY: SIOCGIFNAME reads `ifru_ifindex` of a `struct ifreq` and fills its name; it is
-        // ours and lives through the call.
-        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCGIFNAME, &raw mut request) } == 0 {
-            let name: Vec<u8> =
-                request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
-            return Ok(Some(String::from_utf8_lossy(&name).into_owned()));
-        }
-        match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-            error => Err(error),
+        match name_of(&self.socket, self.index) {
+            Ok(name) => Ok(Some(name)),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 }
@@ -50,14 +40,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_index_has_a_name_or_is_gone() {
+    fn an_index_has_a_name_or_none() {
         let loopback = nix::net::if_::if_nametoindex("lo").unwrap();
         assert_eq!(Presence::of(loopback).unwrap().name().unwrap().as_deref(), Some("lo"));
         assert_eq!(Presence::of(0x7fff_fff0).unwrap().name().unwrap(), None);
     }
 
     #[test]
-    fn an_error_is_not_an_interface_that_is_gone() {
+    fn an_error_does_not_mean_that_it_is_gone() {
         let not_a_socket = std::fs::File::open("/dev/null").unwrap().into();
         let presence = Presence { socket: not_a_socket, index: 1 };
         assert_eq!(presence.name().unwrap_err().raw_os_error(), Some(libc::ENOTTY));

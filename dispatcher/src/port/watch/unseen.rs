@@ -1,31 +1,32 @@
 //! Whether the XDP program sees the packets that the interface receives.
 //!
-//! A driver whose queues lost their buffers drops all packets, or does not run the program for
-//! them. Then no counter of the program or of a socket moves, and all sums hold.
+//! A driver whose queues have lost their buffers drops all packets, or does not run the program for
+//! them. No counter of the program or of a socket then moves, so that all sums still hold.
 
 use std::collections::VecDeque;
 
-/// The condition begins if between each two of this many successive readings …
+/// The number of successive readings that must agree before the condition begins: a few seconds,
+/// since NICs update their counters late.
 const READINGS: usize = 4;
-/// … at least this many packets came in, and the program saw none. It ends when the program sees
-/// one.
+/// The condition begins if the interface receives at least this many packets between each two
+/// readings and the program sees none. It ends when the program sees one.
 const PACKETS: u64 = 10;
 
-/// Compares the packets that came in with those that the program saw.
+/// Compares the packets that the interface received with those that the program saw.
 #[derive(Debug, Default)]
 pub struct Unseen {
-    /// Packets that came in, dropped ones included; packets the program saw.
+    /// Packets received, dropped ones included, and packets that the program saw.
     readings: VecDeque<(u64, u64)>,
     is_so: bool,
 }
 
 impl Unseen {
     /// Takes a reading, about once a second.
-    pub fn observe(&mut self, came_in: u64, seen: u64) {
+    pub fn observe(&mut self, received: u64, seen: u64) {
         if self.readings.len() == READINGS {
             self.readings.pop_front();
         }
-        self.readings.push_back((came_in, seen));
+        self.readings.push_back((received, seen));
         let mut pairs = self.readings.iter().zip(self.readings.iter().skip(1));
         if pairs.clone().any(|(earlier, later)| later.1 != earlier.1) {
             self.is_so = false;
@@ -34,7 +35,7 @@ impl Unseen {
         }
     }
 
-    /// Whether packets came in all the time, and the program has seen none since.
+    /// Whether the interface keeps receiving packets of which the program sees none.
     pub fn is_so(&self) -> bool {
         self.is_so
     }
@@ -45,36 +46,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_lasts_is_told() {
+    fn only_a_lasting_condition_counts() {
         let mut unseen = Unseen::default();
-        let mut observe = |came_in, seen| {
-            unseen.observe(came_in, seen);
+        let mut observe = |received, seen| {
+            unseen.observe(received, seen);
             unseen.is_so()
         };
         let all = [
-            // It works, and rests; the counters of the NIC come late.
+            // Packets arrive, then stop; the NIC updates its counters late.
             ((0, 0), false),
             ((90, 100), false),
             ((100, 100), false),
             ((100, 100), false),
-            // A few packets come in that do not reach the program.
+            // A few packets do not reach the program.
             ((105, 100), false),
             ((110, 100), false),
             ((115, 100), false),
-            // Its queues are deaf.
+            // No packet reaches the program.
             ((1000, 100), false),
             ((2000, 100), false),
             ((3000, 100), true),
             ((4000, 100), true),
-            // That no packet comes in proves nothing.
+            // No packet arrives, which proves nothing.
             ((4000, 100), true),
             ((4000, 100), true),
-            // The queues receive again.
+            // The program sees packets again.
             ((5000, 101), false),
             ((6000, 1000), false),
         ];
-        for ((came_in, seen), expected) in all {
-            assert_eq!(observe(came_in, seen), expected, "{came_in} {seen}");
+        for ((received, seen), expected) in all {
+            assert_eq!(observe(received, seen), expected, "{received} {seen}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A stream to systemd's journal, as it offers one to the services it has not started itself.
+//! A stream to systemd's journal, for processes that systemd has not started itself.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,21 +9,21 @@ use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, co
 
 use crate::print::write_whole;
 
-/// Where the journal listens.
+/// The socket on which the journal listens.
 pub const SOCKET: &str = "/run/systemd/journal/stdout";
 
-/// Opens a stream whose lines the journal keeps under the identifier `xfan-MEMBER`.
+/// Opens a stream whose lines the journal records with the identifier `xfan-MEMBER`.
 ///
 /// # Errors
-/// Nobody listens there.
+/// The errors of connect(2): ENOENT or ECONNREFUSED if no journal listens on `socket`.
 pub fn open(socket: &Path, member: &str) -> io::Result<OwnedFd> {
-    // It may have many that wait to be let in: that is an error, nothing to wait for.
+    // If the journal's backlog is full, connect(2) fails with EAGAIN instead of blocking.
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let stream = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     connect(stream.as_raw_fd(), &UnixAddr::new(socket)?)?;
     shutdown(stream.as_raw_fd(), Shutdown::Read)?;
     // Identifier, unit, priority (informational), whether lines begin with a priority, and whether
-    // to pass them on to syslog, the kernel's log and the console.
+    // the journal forwards them to syslog, the kernel log and the console.
     let description = format!("xfan-{}\n\n6\n1\n0\n0\n0\n", member.replace('/', "-"));
     write_whole(&stream, description.as_bytes()).map_err(|(_, error)| error)?;
     fcntl(&stream, FcntlArg::F_SETFL(OFlag::empty()))?;

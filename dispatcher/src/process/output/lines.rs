@@ -1,32 +1,34 @@
-//! Lines out of a stream of bytes, and how many of them in what time.
+//! Splits a stream of bytes into lines, and limits their rate.
 
 use std::time::{Duration, Instant};
 
 /// A line of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line<'a> {
-    /// All of it.
+    /// A whole line.
     Whole(&'a [u8]),
-    /// The beginning of one that is too long.
+    /// The beginning of a line that is too long.
     Cut(&'a [u8]),
 }
 
-/// Puts lines together. It holds at most the longest line.
+/// Splits a stream into lines. Its buffer holds at most one line of the greatest length.
 #[derive(Debug)]
 pub struct Lines {
+    /// The line that has begun and not ended.
     begun: Vec<u8>,
+    /// The greatest length of a line in bytes.
     longest: usize,
-    /// The rest of a line that was cut.
+    /// The rest of the current line is skipped, since the line was cut.
     skipping: bool,
 }
 
 impl Lines {
-    /// Of a stream whose lines have at most `longest` bytes.
+    /// Cuts lines that are longer than `longest` bytes.
     pub fn new(longest: usize) -> Self {
         Lines { begun: Vec::new(), longest, skipping: false }
     }
 
-    /// Takes the next bytes of the stream, and hands over the lines that they end.
+    /// Takes the next bytes of the stream, and passes each line that ends in them to `line`.
     pub fn feed(&mut self, bytes: &[u8], mut line: impl FnMut(Line<'_>)) {
         let mut rest = bytes;
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -37,7 +39,7 @@ impl Lines {
         self.add(rest, &mut line);
     }
 
-    /// The stream ends: so does the line that was begun.
+    /// The stream has ended. Passes on the last line if no line break ended it.
     pub fn finish(&mut self, mut line: impl FnMut(Line<'_>)) {
         if !self.begun.is_empty() {
             self.end(&mut line);
@@ -48,9 +50,9 @@ impl Lines {
         if self.skipping {
             return;
         }
-        let room = self.longest - self.begun.len();
-        self.begun.extend(&bytes[..bytes.len().min(room)]);
-        if bytes.len() > room {
+        let left = self.longest - self.begun.len();
+        self.begun.extend(&bytes[..bytes.len().min(left)]);
+        if bytes.len() > left {
             line(Line::Cut(&self.begun));
             self.begun.clear();
             self.skipping = true;
@@ -65,7 +67,7 @@ impl Lines {
     }
 }
 
-/// A token bucket: so many lines at once, and so many a second.
+/// A token bucket that limits lines to [`RATE`](Self::RATE) a second after a burst.
 #[derive(Debug)]
 pub struct Bucket {
     tokens: u32,
@@ -73,17 +75,17 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Lines at once.
+    /// The most lines in a burst: enough for the start of a program or a stack trace.
     pub const BURST: u32 = 1000;
-    /// Lines a second.
+    /// The most lines per second in the long run: more than a person can read, little for the log.
     pub const RATE: u32 = 100;
 
-    /// A full one.
+    /// A full bucket.
     pub fn new(now: Instant) -> Self {
         Bucket { tokens: Self::BURST, filled: now }
     }
 
-    /// Whether there is a token left for one line.
+    /// Takes a token for one line. Returns `false` if none is left.
     pub fn take(&mut self, now: Instant) -> bool {
         let each = Duration::from_secs(1) / Self::RATE;
         let new = (now - self.filled).as_nanos() / each.as_nanos();
@@ -115,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_put_together_and_long_ones_cut() {
+    fn lines_are_assembled_and_long_ones_cut() {
         assert_eq!(lines_of(8, &[b"a\n\nb", b"c\nlast"]), ["a", "", "bc", "last"]);
         assert_eq!(lines_of(4, &[b"1234\n12345\n1234", b"5678", b"9\nx\n"]), ["1234", "1234…", "1234…", "x"]);
         assert_eq!(lines_of(4, &[b"12345678"]), ["1234…"]);
     }
 
     #[test]
-    fn a_bucket_gives_its_burst_and_then_its_rate() {
+    fn a_bucket_allows_a_burst_then_its_rate() {
         let start = Instant::now();
         let mut bucket = Bucket::new(start);
         let mut taken = |after: u64| {
@@ -134,7 +136,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn how_a_stream_is_cut_into_pieces_does_not_matter(
+        fn the_pieces_of_a_stream_do_not_matter(
             text in "[ab\n]{0,40}", at in 0usize..40, longest in 1usize..8
         ) {
             let bytes = text.as_bytes();

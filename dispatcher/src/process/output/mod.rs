@@ -1,14 +1,14 @@
-//! What workers write to their descriptors 1 and 2 (setting `worker_output`).
+//! The output of workers: what they write to descriptors 1 and 2 (setting `worker_output`).
 //!
 //! ```text
-//!  worker 0 ══ 2 pipes ══╗              ┌─► the log: escaped, tagged, so many lines a second
+//!  worker 0 ══ 2 pipes ══╗              ┌─► the log: escaped, tagged, rate-limited
 //!                        ╠══► relay ────┤
-//!  worker 1 ══ 2 pipes ══╝   (thread)   └─► files, each with a thread: one for each member, or for all
+//!  worker 1 ══ 2 pipes ══╝   (thread)   └─► files, each with a thread: one per member, or one for all
 //! ```
 //!
-//! Each worker's pipes are its own: whatever it does to them, it does to itself. The relay never
-//! waits for a file, reads a bounded amount of each pipe in turn, and takes a fifth of a CPU at
-//! most. Lines that find no room behind it are counted.
+//! Each worker has pipes of its own, so that it cannot disturb the output of another. The relay
+//! never waits for a file, reads a bounded amount from each pipe in turn, and uses at most a fifth
+//! of a CPU. Lines that do not fit into a queue are dropped and counted.
 
 mod journald;
 mod lines;
@@ -33,13 +33,13 @@ use crate::host::privileges::drop_all_capabilities;
 use crate::log::{Sink, Writer, open_to_append};
 use relay::{Command, Relay, Source, Target};
 
-/// How long the relay may take for the last lines, and the files for theirs.
+/// How long an ending primary waits for the relay and the files to write their last lines.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Stands for the member in the name of a file.
+/// The placeholder for the member in the name of a file.
 const MEMBER: &str = "{member}";
 
-/// Where workers' output goes, and the thread that carries it there.
+/// Relays the output of all workers.
 #[derive(Debug)]
 pub struct Output {
     setting: WorkerOutput,
@@ -51,59 +51,62 @@ pub struct Output {
 
 #[derive(Debug, Default)]
 struct Members {
-    /// Lines of each member that were dropped.
+    /// The number of dropped lines of each member.
     dropped: HashMap<String, Arc<AtomicU64>>,
-    /// The files, by name.
+    /// The open files, by path.
     files: HashMap<PathBuf, Arc<Writer>>,
 }
 
-/// Workers' output cannot go where it is to go.
+/// Why the output of workers cannot be written as configured.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
     /// A file cannot be opened.
-    #[error("cannot open the workers' output file {}: {source}; make its folder, or change worker_output", path.display())]
+    #[error(
+        "cannot open the workers' output file {}: {source}; create its directory, or change worker_output",
+        path.display()
+    )]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// There is no journal.
+    /// No journal is running.
     #[error(
-        "worker_output = \"journal\", but systemd's journal does not listen on {}: {source}; set worker_output to \"log\", \
-         \"null\" or a file",
+        "worker_output = \"journal\", but systemd's journal does not listen on {}: {source}; set \
+         worker_output to \"log\", \"null\" or a file",
         journald::SOCKET
     )]
     NoJournal {
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// Workers that survive would share a file.
+    /// Workers that outlive the primary would share a file.
     #[error(
-        "workers that survive (survive = true) write to their files by themselves, so that each needs its own: put {MEMBER} \
-         into worker_output ({})", path.display()
+        "with survive = true, workers write to their files directly, so that each needs its own: add \
+         {MEMBER} to worker_output ({})", path.display()
     )]
     Shared {
-        /// The setting.
+        /// The configured path.
         path: PathBuf,
     },
-    /// No descriptors or threads are left.
+    /// No descriptor or thread is left.
     #[error("cannot relay workers' output: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Both ends of what a worker writes to.
+/// The descriptors that a worker writes to, and the relay's end of them.
 pub struct Ends {
-    /// What becomes its descriptor 1 …
+    /// Becomes descriptor 1 of the worker.
     pub stdout: Stdio,
-    /// … and 2.
+    /// Becomes descriptor 2 of the worker.
     pub stderr: Stdio,
-    /// To be kept for as long as the worker runs; none: nothing is relayed.
+    /// Keeps the relay going while the worker runs; `None`: nothing is relayed.
     pub tap: Option<Tap>,
 }
 
-/// A worker's output is relayed. When this is dropped, what the worker has left in its pipes is,
-/// and they are closed.
+/// Relays the output of one worker. Dropping it relays what is left in the worker's pipes, and
+/// closes them.
 #[derive(Debug)]
 pub struct Tap {
     id: u64,
@@ -117,7 +120,8 @@ impl Drop for Tap {
 }
 
 impl Output {
-    /// Starts to relay. What the members of these names need is opened, to see that it can be.
+    /// Starts the relay. Opens the destinations of these members once, so that an unusable one
+    /// fails now.
     ///
     /// # Errors
     /// [`OutputError`]
@@ -136,8 +140,9 @@ impl Output {
                 return Err(OutputError::Shared { path: path.clone() });
             }
             WorkerOutput::Log if survive => tracing::warn!(
-                "workers that survive this primary cannot write to its log: their output goes to /dev/null; worker_output \
-                 may be \"journal\", or a file with {MEMBER} in its name"
+                "workers that survive this primary cannot write to its log: their output goes to \
+                 /dev/null; to keep it, set worker_output to \"journal\", or to a file with {MEMBER} \
+                 in its name"
             ),
             _ => {}
         }
@@ -149,14 +154,14 @@ impl Output {
         Ok(output)
     }
 
-    /// Opens what a worker of this member writes to.
+    /// Opens the destination for a worker of this member.
     ///
     /// # Errors
     /// [`OutputError`]
     pub fn open(self: &Arc<Self>, member: &str) -> Result<Ends, OutputError> {
         let target = match &self.setting {
             WorkerOutput::Null => return Ok(Ends::of_null()),
-            // A pipe would break with the primary, and take the worker along.
+            // A pipe would break when the primary ends, and SIGPIPE would end the worker.
             WorkerOutput::Log if self.survive => return Ok(Ends::of_null()),
             WorkerOutput::Journal => {
                 let stream = journald::open(Path::new(journald::SOCKET), member)
@@ -189,17 +194,17 @@ impl Output {
         Ok(Ends { stdout: stdout.into(), stderr: stderr.into(), tap })
     }
 
-    /// Lines of a member's workers that were not relayed.
+    /// The number of lines of a member's workers that were dropped.
     pub fn dropped(&self, member: &str) -> u64 {
         self.members().dropped.get(member).map_or(0, |dropped| dropped.load(Ordering::Relaxed))
     }
 
-    /// Opens all files anew.
+    /// Reopens all files, for example after log rotation.
     pub fn reopen(&self) {
         self.members().files.values().for_each(|file| file.reopen());
     }
 
-    /// Relays what is left, but not for long.
+    /// Relays the remaining output and stops. Waits at most for [`PATIENCE`].
     pub fn end(&self) {
         let (done, wait) = channel();
         self.tell(Command::Finish(done));
@@ -221,7 +226,7 @@ impl Output {
     }
 
     fn tell(&self, command: Command) {
-        // If the thread is gone, so is all that it relayed.
+        // The thread ends only after `Finish`, when nothing is left to relay.
         let _ = self.relay.lock().unwrap_or_else(PoisonError::into_inner).send(command);
         let _ = self.wake.write(1);
     }
@@ -241,18 +246,18 @@ impl Ends {
     }
 }
 
-/// Numbers taps.
+/// A new id for a tap.
 fn next_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The file of a member, as `xfan-flow` names its own.
+/// The path for a member. `xfan-flow` replaces the placeholder in the same way.
 fn file_of(template: &Path, member: &str) -> PathBuf {
     template.to_string_lossy().replace(MEMBER, &member.replace('/', "-")).into()
 }
 
-/// A pipe whose end to read from does not block: the worker's end, and ours.
+/// Creates a pipe: the worker's end, and the relay's end, which does not block.
 fn pipe() -> io::Result<(OwnedFd, File)> {
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;

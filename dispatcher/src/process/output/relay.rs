@@ -1,4 +1,4 @@
-//! The thread that carries workers' lines.
+//! The thread that relays the lines of workers.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -12,68 +12,71 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
 use super::lines::{Bucket, Line, Lines};
-use crate::log::{self, ROOM, Writer};
+use crate::log::{self, CAPACITY, Writer};
 use crate::text::escaped;
 
-/// Bytes taken from a pipe in a turn: as many as it holds by default.
+/// The most bytes read from a pipe in one turn: the default capacity of a pipe.
 const TURN: usize = 64 << 10;
 
-/// Most bytes taken from a pipe once its worker has ended: as many as one holds at most, unless
-/// root enlarges it.
+/// The most bytes read from a pipe after its worker has ended: the largest capacity that a pipe of
+/// an unprivileged process can have by default (`/proc/sys/fs/pipe-max-size`).
 const LAST: usize = 1 << 20;
 
-/// The longest lines: in the log, and in files.
+/// The longest line in the log, in bytes; longer lines are cut.
 const LONGEST_LOGGED: usize = 4 << 10;
+/// The longest line in a file, in bytes; longer lines are dropped. Files may hold records that a
+/// program reads, so it is larger.
 const LONGEST_FILED: usize = 64 << 10;
 
-/// The pause after a turn is so many times the turn, and this at least: workers that write without
-/// pause wait for it.
+/// The pause after a turn, as a multiple of the turn's time: the relay uses at most a fifth of a
+/// CPU. Workers that write continuously wait for it.
 const PAUSES: u32 = 4;
+/// The shortest pause after a turn.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// How often dropped lines are told.
+/// The shortest time between two reports of a worker's dropped lines.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// The names of a worker's streams, in the order of their pipes.
+/// The names of a worker's streams, in the order of its pipes.
 const STREAMS: [&str; 2] = ["stdout", "stderr"];
 
-/// What the relay is to do.
+/// A command to the relay.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Relay what a worker writes.
+    /// Relay the output of a worker.
     Add(Source),
-    /// Its worker has ended: relay what is left.
+    /// The worker with this tap id has ended: relay what is left in its pipes.
     End(u64),
-    /// End all, and say when it is done.
+    /// Relay what is left in all pipes, and send a message when done.
     Finish(Sender<()>),
 }
 
-/// A worker's pipes, and where their lines go.
+/// The pipes of a worker, and the destination of their lines.
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) id: u64,
     pub(super) member: String,
     pub(super) target: Target,
-    /// Counts the member's lines that were not relayed.
+    /// Counts the dropped lines of the member.
     pub(super) dropped: Arc<AtomicU64>,
     pub(super) pipes: [File; 2],
 }
 
-/// Where lines go.
+/// The destination of lines.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
-    /// To the log.
+    /// The log.
     Log,
-    /// To a file, with the names of member and stream before each if others write to it, too.
+    /// A file.
     File {
-        /// Writes it.
+        /// Writes the file.
         file: Arc<Writer>,
-        /// Whether others do.
+        /// Several members share the file: each line begins with the names of member and stream.
         tagged: bool,
     },
 }
 
-/// The thread's own.
+/// The state of the thread.
 pub(super) struct Relay {
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
@@ -81,14 +84,14 @@ pub(super) struct Relay {
     buffer: Vec<u8>,
 }
 
-/// A worker whose output is relayed.
+/// A worker whose output is relayed, and what remains to report about it.
 struct Tapped {
     id: u64,
     member: String,
     target: Target,
     dropped: Arc<AtomicU64>,
-    /// Dropped lines that were told of, and when.
-    told: (u64, Instant),
+    /// The dropped lines that were reported, and when.
+    reported: (u64, Instant),
     bucket: Bucket,
     streams: Vec<Stream>,
 }
@@ -104,7 +107,7 @@ impl Relay {
         Relay { commands, wake, taps: Vec::new(), buffer: vec![0; TURN] }
     }
 
-    /// Relays until nobody can tell it anything any more.
+    /// Relays until every sender of commands is gone.
     pub(super) fn run(mut self) {
         loop {
             let ready = self.wait();
@@ -124,23 +127,24 @@ impl Relay {
         }
     }
 
-    /// Waits until something is there: the numbers of the workers and their streams.
+    /// Waits for output or a command. Returns the positions of the readable pipes: worker and
+    /// stream.
     fn wait(&self) -> Vec<(usize, usize)> {
-        let untold = self.taps.iter().any(|tapped| tapped.untold() > 0);
-        let timeout = if untold {
+        let unreported = self.taps.iter().any(|tapped| tapped.unreported() > 0);
+        let timeout = if unreported {
             PollTimeout::try_from(PERIOD).unwrap_or(PollTimeout::MAX)
         } else {
             PollTimeout::NONE
         };
         let streams = || {
-            self.taps.iter().enumerate().flat_map(|(place, tapped)| {
-                tapped.streams.iter().enumerate().map(move |(number, stream)| ((place, number), stream))
+            self.taps.iter().enumerate().flat_map(|(worker, tapped)| {
+                tapped.streams.iter().enumerate().map(move |(number, stream)| ((worker, number), stream))
             })
         };
         let mut polled = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
         polled.extend(streams().map(|(_, stream)| PollFd::new(stream.pipe.as_fd(), PollFlags::POLLIN)));
         if poll(&mut polled, timeout).is_err() {
-            // A signal, or no memory: what is there is seen in the next turn.
+            // A signal, or no memory. The next turn finds the output.
             std::thread::sleep(PAUSE);
             return Vec::new();
         }
@@ -148,20 +152,20 @@ impl Relay {
         streams().zip(&polled[1..]).filter(|(_, fd)| is_ready(fd)).map(|((numbers, _), _)| numbers).collect()
     }
 
-    /// Reads once from each pipe that has something. Whether there was anything.
+    /// Reads once from each readable pipe. Returns whether there was one.
     fn take_turn(&mut self, ready: &[(usize, usize)], now: Instant) -> bool {
         let mut ended = Vec::new();
-        for &(place, number) in ready {
-            if self.taps[place].read(number, &mut self.buffer, now) == Found::End {
-                ended.push((place, number));
+        for &(worker, number) in ready {
+            if self.taps[worker].read(number, &mut self.buffer, now) == Found::End {
+                ended.push((worker, number));
             }
         }
-        // From the last to the first, so that the numbers stay right.
-        for &(place, number) in ended.iter().rev() {
-            self.taps[place].finish(number, now);
+        // In reverse order: removing a stream shifts the numbers of later ones.
+        for &(worker, number) in ended.iter().rev() {
+            self.taps[worker].finish(number, now);
         }
         for tapped in &mut self.taps {
-            tapped.tell(now, PERIOD);
+            tapped.report_dropped(now, PERIOD);
         }
         !ready.is_empty()
     }
@@ -199,19 +203,19 @@ impl Tapped {
             Target::File { .. } => LONGEST_FILED,
         };
         let stream = |(pipe, name)| Stream { name, pipe, lines: Lines::new(longest) };
-        let told = (source.dropped.load(Ordering::Relaxed), now);
+        let reported = (source.dropped.load(Ordering::Relaxed), now);
         Tapped {
             id: source.id,
             member: source.member,
             target: source.target,
             dropped: source.dropped,
-            told,
+            reported,
             bucket: Bucket::new(now),
             streams: source.pipes.into_iter().zip(STREAMS).map(stream).collect(),
         }
     }
 
-    /// Reads once from a pipe, and passes on the lines that are complete.
+    /// Reads once from a pipe, and passes on the lines that ended.
     fn read(&mut self, number: usize, buffer: &mut [u8], now: Instant) -> Found {
         let stream = &mut self.streams[number];
         let count = match stream.pipe.read(buffer) {
@@ -229,7 +233,7 @@ impl Tapped {
         Found::Bytes(count)
     }
 
-    /// A pipe has ended, or is to: passes on the line that was begun, and closes it.
+    /// Passes on the last line of a pipe, and closes the pipe.
     fn finish(&mut self, number: usize, now: Instant) {
         let mut stream = self.streams.remove(number);
         let mut passing =
@@ -238,8 +242,8 @@ impl Tapped {
         passing.done();
     }
 
-    /// The worker has ended. What it has started may have its pipes still, and write on: they are
-    /// closed.
+    /// The worker has ended. Relays what is left in its pipes, and closes them: its descendants may
+    /// still have them open and go on writing.
     fn end(mut self, buffer: &mut [u8], now: Instant) {
         while !self.streams.is_empty() {
             let mut taken = 0;
@@ -250,43 +254,43 @@ impl Tapped {
             }
             self.finish(0, now);
         }
-        self.tell(now, Duration::ZERO);
+        self.report_dropped(now, Duration::ZERO);
     }
 
-    fn untold(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed) - self.told.0
+    fn unreported(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed) - self.reported.0
     }
 
-    /// Tells of dropped lines, if some were not told of for so long.
-    fn tell(&mut self, now: Instant, period: Duration) {
-        let dropped = self.untold();
-        if dropped > 0 && now - self.told.1 >= period {
+    /// Reports dropped lines, if the last report is at least `period` ago.
+    fn report_dropped(&mut self, now: Instant, period: Duration) {
+        let dropped = self.unreported();
+        if dropped > 0 && now - self.reported.1 >= period {
             let (member, rate) = (&self.member, Bucket::RATE);
             match self.target {
                 Target::Log => tracing::warn!(
                     member,
                     dropped,
-                    "lines of its output were dropped: at most {rate} a second are logged"
+                    "lines of the worker's output were dropped: the log takes at most {rate} a second"
                 ),
                 Target::File { .. } => tracing::warn!(
                     member,
                     dropped,
-                    "lines of its output were dropped: too long, or its file took no more"
+                    "lines of the worker's output were dropped: they were too long, or the file could not be written"
                 ),
             }
-            self.told = (self.told.0 + dropped, now);
+            self.reported = (self.reported.0 + dropped, now);
         }
     }
 }
 
-/// Passes on the lines of one read.
+/// Passes the lines of one read on to their destination.
 struct Passing<'a> {
     target: &'a Target,
     member: &'a str,
     stream: &'static str,
     bucket: &'a mut Bucket,
     dropped: &'a Arc<AtomicU64>,
-    /// For the file.
+    /// Lines for the file, and their number.
     bytes: Vec<u8>,
     count: u64,
 }
@@ -328,7 +332,7 @@ impl<'a> Passing<'a> {
     fn done(self) {
         if let Target::File { file, .. } = self.target
             && self.count > 0
-            && !file.offer(self.bytes, self.count, Some(self.dropped.clone()), ROOM)
+            && !file.offer(self.bytes, self.count, Some(self.dropped.clone()), CAPACITY)
         {
             self.dropped.fetch_add(self.count, Ordering::Relaxed);
         }

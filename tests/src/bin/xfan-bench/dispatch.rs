@@ -1,7 +1,7 @@
 //! The dispatch path alone: packets in memory → parse → hash → ring → worker process → commit.
 //!
 //! No interface is involved. Everything else is as in `xfan run`: the same lane, the same control
-//! socket, worker processes that attach and run as an unprivileged user.
+//! socket, and worker processes that attach and run as an unprivileged user.
 
 use std::num::NonZeroU32;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,8 +14,9 @@ use xfan::config::{ControlAccess, OnEmpty, WorkerOutput, WorkerUser};
 use xfan::config::{Policy, Restart};
 use xfan::control::access::Access;
 use xfan::control::members::Member;
-use xfan::control::primary::{Care, Primary, random_bytes};
+use xfan::control::primary::{Care, Primary};
 use xfan::control::{client::ask_for_report, server::Listener};
+use xfan::host::random::random_bytes;
 use xfan::lane::handle::LaneHandle;
 use xfan::lane::{HashKey, LaneConfig, LaneParts};
 use xfan::memory::frames::{Frames, Region};
@@ -34,18 +35,19 @@ use xfan_tests::process::binary;
 use crate::Failure;
 use crate::line::round_trip_ns;
 
-/// Bytes of a frame; the packet begins where AF_XDP would put it.
+/// Bytes of a frame; the packet begins at the same offset as with AF_XDP.
 const FRAME: u32 = 2048;
 const HEADROOM: u32 = 256;
-/// One flow each. Half of them stand for those a NIC holds; so at most the other half is with the
-/// workers at a time, and no ring is ever full: when all are, the lane waits. There are not more
-/// than a cycle of lane and workers takes, so that those of one worker's flows cannot stay away.
+/// Frames, each with its own flow. Half of them stand for the frames that a NIC holds, so that the
+/// workers have at most the other half and no ring is ever full: when they have all of it, the lane
+/// waits. There are no more frames than a cycle of lane and workers takes, so that no worker is
+/// left without packets for long.
 const FRAMES: NonZeroU32 = NonZeroU32::new(4096).expect("not 0");
 const POSTED: u32 = FRAMES.get() / 2;
 const BATCH: usize = 64;
-/// Name of the group.
+/// The name of the group.
 const GROUP: &str = "default";
-/// Time for everything to settle before it is measured.
+/// The time to settle before the measurement.
 const WARM_UP: Duration = Duration::from_millis(200);
 
 /// Options of `xfan-bench dispatch`.
@@ -65,10 +67,10 @@ pub struct Options {
     json: bool,
 }
 
-/// What came out.
+/// The results.
 #[derive(Debug, serde::Serialize)]
 struct Measured {
-    /// Million packets per second committed.
+    /// Million packets committed per second.
     mpps: f64,
     /// Busy nanoseconds of the lane per packet.
     lane_busy_ns: f64,
@@ -82,7 +84,7 @@ struct Measured {
     per_worker: Vec<u64>,
 }
 
-/// An RX queue that never runs dry: every posted frame holds a packet already.
+/// An RX queue that never runs dry: every posted frame already holds a packet.
 #[derive(Debug, Default)]
 struct Endless {
     posted: Vec<UmemOffset>,
@@ -110,7 +112,7 @@ impl PacketSource for Endless {
     }
 }
 
-/// UDP packets of 64 bytes, one per frame, of as many flows.
+/// UDP packets of 64 bytes, one per frame, each of another flow.
 fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
     let length = FRAME as usize * FRAMES.get() as usize;
     let fd = segment::create("xfan-bench", length)?;
@@ -126,16 +128,16 @@ fn packets() -> std::io::Result<(OwnedFd, Mapping)> {
         packet[34..36].copy_from_slice(&flow.wrapping_mul(0x9e37).to_be_bytes());
         packet[39] = 30; // UDP length
         let at = (frame * FRAME + HEADROOM) as usize;
-        // SAFETY: within the mapping; nobody else knows of it yet.
+        // SAFETY: the write is within the mapping, which nothing else refers to yet.
         unsafe { mapping.address().add(at).cast::<[u8; 64]>().write(packet) };
     }
     Ok((fd, mapping))
 }
 
-/// Runs it.
+/// Runs the benchmark.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let (&lane_cpu, &worker_cpu) = match &options.cpus[..] {
         [all] => (all, all),
@@ -145,7 +147,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let shared = lane_cpu == worker_cpu || options.workers > 1;
     let before = round_trip_ns(0, 1);
 
-    // As `xfan run` has them.
+    // The values that `xfan run` has.
     let slots = if shared { 8192 } else { 4096 };
     let (fd, mapping) = packets()?;
     let memory = Arc::new(PacketMemory::of_segment(&fd, mapping)?);
@@ -163,7 +165,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     };
     let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
     let members = (0..options.workers)
-        .map(|place| Member::new(format!("{GROUP}/{place}"), Some(worker_cpu), spin, 1))
+        .map(|index| Member::new(format!("{GROUP}/{index}"), Some(worker_cpu), spin, 1))
         .collect();
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
@@ -184,7 +186,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         (Duration::from_secs(10), Duration::from_secs(5)),
         Care { restart, hang_timeout: Duration::ZERO, hold: None, on_empty: OnEmpty::Drop },
     );
-    // Where the workers' user can execute it, whoever the checkout is closed to.
+    // Copied to where the workers' user can execute it: the checkout may be closed to other users.
     let program = folder.join("xfan-count");
     std::fs::copy(binary("xfan-count")?, &program)?;
     let limits = Limits { memory: None, processes: 1024, cpu_weight: 100, lanes: vec![] };
@@ -202,7 +204,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let workers = options.workers;
     let watch = std::thread::spawn(move || {
         let reports = measure(&socket, workers, seconds);
-        // As an operator would end it.
+        // Ends it as an operator would.
         let _ = kill(Pid::this(), Signal::SIGTERM);
         reports
     });
@@ -217,7 +219,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     print(options, &compare(&start, &end, [before, round_trip_ns(0, 1)]))
 }
 
-/// Reports at the beginning and the end of the time measured.
+/// The reports at the beginning and the end of the measurement.
 fn measure(
     socket: &std::path::Path,
     workers: usize,

@@ -1,7 +1,8 @@
-//! What one would take without xfan: AF_PACKET, a TPACKET_V3 ring per process, and PACKET_FANOUT_HASH between the processes.
+//! The alternative without xfan: AF_PACKET with a TPACKET_V3 ring per process, and
+//! PACKET_FANOUT_HASH between the processes.
 //!
-//! A ring has 32 blocks of 1 MiB. The kernel hands over a block when it is full or 10 ms old, and wakes the process that
-//! sleeps in poll(2).
+//! A ring has 32 blocks of 1 MiB. The kernel hands over a block when it is full or 10 ms old, and
+//! wakes the process that sleeps in poll(2).
 
 use std::ffi::c_void;
 use std::io;
@@ -22,7 +23,7 @@ use crate::tally::{self, Tally};
 const BLOCK_BYTES: u32 = 1 << 20;
 const BLOCKS: u32 = 32;
 const RING_BYTES: usize = BLOCK_BYTES as usize * BLOCKS as usize;
-/// Age at which a block is handed over, in milliseconds.
+/// The age in milliseconds at which a block is handed over.
 const BLOCK_AGE_MS: u32 = 10;
 
 /// Options of `xfan-bench fanout`.
@@ -42,7 +43,7 @@ pub struct Options {
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let mut meter = tally::begin(options.cpu)?;
     let mut ring = Ring::open(&options.interface, options.group)
@@ -64,21 +65,21 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 struct Ring {
     socket: OwnedFd,
     memory: NonNull<u8>,
-    /// The block that is to come next.
+    /// The next block.
     block: usize,
 }
 
 impl Ring {
     fn open(interface: &str, group: u16) -> io::Result<Self> {
-        // SAFETY: no pointers.
+        // SAFETY: the call takes no pointers.
         let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         if socket < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, nobody else owns it.
+        // SAFETY: the kernel has just made the descriptor, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
         set(&socket, libc::PACKET_VERSION, &libc::tpacket_versions::TPACKET_V3)?;
-        // SAFETY: `tpacket_req3` is integers, for which zero is a value.
+        // SAFETY: `tpacket_req3` has only integers, for which zero is valid.
         let mut request: libc::tpacket_req3 = unsafe { std::mem::zeroed() };
         request.tp_block_size = BLOCK_BYTES;
         request.tp_block_nr = BLOCKS;
@@ -93,44 +94,48 @@ impl Ring {
         Ok(ring)
     }
 
-    /// Reads the next block and gives it back; returns its number of packets. `None` if the kernel still has it.
+    /// Reads the next block, gives it back, and returns its number of packets; `None` if the kernel
+    /// still has it.
     fn read_block(&mut self, mut read: impl FnMut(&[u8])) -> Option<u32> {
         let header = self.header();
         // SAFETY: a block's header is mapped and aligned; both sides access the word atomically.
         let status = unsafe { AtomicU32::from_ptr(&raw mut (*header).block_status) };
-        // Acquire: pairs with the kernel's barrier before it hands the block over in prb_close_block.
+        // Acquire: pairs with the kernel's barrier before it hands the block over in
+        // prb_close_block.
         if status.load(Ordering::Acquire) & libc::TP_STATUS_USER == 0 {
             return None;
         }
-        // SAFETY: the block is ours until its status is set below.
+        // SAFETY: the kernel does not write to the block until its status is set below.
         let (packets, first) = unsafe { ((*header).num_pkts, (*header).offset_to_first_pkt) };
         let mut at = self.block * BLOCK_BYTES as usize + first as usize;
         for _ in 0..packets {
-            // SAFETY: the block is ours, and it has that many packets, the first at `first`.
+            // SAFETY: as above; the block has this many packets, the first one at `first`.
             at += unsafe { self.read_packet(at, &mut read) };
         }
-        // Release: what was read is read before the kernel writes to the block again.
+        // Release: everything is read before the kernel writes to the block again.
         status.store(libc::TP_STATUS_KERNEL, Ordering::Release);
         self.block = (self.block + 1) % BLOCKS as usize;
         Some(packets)
     }
 
-    /// The header of the block that is to come next.
+    /// The header of the next block.
     fn header(&self) -> *mut libc::tpacket_hdr_v1 {
-        // SAFETY: there are BLOCKS blocks in the mapping, and each begins with a description, whose only form is this.
+        // SAFETY: there are BLOCKS blocks in the mapping, and each begins with a description of
+        // this form, the only one.
         unsafe {
             let block = self.memory.as_ptr().add(self.block * BLOCK_BYTES as usize);
             &raw mut (*block.cast::<libc::tpacket_block_desc>()).hdr.bh1
         }
     }
 
-    /// Reads the packet whose header lies at `at`; returns how far behind it the next one's lies.
+    /// Reads the packet whose header is at `at`; returns the distance to the next header.
     ///
     /// # Safety
-    /// There is one, in a block that is ours.
+    /// There is a packet at `at`, in a block that this process owns.
     #[inline(always)]
     unsafe fn read_packet(&self, at: usize, read: &mut impl FnMut(&[u8])) -> usize {
-        // SAFETY: by this function's contract; the kernel says where the packet lies and where the next header does.
+        // SAFETY: by this function's contract; the kernel wrote the offsets of the packet and the
+        // next header.
         unsafe {
             let header = self.memory.as_ptr().add(at).cast::<libc::tpacket3_hdr>();
             let packet = header.cast::<u8>().add(usize::from((*header).tp_mac));
@@ -139,14 +144,14 @@ impl Ring {
         }
     }
 
-    /// Sleeps until a block comes, or a signal, but not for ever.
+    /// Sleeps until there is a block or a signal, for a limited time.
     fn sleep(&self) {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        // Interrupted, timed out or woken: the caller looks in each case.
+        // Interrupted, timed out or woken: the caller checks the ring in each case.
         let _ = poll(&mut fds, PollTimeout::from(100u8));
     }
 
-    /// Packets the kernel had no room for.
+    /// Packets that the kernel dropped because the ring was full.
     fn drops(&self) -> io::Result<u64> {
         let mut statistics = MaybeUninit::<libc::tpacket_stats_v3>::zeroed();
         let mut length = length_of::<libc::tpacket_stats_v3>();
@@ -163,14 +168,14 @@ impl Ring {
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: zeroed, then written by the kernel; integers only.
+        // SAFETY: zeroed, then written by the kernel; the type has only integers.
         Ok(u64::from(unsafe { statistics.assume_init() }.tp_drops))
     }
 }
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // SAFETY: mapped by `open`, and nobody else has a pointer into it.
+        // SAFETY: `open` mapped the memory, and nothing else has a pointer into it.
         let _ = unsafe { munmap(self.memory.cast::<c_void>(), RING_BYTES) };
     }
 }
@@ -180,20 +185,20 @@ fn map(socket: &OwnedFd) -> io::Result<NonNull<u8>> {
     let length = NonZeroUsize::new(RING_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
     let (access, flags) =
         (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE);
-    // SAFETY: no address is asked for, so no existing mapping is replaced.
+    // SAFETY: no address is requested, so no existing mapping is replaced.
     Ok(unsafe { mmap(None, length, access, flags, socket, 0) }?.cast())
 }
 
-/// Has the socket receive the interface's IPv4 packets.
+/// Makes the socket receive the interface's IPv4 packets.
 fn bind(socket: &OwnedFd, interface: &str) -> io::Result<()> {
     let index = nix::net::if_::if_nametoindex(interface)?;
-    // SAFETY: `sockaddr_ll` is integers, for which zero is a value.
+    // SAFETY: `sockaddr_ll` has only integers, for which zero is valid.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
     address.sll_protocol = u16::try_from(libc::ETH_P_IP).map_err(io::Error::other)?.to_be();
     address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
     let length = length_of::<libc::sockaddr_ll>();
-    // SAFETY: the kernel reads `length` bytes of `address`, which has as many.
+    // SAFETY: the kernel reads `length` bytes, the size of `address`.
     match unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -204,7 +209,7 @@ fn bind(socket: &OwnedFd, interface: &str) -> io::Result<()> {
 fn set<T: Copy>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
     let value: *const T = value;
     let length = length_of::<T>();
-    // SAFETY: the kernel reads `length` bytes of `value`, which has as many.
+    // SAFETY: the kernel reads `length` bytes, the size of `value`.
     match unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, option, value.cast(), length) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

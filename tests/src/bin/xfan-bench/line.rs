@@ -1,4 +1,5 @@
-//! What one cache line's way between two CPUs costs: the yardstick of every figure that involves two.
+//! The cost of one cache line's transfer between two CPUs: the yardstick of every figure that
+//! involves two CPUs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,8 +12,8 @@ const TRIPS: u64 = 5000;
 #[repr(align(128))]
 struct Line(AtomicU64);
 
-/// Median round trip of a cache line between two CPUs, in nanoseconds. On a virtual machine it may change within
-/// seconds, with where the host puts its CPUs.
+/// The median round trip of a cache line between two CPUs, in nanoseconds. On a virtual machine it
+/// may change within seconds, when the host moves its CPUs.
 pub fn round_trip_ns(here: usize, there: usize) -> f64 {
     let line = Line(AtomicU64::new(0));
     let line = &line.0;
@@ -26,7 +27,7 @@ pub fn round_trip_ns(here: usize, there: usize) -> f64 {
                 line.store(trip | 1 << 63, Ordering::Release);
             }
         });
-        // On a thread of its own: the caller's affinity is the caller's.
+        // A new thread leaves the caller's affinity unchanged.
         let pinging = scope.spawn(move || {
             core_affinity::set_for_current(CoreId { id: here });
             let trips = (1..=TRIPS).map(|trip| {

@@ -1,4 +1,5 @@
-//! Measures parts of xfan, each beside what it is to be compared with. `scripts/bench` runs them interleaved.
+//! Measures parts of xfan, each beside something to compare it with. `scripts/bench` interleaves
+//! them.
 
 mod dispatch;
 mod fanout;
@@ -9,6 +10,7 @@ mod raw;
 mod receivers;
 mod recovery;
 mod ring;
+mod spread;
 mod table;
 mod tally;
 
@@ -16,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Why there is no measurement: a sentence.
+/// Why a measurement failed: a sentence.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Measures parts of xfan
@@ -35,20 +37,21 @@ enum What {
     Dispatch(dispatch::Options),
     /// The ring alone: two processes on two CPUs, beside one bare cache line
     Ring(ring::Options),
-    /// From a worker's death until others have its packets; and what joining and leaving cost
+    /// The time from a worker's death until others have its packets; the cost of joins and leaves
     Recovery(recovery::Options),
     /// The other process of `ring`
     #[command(hide = true)]
     RingPeer,
     /// A receiver for `net`: raw AF_XDP, one socket, receive and refill; until SIGTERM
     Raw(raw::Options),
-    /// A receiver for `net`: AF_PACKET, TPACKET_V3, one of several processes that share the packets; until SIGTERM
+    /// A receiver for `net`: AF_PACKET, TPACKET_V3, one of several processes that share the
+    /// packets; until SIGTERM
     Fanout(fanout::Options),
 }
 
 fn main() -> ExitCode {
     let what = Cli::parse().what;
-    // What another xfan-bench has started has its priority already.
+    // A process that another xfan-bench started has its priority already.
     if !matches!(what, What::RingPeer | What::Raw(_) | What::Fanout(_)) {
         priority::raise();
     }

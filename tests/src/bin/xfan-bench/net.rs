@@ -1,13 +1,16 @@
-//! From one end of a veth pair to the other: what arrives, and what each packet costs the receivers.
+//! From one end of a veth pair to the other: the packets that arrive, and what each costs the
+//! receivers.
 //!
 //! ```text
 //!   CPU 0                                              CPU 1
-//!   generator ──► tx0 ═ veth ═ rx0 ──► kernel's RX ──► raw AF_XDP | AF_PACKET fanout to N | xfan with N workers
+//!   generator ──► tx0 ═ veth ═ rx0 ──► kernel's RX ──► raw AF_XDP, or AF_PACKET fanout to N,
+//!                                                      or xfan with N workers
 //! ```
 //!
-//! Rounds of all receivers, one after the other: what disturbs the machine disturbs them alike. On a veth the sender and the
-//! kernel's receive path share a CPU and are slower than most receivers; so it is the busy time per packet that tells
-//! receivers apart, and the rate tells how much of CPU 0 a way to receive costs.
+//! Each round runs all receivers in turn, so that disturbances of the machine affect them alike. On
+//! a veth the sender and the kernel's receive path share a CPU and are slower than most receivers.
+//! The busy time per packet therefore tells receivers apart; the rate shows how much of CPU 0 a way
+//! to receive costs.
 
 use std::time::Duration;
 
@@ -22,13 +25,14 @@ use crate::line::round_trip_ns;
 use crate::receivers::{CPU, Receiver};
 use crate::{table, tally};
 
-/// The CPU that sends. A veth puts what it redirects into the RX queue of the same number.
+/// The sending CPU. A veth puts redirected frames into the RX queue of the same number.
 const SENDER_CPU: usize = 0;
-/// Fraction of packets that may be lost at a rate that is called lossless: what one preemption costs in a second.
+/// The fraction of packets that may be lost at a lossless rate: the cost of one preemption in a
+/// second.
 pub const LOSSLESS: f64 = 0.001;
 /// Steps of the search for the highest lossless rate: the last one is 1/32 of the received rate.
 const STEPS: u32 = 5;
-/// Longest time for a run, apart from the time that is measured.
+/// The longest time for a run in addition to the measurement.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Options of `xfan-bench net`.
@@ -59,36 +63,36 @@ pub struct Run {
     pub frame_bytes: u16,
     #[serde(serialize_with = "by_name")]
     pub receiver: Receiver,
-    /// Frames per second: those made, and those that arrived.
+    /// Frames per second that were made, and that arrived.
     pub offered_pps: f64,
     pub received_pps: f64,
-    /// Fraction of the frames made that did not arrive.
+    /// The fraction of the frames made that did not arrive.
     pub loss: f64,
-    /// Busy nanoseconds per packet that arrived, of the lane and of those who read the packets.
+    /// Busy nanoseconds per packet that arrived, of the lane and of the readers of the packets.
     pub lane_ns: f64,
     pub reader_ns: f64,
     /// Round trip of a cache line between the two CPUs before and after, in nanoseconds.
     pub line_ns: [f64; 2],
-    /// Highest rate at which no more is lost than [`LOSSLESS`] says, in frames per second; none for raw.
+    /// The highest rate with a loss of at most [`LOSSLESS`], in frames per second; none for raw.
     pub lossless_pps: Option<f64>,
 }
 
 impl Run {
-    /// Busy nanoseconds per packet, all in all.
+    /// Busy nanoseconds per packet in total.
     pub fn busy_ns(&self) -> f64 {
         self.lane_ns + self.reader_ns
     }
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref)] // as serde wants it
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde requires this signature
 fn by_name<S: serde::Serializer>(receiver: &Receiver, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(receiver)
 }
 
-/// Runs it.
+/// Runs the benchmark.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn run(options: &Options) -> Result<(), Failure> {
     if let Some(reason) = require::missing() {
         return Err(reason.into());
@@ -118,7 +122,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Has SIGTERM and SIGINT remove the namespace and end the process. The kernel ends what it has started.
+/// Makes SIGTERM and SIGINT remove the namespace and end the process. The kernel ends its children.
 fn clean_up_on_signals() -> nix::Result<()> {
     tally::heed_signals()?;
     std::thread::spawn(|| {
@@ -143,7 +147,7 @@ impl Bench {
         Ok(Bench { namespace, time })
     }
 
-    /// Measures a receiver, flat out and, if need be, at the highest rate it bears.
+    /// Measures a receiver at full speed and, except for raw, at its highest lossless rate.
     fn measure(&self, round: u32, frame_bytes: u16, receiver: Receiver) -> Result<Run, Failure> {
         let mut run = self.send(round, frame_bytes, receiver, None)?;
         if receiver == Receiver::Raw {
@@ -168,7 +172,7 @@ impl Bench {
         Ok(run)
     }
 
-    /// Starts a receiver, sends, and takes stock.
+    /// Starts a receiver, sends, and collects the results.
     #[allow(clippy::cast_precision_loss)] // rates and times
     fn send(
         &self,

@@ -1,20 +1,23 @@
-//! Scheduling priority: so high that nothing else on the machine takes whole time slices from what is measured. Never a
-//! real-time class: threads that wait by yielding would starve the machine.
+//! Raises the scheduling priority so far that nothing else on the machine takes whole time slices
+//! from the measurement. It never uses a real-time class: threads that wait by yielding would
+//! starve the machine.
 //!
-//! Where the kernel groups the tasks of a session (sched(7), autogroup), the nice value of a task counts within its session
-//! only, and sessions share the CPUs evenly. So the session's own nice value is set too, if the session is ours alone.
+//! Where the kernel groups the tasks of a session (sched(7), autogroup), a task's nice value counts
+//! only within its session, and sessions share the CPUs evenly. The session's own nice value is
+//! therefore set too, if the session is only this program's.
 
 use std::fs;
 use std::io;
 
 use nix::unistd::{getpid, getsid, setsid};
 
-/// The most urgent of the ordinary priorities.
+/// The highest of the ordinary priorities.
 const NICE: i32 = -20;
 
-/// Raises the priority of the calling thread and of all threads and processes it will start, for good. Says so if it cannot.
+/// Raises the priority of the calling thread and of everything it starts, permanently. Prints a
+/// message if it cannot.
 pub fn raise() {
-    // SAFETY: no pointers. 0 is the calling thread.
+    // SAFETY: the call takes no pointers. 0 means the calling thread.
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } < 0 {
         return say(&format!("{}; run it with sudo", io::Error::last_os_error()));
     }
@@ -34,6 +37,6 @@ pub fn raise() {
 
 fn say(reason: &str) {
     eprintln!(
-        "xfan-bench: no priority, so what else runs on this machine will show in the figures: {reason}"
+        "xfan-bench: cannot raise the priority, so other load on this machine will affect the figures: {reason}"
     );
 }

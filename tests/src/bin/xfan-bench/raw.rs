@@ -1,8 +1,8 @@
-//! The floor: one AF_XDP socket, whose packets are received, read and given back by one thread. Nothing is hashed, handed
-//! over or accounted for.
+//! The floor: one AF_XDP socket, whose packets one thread receives, reads and gives back. Nothing
+//! is hashed, handed over or accounted for.
 //!
-//! Interface, socket, packet memory and XDP program are set up by the dispatcher's own code, and the rings are the
-//! dispatcher's: so the difference is what dispatching costs.
+//! Interface, socket, packet memory, XDP program and rings are the dispatcher's own code, so the
+//! difference is the cost of dispatching.
 
 use std::num::NonZeroU32;
 
@@ -21,7 +21,8 @@ use crate::tally::{self, Tally};
 
 const BATCH: usize = 64;
 
-/// Frames posted to the kernel, here and by xfan in the same comparison: they bridge a millisecond without the CPU.
+/// Frames posted to the kernel, here and by xfan in the same comparison: enough for a millisecond
+/// without the CPU.
 pub const RX_RING: u32 = 4096;
 
 /// Options of `xfan-bench raw`.
@@ -41,21 +42,21 @@ pub struct Options {
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let mut meter = tally::begin(options.cpu)?;
     let settings = format!("interface = {:?}\nrx_ring = {RX_RING}", options.interface);
     let config = Config::from_toml_str(&settings, "the command line")?;
     let interface = Interface::find(&options.interface)?;
-    let mode = *modes(&config, &interface)?.last().ok_or("there is no mode")?;
+    let mode = *modes(&config, &interface)?.last().ok_or("no mode is possible")?;
     let sizes = Sizes { frame_size: mode.frame_size, nic_ring: 0 };
     let budget = FrameBudget::plan(1, 1, &config, true, sizes)?;
-    let frames = NonZeroU32::new(budget.frames_per_lane).ok_or("there are no frames")?;
+    let frames = NonZeroU32::new(budget.frames_per_lane).ok_or("the budget has no frames")?;
     let memory = PacketMemory::of_sockets(mode.frame_size, frames, budget.fill_ring)?;
     let queues = vec![QueueId(options.queue)];
     let (mut port, mut sources) =
         Port::bind(PortId(0), interface, queues, &config.pass, mode, &budget, &memory)?;
-    let source = sources.first_mut().ok_or("there is no socket")?;
+    let source = sources.first_mut().ok_or("no socket was opened")?;
     let socket = source.second_descriptor()?;
     let (rx, fill) = source.rings();
     for frame in 0..budget.rx_ring {
@@ -80,7 +81,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
             if let Some(packet) = unsafe { memory.packet(offset, length) } {
                 tally.count(packet);
             }
-            // The FILL ring has twice as many entries as there are frames: it is never full.
+            // The FILL ring has two entries per frame, so it is never full.
             fill.push(UmemOffset(offset.0 & start_of_frame));
         }
         fill.publish();

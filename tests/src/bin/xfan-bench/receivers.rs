@@ -1,4 +1,5 @@
-//! Who receives in `xfan-bench net`: started, ended, and asked what they received. All run on one CPU.
+//! The receivers of `xfan-bench net`: how they start, how they end, and what they received. All run
+//! on one CPU.
 
 use std::fmt;
 
@@ -19,9 +20,9 @@ pub const CPU: usize = 1;
 pub enum Receiver {
     /// Raw AF_XDP: the floor.
     Raw,
-    /// AF_PACKET fanout to so many processes.
+    /// AF_PACKET fanout to this many processes.
     Fanout(usize),
-    /// xfan with so many workers.
+    /// xfan with this many workers.
     Xfan(usize),
 }
 
@@ -38,29 +39,30 @@ impl fmt::Display for Receiver {
 /// What was received.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Received {
-    /// Packets that were read, and by workers committed.
+    /// Packets that were read and, by workers, committed.
     pub packets: u64,
-    /// Time the lane was busy, in nanoseconds.
+    /// Nanoseconds for which the lane was busy.
     pub lane_busy_ns: u64,
-    /// Time that those who read the packets were busy, in nanoseconds.
+    /// Nanoseconds for which the readers of the packets were busy.
     pub reader_busy_ns: u64,
 }
 
-/// A receiver at work.
+/// A running receiver.
 pub enum Running {
-    /// Programs of our own that say at their end what they received.
+    /// Programs of this crate that print at their end what they received.
     Tools(Vec<Process>),
     /// `xfan run`.
     Xfan(Box<Primary>),
 }
 
 impl Receiver {
-    /// Starts it on `rx0`.
+    /// Starts the receiver on `rx0`.
     ///
     /// # Errors
-    /// It ends before it is ready; then the error holds what it wrote.
+    /// It ends before it is ready; the error contains its output.
     pub fn start(self, namespace: &Netns) -> Result<Running, Failure> {
-        // Without an XDP program it is GRO that gives a veth the NAPI without which it takes no redirected frames.
+        // Without an XDP program, only GRO gives a veth the NAPI that it needs to accept redirected
+        // frames.
         let gro = if matches!(self, Receiver::Fanout(_)) { "on" } else { "off" };
         namespace.ethtool(&format!("-K rx0 gro {gro}"))?;
         let tool = |name: &str| -> Result<Process, Failure> {
@@ -92,15 +94,15 @@ impl Receiver {
 }
 
 impl Running {
-    /// Ends it after it was sent `sent` packets.
+    /// Ends the receiver after `sent` packets were sent to it.
     ///
     /// # Errors
-    /// It does not say what it received.
+    /// It does not report what it received.
     pub fn end(self, sent: u64) -> Result<Received, Failure> {
         let mut received = Received::default();
         match self {
             Running::Tools(processes) => {
-                // A block of AF_PACKET's ring is handed over 10 ms after its first packet, or later.
+                // AF_PACKET hands a block over at least 10 ms after its first packet.
                 std::thread::sleep(std::time::Duration::from_millis(50));
                 for process in processes {
                     let exit = process.end(Signal::SIGTERM);

@@ -1,4 +1,4 @@
-//! How long it takes until what a killed worker had is with the others, and what a join and a leave cost.
+//! The time until other workers have a killed worker's packets, and the cost of joins and leaves.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,9 +11,9 @@ use xfan::control::journal::{Entry, Page};
 use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::generator::{End, Generator, Load};
-use xfan_tests::leftovers;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
+use xfan_tests::proc::stop;
 use xfan_tests::traffic;
 use xfan_tests::tx::{TxError, TxSocket};
 use xfan_tests::veth::{Veth, VethConfig};
@@ -21,13 +21,13 @@ use xfan_worker::{Received, RecvError, Worker};
 
 use crate::Failure;
 
-/// Slots of each ring: what a killed worker has when it is killed.
+/// Slots of each ring, all used when a worker is killed.
 const SLOTS: u64 = 2048;
 
-/// Frames per second: the two workers get half of them each.
+/// Frames per second, half of them for each of the two workers.
 const PACE: u64 = 200_000;
 
-/// The CPU that the lane and the workers share: the generator takes all of the first.
+/// The CPU that the lane and the workers share: the generator takes all of CPU 0.
 const CPU: usize = 1;
 
 /// Options of `xfan-bench recovery`.
@@ -41,7 +41,7 @@ pub struct Options {
 /// Runs the measurement and prints it.
 ///
 /// # Errors
-/// Something cannot be set up, or a sum does not hold.
+/// The setup fails, or a sum does not hold.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let (namespace, _veth) = Veth::in_namespace(&VethConfig::queues(1)).map_err(|error| error.to_string())?;
     let primary = configured(Launch::on(&namespace)?)?.start_until_it_answers()?;
@@ -76,7 +76,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     println!("{:<34} {:>7} {:>7} {:>7} {:>7}", "from SIGKILL until", "least", "p50", "p99", "most");
     print_row("its death is noticed", &mut noticed);
     print_row("the last packet is redelivered", &mut redelivered);
-    println!("lost for want of room in the other's ring: {lost}");
+    println!("lost because the other's ring was full: {lost}");
     println!("\nothers join and leave; {} times; µs", options.rounds);
     print_row("join, until it gets packets", &mut joins);
     print_row("leave, until all is committed", &mut leaves);
@@ -112,8 +112,9 @@ fn configured(launch: Launch<'_>) -> Result<Launch<'_>, Failure> {
     Ok(launch.with(&format!("-n 2 --cores {CPU}")).config(&config)?.worker("xfan-count", "")?)
 }
 
-/// Does `work` while every 100 µs a packet comes in. The generator would not do: it never lets go of its CPU, on which the
-/// kernel then cannot end the RCU grace periods that it waits for when XDP programs come and go.
+/// Runs `work` while a packet arrives every 100 µs. The generator would not do: it never yields its
+/// CPU, so the kernel could not end the RCU grace periods there that loading and removing XDP
+/// programs need.
 fn under_a_trickle<T>(namespace: &Netns, work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     let mut socket = namespace.run(|| TxSocket::open("tx0", 0))?;
     let over = AtomicBool::new(false);
@@ -129,12 +130,13 @@ fn under_a_trickle<T>(namespace: &Netns, work: impl FnOnce() -> Result<T, Failur
         });
         let done = work();
         over.store(true, Ordering::Relaxed);
-        sender.join().expect("it does not panic")?;
+        sender.join().expect("the sender does not panic")?;
         done
     })
 }
 
-/// Kills the primary and starts the next; the time until a worker that came by itself commits a packet under that.
+/// Kills the primary and starts the next. Returns the time until a guest commits a packet under the
+/// next.
 fn replace(namespace: &Netns, primary: Primary) -> Result<(Duration, Primary), Failure> {
     let mut worker = Worker::attach_to(primary.socket())?;
     while !commit_one(&mut worker)? {}
@@ -155,7 +157,8 @@ fn replace(namespace: &Netns, primary: Primary) -> Result<(Duration, Primary), F
     Ok((gap, next))
 }
 
-/// Commits what there is until there will be no more, and waits until the place is vacant; the time of the former.
+/// Commits until the worker's connection closes, then waits until the member is vacant. Returns the
+/// time of the former.
 fn leave(mut worker: Worker, primary: &Primary) -> Result<Duration, RecvError> {
     let start = Instant::now();
     worker.request_detach()?;
@@ -174,7 +177,7 @@ fn leave(mut worker: Worker, primary: &Primary) -> Result<Duration, RecvError> {
     Ok(left)
 }
 
-/// Commits what there is; whether there was something.
+/// Commits what the ring has; returns whether there was a packet.
 fn commit_one(worker: &mut Worker) -> Result<bool, RecvError> {
     match worker.recv(Duration::from_millis(10))? {
         Received::Packets(batch) => {
@@ -191,16 +194,13 @@ struct Round {
     lost: u64,
 }
 
-/// Lets a worker's ring fill up, kills it, and waits until it has been started again.
+/// Lets a worker's ring fill up, kills the worker, and waits until it has been restarted.
 fn kill_one(primary: &Primary) -> Result<Round, Failure> {
     const ID: &str = "default/0";
     let victim = primary.report().member(ID).cloned().ok_or("no member")?;
     let pid = Pid::from_raw(victim.pid.cast_signed());
     let last = journal(primary, 0)?.last().map_or(0, |entry| entry.number);
-    kill(pid, Signal::SIGSTOP)?;
-    while leftovers::state(victim.pid) != Some('T') {
-        std::thread::yield_now();
-    }
+    stop(victim.pid);
     primary.report_when(|report| report.member(ID).is_some_and(|member| member.backlog == SLOTS));
     let killed = SystemTime::now().duration_since(UNIX_EPOCH)?;
     kill(pid, Signal::SIGKILL)?;
@@ -210,9 +210,11 @@ fn kill_one(primary: &Primary) -> Result<Round, Failure> {
     let now = report.member(ID).ok_or("no member")?;
     let (requeued, lost) = (now.requeued - victim.requeued, now.lost - victim.lost);
     if requeued + lost != SLOTS {
-        return Err(format!("it had {SLOTS} packets, but {requeued} were requeued and {lost} lost").into());
+        return Err(
+            format!("the worker had {SLOTS} packets, but {requeued} were requeued and {lost} lost").into()
+        );
     }
-    // It is on its CPU when it commits.
+    // Once it commits, it runs on its CPU.
     primary.report_when(|report| report.member(ID).is_some_and(|later| later.committed > now.committed));
     let entries = journal(primary, last)?;
     let since = |event: &str| -> Result<Duration, Failure> {

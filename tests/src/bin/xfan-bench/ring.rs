@@ -1,8 +1,9 @@
-//! The ring between two processes on two CPUs, beside what a bare cache line between them costs.
+//! The ring between two processes on two CPUs, beside the cost of a bare cache line between them.
 //!
-//! A round measures, one right after the other: line, two lines, ring's round trip, line, bursts of 32, line, bursts of 64, line. So
-//! each figure has the line's round trip before and after it: on a virtual machine the host moves CPUs nearer to and farther
-//! from each other within seconds. The ratio is taken round by round, of neighbours.
+//! A round measures, one right after the other: line, two lines, ring's round trip, line, bursts of
+//! 32, line, bursts of 64, line. Each figure thus has the line's round trip before and after it: on
+//! a virtual machine the host moves CPUs nearer to and farther from each other within seconds. The
+//! ratio is computed in each round, from neighbouring figures.
 
 mod peer;
 
@@ -20,13 +21,14 @@ use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::{Descriptor, segment};
 
 use crate::Failure;
+use crate::spread::Spread;
 pub use peer::serve;
 use peer::{LAST, SharedLine, Taken, Task};
 
 /// Round trips of one sample.
 const TRIPS: u64 = 20_000;
 
-/// Room at which a full ring is filled further at once.
+/// Free slots at which a full ring is filled further.
 const REST: u32 = 256;
 
 /// Options of `xfan-bench ring`.
@@ -51,11 +53,12 @@ pub struct Options {
 struct Round {
     /// Round trip of the line before and after each of the figures below, in their order.
     line_ns: [f64; 4],
-    /// Round trip over two lines with one writer each: what a ring could reach whose ends write no memory in common.
+    /// Round trip over two lines with one writer each: the bound for a ring whose ends write no
+    /// memory in common.
     two_lines_ns: f64,
     /// Round trip of one descriptor, through two rings.
     rtt_ns: f64,
-    /// That, by the mean of the line's round trips before and after it.
+    /// The ring's round trip divided by the mean of the line's round trips before and after it.
     ratio: f64,
     /// Throughput in bursts of 32.
     burst32_mops: f64,
@@ -65,24 +68,7 @@ struct Round {
     class: &'static str,
 }
 
-/// Of all rounds.
-#[derive(Debug, serde::Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        Spread { min: at(0), median: at(values.len() / 2), max: at(values.len().saturating_sub(1)) }
-    }
-}
-
-/// What came out.
+/// The results.
 #[derive(Debug, serde::Serialize)]
 struct Measured {
     slots: u32,
@@ -92,15 +78,15 @@ struct Measured {
     ratio: Spread,
     burst32_mops: Spread,
     burst64_mops: Spread,
-    /// Every descriptor arrived once, in order and whole, and came back once, in order.
+    /// Whether every descriptor arrived once, in order and unchanged, and came back once, in order.
     intact: bool,
     rounds: Vec<Round>,
 }
 
-/// Runs it, on CPU 0 and, for the other process, CPU 1.
+/// Runs the benchmark on CPU 0 and, for the other process, CPU 1.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn run(options: &Options) -> Result<(), Failure> {
     let seconds = Duration::try_from_secs_f64(options.seconds)?;
     pin(0)?;
@@ -137,7 +123,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if measured.intact {
         Ok(())
     } else {
-        Err("descriptors were lost, doubled or changed on their way".into())
+        Err("descriptors were lost, duplicated or changed in transit".into())
     }
 }
 
@@ -161,14 +147,14 @@ fn class(line_ns: &[f64]) -> &'static str {
     }
 }
 
-/// This process and the other one, and what they share.
+/// This process and the other one, and the memory they share.
 struct Pair {
     process: Child,
     socket: OwnedFd,
     line: SharedLine,
     there: Producer<SharedRing>,
     back: Consumer<SharedRing>,
-    /// Number of the next descriptor that is sent, and of the next that comes back.
+    /// The numbers of the next descriptor to send and of the next one to come back.
     sent: u32,
     returned: u32,
     intact: bool,
@@ -197,7 +183,7 @@ impl Pair {
         protocol::send(&socket, &geometry, &[down_there.as_fd(), up_there.as_fd()])?;
         protocol::send(&socket, &geometry, &[down_back.as_fd(), up_back.as_fd()])?;
         protocol::send(&socket, &geometry, &[line_fd.as_fd()])?;
-        protocol::receive::<()>(&socket, MAX_REQUEST)?; // it has made the ring back
+        protocol::receive::<()>(&socket, MAX_REQUEST)?; // the peer has made the ring back
         let (down, up) = (Down::open(&down_back, geometry)?, Up::open(&up_back, geometry)?);
         let back = Consumer::new(SharedRing::new(&down, &up, LaneId(0)));
         Ok(Pair { process, socket, line, there, back, sent: 0, returned: 0, intact: true })
@@ -250,7 +236,7 @@ impl Pair {
         Ok(f64::from(self.sent.wrapping_sub(first)) / elapsed.as_secs_f64() / 1e6)
     }
 
-    /// Pushes the next descriptor, as soon as there is room.
+    /// Pushes the next descriptor, once a slot is free.
     #[inline(always)]
     fn push(&mut self, descriptor: Descriptor) {
         while !self.there.push(descriptor) {
@@ -261,7 +247,8 @@ impl Pair {
             });
             self.intact &= committed.is_ok();
             if self.there.free_slots() < REST {
-                // As a lane, which looks again a batch later: looking all the time would slow the commits.
+                // Like a lane, which checks again a batch later: polling all the time would slow
+                // down the commits.
                 (0..32).for_each(|_| std::hint::spin_loop());
             }
         }
@@ -276,8 +263,9 @@ impl Drop for Pair {
     }
 }
 
-/// Time of a round trip, in nanoseconds: each is timed alone, and the mean of the middle half taken, since some processors
-/// count time in steps of 10 ns. `trip` is called with their numbers, from 1.
+/// The time of a round trip in nanoseconds. Each trip is timed alone, and the mean of the middle
+/// half is taken, since some processors count time in steps of 10 ns. `trip` gets the number of the
+/// trip, from 1.
 #[allow(clippy::cast_precision_loss)] // nanoseconds
 fn middle_ns(mut trip: impl FnMut(u64)) -> f64 {
     let mut times: Vec<u64> = (1..=TRIPS)

@@ -1,14 +1,16 @@
-//! The measurements of `xfan-bench net`, for people.
+//! Prints the measurements of `xfan-bench net` as tables.
 
 use crate::net::{LOSSLESS, Run};
 use crate::receivers::Receiver;
+use crate::spread::Spread;
 
-/// Busy time with one worker, in that of raw AF_XDP, that 64-byte packets should stay within.
+/// The most busy time with one worker, relative to raw AF_XDP, wanted for 64-byte packets.
 const WANTED_BUSY: f64 = 3.2;
-/// Lossless rate with one worker, in that of AF_PACKET fanout, that 64-byte packets should reach.
+/// The least lossless rate with one worker, relative to AF_PACKET fanout, wanted for 64-byte
+/// packets.
 const WANTED_RATE: f64 = 2.5;
 
-/// One measurement in a line.
+/// One measurement as a line.
 pub fn line(run: &Run) -> String {
     format!(
         "round {}, {:4} bytes, {:8}  {:.2} of {:.2} Mpps, lost {:.3} %, busy {:.1} ns, line {:.0}/{:.0} ns",
@@ -50,10 +52,10 @@ pub fn print(frame_bytes: u16, seconds: f64, receivers: &[Receiver], runs: &[Run
             spread(|run| run.received_pps).median / 1e6,
             if receiver == Receiver::Raw { "-".into() } else { format!("{lossless:.2}") },
             loss.median,
-            loss.most,
+            loss.max,
             busy.median,
-            busy.least,
-            busy.most,
+            busy.min,
+            busy.max,
             spread(|run| run.reader_ns).median,
             spread(|run| f64::midpoint(run.line_ns[0], run.line_ns[1])).median,
         );
@@ -67,30 +69,15 @@ pub fn print(frame_bytes: u16, seconds: f64, receivers: &[Receiver], runs: &[Run
         };
         let wanted = |text: String| if (workers, frame_bytes) == (1, 64) { text } else { String::new() };
         let busy = wanted(format!(", wanted: at most {WANTED_BUSY}"));
-        ratio(Receiver::Raw, Run::busy_ns).print(&format!("{receiver} busy time : raw"), &busy);
+        print_ratio(&ratio(Receiver::Raw, Run::busy_ns), &format!("{receiver} busy time : raw"), &busy);
         let rate = wanted(format!(", wanted: at least {WANTED_RATE}"));
         let fanout = Receiver::Fanout(workers);
         let lossless = |run: &Run| run.lossless_pps.unwrap_or(f64::NAN);
-        ratio(fanout, lossless).print(&format!("{receiver} lossless rate : {fanout}"), &rate);
+        print_ratio(&ratio(fanout, lossless), &format!("{receiver} lossless rate : {fanout}"), &rate);
     }
 }
 
-/// Of all rounds.
-struct Spread {
-    least: f64,
-    median: f64,
-    most: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        Spread { least: at(0), median: at(values.len() / 2), most: at(values.len().saturating_sub(1)) }
-    }
-
-    fn print(&self, name: &str, wanted: &str) {
-        println!("  {name:32} {:.2} ({:.2} to {:.2}){wanted}", self.median, self.least, self.most);
-    }
+/// Prints a ratio over all rounds.
+fn print_ratio(spread: &Spread, name: &str, wanted: &str) {
+    println!("  {name:32} {:.2} ({:.2} to {:.2}){wanted}", spread.median, spread.min, spread.max);
 }

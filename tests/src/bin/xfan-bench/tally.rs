@@ -1,5 +1,5 @@
-//! What the receivers that xfan is compared with have in common: what they do with a packet, when they end, and what they
-//! say then.
+//! What the receivers that xfan is compared with have in common: how they read a packet, when they
+//! end, and what they print then.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,28 +11,28 @@ use xfan_shm::clock::{BusyMeter, ticks_to_ns};
 
 use crate::Failure;
 
-/// Ethertype, version and header length of what is read: IPv4 without options.
+/// Ethertype, version and header length of the packets that are read: IPv4 without options.
 const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
 
-/// What a receiver says before its first packet.
+/// The line that a receiver prints before its first packet.
 pub const READY: &str = "READY";
 
 static ASKED_TO_END: AtomicBool = AtomicBool::new(false);
 
-/// What a receiver saw: the line it prints at its end.
+/// What a receiver saw; the line it prints at its end.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Tally {
     pub packets: u64,
     pub bytes: u64,
-    /// Packets that are something else than plain IPv4, or too short to read.
+    /// Packets that are not plain IPv4, or too short to read.
     pub other: u64,
-    /// Sum of addresses and ports, as proof that they were read.
+    /// The sum of addresses and ports, as proof that they were read.
     pub checksum: u64,
-    /// Time in iterations that found packets, in nanoseconds …
+    /// Nanoseconds in iterations that found packets …
     pub busy_ns: u64,
-    /// … without so many of them, in which another process had the CPU.
+    /// … without the iterations in which another process had the CPU; these are counted here.
     pub preempted: u64,
-    /// Packets that the kernel had no room for.
+    /// Packets that the kernel dropped because the ring was full.
     pub kernel_drops: u64,
 }
 
@@ -57,7 +57,7 @@ impl Tally {
     /// Prints it.
     ///
     /// # Errors
-    /// Nobody listens.
+    /// Standard output is closed.
     pub fn finish(mut self, meter: &BusyMeter, kernel_drops: u64) -> Result<(), Failure> {
         self.busy_ns = ticks_to_ns(meter.busy_ticks());
         self.preempted = meter.preempted();
@@ -66,7 +66,7 @@ impl Tally {
     }
 }
 
-/// Pins a receiver and has signals end it. Returns its meter.
+/// Pins a receiver and makes signals end it. Returns its meter.
 ///
 /// # Errors
 /// There is no such CPU.
@@ -80,10 +80,10 @@ pub fn begin(cpu: usize) -> Result<BusyMeter, Failure> {
     Ok(BusyMeter::new())
 }
 
-/// From now on SIGTERM and SIGINT do no more than have [`goes_on`] say no.
+/// From now on SIGTERM and SIGINT only make [`goes_on`] return false.
 ///
 /// # Errors
-/// Whatever sigaction(2) says.
+/// sigaction(2) fails.
 pub fn heed_signals() -> nix::Result<()> {
     extern "C" fn ask(_: libc::c_int) {
         ASKED_TO_END.store(true, Ordering::Relaxed);
@@ -102,10 +102,10 @@ pub fn goes_on() -> bool {
     !ASKED_TO_END.load(Ordering::Relaxed)
 }
 
-/// Prints a line at once.
+/// Prints a line immediately.
 ///
 /// # Errors
-/// Nobody listens.
+/// Standard output is closed.
 pub fn say(line: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;

@@ -1,4 +1,4 @@
-//! Processes that are to outlive this one.
+//! Processes that try to outlive this one.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -8,31 +8,31 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, setpgid, setsid};
 
 use crate::Outcome;
 
-/// How long a process lives that nobody ends: longer than any test, but not for ever, should a test
-/// end before its primary has.
+/// How long a process lives if nothing ends it: longer than any test, but limited, in case a test
+/// ends before its primary.
 const LIFE: Duration = Duration::from_secs(900);
 
-/// What a descendant does to be overlooked.
+/// How a descendant hides.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub enum Disguise {
-    /// Nothing: it stays in the group.
+    /// Not at all: it stays in the process group.
     None,
-    /// It is of a session of its own.
+    /// In its own session.
     Session,
-    /// It is of a group of its own, and has a child and a grandchild in other groups.
+    /// In its own process group, with a child and a grandchild in other groups.
     Family,
-    /// It is another process all the time: each starts the next and ends.
+    /// As a new process all the time: each starts the next and ends.
     Comet,
 }
 
-/// Starts a daemon, whose parent is gone at once, and prints `daemon PID` for it and each descendant.
+/// Starts a daemon whose parent ends at once, and prints `daemon PID` for it and each descendant.
 pub fn hatch(disguise: Disguise) -> Outcome<()> {
-    // SAFETY: there is one thread.
+    // SAFETY: the process has one thread.
     if let ForkResult::Parent { child } = unsafe { fork() }? {
         nix::sys::wait::waitpid(child, None)?;
         return Ok(());
     }
-    // SAFETY: there is one thread.
+    // SAFETY: the process has one thread.
     if let ForkResult::Parent { .. } = unsafe { fork() }? {
         std::process::exit(0);
     }
@@ -41,14 +41,14 @@ pub fn hatch(disguise: Disguise) -> Outcome<()> {
     // SAFETY: no handler is installed.
     unsafe { signal(Signal::SIGTERM, SigHandler::SigIgn) }?;
     nix::sys::prctl::set_pdeathsig(None)?;
-    // Who leaves the group may be killed at once: first it says that it is there.
+    // A process that leaves the group may be killed at once, so it announces itself first.
     announce();
     match disguise {
         Disguise::None => {}
         Disguise::Session => drop(setsid()?),
         Disguise::Family => {
             for _ in 0..2 {
-                // SAFETY: there is one thread.
+                // SAFETY: the process has one thread.
                 if let ForkResult::Parent { .. } = unsafe { fork() }? {
                     break;
                 }
@@ -59,7 +59,7 @@ pub fn hatch(disguise: Disguise) -> Outcome<()> {
         Disguise::Comet => {
             setsid()?;
             let end = Instant::now() + LIFE;
-            // SAFETY: there is one thread.
+            // SAFETY: the process has one thread.
             while Instant::now() < end && matches!(unsafe { fork() }?, ForkResult::Child) {}
             std::process::exit(0);
         }
@@ -67,10 +67,10 @@ pub fn hatch(disguise: Disguise) -> Outcome<()> {
     sleep()
 }
 
-/// Starts up to `count` processes that sleep; how many it could.
+/// Starts up to `count` processes that sleep, and returns how many it could start.
 pub fn swarm(count: u32) -> u32 {
     for started in 0..count {
-        // SAFETY: there is one thread.
+        // SAFETY: the process has one thread.
         match unsafe { fork() } {
             Ok(ForkResult::Child) => sleep(),
             Ok(ForkResult::Parent { .. }) => {}

@@ -1,4 +1,4 @@
-//! Connections: more than are needed, and through the inherited one.
+//! Connections: more than needed, and through the inherited one.
 
 use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -10,17 +10,16 @@ use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{self, Attach, ENV_CONTROL_FD, MAX_REPLY, Reply, Request};
 
 use crate::Outcome;
-use crate::place::{dial, pending_signals};
+use crate::membership::{dial, pending_signals};
 
-/// The inherited connection. The environment names it for as long as the process runs; it is never
-/// closed.
+/// The inherited connection, named by the environment. It stays open as long as the process runs.
 pub fn inherited() -> Outcome<&'static OwnedFd> {
     let number = std::env::var(ENV_CONTROL_FD)?.parse()?;
-    // SAFETY: it is open, and nobody closes it.
+    // SAFETY: the descriptor is open, and nothing closes it.
     Ok(Box::leak(Box::new(unsafe { OwnedFd::from_raw_fd(number) })))
 }
 
-/// Makes a connection through one. The error is the refusal.
+/// Makes a connection through another one. The error is the refusal.
 pub fn connect(through: &OwnedFd) -> Outcome<OwnedFd> {
     match protocol::ask(through, &Request::Connect)? {
         (Reply::Connected, fds) => Ok(fds.into_iter().next().ok_or("no descriptor")?),
@@ -39,7 +38,8 @@ pub fn attach_through(control: &OwnedFd, member: Option<&str>) -> Outcome<()> {
     }
 }
 
-/// Makes as many connections as asked for, in both ways. Returns those that were made, to be held.
+/// Makes `connections` connections in both ways, and returns those that succeeded, for the caller
+/// to hold.
 pub fn hold(connections: usize) -> Outcome<Vec<OwnedFd>> {
     let inherited = inherited()?;
     let mut held: Vec<_> = (0..connections).filter_map(|_| dial().ok()).collect();
@@ -47,12 +47,12 @@ pub fn hold(connections: usize) -> Outcome<Vec<OwnedFd>> {
     Ok(held)
 }
 
-/// Asks for reports on as many connections at once, without a pause, until SIGTERM.
+/// Asks for reports on `connections` connections without a pause, until SIGTERM.
 pub fn flood(connections: usize) -> Outcome<()> {
     let inherited = inherited()?;
     let mut asking: Vec<_> = (0..connections).filter_map(|_| dial().ok()).collect();
     asking.extend((0..connections).map_while(|_| connect(inherited).ok()));
-    // Those that were refused hang up.
+    // The connections that were refused hang up.
     asking
         .retain(|control| protocol::ask(control, &Request::Stats).is_ok_and(|(reply, _)| is_report(&reply)));
     println!("floods on {} connections", asking.len());
@@ -81,7 +81,7 @@ fn is_report(reply: &Reply) -> bool {
     matches!(reply, Reply::Stats(_))
 }
 
-/// Becomes an honest worker whose inherited connection is something else.
+/// Becomes an honest worker whose inherited connection is another descriptor.
 pub fn become_robbed(number: &str) -> Outcome<()> {
     let count = std::env::current_exe()?.with_file_name("xfan-count");
     Err(Command::new(count).env(ENV_CONTROL_FD, number).exec().into())

@@ -1,12 +1,13 @@
-//! A worker that misbehaves, for tests. It speaks the protocol itself, without the SDK, since no SDK would do these things.
+//! A worker that misbehaves, for tests. It speaks the protocol without the SDK, which would not do
+//! these things.
 //!
-//! Of the members that a dispatcher starts only the first is hostile: the others become `xfan-count`, or, where it riots,
-//! `xfan-witness`.
+//! Only the first member that a dispatcher starts is hostile. The others become `xfan-count` or,
+//! beside a rioting worker, `xfan-witness`.
 
 mod brood;
 mod connections;
+mod membership;
 mod output;
-mod place;
 mod probe;
 mod riot;
 mod segment;
@@ -25,71 +26,70 @@ use nix::unistd::getppid;
 use xfan_shm::layout::VERSION;
 use xfan_shm::protocol::{self, ENV_MEMBER, MAX_REPLY, Reply};
 
+use crate::membership::{Membership, ask, member, token};
 use crate::output::{Deed, misuse};
-use crate::place::{Place, ask, member, token};
-use crate::probe::{descriptors, probe_places, probe_processes, probe_segments, probe_self};
+use crate::probe::{descriptors, probe_members, probe_processes, probe_segments, probe_self};
 
-/// Between two looks, or two rounds of noise.
+/// The pause between two checks, or two rounds of noise.
 const PAUSE: Duration = Duration::from_millis(2);
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// A worker that misbehaves. Each way waits for SIGTERM in the end, unless it says otherwise.
+/// A worker that misbehaves. Unless stated otherwise it finally waits for SIGTERM.
 #[derive(Parser)]
 enum Way {
     /// Never takes a packet, and ignores SIGTERM.
     Deaf {
-        /// Goes to its parent's process group, and does not want to hear of its end.
+        /// Moves to its parent's process group, and does not ask to be told of the parent's end.
         #[arg(long)]
         hidden: bool,
     },
-    /// At SIGUSR1 ends with status 0, and leaves a child that keeps its connection for a while.
+    /// At SIGUSR1 ends with status 0, and leaves a child that holds its connection for a while.
     Fork,
-    /// At SIGUSR1 attaches and hangs up, again and again.
+    /// At SIGUSR1 attaches and hangs up repeatedly.
     Again,
-    /// Survives its primary, and then speaks another version of the protocol.
+    /// Survives its primary, then speaks another version of the protocol.
     Relic,
     /// Speaks another version of the protocol.
     Version { version: u32 },
-    /// Tries all that a worker must not be able to do, and prints what came of each.
+    /// Tries everything that a worker must not be able to do, and prints the results.
     Probe,
-    /// At SIGUSR1 fills its own segment with noise, again and again, until SIGTERM.
+    /// At SIGUSR1 fills its own segment with noise repeatedly, until SIGTERM.
     Noise { seed: u64 },
-    /// At SIGUSR1 tries to take the pages of its own segment away from the dispatcher, again and
-    /// again.
+    /// At SIGUSR1 tries repeatedly to remove the pages of its own segment from the dispatcher's
+    /// mapping.
     Pages,
-    /// Takes a place and never says that it is ready.
+    /// Attaches and never reports that it is ready.
     Silent,
-    /// Takes a place and says twice that it is ready.
+    /// Attaches and reports twice that it is ready.
     ReadyTwice,
-    /// Does not seal its own segment against further writers before it is ready, but so that nobody
-    /// can.
+    /// Before it is ready, prevents its own segment from being sealed against further writers.
     Seal,
-    /// Takes pages of its own segment away before it is ready.
+    /// Removes pages of its own segment before it is ready.
     Early,
     /// Holds as many connections as it gets.
     Hold { connections: usize },
-    /// At SIGUSR1 asks for reports on as many connections as it gets, without a pause.
+    /// At SIGUSR1 asks for reports without a pause on as many connections as it gets.
     Flood { connections: usize },
-    /// Orders so many times that a worker be removed, and ends.
+    /// Gives this many orders to remove a worker, then ends.
     Order { times: usize },
-    /// Becomes xfan-count, which is told that this descriptor is its connection.
+    /// Becomes xfan-count, with this descriptor as its supposed connection.
     Robbed { number: String },
-    /// Prints how it is scheduled, limited and signalled.
+    /// Prints its scheduling attributes, limits and signal state.
     Traits,
-    /// Prints what came of each call that the sandbox refuses.
+    /// Prints the result of each call that the sandbox refuses.
     Sandbox,
-    /// Starts a daemon that does not want to end; at SIGUSR1 ends with status 0.
+    /// Starts a daemon that resists being ended; at SIGUSR1 ends with status 0.
     Brood { disguise: brood::Disguise },
-    /// At SIGUSR1 starts so many processes, if it can, and prints how many it could.
+    /// At SIGUSR1 starts up to this many processes, and prints how many it could start.
     Swarm { count: u32 },
-    /// At SIGUSR1 takes so many MiB of memory, and prints that it has.
+    /// At SIGUSR1 allocates this many MiB of memory, and prints that it has.
     Glutton { mib: usize },
-    /// At SIGUSR1 stuffs its doorbell so that who rings it blocks, if it can, and claims to sleep.
+    /// At SIGUSR1 fills its doorbell, so that ringing it blocks if possible, and claims to sleep.
     Jam,
     /// At SIGUSR1 misuses its descriptors 0 to 2.
     Output { deed: Deed },
-    /// Once packets come, goes one of the other ways, by chance.
+    /// Once packets arrive, misbehaves in a random way.
     Riot { seed: u64, folder: String },
 }
 
@@ -114,33 +114,33 @@ fn main() -> ExitCode {
 }
 
 fn run(way: &Way) -> Outcome<()> {
-    // Before anything is opened.
+    // Before any descriptor is opened.
     let control = std::env::var(protocol::ENV_CONTROL_FD);
     let name = |number| if Ok(&number) == control.as_ref() { "control".into() } else { number };
     let inherited: Vec<String> = descriptors("self")?.into_iter().map(name).collect();
     let waited = [Signal::SIGTERM, Signal::SIGUSR1].into_iter().collect::<SigSet>();
     waited.thread_block()?;
-    // Held until the end: whoever hangs up is out.
-    let _place = match way {
+    // Held until the end: hanging up ends the membership.
+    let _membership = match way {
         Way::Version { version } => {
             return ask(*version, member(), token())
-                .map(|_| eprintln!("xfan-hostile: attached all the same"));
+                .map(|_| eprintln!("xfan-hostile: attached nevertheless"));
         }
         Way::Again => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             waited.wait()?;
-            drop(place);
-            // It is not known to have gone when it comes again.
+            drop(membership);
+            // The next attach comes before the primary knows of the hang-up.
             loop {
-                drop(Place::take());
+                drop(Membership::join());
             }
         }
         Way::Relic => {
-            let place = Place::take()?;
-            // The end of the connection.
-            let _ = protocol::receive::<Reply>(&place.control, MAX_REPLY);
+            let membership = Membership::join()?;
+            // The connection ends.
+            let _ = protocol::receive::<Reply>(&membership.control, MAX_REPLY);
             loop {
-                // Until the next one has answered.
+                // Until the next primary has answered.
                 match ask(VERSION + 1, member(), token()) {
                     Err(error) if !error.to_string().contains("protocol version") => {
                         std::thread::sleep(PAUSE);
@@ -150,9 +150,9 @@ fn run(way: &Way) -> Outcome<()> {
             }
         }
         Way::Fork => {
-            let _place = Place::take()?;
+            let _membership = Membership::join()?;
             waited.wait()?;
-            // SAFETY: there is one thread.
+            // SAFETY: the process has one thread.
             if let nix::unistd::ForkResult::Child = unsafe { nix::unistd::fork() }? {
                 nix::sys::prctl::set_pdeathsig(None)?;
                 std::thread::sleep(Duration::from_secs(3));
@@ -162,72 +162,72 @@ fn run(way: &Way) -> Outcome<()> {
         Way::Deaf { hidden } => {
             if *hidden {
                 let group = nix::unistd::getpgid(Some(getppid()))?;
-                // Refused where there is a seccomp filter.
+                // A seccomp filter may refuse this.
                 let _ = nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), group);
                 nix::sys::prctl::set_pdeathsig(None)?;
             }
-            let _place = Place::take()?;
+            let _membership = Membership::join()?;
             loop {
                 std::thread::sleep(Duration::MAX);
             }
         }
         Way::Probe => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             let mut report = BTreeMap::from([("descriptors at start".to_owned(), inherited.join(" "))]);
             probe_self(&mut report)?;
-            probe_segments(&place, &mut report);
+            probe_segments(&membership, &mut report);
             probe_processes(&mut report)?;
-            probe_places(&mut report);
+            probe_members(&mut report);
             println!("{}", serde_json::to_string(&report)?);
-            place
+            membership
         }
         Way::Noise { seed } => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             if waited.wait()? == Signal::SIGUSR1 {
-                return place.make_noise(*seed);
+                return membership.make_noise(*seed);
             }
             return Ok(());
         }
         Way::Pages => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             if waited.wait()? == Signal::SIGUSR1 {
-                return place.take_pages();
+                return membership.take_pages();
             }
             return Ok(());
         }
-        Way::Silent => Place::ask()?,
+        Way::Silent => Membership::ask()?,
         Way::ReadyTwice => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             waited.wait()?;
-            let second = place::ready(&place.control);
+            let second = membership::ready(&membership.control);
             println!("second: {}", second.map_or_else(|error| error.to_string(), |()| "done".into()));
-            place
+            membership
         }
         Way::Seal => {
-            let place = Place::ask()?;
-            // SAFETY: no pointers.
+            let membership = Membership::ask()?;
+            // SAFETY: the call takes no pointers.
             probe::checked(unsafe {
-                libc::fcntl(place.up.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SEAL)
+                libc::fcntl(membership.up.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SEAL)
             })?;
-            return place::ready(&place.control);
+            return membership::ready(&membership.control);
         }
         Way::Early => {
-            let place = Place::ask()?;
-            place.take_away()?;
-            place.seal_and_ready()?;
+            let membership = Membership::ask()?;
+            membership.remove_page()?;
+            membership.seal_and_ready()?;
             println!("ready");
-            place
+            membership
         }
         Way::Hold { connections } => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             let held = connections::hold(*connections)?;
             println!("holds {} connections", held.len());
             while waited.wait()? != Signal::SIGTERM {}
             drop(held);
-            place
+            membership
         }
         Way::Flood { connections } => {
-            let _place = Place::take()?;
+            let _membership = Membership::join()?;
             if waited.wait()? == Signal::SIGUSR1 {
                 return connections::flood(*connections);
             }
@@ -236,55 +236,55 @@ fn run(way: &Way) -> Outcome<()> {
         Way::Order { times } => {
             for _ in 0..*times {
                 let order = protocol::WorkersOrder::Remove("default/0".into());
-                protocol::ask(&place::dial()?, &protocol::Request::Workers(order))?;
+                protocol::ask(&membership::dial()?, &protocol::Request::Workers(order))?;
             }
             return Ok(());
         }
         Way::Robbed { number } => return connections::become_robbed(number),
         Way::Traits => {
             let traits = serde_json::to_string(&traits::inherited()?)?;
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             println!("{traits}");
-            place
+            membership
         }
         Way::Sandbox => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             println!("{}", serde_json::to_string(&traits::sandbox())?);
-            place
+            membership
         }
         Way::Brood { disguise } => {
             brood::hatch(*disguise)?;
-            let _place = Place::take()?;
+            let _membership = Membership::join()?;
             while waited.wait()? != Signal::SIGUSR1 {}
             return Ok(());
         }
         Way::Swarm { count } => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             while waited.wait()? != Signal::SIGUSR1 {}
             println!("swarm of {}", brood::swarm(*count));
-            place
+            membership
         }
         Way::Glutton { mib } => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             while waited.wait()? != Signal::SIGUSR1 {}
             let taken = std::hint::black_box(vec![1u8; mib << 20]);
             println!("took {}", taken.len() >> 20);
-            place
+            membership
         }
         Way::Jam => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             if waited.wait()? == Signal::SIGUSR1 {
-                place.jam()?;
+                membership.jam()?;
                 println!("jammed");
             }
-            place
+            membership
         }
         Way::Output { deed } => {
-            let place = Place::take()?;
+            let membership = Membership::join()?;
             if waited.wait()? == Signal::SIGUSR1 {
                 misuse(*deed)?;
             }
-            place
+            membership
         }
         Way::Riot { seed, .. } => return riot::riot(*seed),
     };

@@ -1,4 +1,4 @@
-//! What a worker may do with its descriptors 0 to 2.
+//! What a worker can do with its descriptors 0 to 2.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,16 +11,16 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::termios::{FlowArg, tcflow};
 
 use crate::Outcome;
-use crate::place::pending_signals;
+use crate::membership::pending_signals;
 
-/// One of the things to do.
+/// A misuse.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Deed {
-    /// Shuts down what is behind them, as if it were a socket.
+    /// Shuts them down as if they were sockets.
     Shut,
-    /// Has writes to them fail where they would block, and writes until one does.
+    /// Makes writes to them fail instead of block, and writes until one fails.
     Fill,
-    /// Truncates what is behind them.
+    /// Truncates the files behind them.
     Truncate,
     /// Reads from them.
     Read,
@@ -28,34 +28,36 @@ pub enum Deed {
     Stop,
     /// Closes them.
     Close,
-    /// Writes lines that look like another's, and what steers a terminal.
+    /// Writes lines that look like another process's, and terminal escape sequences.
     Forge,
-    /// Writes lines without pause until SIGTERM.
+    /// Writes lines without a pause until SIGTERM.
     Flood,
-    /// Writes a line that has no end, and ends; a child that it leaves keeps the descriptors.
+    /// Writes an unterminated line and ends; its child keeps the descriptors.
     Leave,
 }
 
-/// What the forger writes: on a terminal, a line of the primary's; and then bytes that are no text.
+/// The forged output: on a terminal it looks like a line of the primary's; it ends with bytes that
+/// are not text.
 const FORGED: &[u8] =
     b"\x1b[1A\x1b[2K\r2026-01-01T00:00:00.000000Z ERROR forged\xc2\x9b \xe2\x80\xae\xff\0\n\
     2026-01-01T00:00:00.000000Z  WARN forged, too\nno end";
 
-/// Most that is written to fill a pipe.
+/// The most bytes written to fill a pipe.
 const ENOUGH: usize = 4 << 20;
 
-/// Does it, and writes what came of it, for each descriptor.
+/// Misuses each descriptor and writes the results.
 pub fn misuse(deed: Deed) -> Outcome<()> {
     let outcomes: Vec<_> = (0..3)
         .map(|number| {
-            // SAFETY: they are open: nothing has closed them.
+            // SAFETY: the descriptor is open: nothing has closed it.
             let fd = unsafe { BorrowedFd::borrow_raw(number) };
             match deed {
                 Deed::Shut => said(shutdown(number, Shutdown::Both)),
                 Deed::Fill if number == 0 => "done".into(),
                 Deed::Fill => said(fill(fd)),
                 Deed::Truncate => said(nix::unistd::ftruncate(fd, 0)),
-                // A pipe is not to be read from at this end, nor what was opened to write.
+                // A descriptor that is open for writing only, such as this end of a pipe, cannot be
+                // read.
                 Deed::Read => said(read(fd)),
                 Deed::Stop => said(tcflow(fd, FlowArg::TCOOFF)),
                 _ => String::new(),
@@ -77,17 +79,17 @@ pub fn misuse(deed: Deed) -> Outcome<()> {
         Deed::Close => {
             nix::unistd::write(io::stderr(), b"deed done\n")?;
             for number in 0..3 {
-                // SAFETY: nothing here uses them after this.
+                // SAFETY: nothing here uses the descriptors after this.
                 unsafe { libc::close(number) };
             }
         }
         Deed::Leave => {
             nix::unistd::write(io::stdout(), b"last words")?;
-            // SAFETY: there is one thread.
+            // SAFETY: the process has one thread.
             if let nix::unistd::ForkResult::Child = unsafe { nix::unistd::fork() }? {
                 nix::sys::prctl::set_pdeathsig(None)?;
-                // Until nobody reads what it writes.
-                // SAFETY: no handler: the default.
+                // Writes until its reader is gone.
+                // SAFETY: the default action installs no handler.
                 unsafe { nix::sys::signal::signal(Signal::SIGPIPE, nix::sys::signal::SigHandler::SigDfl) }?;
                 loop {
                     std::thread::sleep(crate::PAUSE);
@@ -104,12 +106,12 @@ pub fn misuse(deed: Deed) -> Outcome<()> {
     Ok(())
 }
 
-/// Name of the error, or `done`.
+/// The name of the error, or `done`.
 fn said<T>(result: nix::Result<T>) -> String {
     result.map_or_else(|errno| format!("{errno:?}"), |_| "done".into())
 }
 
-/// Fills what is behind a descriptor, or tries to.
+/// Tries to fill what is behind a descriptor.
 fn fill(fd: BorrowedFd<'_>) -> nix::Result<()> {
     fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let mut written = 0;
@@ -120,7 +122,7 @@ fn fill(fd: BorrowedFd<'_>) -> nix::Result<()> {
             Err(errno) => return Err(errno),
         }
     }
-    // The line's end, once there is room.
+    // The end of the line, once it can be written.
     fcntl(fd, FcntlArg::F_SETFL(OFlag::empty()))?;
     nix::unistd::write(fd, b"\n").map(drop)
 }

@@ -1,4 +1,4 @@
-//! One of the other ways, by chance.
+//! One of the other ways, at random.
 
 use std::time::SystemTime;
 
@@ -6,10 +6,10 @@ use clap::Parser;
 use nix::sys::signal::{Signal, raise};
 use xfan_shm::protocol::{self, Reply, Request};
 
-use crate::place::{Place, dial};
+use crate::membership::{Membership, dial};
 use crate::{Outcome, PAUSE, Way, run};
 
-/// What there is to choose from.
+/// The ways to choose from.
 const WAYS: [&str; 27] = [
     "deaf",
     "deaf --hidden",
@@ -40,10 +40,10 @@ const WAYS: [&str; 27] = [
     "output leave",
 ];
 
-/// Behaves until packets come, since a start that fails proves nothing. Then goes one of the ways,
-/// and does at once what it would do at SIGUSR1.
+/// Behaves until packets arrive, since a failed start proves nothing. Then misbehaves in one of the
+/// ways, and does at once what it would do at SIGUSR1.
 pub fn riot(seed: u64) -> Outcome<()> {
-    let place = Place::take()?;
+    let membership = Membership::join()?;
     let control = dial()?;
     loop {
         let (Reply::Stats(report), _) = protocol::ask(&control, &Request::Stats)? else {
@@ -57,13 +57,13 @@ pub fn riot(seed: u64) -> Outcome<()> {
         }
         std::thread::sleep(PAUSE);
     }
-    drop((place, control));
-    // Another at each start.
+    drop((membership, control));
+    // Another seed at each start.
     let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros();
     let chance = (u64::try_from(time)? ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let way = WAYS[usize::try_from(chance)? % WAYS.len()];
     println!("riots: {way}");
-    // It stays pending until it is waited for.
+    // The signal stays pending until it is waited for.
     raise(Signal::SIGUSR1)?;
     run(&Way::try_parse_from(["xfan-hostile"].into_iter().chain(way.split(' ')))?)
 }

@@ -7,21 +7,21 @@ use std::os::fd::AsRawFd;
 use nix::sys::signal::Signal;
 
 use crate::Outcome;
-use crate::place::{Place, pending_signals};
+use crate::membership::{Membership, pending_signals};
 use crate::probe::{checked, said};
 
-/// Of linux/mempolicy.h: pages go where the policy says.
+/// From linux/mempolicy.h: binds pages to the nodes of the policy.
 const MPOL_BIND: libc::c_int = 2;
 const MPOL_MF_MOVE: libc::c_int = 2;
 
-impl Place {
-    /// Asks the kernel to take the first page away, through its own mapping.
-    pub fn take_away(&self) -> io::Result<libc::c_int> {
+impl Membership {
+    /// Asks the kernel to remove the first page, through the worker's own mapping.
+    pub fn remove_page(&self) -> io::Result<libc::c_int> {
         self.advise(libc::MADV_REMOVE)
     }
 
     fn advise(&self, advice: libc::c_int) -> io::Result<libc::c_int> {
-        // SAFETY: the range is that of our own mapping; nobody has a reference into it.
+        // SAFETY: the range is the worker's own mapping; nothing has a reference into it.
         checked(unsafe {
             libc::madvise(self.segment.address().as_ptr().cast(), self.segment.length(), advice)
         })
@@ -30,13 +30,13 @@ impl Place {
     fn punch(&self) -> io::Result<libc::c_int> {
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let length = i64::try_from(self.segment.length()).unwrap_or(0);
-        // SAFETY: no pointers.
+        // SAFETY: the call takes no pointers.
         checked(unsafe { libc::fallocate(self.up.as_raw_fd(), punch, 0, length) })
     }
 
     fn bind_to_node_0(&self) -> io::Result<libc::c_int> {
         let nodes: libc::c_ulong = 1;
-        // SAFETY: the range is that of our own mapping; the mask has as many bits as said.
+        // SAFETY: the range is the worker's own mapping; the mask has the given number of bits.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_mbind,
@@ -54,7 +54,7 @@ impl Place {
     fn move_first_page(&self) -> io::Result<libc::c_int> {
         let page = self.segment.address().as_ptr();
         let (node, mut status): (libc::c_int, libc::c_int) = (0, 0);
-        // SAFETY: one page, one node and one status, each where said.
+        // SAFETY: the arrays hold one page, one node and one status.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_move_pages,
@@ -69,8 +69,8 @@ impl Place {
         checked(libc::c_int::try_from(result).unwrap_or(-1))
     }
 
-    /// Tries everything that may take pages away from others' mappings, again and again, until
-    /// SIGTERM. Prints what came of each in the first round, and a word after a thousand more.
+    /// Repeats everything that may remove pages from others' mappings until SIGTERM. Prints the
+    /// results of the first round, and a line after a thousand more.
     pub fn take_pages(&self) -> Outcome<()> {
         for round in 0..u64::MAX {
             let outcomes = BTreeMap::from([

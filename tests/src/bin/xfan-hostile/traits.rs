@@ -6,7 +6,7 @@ use std::io;
 
 use crate::Outcome;
 
-/// Everything that it may have inherited, by name.
+/// Every attribute that it may have inherited, by name.
 pub fn inherited() -> Outcome<BTreeMap<String, String>> {
     let mut traits = BTreeMap::new();
     let mut tell = |name: &str, value: String| traits.insert(name.to_owned(), value);
@@ -17,7 +17,7 @@ pub fn inherited() -> Outcome<BTreeMap<String, String>> {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         tell(name, line.unwrap_or_default().trim().to_owned());
     }
-    // SAFETY: no pointers; -1 may be a nice value.
+    // SAFETY: the calls take no pointers; -1 may be a nice value.
     unsafe {
         tell("policy", libc::sched_getscheduler(0).to_string());
         tell("nice", libc::getpriority(libc::PRIO_PROCESS, 0).to_string());
@@ -28,11 +28,11 @@ pub fn inherited() -> Outcome<BTreeMap<String, String>> {
     for name in ["oom_score_adj", "coredump_filter"] {
         tell(name, fs::read_to_string(format!("/proc/self/{name}"))?.trim().to_owned());
     }
-    // Keys that others own are shown to those who possess them: by their session keyring.
+    // /proc/keys shows keys of other users to processes that have them in their session keyring.
     let keys = fs::read_to_string("/proc/keys").unwrap_or_default();
     tell("key of the caller", keys.contains("xfan-t-key").to_string());
     for line in fs::read_to_string("/proc/self/limits")?.lines() {
-        // The names hold blanks; soft and hard limit stand in columns.
+        // The names contain blanks; soft and hard limit are in columns.
         let (Some(name), Some(values)) = (line.get(..25), line.get(25..)) else { continue };
         let values: Vec<_> = values.split_whitespace().take(2).collect();
         tell(name.trim(), values.join(" "));
@@ -40,7 +40,7 @@ pub fn inherited() -> Outcome<BTreeMap<String, String>> {
     Ok(traits)
 }
 
-/// What the kernel answers to calls that the sandbox refuses.
+/// The kernel's answers to calls that the sandbox refuses.
 pub fn sandbox() -> BTreeMap<String, String> {
     let mut answers = BTreeMap::new();
     let mut tell = |name: &str, result: i64| {
@@ -52,7 +52,7 @@ pub fn sandbox() -> BTreeMap<String, String> {
         };
         answers.insert(name.to_owned(), answer);
     };
-    // SAFETY: pointers are null, or invalid, where the calls have any.
+    // SAFETY: the pointers are null or invalid.
     unsafe {
         let call = |number, first: i64| libc::syscall(number, first, 0, 0, 0, 0, 0);
         tell("socket of IPv4", libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0).into());

@@ -15,7 +15,7 @@ too_long=membership::ten_thousand_joins_leave_nothing_behind
 # unable EXECUTABLE: prints why it cannot run in the guest; nothing if it can.
 unable() {
     case $1 in
-        capi-* | header-*) echo "it needs a C compiler, and the guest has none" ;;
+        capi-* | header-* | own_worker-*) echo "it needs a compiler, and the guest has none" ;;
     esac
 }
 

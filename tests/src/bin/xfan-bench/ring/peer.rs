@@ -1,4 +1,5 @@
-//! The other process of `xfan-bench ring`: it does what it is told on its standard input, a control socket.
+//! The other process of `xfan-bench ring`. It follows orders on its standard input, a control
+//! socket.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,40 +17,42 @@ use crate::Failure;
 /// Flag of the last descriptor of a task.
 pub(super) const LAST: u8 = 0x40;
 
-/// What the other process is to do next.
+/// The next task of the other process.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) enum Task {
-    /// Answer so many pings on the line.
+    /// Answer this many pings on the line.
     Line { trips: u64 },
-    /// Answer so many pings on the two lines.
+    /// Answer this many pings on the two lines.
     Lines { trips: u64 },
-    /// Send back so many descriptors.
+    /// Send back this many descriptors.
     Echo { trips: u64 },
-    /// Take descriptors, the first of number `first`, in bursts of up to `burst`, up to the [`LAST`]; answer [`Taken`].
+    /// Take descriptors, the first with number `first`, in bursts of up to `burst`, up to the
+    /// [`LAST`]; answer [`Taken`].
     Take { first: u32, burst: u32 },
 }
 
 /// The answer to [`Task::Take`].
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Taken {
-    /// Number of the descriptor after the last.
+    /// The number after the last descriptor.
     pub(super) next: u32,
-    /// Whether all were in order and whole.
+    /// Whether all descriptors were in order and unchanged.
     pub(super) intact: bool,
 }
 
-/// The descriptor that is sent as number `n`.
+/// The descriptor with number `n`.
 #[inline(always)]
 pub(super) fn numbered(n: u32) -> Descriptor {
     Descriptor { offset: UmemOffset(n), time: 7, length: 60, port: PortId(1), flags: 0, hash: !n }
 }
 
-/// Bare cache lines: one that both processes write, what two CPUs can do at best; and two with one writer each, what
-/// they can do at best if neither may write the other's memory, as dispatcher and worker may not.
+/// Bare cache lines. One is written by both processes, the best that two CPUs can do. Two more have
+/// one writer each, the best they can do if neither may write the other's memory, like dispatcher
+/// and worker.
 pub(super) struct SharedLine(Mapping);
 
 impl SharedLine {
-    /// Bytes of its segment.
+    /// The size of its segment in bytes.
     pub(super) const BYTES: usize = 4096;
     const PONG: u64 = 1 << 63;
 
@@ -57,11 +60,11 @@ impl SharedLine {
         Mapping::read_write(fd, Self::BYTES).map(SharedLine)
     }
 
-    /// Line 0 has two writers, 1 the first process, 2 the second.
+    /// Line 0 has two writers; only the first process writes line 1, only the second line 2.
     #[inline(always)]
     fn word(&self, line: usize) -> &AtomicU64 {
-        // SAFETY: the mapping is a page long and aligned to one, writable, and outlives the borrow; 128-byte lines 0 to 2
-        // lie in it; both processes access these words atomically only.
+        // SAFETY: the mapping is one page, page-aligned, writable, and outlives the borrow; the
+        // 128-byte lines 0 to 2 are within it; both processes access these words only atomically.
         unsafe { self.0.address().add(128 * line).cast().as_ref() }
     }
 
@@ -94,10 +97,10 @@ impl SharedLine {
     }
 }
 
-/// Runs the other process, on CPU 1, until the first one closes the socket.
+/// Runs the other process on CPU 1 until the first one closes the socket.
 ///
 /// # Errors
-/// What went wrong, as a sentence.
+/// A sentence that says what failed.
 pub fn serve() -> Result<(), Failure> {
     super::pin(1)?;
     let socket = std::io::stdin();
@@ -124,10 +127,10 @@ pub fn serve() -> Result<(), Failure> {
     }
 }
 
-/// The next message with its geometry and `N` descriptors.
+/// Receives the next message, with its geometry and `N` descriptors.
 fn given<const N: usize>(socket: impl AsFd) -> Result<(Geometry, [OwnedFd; N]), Failure> {
     let (geometry, fds) = protocol::receive(socket, MAX_REQUEST)?;
-    let fds = fds.try_into().map_err(|_| "ring-peer is for xfan-bench ring alone")?;
+    let fds = fds.try_into().map_err(|_| "only xfan-bench ring may start ring-peer")?;
     Ok((geometry, fds))
 }
 

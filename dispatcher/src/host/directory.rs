@@ -1,9 +1,9 @@
-//! The folder of the control socket: all that the primary makes in the file system lies in it.
+//! The directory of the control socket. Every file that the primary creates for itself lies in it.
 //!
-//! A name in a folder that others may write to is whatever they have put there: a link to a file of
-//! root's, or a socket of their own. So the way to the folder is walked from `/`, one descriptor
-//! after the other, and everything in it is reached from the last of these: what was checked is
-//! what is used.
+//! In a directory that other users can write to, they can replace any name: by a link to a file of
+//! root, or by a socket of their own. [`Directory::open`] therefore walks the path from `/`, one
+//! descriptor for each component, and checks each. All files are opened relative to the last
+//! descriptor, so that the directory that is used is the one that was checked.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -19,63 +19,67 @@ use nix::fcntl::{OFlag, open, openat, readlinkat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, User, geteuid, unlinkat};
 
-/// Mode of a folder that xfan makes: workers of another user have to enter it.
+/// The mode of a directory that xfan creates: workers that run as another user must be able to
+/// enter it.
 const MODE: u32 = 0o755;
 
-/// Links on the way to a folder; the kernel follows as many.
+/// The most symbolic links in a path, as in the kernel (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
 
-/// A folder that only root and the primary's user can change.
+/// A directory that only root and the primary's user can change.
 #[derive(Clone, Debug)]
-pub struct Folder {
+pub struct Directory {
     fd: Arc<OwnedFd>,
 }
 
-/// A folder cannot be used.
+/// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum FolderError {
-    /// Others may change what is in it.
+pub enum DirectoryError {
+    /// Other users can replace files in it.
     #[error(
-        "folder {} (owner {owner}, mode {mode:04o}) can be written to by others than root and the user that xfan runs \
-         as, who could put files of their own in place of xfan's: let it belong to root (chown root {0}) and take \
-         write access from all others (chmod go-w {0}), or choose a socket in another folder with --socket",
+        "directory {} (owner {owner}, mode {mode:04o}) can be changed by users other than root and \
+         the one that xfan runs as, who could replace the files of xfan: make root its owner (chown \
+         root {0}) and remove write access for all others (chmod go-w {0}), or choose a socket in \
+         another directory with --socket",
         path.display()
     )]
     Shared {
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
-        /// Name of its owner.
+        /// The name of its owner.
         owner: String,
         /// Its permissions.
         mode: u32,
     },
-    /// It cannot be made or entered.
-    #[error("folder {path}: {source}", path = path.display())]
+    /// It cannot be created or entered.
+    #[error("cannot open directory {path}: {source}", path = path.display())]
     Io {
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
-        /// What the kernel says.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-impl Folder {
-    /// Opens a folder, and makes it if it alone of its path is missing. The folder, and every
-    /// folder and link on the way, has to belong to root or this process' user. No other user may
-    /// be able to write to the folder, nor to one above unless that is sticky, as `/tmp` is: there
-    /// nobody can replace it. The folder itself may not be sticky instead: there others could not
-    /// replace a file, but be first to make it.
+impl Directory {
+    /// Opens a directory, and creates it if only the last component of its path is missing.
+    ///
+    /// The directory, and every directory and link on its path, must belong to root or to the user
+    /// of this process. No other user may be able to write to them, except that a parent directory
+    /// may be sticky, as `/tmp` is: there, other users cannot replace the next component. The
+    /// directory itself must not be writable even if it is sticky: another user could create a file
+    /// before xfan does.
     ///
     /// # Errors
-    /// [`FolderError`]
-    pub fn open(path: &Path) -> Result<Self, FolderError> {
+    /// [`DirectoryError`]
+    pub fn open(path: &Path) -> Result<Self, DirectoryError> {
         let mut rest: VecDeque<OsString> = parts(path).collect();
         let (mut fd, mut at) = (root()?, PathBuf::from("/"));
         let mut links = 0;
         check(&fd, &at, rest.is_empty())?;
         while let Some(name) = rest.pop_front() {
             let here = at.join(&name);
-            let fail = |errno: Errno| FolderError::Io { path: here.clone(), source: errno.into() };
+            let fail = |errno: Errno| DirectoryError::Io { path: here.clone(), source: errno.into() };
             let look = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let next = match openat(&fd, name.as_os_str(), look, Mode::empty()) {
                 Err(Errno::ENOENT) if rest.is_empty() => make(&fd, &name),
@@ -104,14 +108,14 @@ impl Folder {
             (fd, at) = (next, here);
             check(&fd, &at, rest.is_empty())?;
         }
-        Ok(Folder { fd: Arc::new(fd) })
+        Ok(Directory { fd: Arc::new(fd) })
     }
 
-    /// Opens a file in it, never what a link points to; one that is made gets exactly this mode,
-    /// whatever the umask.
+    /// Opens a file in the directory. Does not follow a symbolic link. A file that is created gets
+    /// exactly this mode, whatever the umask.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of openat(2) and fchmod(2).
     pub fn open_file(&self, name: &OsStr, flags: OFlag, mode: u32) -> io::Result<OwnedFd> {
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = openat(&self.fd, name, flags, Mode::from_bits_truncate(mode))?;
@@ -121,26 +125,26 @@ impl Folder {
         Ok(fd)
     }
 
-    /// What is there by this name.
+    /// The status of a file in the directory. Does not follow a symbolic link.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of fstatat(2).
     pub fn look(&self, name: &OsStr) -> io::Result<FileStat> {
         Ok(fstatat(&self.fd, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)?)
     }
 
-    /// Renames a file; one that has the new name is replaced.
+    /// Renames a file in the directory, and replaces a file that already has the new name.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of renameat(2).
     pub fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
         Ok(renameat(&self.fd, from, &self.fd, to)?)
     }
 
-    /// Removes a file, if it is there.
+    /// Removes a file from the directory, if it exists.
     ///
     /// # Errors
-    /// Whatever the kernel says.
+    /// The errors of unlinkat(2) other than ENOENT.
     pub fn remove(&self, name: &OsStr) -> io::Result<()> {
         match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
             Err(Errno::ENOENT) => Ok(()),
@@ -149,26 +153,27 @@ impl Folder {
     }
 }
 
-/// The kind of a file, such as `S_IFDIR`.
+/// The type of a file, such as `S_IFDIR`.
 pub fn kind(file: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(file.st_mode) & SFlag::S_IFMT
 }
 
-/// Sets the mode of the very file behind a descriptor, also one that was opened by `O_PATH`.
+/// Sets the mode of the file behind a descriptor, which may have been opened with `O_PATH`.
 ///
 /// # Errors
-/// Whatever the kernel says, for example when /proc is not mounted.
+/// The errors of chmod(2); ENOENT if /proc is not mounted.
 pub fn set_mode(fd: &OwnedFd, mode: u32) -> io::Result<()> {
     fs::set_permissions(format!("/proc/self/fd/{}", fd.as_raw_fd()), Permissions::from_mode(mode))
 }
 
-fn root() -> Result<OwnedFd, FolderError> {
+fn root() -> Result<OwnedFd, DirectoryError> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open("/", flags, Mode::empty())
-        .map_err(|errno| FolderError::Io { path: "/".into(), source: errno.into() })
+        .map_err(|errno| DirectoryError::Io { path: "/".into(), source: errno.into() })
 }
 
-/// The parts of a path; `..` is one of them, since what is above a link is above its target.
+/// The components of a path. `..` stays a component: after a link, it means the parent of the
+/// link's target.
 fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     path.components().filter_map(|part| match part {
         Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
@@ -176,26 +181,27 @@ fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     })
 }
 
-/// Makes a folder, and opens it.
+/// Creates a directory and opens it.
 fn make(parent: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
     match mkdirat(parent, name, Mode::from_bits_truncate(MODE)) {
         Ok(()) => {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let fd = openat(parent, name, flags, Mode::empty())?;
-            // The umask may have taken what workers need.
+            // The umask may have removed permissions that workers need.
             fchmod(&fd, Mode::from_bits_truncate(MODE))?;
         }
-        Err(Errno::EEXIST) => {} // another primary was quicker
+        Err(Errno::EEXIST) => {} // another primary was faster
         Err(errno) => return Err(errno),
     }
     openat(parent, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
 }
 
-/// Whether a folder or a link on the way to one is root's or this user's, and no other's to change.
-fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
-    let found = fstat(fd).map_err(|errno| FolderError::Io { path: path.into(), source: errno.into() })?;
+/// Checks that a directory or link belongs to root or this user, and that nobody else can change
+/// it. `last`: it is the directory itself, not one on its path.
+fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), DirectoryError> {
+    let found = fstat(fd).map_err(|errno| DirectoryError::Io { path: path.into(), source: errno.into() })?;
     let ours = found.st_uid == 0 || found.st_uid == geteuid().as_raw();
-    let link = kind(&found) == SFlag::S_IFLNK; // its mode means nothing
+    let link = kind(&found) == SFlag::S_IFLNK; // a link has no permissions
     let others_write = found.st_mode & 0o022 != 0 && !link;
     let sticky = found.st_mode & libc::S_ISVTX != 0;
     if ours && (!others_write || sticky && !last) {
@@ -203,7 +209,7 @@ fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), FolderError> {
     }
     let owner = User::from_uid(found.st_uid.into()).ok().flatten();
     let owner = owner.map_or_else(|| found.st_uid.to_string(), |user| user.name);
-    Err(FolderError::Shared { path: path.into(), owner, mode: found.st_mode & 0o7777 })
+    Err(DirectoryError::Shared { path: path.into(), owner, mode: found.st_mode & 0o7777 })
 }
 
 #[cfg(test)]
@@ -216,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_others_may_write_to_is_refused() {
+    fn a_directory_writable_by_others_is_refused() {
         let temporary = tempfile::tempdir().unwrap();
         let (above, folder) = (temporary.path().join("above"), temporary.path().join("above/folder"));
         fs::create_dir_all(&folder).unwrap();
@@ -224,14 +230,14 @@ mod tests {
         for (mode, usable) in [(0o755, true), (0o700, true), (0o775, false), (0o757, false), (0o1777, false)]
         {
             chmod(&folder, mode);
-            let opened = Folder::open(&folder);
+            let opened = Directory::open(&folder);
             assert_eq!(opened.is_ok(), usable, "{mode:o}");
             if let Err(error) = opened {
                 let text = error.to_string();
                 let owner = User::from_uid(geteuid()).unwrap().unwrap().name;
                 let path = folder.display();
                 assert!(
-                    text.starts_with(&format!("folder {path} (owner {owner}, mode {mode:04o}) can")),
+                    text.starts_with(&format!("directory {path} (owner {owner}, mode {mode:04o}) can")),
                     "{text}"
                 );
                 assert!(text.contains(&format!("(chmod go-w {path})")), "{text}");
@@ -240,24 +246,24 @@ mod tests {
         chmod(&folder, 0o755);
         for (mode, usable) in [(0o777, false), (0o775, false), (0o1777, true), (0o711, true)] {
             chmod(&above, mode);
-            assert_eq!(Folder::open(&folder).is_ok(), usable, "{mode:o}");
+            assert_eq!(Directory::open(&folder).is_ok(), usable, "{mode:o}");
         }
     }
 
     #[test]
-    fn of_a_path_only_the_last_part_is_made() {
+    fn only_the_last_path_component_is_created() {
         let temporary = tempfile::tempdir().unwrap();
         let new = temporary.path().join("new");
-        assert!(Folder::open(&new.join("newer")).is_err() && !new.exists());
-        Folder::open(&new).unwrap();
+        assert!(Directory::open(&new.join("newer")).is_err() && !new.exists());
+        Directory::open(&new).unwrap();
         assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o755);
         fs::write(new.join("file"), "").unwrap();
-        let error = Folder::open(&new.join("file")).unwrap_err().to_string();
+        let error = Directory::open(&new.join("file")).unwrap_err().to_string();
         assert!(error.ends_with("/new/file: Not a directory (os error 20)"), "{error}");
     }
 
     #[test]
-    fn links_lead_where_they_lead_and_what_is_there_counts() {
+    fn links_are_followed_and_their_target_is_checked() {
         let temporary = tempfile::tempdir().unwrap();
         let at = |name: &str| temporary.path().join(name);
         fs::create_dir_all(at("a/b")).unwrap();
@@ -265,13 +271,13 @@ mod tests {
         symlink(at("relative"), at("absolute")).unwrap();
         symlink("itself", at("itself")).unwrap();
         for link in ["relative", "absolute"] {
-            let folder = Folder::open(&at(link)).unwrap();
+            let folder = Directory::open(&at(link)).unwrap();
             let found = fstat(&*folder.fd).unwrap();
             assert_eq!(found.st_ino, fs::metadata(at("a/b")).unwrap().ino());
         }
-        assert!(Folder::open(&at("itself")).unwrap_err().to_string().contains("symbolic links"));
+        assert!(Directory::open(&at("itself")).unwrap_err().to_string().contains("symbolic links"));
         chmod(&at("a/b"), 0o777);
-        assert!(matches!(Folder::open(&at("absolute")), Err(FolderError::Shared { .. })));
+        assert!(matches!(Directory::open(&at("absolute")), Err(DirectoryError::Shared { .. })));
     }
 
     #[test]
@@ -283,17 +289,21 @@ mod tests {
         let (folder, link) = (temporary.path().join("folder"), temporary.path().join("link"));
         fs::create_dir(&folder).unwrap();
         symlink(&folder, &link).unwrap();
-        assert!(Folder::open(&link).is_ok());
+        assert!(Directory::open(&link).is_ok());
         std::os::unix::fs::lchown(&link, Some(4711), None).unwrap();
-        assert!(matches!(Folder::open(&link), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+        assert!(
+            matches!(Directory::open(&link), Err(DirectoryError::Shared { owner, .. }) if owner == "4711")
+        );
         std::os::unix::fs::chown(&folder, Some(4711), None).unwrap();
-        assert!(matches!(Folder::open(&folder), Err(FolderError::Shared { owner, .. }) if owner == "4711"));
+        assert!(
+            matches!(Directory::open(&folder), Err(DirectoryError::Shared { owner, .. }) if owner == "4711")
+        );
     }
 
     #[test]
-    fn files_are_not_reached_through_links_and_get_their_mode() {
+    fn files_are_opened_without_links_and_get_their_mode() {
         let temporary = tempfile::tempdir().unwrap();
-        let folder = Folder::open(&temporary.path().join("folder")).unwrap();
+        let folder = Directory::open(&temporary.path().join("folder")).unwrap();
         let (target, name) = (temporary.path().join("target"), OsStr::new("name"));
         fs::write(&target, "as it was").unwrap();
         symlink(&target, temporary.path().join("folder/name")).unwrap();

@@ -1,4 +1,4 @@
-//! The conversation with the dispatcher, and the place that it gives.
+//! The conversation with the dispatcher, and the membership that it grants.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -21,7 +21,7 @@ pub fn token() -> Option<String> {
     std::env::var(ENV_TOKEN).ok()
 }
 
-/// A connection to the dispatcher.
+/// Connects to the dispatcher.
 pub fn dial() -> Outcome<OwnedFd> {
     let path = std::env::var_os(ENV_SOCKET).ok_or("no socket")?;
     let control = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
@@ -29,7 +29,7 @@ pub fn dial() -> Outcome<OwnedFd> {
     Ok(control)
 }
 
-/// Asks to attach, on a connection of its own. The error is the refusal.
+/// Asks to attach on a new connection. The error is the refusal.
 pub fn ask(
     version: u32,
     member: Option<String>,
@@ -45,7 +45,7 @@ pub fn ask(
     }
 }
 
-/// Says that its segments are mapped. The error is the refusal.
+/// Reports that its segments are mapped. The error is the refusal.
 pub fn ready(control: &OwnedFd) -> Outcome<()> {
     match protocol::ask(control, &Request::Ready)?.0 {
         Reply::Joined => Ok(()),
@@ -54,8 +54,8 @@ pub fn ready(control: &OwnedFd) -> Outcome<()> {
     }
 }
 
-/// A place that was taken.
-pub struct Place {
+/// A membership: the connection and the segments.
+pub struct Membership {
     pub control: OwnedFd,
     pub geometry: Geometry,
     pub umem_bytes: usize,
@@ -63,45 +63,46 @@ pub struct Place {
     pub down: OwnedFd,
     pub up: OwnedFd,
     pub doorbell: OwnedFd,
-    /// Its own segment, mapped while it could be.
+    /// The worker's own segment, mapped before it is sealed.
     pub segment: Mapping,
     own: Up,
 }
 
-impl Place {
-    /// Takes a place as a worker does.
-    pub fn take() -> Outcome<Self> {
-        let place = Self::ask()?;
-        place.seal_and_ready()?;
-        Ok(place)
+impl Membership {
+    /// Attaches like any worker.
+    pub fn join() -> Outcome<Self> {
+        let membership = Self::ask()?;
+        membership.seal_and_ready()?;
+        Ok(membership)
     }
 
-    /// Seals its own segment, as it has to be, and says that it is ready.
+    /// Seals the worker's own segment as required, and reports that it is ready.
     pub fn seal_and_ready(&self) -> Outcome<()> {
         segment::seal_against_further_writers(&self.up)?;
         ready(&self.control)
     }
 
-    /// Takes a place and maps its segments, but does not seal its own, nor say that it is ready.
+    /// Attaches and maps the segments, but neither seals its own nor reports that it is ready.
     pub fn ask() -> Outcome<Self> {
         let (control, attached, fds) = ask(VERSION, member(), token())?;
-        let [umem, down, up, doorbell] = <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds)
-            .map_err(|_| "other descriptors than expected")?;
+        let [umem, down, up, doorbell] =
+            <[OwnedFd; protocol::ATTACHED_FDS]>::try_from(fds).map_err(|_| "unexpected descriptors")?;
         let umem_bytes = usize::try_from(attached.umem_bytes)?;
         let geometry = attached.geometry;
         let segment = Mapping::read_write(&up, geometry.up_bytes())?;
         let own = Up::open(&up, geometry)?;
-        Ok(Place { control, geometry, umem_bytes, umem, down, up, doorbell, segment, own })
+        Ok(Membership { control, geometry, umem_bytes, umem, down, up, doorbell, segment, own })
     }
 
-    /// Writes noise over its own segment, headers and all, until SIGTERM.
+    /// Writes noise over its own segment, including the headers, until SIGTERM.
     pub fn make_noise(&self, seed: u64) -> Outcome<()> {
         let segment = &self.segment;
         let mut state = seed;
         loop {
             for word in 0..segment.length() / 8 {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                // SAFETY: in bounds and aligned: mappings begin at a page; the segment is ours to write.
+                // SAFETY: in bounds and aligned: mappings begin at a page. The worker may write to
+                // its own segment.
                 unsafe { segment.address().cast::<u64>().add(word).write_volatile(state ^ state >> 29) };
             }
             if pending_signals()?.contains(Signal::SIGTERM) {
@@ -111,13 +112,14 @@ impl Place {
         }
     }
 
-    /// Has whoever rings the doorbell block, if the descriptor allows it, and claims to sleep, so that it is rung.
+    /// Makes ringing the doorbell block, if the descriptor allows it, and claims to sleep, so that
+    /// the lane rings it.
     pub fn jam(&self) -> Outcome<()> {
         let fd = self.doorbell.as_raw_fd();
-        // SAFETY: no pointers.
+        // SAFETY: the call takes no pointers.
         unsafe { libc::fcntl(fd, libc::F_SETFL, 0) };
         let full = (u64::MAX - 1).to_ne_bytes();
-        // SAFETY: the buffer is as long as said.
+        // SAFETY: the buffer has the given length.
         unsafe { libc::write(fd, full.as_ptr().cast(), full.len()) };
         self.own.epoch().store(1, std::sync::atomic::Ordering::Release);
         Ok(())
@@ -126,7 +128,7 @@ impl Place {
 
 pub fn pending_signals() -> Outcome<SigSet> {
     let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: the pointer leads to room for a set.
+    // SAFETY: the pointer leads to memory for a signal set.
     Errno::result(unsafe { libc::sigpending(set.as_mut_ptr()) })?;
     // SAFETY: the call succeeded and has filled the set.
     Ok(unsafe { SigSet::from_sigset_t_unchecked(set.assume_init()) })
