@@ -213,7 +213,16 @@ check() {
         ok "$name: the driver receives nothing any more, and xfan says so"
     else
         fault "$name: $(cat /tmp/verdict)"
+        drop_counters
     fi
+}
+# Prints where the guest's kernel and the NIC below $iface may have dropped packets.
+drop_counters() {
+    ip -s -s link show dev rx0
+    ethtool -S rx0 2>/dev/null | grep -v ': 0$'
+    [ $iface = rx0 ] || ip -s -s link show dev $iface
+    peer ip -s -s link show dev tx0
+    cat /proc/net/softnet_stat
 }
 # clean NAME: checks that xfan has left nothing behind, and that the interface works as before.
 clean() {
