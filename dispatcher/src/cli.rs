@@ -216,12 +216,12 @@ mod tests {
                     --pass icmp --pass tcp/22 --log debug -- worker --flag -x";
         let Ok(Command::Run(flags)) = parse(line) else { panic!("{:?}", parse(line)) };
         let config = Config::load(&flags).unwrap();
-        assert_eq!(config.interface, "eth1");
-        assert_eq!(config.queues, Queues::List(vec![0, 1]));
-        assert_eq!(config.workers, 2);
-        assert_eq!(config.cores, Some(vec![2, 3, 1, 1]));
-        assert_eq!(config.pass.len(), 2);
-        assert_eq!(config.command, ["worker", "--flag", "-x"]);
+        assert_eq!(config.port.interface, "eth1");
+        assert_eq!(config.port.queues, Queues::List(vec![0, 1]));
+        assert_eq!(config.group.workers, 2);
+        assert_eq!(config.primary.cores, Some(vec![2, 3, 1, 1]));
+        assert_eq!(config.port.pass.len(), 2);
+        assert_eq!(config.group.command, ["worker", "--flag", "-x"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! ```text
 //!  frames of a lane  ≥  rx_ring              posted to the kernel: in the FILL and RX rings
 //!                     + batch                in the lane's hands
-//!                     + places × ring_slots  lent out at worst: every ring full
+//!                     + max_workers × ring_slots  lent to workers at worst: every ring full
 //! ```
 //!
 //! A place is what a worker takes, those that may join later included: `max_workers`.
@@ -34,7 +34,7 @@ pub struct FrameBudget {
     /// Frames of each lane.
     pub frames_per_lane: u32,
     /// Workers there can be at a time.
-    pub places: usize,
+    pub max_workers: usize,
     /// Slots of each ring from a lane to a worker.
     pub ring_slots: u32,
     /// Entries of each RX ring, and frames kept posted to the kernel by each lane.
@@ -60,7 +60,7 @@ pub enum BudgetError {
     /// Fewer frames than the rings can hold at worst.
     #[error(
         "`frames` is {frames} per lane, but a lane needs rx_ring ({rx_ring}) + batch ({batch}) + \
-         max_workers ({places}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
+         max_workers ({max_workers}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
          or lower `max_workers`, `ring_slots` or `rx_ring`"
     )]
     TooFew {
@@ -73,7 +73,7 @@ pub enum BudgetError {
         /// Packets taken at once.
         batch: usize,
         /// Workers there can be at a time.
-        places: usize,
+        max_workers: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
@@ -81,7 +81,7 @@ pub enum BudgetError {
     #[error(
         "the packet memory would be {lanes} lanes × {frames} frames × {frame_size} bytes = {bytes} bytes, \
          but the limit is {} bytes (4 GiB): lower `ring_slots` (now {ring_slots}), `frames` or `frame_size`, \
-         or use fewer `queues` or `max_workers` (now {places})",
+         or use fewer `queues` or `max_workers` (now {max_workers})",
         UMEM_LIMIT
     )]
     TooLarge {
@@ -94,7 +94,7 @@ pub enum BudgetError {
         /// The product.
         bytes: u64,
         /// Workers there can be at a time.
-        places: usize,
+        max_workers: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
@@ -115,25 +115,26 @@ impl FrameBudget {
         sizes: Sizes,
     ) -> Result<Self, BudgetError> {
         let auto_slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
-        let mut slots = config.ring_slots.unwrap_or(auto_slots);
+        let mut slots = config.group.ring_slots.unwrap_or(auto_slots);
         loop {
             // Places that nobody may ever take are given up before slots are.
-            let most = config.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
-            let least = config.max_workers.map_or(workers, |_| most);
-            let mut places = most;
+            let most =
+                config.group.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
+            let least = config.group.max_workers.map_or(workers, |_| most);
+            let mut max_workers = most;
             let last = loop {
-                let budget = Self::with_slots(lanes, places, config, slots, sizes);
+                let budget = Self::with_slots(lanes, max_workers, config, slots, sizes);
                 // Given frames do not shrink: then only being too few is a reason to go on.
-                let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.frames.is_some();
+                let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.primary.frames.is_some();
                 if budget.as_ref().is_ok_and(good) {
                     return budget;
                 }
-                if places == least {
+                if max_workers == least {
                     break budget;
                 }
-                places -= 1;
+                max_workers -= 1;
             };
-            if slots <= AUTO_SLOTS_MIN || config.ring_slots.is_some() {
+            if slots <= AUTO_SLOTS_MIN || config.group.ring_slots.is_some() {
                 return last;
             }
             slots /= 2;
@@ -142,31 +143,31 @@ impl FrameBudget {
 
     fn with_slots(
         lanes: usize,
-        places: usize,
+        max_workers: usize,
         config: &Config,
         ring_slots: u32,
         Sizes { frame_size, nic_ring }: Sizes,
     ) -> Result<Self, BudgetError> {
-        let &Config { rx_ring, batch, .. } = config;
+        let (rx_ring, batch) = (config.port.rx_ring, config.primary.batch);
         // Drivers fill their ring at once. With too few frames, some never recover.
         let rx_ring = rx_ring.max(nic_ring.next_power_of_two().min(RX_RING_LIMIT));
-        let lent = (places as u64).saturating_mul(u64::from(ring_slots));
+        let lent = (max_workers as u64).saturating_mul(u64::from(ring_slots));
         let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);
-        let frames = config.frames.map_or(needed, u64::from);
+        let frames = config.primary.frames.map_or(needed, u64::from);
         if frames < needed {
-            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, places, ring_slots });
+            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, max_workers, ring_slots });
         }
         let bytes = (lanes as u64).saturating_mul(frames).saturating_mul(u64::from(frame_size));
         match u32::try_from(frames) {
             Ok(frames_per_lane) if bytes <= UMEM_LIMIT => Ok(Self {
                 frames_per_lane,
-                places,
+                max_workers,
                 ring_slots,
                 rx_ring,
                 fill_ring: 2 * rx_ring,
                 umem_bytes: bytes,
             }),
-            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, places, ring_slots }),
+            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, max_workers, ring_slots }),
         }
     }
 }
@@ -189,7 +190,7 @@ mod tests {
             budget,
             FrameBudget {
                 frames_per_lane: 4096 + 64 + 4 * 4096,
-                places: 4,
+                max_workers: 4,
                 ring_slots: 4096,
                 rx_ring: 4096,
                 fill_ring: 8192,
@@ -211,7 +212,7 @@ mod tests {
     #[test]
     fn auto_slots_fit_the_frames_that_were_given() {
         let budget = FrameBudget::plan(1, 2, &config("frames = 8000"), true, SMALL).unwrap();
-        assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.places), (8000, 1024, 3));
+        assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.max_workers), (8000, 1024, 3));
         let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 4096);
     }
@@ -242,16 +243,16 @@ mod tests {
 
     #[test]
     fn room_for_more_workers_comes_before_nothing() {
-        let places = |lanes, workers, toml| {
-            FrameBudget::plan(lanes, workers, &config(toml), false, SMALL).unwrap().places
+        let max_workers = |lanes, workers, toml| {
+            FrameBudget::plan(lanes, workers, &config(toml), false, SMALL).unwrap().max_workers
         };
-        assert_eq!(places(1, 1, ""), 3);
-        assert_eq!(places(1, 63, "ring_slots = 64"), 64, "the limit");
+        assert_eq!(max_workers(1, 1, ""), 3);
+        assert_eq!(max_workers(1, 63, "ring_slots = 64"), 64, "the limit");
         // A gibibyte is 2^19 frames.
-        assert_eq!(places(1, 2, "ring_slots = 131072"), 3);
-        assert_eq!(places(1, 2, "ring_slots = 262144"), 2, "what was asked for may need more");
-        assert_eq!(places(1, 2, "max_workers = 9"), 9);
-        assert_eq!(places(1, 12, "max_workers = 9"), 12, "-n on the command line wins over it");
+        assert_eq!(max_workers(1, 2, "ring_slots = 131072"), 3);
+        assert_eq!(max_workers(1, 2, "ring_slots = 262144"), 2, "what was asked for may need more");
+        assert_eq!(max_workers(1, 2, "max_workers = 9"), 9);
+        assert_eq!(max_workers(1, 12, "max_workers = 9"), 12, "-n on the command line wins over it");
     }
 
     #[test]
@@ -270,12 +271,12 @@ mod tests {
             rx in 6u32..=15, slots in prop::option::of(6u32..=20), frames in prop::option::of(128u32..=2_097_152),
         ) {
             let mut config = config("");
-            config.rx_ring = 1 << rx;
-            config.ring_slots = slots.map(|bits| 1 << bits);
-            config.frames = frames;
+            config.port.rx_ring = 1 << rx;
+            config.group.ring_slots = slots.map(|bits| 1 << bits);
+            config.primary.frames = frames;
             if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared, SMALL) {
-                let lent = budget.places as u64 * u64::from(budget.ring_slots);
-                prop_assert!((workers..=workers + 2).contains(&budget.places) && budget.places <= 64);
+                let lent = budget.max_workers as u64 * u64::from(budget.ring_slots);
+                prop_assert!((workers..=workers + 2).contains(&budget.max_workers) && budget.max_workers <= 64);
                 prop_assert!(u64::from(budget.frames_per_lane) >= lent + u64::from(budget.rx_ring) + 64);
                 prop_assert!(budget.umem_bytes <= UMEM_LIMIT);
                 prop_assert_eq!(budget.umem_bytes, lanes as u64 * u64::from(budget.frames_per_lane) * 2048);
