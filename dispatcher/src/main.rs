@@ -73,8 +73,8 @@ fn run_primary(flags: &Flags) -> Ended {
     result
 }
 
-/// Runs a primary, and prints its totals. The primary's own error takes precedence over a failure to
-/// print them.
+/// Runs a primary, and prints its totals. The primary's own error takes precedence over a failure
+/// to print them.
 fn dispatch(config: &Config) -> Ended {
     let outcome = run(config).map_err(failed)?;
     let printed = print_in_time(&report::render(&outcome.report, None));

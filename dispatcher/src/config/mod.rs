@@ -56,7 +56,7 @@ pub struct Config {
     pub log: LogConfig,
 }
 
-/// Where workers' standard output and standard error go.
+/// Where the standard output and standard error of workers go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WorkerOutput {
     /// Into the primary's log.
@@ -72,63 +72,62 @@ pub enum WorkerOutput {
 /// An owner of a file, by names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
-    /// The user; none: stays as it is.
+    /// The user; `None`: unchanged.
     pub user: Option<String>,
-    /// The group; none: stays as it is.
+    /// The group; `None`: unchanged.
     pub group: Option<String>,
 }
 
 /// The RX queues that get a lane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Queues {
-    /// Every queue the interface has.
+    /// Every queue of the interface.
     All,
     /// These, each once. Never empty.
     List(Vec<u32>),
 }
 
-/// Where packets go while no worker takes any.
+/// What happens to packets while no worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnEmpty {
-    /// Nowhere; they are counted.
+    /// They are dropped and counted.
     Drop,
-    /// To the kernel.
+    /// They go to the kernel.
     Pass,
 }
 
-/// What becomes of the packets that a worker had not committed when it was gone.
+/// What happens to the packets that a lost worker had not committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnLoss {
-    /// They go to the others, as its flows do.
+    /// They go to the other workers, as its flows do.
     Requeue,
-    /// They wait for the next worker in its place, as its flows do.
+    /// They wait for the next worker in its slot, as its flows do.
     Hold,
 }
 
 /// How the XDP program is attached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModeChoice {
-    /// Native, or generic where the driver cannot.
-    #[default]
+    /// Native, or generic where the driver has no native mode.
     Auto,
-    /// Native or fail.
+    /// Native only.
     Native,
-    /// Generic, even where the driver could do native.
+    /// Generic, even where the driver has a native mode.
     Generic,
 }
 
 /// How the AF_XDP sockets are bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BindMode {
-    /// Zero-copy, else copy.
+    /// Zero-copy, or copy where the driver has no zero-copy.
     Auto,
-    /// The NIC writes to the frames, or nothing does.
+    /// The NIC writes to the frames.
     ZeroCopy,
-    /// The kernel copies into the frames.
+    /// The kernel copies packets to the frames.
     Copy,
 }
 
-/// How much is logged.
+/// The least important messages that are logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum LogLevel {
@@ -176,8 +175,9 @@ impl Config {
         Ok(config)
     }
 
-    /// The sections, in the order in which they are shown. Several may have the same table: those
-    /// without one stand at the top of the file, before all tables.
+    /// The sections, in the order in which they are shown. The keys of those without a table stand
+    /// at the top of the file, before all tables. A table that may repeat, such as `[[group]]`,
+    /// would be a section for each of its elements.
     #[must_use]
     pub fn sections(&self) -> [&dyn Section; 6] {
         let Self { port, primary, group, control, idle, log } = self;

@@ -27,7 +27,7 @@ const MEMBERS: RangeInclusive<i64> = 1..=MAX_MEMBERS as i64;
 
 section! {
     /// One interface, and how its packets reach xfan.
-    PortConfig, "":
+    PortConfig, "Interface", "":
 
     /// The interface whose packets xfan dispatches.
     interface: String = interface(), required("\"eth1\"").short('i', "IFACE");
@@ -39,15 +39,15 @@ section! {
 
     /// Packets that go to the kernel stack instead of the workers, as a list of rules.
     ///
-    /// A rule is a protocol, such as `icmp`, or a protocol and a destination port, such as `tcp/22`.
-    /// ARP, IPv6 neighbour discovery and other non-IP frames always go to the kernel. The flag is
-    /// given once per rule, and its rules replace the list in the file.
+    /// A rule is a protocol, such as `icmp`, or a protocol and a destination port, such as
+    /// `tcp/22`. ARP, IPv6 neighbour discovery and other non-IP frames always go to the kernel. The
+    /// flag is given once per rule, and its rules replace the list in the file.
     pass: Vec<PassRule> = rules(), default("[]").items("RULE");
 
     /// How the XDP program is attached.
     ///
-    /// `native` runs it in the driver. `generic` runs it in the kernel, which is slower. `auto` tries
-    /// native, and falls back to generic with a warning.
+    /// `native` runs it in the driver. `generic` runs it in the kernel, which is slower. `auto`
+    /// tries native, and falls back to generic with a warning.
     xdp_mode: ModeChoice = choice(&[
         ("auto", ModeChoice::Auto),
         ("native", ModeChoice::Native),
@@ -66,19 +66,19 @@ section! {
 
     /// Frames that each lane keeps posted to the kernel.
     ///
-    /// In zero-copy mode xfan raises it to the size of the NIC's own RX ring. The FILL ring has twice
-    /// as many entries.
+    /// In zero-copy mode xfan raises it to the size of the NIC's own RX ring. The FILL ring has
+    /// twice as many entries.
     rx_ring: u32 = power_of_two(64..=32_768, "frames"), default("4096");
 }
 
 section! {
     /// The primary: its control socket, its CPUs, its packet memory and its lanes.
-    PrimaryConfig, "":
+    PrimaryConfig, "Primary", "":
 
     /// The control socket, through which workers attach and operators ask.
     ///
-    /// xfan makes its folder if it is missing. The folder must belong to root or to the user of xfan,
-    /// and nobody else may be able to write to it. So `/tmp` cannot hold the socket.
+    /// xfan makes its folder if it is missing. The folder must belong to root or to the user of
+    /// xfan, and nobody else may be able to write to it. So `/tmp` cannot hold the socket.
     socket: PathBuf = socket(), chosen("/run/xfan/IFACE.sock", "\"/run/xfan/eth1.sock\"").flag("PATH");
 
     /// The CPUs that lanes and workers run on: the first ones for lanes, the next ones for workers.
@@ -89,13 +89,13 @@ section! {
 
     /// The size of a frame, which must hold a packet and 256 bytes of headroom.
     ///
-    /// `auto` is 4096 where the MTU needs it. In zero-copy mode it is also 4096 unless the driver is
-    /// known to fill frames of 2048 bytes without cutting packets. Otherwise it is 2048.
+    /// `auto` is 4096 where the MTU needs it. In zero-copy mode it is also 4096 unless the driver
+    /// is known to fill frames of 2048 bytes without cutting packets. Otherwise it is 2048.
     frame_size: Option<u32> = auto(frame_size()), default("\"auto\"");
 
     /// Frames of each lane.
     ///
-    /// `auto` is the smallest number that suffices; see "Packet memory" in the configuration chapter.
+    /// `auto` is the smallest number that suffices: see "Packet memory" in `docs/configuration.md`.
     frames: Option<u32> = auto(number(128..=2_097_152, "frames per lane")), default("\"auto\"");
 
     /// The most packets that a lane takes at once.
@@ -110,12 +110,12 @@ section! {
 
 section! {
     /// The group of workers that shares the packets.
-    GroupConfig, "":
+    GroupConfig, "Workers", "":
 
     /// The program that each worker runs, and its arguments.
     ///
-    /// Without a program xfan starts no workers, and every slot stays vacant until a worker attaches
-    /// through the control socket. On the command line the program follows `--`.
+    /// Without a program xfan starts no workers, and every slot stays vacant until a worker
+    /// attaches through the control socket. On the command line the program follows `--`.
     command: Vec<String> = command(), default("[]").rest("COMMAND");
 
     /// The number of workers to start.
@@ -123,8 +123,8 @@ section! {
 
     /// The most workers at a time, those that join later included.
     ///
-    /// `auto` is two more than `workers`, or fewer where packet memory would exceed 1 GiB or `frames`.
-    /// A number below `workers` counts as `workers`.
+    /// `auto` is two more than `workers`, or fewer where packet memory would exceed 1 GiB or
+    /// `frames`. A number below `workers` counts as `workers`.
     max_workers: Option<usize> = auto(number(MEMBERS, "workers")), default("\"auto\"");
 
     /// Slots of the ring from each lane to each worker.
@@ -209,8 +209,8 @@ section! {
 
     /// The memory that a worker and all its descendants may use.
     ///
-    /// A worker that uses more is killed. Without cgroups the limit applies to the private memory of
-    /// each process.
+    /// A worker that uses more is killed. Without cgroups the limit applies to the private memory
+    /// of each process.
     worker_memory: Option<u64> = or_word("unlimited", memory()), default("\"unlimited\"");
 
     /// The most processes and threads of a worker and all its descendants.
@@ -225,15 +225,16 @@ section! {
 
     /// Whether workers are confined to what packet processing needs.
     ///
-    /// They are then refused sockets other than Unix sockets, bpf, perf events, io_uring and keyrings.
+    /// They are then refused sockets other than Unix sockets, bpf, perf events, io_uring and
+    /// keyrings.
     worker_sandbox: bool = truth(), default("false");
 
     /// Where the standard output and standard error of workers go.
     ///
     /// `log`: to xfan's log, escaped, at most 100 lines per second and member. `null`: nowhere.
-    /// `journal`: to systemd's journal. A path: whole lines are appended to that file, after the name
-    /// of the member unless the path contains `{member}`. With `survive = true`, `log` means `null`,
-    /// and a path must contain `{member}`.
+    /// `journal`: to systemd's journal. A path: whole lines are appended to that file, after the
+    /// name of the member unless the path contains `{member}`. With `survive = true`, `log` means
+    /// `null`, and a path must contain `{member}`.
     worker_output: WorkerOutput = worker_output(), default("\"log\"");
 }
 
@@ -242,7 +243,7 @@ section! {
     ///
     /// Users who may attach workers can read all packets, and can read the counters. Root and the
     /// user of the workers always may. Only root may add, drain, restart and remove workers.
-    ControlAccess, "control":
+    ControlAccess, "Control socket", "control":
 
     /// Users who may attach workers and read the counters.
     allow_users: Vec<String> = names("names of users, such as [\"alice\"]"), default("[]");
@@ -264,7 +265,7 @@ section! {
     /// What lanes and workers do while there are no packets.
     ///
     /// They spin, then yield their CPU, then sleep.
-    IdleConfig, "idle":
+    IdleConfig, "Idle threads", "idle":
 
     /// How long an idle lane or worker spins.
     ///
@@ -277,7 +278,7 @@ section! {
 
 section! {
     /// What xfan logs, and where.
-    LogConfig, "log":
+    LogConfig, "Log", "log":
 
     /// The least important messages that are logged.
     level: LogLevel = choice(&[

@@ -1,8 +1,8 @@
 //! How a setting is described: the types behind the tables in [`settings`](super::settings).
 //!
 //! A [`Section`] is a struct whose fields are settings. The macro `section!` makes, out of one
-//! description, the struct with its fields, their defaults and the list of [`Setting`]s. So the name
-//! of a field is the key, and its documentation is the help that an operator reads.
+//! description, the struct with its fields, their defaults and the list of [`Setting`]s. So the
+//! name of a field is the key, and its documentation is the help that an operator reads.
 
 use super::value::{Kind, Read, Value};
 
@@ -10,6 +10,8 @@ use super::value::{Kind, Read, Value};
 ///
 /// A configuration may hold a section several times: each has its own values.
 pub trait Section {
+    /// Its name, for documentation.
+    fn title(&self) -> &'static str;
     /// The TOML table that holds the keys; empty: the keys stand at the top of the file.
     fn table(&self) -> &'static str;
     /// What the section is about, as paragraphs.
@@ -215,7 +217,7 @@ pub(super) fn paragraphs(lines: &[&str]) -> Vec<String> {
 ///
 /// ```text
 /// /// What it is about.
-/// Name, "table":
+/// Name, "Title", "table":
 ///     /// What the setting does, in one sentence.
 ///     ///
 ///     /// More about it.
@@ -224,7 +226,7 @@ pub(super) fn paragraphs(lines: &[&str]) -> Vec<String> {
 macro_rules! section {
     (
         $(#[doc = $about:literal])+
-        $name:ident, $table:literal:
+        $name:ident, $title:literal, $table:literal:
         $( $(#[doc = $help:literal])+ $key:ident: $type:ty = $kind:expr, $default:expr; )+
     ) => {
         $(#[doc = $about])+
@@ -240,6 +242,10 @@ macro_rules! section {
         }
 
         impl $crate::config::table::Section for $name {
+            fn title(&self) -> &'static str {
+                $title
+            }
+
             fn table(&self) -> &'static str {
                 $table
             }
