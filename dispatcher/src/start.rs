@@ -249,8 +249,15 @@ impl Start<'_> {
         let budget = FrameBudget::plan(queues.len(), config.group.workers, config, placement.shared, sizes)?;
         let memory = Arc::new(packet_memory(&budget, queues.len(), mode, machine.nic_node())?);
         // The first port: its name is the first that a worker gets.
-        let (port, sources) =
-            Port::bind(PortId(0), interface.clone(), queues.clone(), &config.port.pass, mode, &budget, &memory)?;
+        let (port, sources) = Port::bind(
+            PortId(0),
+            interface.clone(),
+            queues.clone(),
+            &config.port.pass,
+            mode,
+            &budget,
+            &memory,
+        )?;
         // A thread that shares a CPU must not spin on it.
         let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
         let mut lanes = Vec::with_capacity(queues.len());
