@@ -1,4 +1,4 @@
-//! The command line of `xfan`.
+//! The command line of `xfan`. The flags of settings come from [`crate::config::settings`].
 
 use std::path::PathBuf;
 
@@ -17,35 +17,36 @@ xfan owns the AF_XDP sockets of an interface's RX queues. It hashes the 5-tuple 
 and hands the packet, in shared memory and without copying it, to one of several worker processes. \
 Both directions of a flow reach the same worker.";
 
-const EXAMPLES: &str = "\
+/// Examples for the long help and the manual page.
+pub const EXAMPLES: &str = "\
 Examples:
-  Two workers on all queues of eth1, ssh and ping left to the kernel:
+  Two workers on all queues of eth1; ssh and ping stay with the kernel:
     sudo xfan run -i eth1 -n 2 --pass icmp --pass tcp/22 -- xfan-flow
 
-  Who would run where, and why:
+  Which thread would run on which CPU, and why:
     xfan topology -i eth1 -n 4
 
   The counters, every two seconds:
     sudo xfan stats -i eth1 --watch 2";
 
-/// The whole command line.
+/// The command line.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "xfan", version, about = ABOUT, long_about = LONG_ABOUT, after_long_help = after_help())]
 #[command(max_term_width = 80, propagate_version = true, arg_required_else_help = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What `xfan` can do.
+/// The commands of `xfan`.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
     /// Dispatch an interface's packets to workers, until SIGINT or SIGTERM
     ///
-    /// Starts the primary and, if a COMMAND is given, its workers: supervised, pinned, unprivileged.
-    /// Needs root (or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_CHOWN,
-    /// CAP_KILL and CAP_SETPCAP).
+    /// Starts the primary and, if a COMMAND is given, its workers. Each worker is supervised,
+    /// pinned to a CPU, and unprivileged. Needs root, or CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF,
+    /// CAP_PERFMON, CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID, CAP_CHOWN, CAP_KILL and CAP_SETPCAP.
     #[command(after_long_help = after_help())]
     Run(Flags),
 
@@ -67,19 +68,19 @@ pub enum Command {
     #[command(after_long_help = after_help())]
     Events(EventsFlags),
 
-    /// List the workers of a running primary, add, drain, restart or remove some
+    /// List, add, drain, restart or remove the workers of a running primary
     #[command(after_long_help = after_help(), arg_required_else_help = true, subcommand_required = true)]
     Workers(WorkersFlags),
 }
 
-/// Which primary.
+/// The primary to ask.
 #[derive(Args, Clone, Debug)]
 pub struct PrimaryFlags {
-    /// Interface of the primary
+    /// The interface of the primary
     #[arg(short, long, value_name = "IFACE", required_unless_present = "socket")]
     pub interface: Option<String>,
 
-    /// Control socket of the primary [default: /run/xfan/IFACE.sock]
+    /// The control socket of the primary [default: /run/xfan/IFACE.sock]
     #[arg(long, value_name = "PATH", value_parser = socket_flag())]
     pub socket: Option<PathBuf>,
 }
@@ -93,10 +94,10 @@ impl PrimaryFlags {
     }
 }
 
-/// Whose journal to show, and how.
+/// The flags of `events`.
 #[derive(Args, Clone, Debug)]
 pub struct EventsFlags {
-    /// Which primary.
+    /// The primary to ask.
     #[command(flatten)]
     pub primary: PrimaryFlags,
 
@@ -109,64 +110,66 @@ pub struct EventsFlags {
     pub json: bool,
 }
 
-/// What to do with whose workers.
+/// The flags of `workers`.
 #[derive(Args, Clone, Debug)]
 pub struct WorkersFlags {
-    /// What to do.
+    /// The action.
     #[command(subcommand)]
     pub action: WorkersAction,
 }
 
-/// What can be done with workers.
+/// The actions of `workers`.
 #[derive(Subcommand, Clone, Debug)]
 pub enum WorkersAction {
-    /// List them
+    /// List the workers
     List {
-        /// Which primary.
+        /// The primary to ask.
         #[command(flatten)]
         primary: PrimaryFlags,
         /// Print JSON: an array of members, as in `xfan stats --json`
         #[arg(long)]
         json: bool,
     },
-    /// Start more of them
+    /// Start more workers
     ///
-    /// Those whose command `xfan run` was given. There can be `max_workers` at a time.
+    /// They run the command that `xfan run` was given. The setting `max_workers` limits their
+    /// number.
     Add {
-        /// How many
+        /// The number of workers to start, 1 to 64
         #[arg(value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=64))]
         count: u8,
-        /// Which primary.
+        /// How to order it.
         #[command(flatten)]
         order: OrderFlags,
     },
-    /// Let one finish its packets, and stop it
+    /// Let a worker finish its packets, and stop it
     ///
-    /// It gets no new packets: its flows go to the others. It stays away until `restart`.
+    /// The worker gets no new packets: its flows go to the other workers. It stays down until
+    /// `restart`.
     Drain(MemberFlags),
-    /// Drain one, and start it again
+    /// Drain a worker, and start it again
     ///
-    /// Also one that has failed, or that was drained.
+    /// Also starts a worker that has failed or was drained.
     Restart(MemberFlags),
-    /// Drain one, and free its place
+    /// Drain a worker, and free its slot
     Remove(MemberFlags),
 }
 
-/// Which member of which primary.
+/// A member, and how to order it.
 #[derive(Args, Clone, Debug)]
 pub struct MemberFlags {
     /// The member, such as default/0
     #[arg(value_name = "ID")]
     pub member: String,
-    /// Which primary.
+    /// How to order it.
     #[command(flatten)]
     pub order: OrderFlags,
 }
 
-/// Which primary, and whether to wait.
+/// The primary to order something from, and whether to wait.
 #[derive(Args, Clone, Debug)]
 pub struct OrderFlags {
-    /// Which primary.
+    /// The primary to ask.
     #[command(flatten)]
     pub primary: PrimaryFlags,
     /// Do not wait until it is done
@@ -174,14 +177,14 @@ pub struct OrderFlags {
     pub no_wait: bool,
 }
 
-/// Whose counters to show, and how.
+/// The flags of `stats`.
 #[derive(Args, Clone, Debug)]
 pub struct StatsFlags {
-    /// Which primary.
+    /// The primary to ask.
     #[command(flatten)]
     pub primary: PrimaryFlags,
 
-    /// Print JSON: one object, or with --watch one per line
+    /// Print JSON: one object, or one per line with --watch
     #[arg(long)]
     pub json: bool,
 
@@ -206,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_holds_together() {
+    fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
@@ -216,16 +219,16 @@ mod tests {
                     --pass icmp --pass tcp/22 --log debug -- worker --flag -x";
         let Ok(Command::Run(flags)) = parse(line) else { panic!("{:?}", parse(line)) };
         let config = Config::load(&flags).unwrap();
-        assert_eq!(config.interface, "eth1");
-        assert_eq!(config.queues, Queues::List(vec![0, 1]));
-        assert_eq!(config.workers, 2);
-        assert_eq!(config.cores, Some(vec![2, 3, 1, 1]));
-        assert_eq!(config.pass.len(), 2);
-        assert_eq!(config.command, ["worker", "--flag", "-x"]);
+        assert_eq!(config.port.interface, "eth1");
+        assert_eq!(config.port.queues, Queues::List(vec![0, 1]));
+        assert_eq!(config.group.workers, 2);
+        assert_eq!(config.primary.cores, Some(vec![2, 3, 1, 1]));
+        assert_eq!(config.port.pass.len(), 2);
+        assert_eq!(config.group.command, ["worker", "--flag", "-x"]);
     }
 
     #[test]
-    fn a_wrong_flag_says_what_it_must_be_and_ends_with_the_code_of_usage() {
+    fn an_invalid_flag_names_the_limits_and_exits_with_usage() {
         for (line, words) in [
             ("xfan run -i eth1 -n 65", "must be a whole number from 1 to 64"),
             ("xfan run -i eth1 -n two", "must be a whole number from 1 to 64"),
@@ -253,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_long_help_ends_with_the_exit_codes_and_fits_80_columns() {
+    fn the_long_help_has_the_exit_codes_and_fits_80_columns() {
         let mut command = Cli::command();
         command.build();
         for name in ["run", "check", "topology", "stats", "workers", "events"] {

@@ -92,26 +92,26 @@ pub enum RunError {
 /// [`RunError`]. All changes to the system are undone in either case.
 pub fn run(config: &Config) -> Result<Outcome, RunError> {
     let descriptors = sys::raise_descriptor_limit();
-    let interface = Interface::find(&config.interface)?;
-    let queues = interface.select(&config.queues)?;
+    let interface = Interface::find(&config.port.interface)?;
+    let queues = interface.select(&config.port.queues)?;
     // Checked here, since libraries report a lack of descriptors as other errors.
-    let needed = descriptors_needed(queues.len(), config.workers);
+    let needed = descriptors_needed(queues.len(), config.group.workers);
     if needed > descriptors {
-        let (lanes, workers) = (queues.len(), config.workers);
+        let (lanes, workers) = (queues.len(), config.group.workers);
         return Err(RunError::Descriptors { needed, lanes, workers, limit: descriptors });
     }
     let modes = modes(config, &interface)?;
     check_privileges()?;
-    let user = WorkerUser::find(config.user.as_deref())?;
-    if !config.command.is_empty() {
+    let user = WorkerUser::find(config.group.user.as_deref())?;
+    if !config.group.command.is_empty() {
         user.check_beside(nix::unistd::geteuid())?;
     }
     let access = Access::find(&config.control, &user)?;
-    if !config.command.is_empty() && !access.lets_connect(&user) {
+    if !config.group.command.is_empty() && !access.lets_connect(&user) {
         return Err(UserError::LockedOut(user.name).into());
     }
     let machine = Machine::discover(Some(&interface))?;
-    let placement = place(&machine, queues.len(), config.workers, config.cores.as_deref())?;
+    let placement = place(&machine, queues.len(), config.group.workers, config.primary.cores.as_deref())?;
     for note in &placement.notes {
         tracing::warn!("{note}");
     }
@@ -119,27 +119,27 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     if lanes > MAX_LANES {
         return Err(RunError::TooManyLanes { interface: interface.name, lanes });
     }
-    let key = HashKey::from_bytes(match config.hash_key {
+    let key = HashKey::from_bytes(match config.primary.hash_key {
         Some(key) => key,
         None => random_bytes()?,
     });
     confine()?;
     let mut workers = None;
-    if !config.command.is_empty() {
-        let members: Vec<_> = (0..config.workers).map(member_id).collect();
-        let output = Output::begin(config.worker_output.clone(), config.survive, &members)?;
+    if !config.group.command.is_empty() {
+        let members: Vec<_> = (0..config.group.workers).map(member_id).collect();
+        let output = Output::begin(config.group.worker_output.clone(), config.group.survive, &members)?;
         let lanes = placement.lanes.iter().map(|slot| slot.cpu).filter(|_| !placement.shared);
         let limits = Limits {
-            memory: config.worker_memory,
-            processes: config.worker_processes,
-            cpu_weight: config.worker_cpu_weight,
+            memory: config.group.worker_memory,
+            processes: config.group.worker_processes,
+            cpu_weight: config.group.worker_cpu_weight,
             lanes: lanes.collect(),
         };
-        let sandbox = config.worker_sandbox.then(Filter::of_sandbox).transpose()?;
+        let sandbox = config.group.worker_sandbox.then(Filter::of_sandbox).transpose()?;
         workers = Some(WorkerCommand {
-            command: config.command.clone(),
+            command: config.group.command.clone(),
             user,
-            survive: config.survive,
+            survive: config.group.survive,
             limits,
             sandbox,
             output,
@@ -223,7 +223,7 @@ impl Start<'_> {
             };
             let listener = match &mut listener {
                 Some(listener) => listener,
-                none => none.insert(Listener::bind(&self.config.socket, access.clone())?),
+                none => none.insert(Listener::bind(&self.config.primary.socket, access.clone())?),
             };
             let outcome = primary.run(listener, workers)?;
             match outcome.error {
@@ -246,11 +246,18 @@ impl Start<'_> {
             CopyMode::Copy => 0,
         };
         let sizes = Sizes { frame_size: mode.frame_size, nic_ring };
-        let budget = FrameBudget::plan(queues.len(), config.workers, config, placement.shared, sizes)?;
+        let budget = FrameBudget::plan(queues.len(), config.group.workers, config, placement.shared, sizes)?;
         let memory = Arc::new(packet_memory(&budget, queues.len(), mode, machine.nic_node())?);
         // The first port: its name is the first that a worker gets.
-        let (port, sources) =
-            Port::bind(PortId(0), interface.clone(), queues.clone(), &config.pass, mode, &budget, &memory)?;
+        let (port, sources) = Port::bind(
+            PortId(0),
+            interface.clone(),
+            queues.clone(),
+            &config.port.pass,
+            mode,
+            &budget,
+            &memory,
+        )?;
         // A thread that shares a CPU must not spin on it.
         let spin = |shared: bool| if shared { Duration::ZERO } else { config.idle.spin };
         let mut lanes = Vec::with_capacity(queues.len());
@@ -262,10 +269,10 @@ impl Start<'_> {
                 queue: *queue,
                 core: slot.cpu,
                 config: LaneConfig {
-                    batch: config.batch,
+                    batch: config.primary.batch,
                     posted: budget.rx_ring,
                     spin: spin(slot.shared),
-                    yields: config.idle.yielding,
+                    yields: config.idle.r#yield,
                     shared: slot.shared,
                 },
                 memory: memory.clone(),
@@ -278,12 +285,12 @@ impl Start<'_> {
         }
         // A worker that joins later gets a CPU of its own if one is left. Otherwise it is neither
         // pinned nor does it spin.
-        let all = place(machine, lanes.len(), budget.places, config.cores.as_deref())?;
-        let later = all.workers.get(config.workers..).filter(|_| !all.shared).unwrap_or_default();
+        let all = place(machine, lanes.len(), budget.max_workers, config.primary.cores.as_deref())?;
+        let later = all.workers.get(config.group.workers..).filter(|_| !all.shared).unwrap_or_default();
         let workers_share = placement.workers.iter().any(|slot| slot.shared);
-        let members = (0..budget.places)
+        let members = (0..budget.max_workers)
             .map(|number| {
-                let slot = placement.workers.get(number).or_else(|| later.get(number - config.workers));
+                let slot = placement.workers.get(number).or_else(|| later.get(number - config.group.workers));
                 let spin = spin(slot.is_none() || workers_share);
                 Member::new(member_id(number), slot.map(|slot| slot.cpu), spin, lanes.len())
             })
@@ -291,21 +298,21 @@ impl Start<'_> {
         let geometry =
             Geometry { lanes: u32::try_from(queues.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
         Ok(Primary::new(
-            config.interface.clone(),
+            config.port.interface.clone(),
             Some(port),
             memory,
             GROUP.to_owned(),
             geometry,
             lanes,
             members,
-            config.workers,
-            config.idle.yielding,
-            (config.start_timeout, config.stop_timeout),
+            config.group.workers,
+            config.idle.r#yield,
+            (config.group.start_timeout, config.group.stop_timeout),
             Care {
-                restart: config.restart,
-                hang_timeout: config.hang_timeout,
-                hold: (config.on_loss == OnLoss::Hold).then_some(config.hold_timeout),
-                on_empty: config.on_empty,
+                restart: config.group.restart_policy(),
+                hang_timeout: config.group.hang_timeout,
+                hold: (config.group.on_loss == OnLoss::Hold).then_some(config.group.hold_timeout),
+                on_empty: config.group.on_empty,
             },
         ))
     }

@@ -1,31 +1,39 @@
-//! How many frames a lane needs, so that none of its rings can ever run it dry.
+//! How many frames a lane needs, so that it has frames even when every ring is full:
 //!
 //! ```text
-//!  frames of a lane  ≥  rx_ring              posted to the kernel: in the FILL and RX rings
-//!                     + batch                in the lane's hands
-//!                     + places × ring_slots  lent out at worst: every ring full
+//!  frames of a lane  ≥  rx_ring                   posted to the kernel: in the FILL and RX rings
+//!                     + batch                     held by the lane
+//!                     + max_workers × ring_slots  lent to workers when every ring is full
 //! ```
 //!
-//! A place is what a worker takes, those that may join later included: `max_workers`.
+//! So the kernel always has `rx_ring` frames, however slow the workers are. Workers that may join
+//! later count: `max_workers`, not `workers`. If `frames` is set to less, xfan refuses to start and
+//! names the numbers. In zero-copy mode `rx_ring` is at least the size of the NIC's own RX ring.
+//!
+//! Packet memory holds the frames of all lanes, each of `frame_size` bytes. Its limit is 4 GiB,
+//! because a descriptor holds a 32-bit offset. Where `max_workers` or `ring_slots` is `"auto"`,
+//! xfan tries to stay within 1 GiB: it lowers `max_workers` to `workers` at least, and then halves
+//! `ring_slots` to 512 at least.
 
 use super::Config;
 
-/// UMEM offsets are 32 bits wide in a descriptor.
+/// The most bytes of packet memory: a descriptor holds a 32-bit offset.
 const UMEM_LIMIT: u64 = 1 << 32;
-/// What `ring_slots = "auto"` keeps the UMEM within, in bytes.
+/// The bytes of packet memory that `"auto"` stays within, if it can.
 const AUTO_UMEM: u64 = 1 << 30;
-/// `ring_slots = "auto"`: slots where each thread has a CPU of its own.
+/// `ring_slots = "auto"` where each thread has a CPU of its own.
 const AUTO_SLOTS: u32 = 4096;
-/// Where threads share a CPU a yield may cost a whole scheduler slice: the rings bridge it.
+/// `ring_slots = "auto"` where threads share a CPU: a yield may cost a whole scheduler slice, and
+/// the rings must hold the packets of that time.
 const AUTO_SLOTS_SHARED: u32 = 8192;
-/// `ring_slots = "auto"` never goes below this.
+/// The fewest slots that `ring_slots = "auto"` chooses.
 const AUTO_SLOTS_MIN: u32 = 512;
 
-/// `max_workers = "auto"`: this many more than `workers`, if the UMEM stays within [`AUTO_UMEM`].
+/// `max_workers = "auto"`: this many more than `workers`, if they fit [`AUTO_UMEM`].
 const AUTO_MORE: usize = 2;
-/// Most entries of an RX ring.
+/// The most entries of an RX ring.
 const RX_RING_LIMIT: u32 = 32_768;
-/// Most members of a group. Lanes keep sets of them in a `u64`.
+/// The most members of a group: lanes keep sets of them in a `u64`.
 pub const MAX_MEMBERS: usize = 64;
 
 /// The sizes of all rings and of the packet memory.
@@ -33,55 +41,55 @@ pub const MAX_MEMBERS: usize = 64;
 pub struct FrameBudget {
     /// Frames of each lane.
     pub frames_per_lane: u32,
-    /// Workers there can be at a time.
-    pub places: usize,
+    /// The most workers at a time.
+    pub max_workers: usize,
     /// Slots of each ring from a lane to a worker.
     pub ring_slots: u32,
     /// Entries of each RX ring, and frames kept posted to the kernel by each lane.
     pub rx_ring: u32,
     /// Entries of each FILL ring.
     pub fill_ring: u32,
-    /// Bytes of the whole UMEM: all frames of all lanes. At most 4 GiB.
+    /// Bytes of packet memory: all frames of all lanes. At most 4 GiB.
     pub umem_bytes: u64,
 }
 
-/// The sizes that the mode and the NIC set.
+/// The sizes that the mode and the NIC determine.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
     /// Bytes of a frame.
     pub frame_size: u32,
-    /// Frames that the NIC takes for its own ring; 0 if it takes none, as in copy mode.
+    /// Frames that the NIC takes for its own RX ring; 0 in copy mode, where it takes none.
     pub nic_ring: u32,
 }
 
-/// Why the frames do not suffice, or are too many.
+/// Why there is no valid number of frames.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BudgetError {
-    /// Fewer frames than the rings can hold at worst.
+    /// The setting `frames` is smaller than a lane needs.
     #[error(
         "`frames` is {frames} per lane, but a lane needs rx_ring ({rx_ring}) + batch ({batch}) + \
-         max_workers ({places}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
+         max_workers ({max_workers}) × ring_slots ({ring_slots}) = {needed}: raise `frames` to {needed}, \
          or lower `max_workers`, `ring_slots` or `rx_ring`"
     )]
     TooFew {
-        /// Frames asked for.
+        /// The setting.
         frames: u64,
         /// Frames needed.
         needed: u64,
         /// Frames posted to the kernel.
         rx_ring: u32,
-        /// Packets taken at once.
+        /// The most packets that a lane takes at once.
         batch: usize,
-        /// Workers there can be at a time.
-        places: usize,
+        /// The most workers at a time.
+        max_workers: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
-    /// More packet memory than a descriptor can address.
+    /// Packet memory would exceed what a descriptor can address.
     #[error(
         "the packet memory would be {lanes} lanes × {frames} frames × {frame_size} bytes = {bytes} bytes, \
          but the limit is {} bytes (4 GiB): lower `ring_slots` (now {ring_slots}), `frames` or `frame_size`, \
-         or use fewer `queues` or `max_workers` (now {places})",
+         or use fewer `queues` or `max_workers` (now {max_workers})",
         UMEM_LIMIT
     )]
     TooLarge {
@@ -93,20 +101,20 @@ pub enum BudgetError {
         frame_size: u32,
         /// The product.
         bytes: u64,
-        /// Workers there can be at a time.
-        places: usize,
+        /// The most workers at a time.
+        max_workers: usize,
         /// Slots per lane and worker.
         ring_slots: u32,
     },
 }
 
 impl FrameBudget {
-    /// Sizes everything for `lanes` lanes and `workers` workers. `shared_cores`: some CPU runs more
-    /// than one of their threads. `sizes`: bytes of a frame, and frames that the NIC's own ring takes.
+    /// Sizes all rings and packet memory for `lanes` lanes and `workers` workers. `shared_cores`:
+    /// some CPU runs more than one of their threads.
     ///
     /// # Errors
     ///
-    /// When `frames` was given and is too small, or the whole does not fit 4 GiB.
+    /// [`BudgetError`]: `frames` is set and too small, or packet memory would exceed 4 GiB.
     pub fn plan(
         lanes: usize,
         workers: usize,
@@ -115,25 +123,26 @@ impl FrameBudget {
         sizes: Sizes,
     ) -> Result<Self, BudgetError> {
         let auto_slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
-        let mut slots = config.ring_slots.unwrap_or(auto_slots);
+        let mut slots = config.group.ring_slots.unwrap_or(auto_slots);
         loop {
-            // Places that nobody may ever take are given up before slots are.
-            let most = config.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
-            let least = config.max_workers.map_or(workers, |_| most);
-            let mut places = most;
+            // Slots for workers that may never join are given up before ring slots are.
+            let most =
+                config.group.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
+            let least = config.group.max_workers.map_or(workers, |_| most);
+            let mut max_workers = most;
             let last = loop {
-                let budget = Self::with_slots(lanes, places, config, slots, sizes);
-                // Given frames do not shrink: then only being too few is a reason to go on.
-                let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.frames.is_some();
+                let budget = Self::with_slots(lanes, max_workers, config, slots, sizes);
+                // A given number of frames does not shrink: it can only be too small.
+                let good = |budget: &Self| budget.umem_bytes <= AUTO_UMEM || config.primary.frames.is_some();
                 if budget.as_ref().is_ok_and(good) {
                     return budget;
                 }
-                if places == least {
+                if max_workers == least {
                     break budget;
                 }
-                places -= 1;
+                max_workers -= 1;
             };
-            if slots <= AUTO_SLOTS_MIN || config.ring_slots.is_some() {
+            if slots <= AUTO_SLOTS_MIN || config.group.ring_slots.is_some() {
                 return last;
             }
             slots /= 2;
@@ -142,31 +151,31 @@ impl FrameBudget {
 
     fn with_slots(
         lanes: usize,
-        places: usize,
+        max_workers: usize,
         config: &Config,
         ring_slots: u32,
         Sizes { frame_size, nic_ring }: Sizes,
     ) -> Result<Self, BudgetError> {
-        let &Config { rx_ring, batch, .. } = config;
-        // Drivers fill their ring at once. With too few frames, some never recover.
+        let (rx_ring, batch) = (config.port.rx_ring, config.primary.batch);
+        // Drivers fill their RX ring at once. Some never recover from having too few frames then.
         let rx_ring = rx_ring.max(nic_ring.next_power_of_two().min(RX_RING_LIMIT));
-        let lent = (places as u64).saturating_mul(u64::from(ring_slots));
+        let lent = (max_workers as u64).saturating_mul(u64::from(ring_slots));
         let needed = lent.saturating_add(u64::from(rx_ring) + batch as u64);
-        let frames = config.frames.map_or(needed, u64::from);
+        let frames = config.primary.frames.map_or(needed, u64::from);
         if frames < needed {
-            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, places, ring_slots });
+            return Err(BudgetError::TooFew { frames, needed, rx_ring, batch, max_workers, ring_slots });
         }
         let bytes = (lanes as u64).saturating_mul(frames).saturating_mul(u64::from(frame_size));
         match u32::try_from(frames) {
             Ok(frames_per_lane) if bytes <= UMEM_LIMIT => Ok(Self {
                 frames_per_lane,
-                places,
+                max_workers,
                 ring_slots,
                 rx_ring,
                 fill_ring: 2 * rx_ring,
                 umem_bytes: bytes,
             }),
-            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, places, ring_slots }),
+            _ => Err(BudgetError::TooLarge { lanes, frames, frame_size, bytes, max_workers, ring_slots }),
         }
     }
 }
@@ -189,7 +198,7 @@ mod tests {
             budget,
             FrameBudget {
                 frames_per_lane: 4096 + 64 + 4 * 4096,
-                places: 4,
+                max_workers: 4,
                 ring_slots: 4096,
                 rx_ring: 4096,
                 fill_ring: 8192,
@@ -200,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn auto_slots_halve_until_a_gibibyte_suffices_but_not_below_512() {
+    fn auto_slots_halve_to_fit_a_gibibyte_but_not_below_512() {
         let budget = FrameBudget::plan(16, 16, &config(""), false, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 1024);
         let budget = FrameBudget::plan(32, 48, &config(""), true, SMALL).unwrap();
@@ -211,13 +220,13 @@ mod tests {
     #[test]
     fn auto_slots_fit_the_frames_that_were_given() {
         let budget = FrameBudget::plan(1, 2, &config("frames = 8000"), true, SMALL).unwrap();
-        assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.places), (8000, 1024, 3));
+        assert_eq!((budget.frames_per_lane, budget.ring_slots, budget.max_workers), (8000, 1024, 3));
         let budget = FrameBudget::plan(1, 1, &config("frames = 1000000"), false, SMALL).unwrap();
         assert_eq!(budget.ring_slots, 4096);
     }
 
     #[test]
-    fn too_few_frames_are_told_with_every_number_and_knob() {
+    fn the_error_of_too_few_frames_names_every_number() {
         let error =
             FrameBudget::plan(1, 2, &config("frames = 4096\nring_slots = 4096"), false, SMALL).unwrap_err();
         assert_eq!(
@@ -241,21 +250,21 @@ mod tests {
     }
 
     #[test]
-    fn room_for_more_workers_comes_before_nothing() {
-        let places = |lanes, workers, toml| {
-            FrameBudget::plan(lanes, workers, &config(toml), false, SMALL).unwrap().places
+    fn auto_max_workers_is_two_more_where_memory_allows() {
+        let max_workers = |lanes, workers, toml| {
+            FrameBudget::plan(lanes, workers, &config(toml), false, SMALL).unwrap().max_workers
         };
-        assert_eq!(places(1, 1, ""), 3);
-        assert_eq!(places(1, 63, "ring_slots = 64"), 64, "the limit");
+        assert_eq!(max_workers(1, 1, ""), 3);
+        assert_eq!(max_workers(1, 63, "ring_slots = 64"), 64, "the limit");
         // A gibibyte is 2^19 frames.
-        assert_eq!(places(1, 2, "ring_slots = 131072"), 3);
-        assert_eq!(places(1, 2, "ring_slots = 262144"), 2, "what was asked for may need more");
-        assert_eq!(places(1, 2, "max_workers = 9"), 9);
-        assert_eq!(places(1, 12, "max_workers = 9"), 12, "-n on the command line wins over it");
+        assert_eq!(max_workers(1, 2, "ring_slots = 131072"), 3);
+        assert_eq!(max_workers(1, 2, "ring_slots = 262144"), 2, "what is set may exceed 1 GiB");
+        assert_eq!(max_workers(1, 2, "max_workers = 9"), 9);
+        assert_eq!(max_workers(1, 12, "max_workers = 9"), 12, "-n on the command line wins over it");
     }
 
     #[test]
-    fn the_memory_ends_where_offsets_end() {
+    fn packet_memory_fits_32_bit_offsets() {
         let exact = config("frames = 2097152");
         assert_eq!(FrameBudget::plan(1, 1, &exact, false, SMALL).unwrap().umem_bytes, UMEM_LIMIT);
         let error = FrameBudget::plan(2, 1, &exact, false, SMALL).unwrap_err().to_string();
@@ -270,12 +279,12 @@ mod tests {
             rx in 6u32..=15, slots in prop::option::of(6u32..=20), frames in prop::option::of(128u32..=2_097_152),
         ) {
             let mut config = config("");
-            config.rx_ring = 1 << rx;
-            config.ring_slots = slots.map(|bits| 1 << bits);
-            config.frames = frames;
+            config.port.rx_ring = 1 << rx;
+            config.group.ring_slots = slots.map(|bits| 1 << bits);
+            config.primary.frames = frames;
             if let Ok(budget) = FrameBudget::plan(lanes, workers, &config, shared, SMALL) {
-                let lent = budget.places as u64 * u64::from(budget.ring_slots);
-                prop_assert!((workers..=workers + 2).contains(&budget.places) && budget.places <= 64);
+                let lent = budget.max_workers as u64 * u64::from(budget.ring_slots);
+                prop_assert!((workers..=workers + 2).contains(&budget.max_workers) && budget.max_workers <= 64);
                 prop_assert!(u64::from(budget.frames_per_lane) >= lent + u64::from(budget.rx_ring) + 64);
                 prop_assert!(budget.umem_bytes <= UMEM_LIMIT);
                 prop_assert_eq!(budget.umem_bytes, lanes as u64 * u64::from(budget.frames_per_lane) * 2048);

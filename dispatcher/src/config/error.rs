@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// Why there is no configuration. The messages name the key, the file and what would be right.
+/// Why there is no configuration. The message names the key, the file and what would be valid.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -10,7 +10,7 @@ pub enum ConfigError {
     Read {
         /// The file asked for.
         file: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The file is not TOML.
@@ -23,7 +23,7 @@ pub enum ConfigError {
         /// What the parser says.
         message: String,
     },
-    /// A key that nobody knows.
+    /// An unknown key.
     #[error("unknown key `{key}` in {file} (line {line}): {hint}")]
     UnknownKey {
         /// The key with the tables it lies in, such as `idle.spin`.
@@ -45,6 +45,16 @@ pub enum ConfigError {
         /// Line of the value, from 1.
         line: usize,
         /// The value as written.
+        found: String,
+        /// What it must be: type, limits, unit.
+        wanted: String,
+    },
+    /// An argument of the wrong type or beyond its limits.
+    #[error("`{key}` on the command line is {found}, but it must be {wanted}")]
+    Argument {
+        /// The key that the argument sets.
+        key: String,
+        /// The value as given.
         found: String,
         /// What it must be: type, limits, unit.
         wanted: String,

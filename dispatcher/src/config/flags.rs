@@ -1,120 +1,194 @@
-//! The settings that the command line can give.
+//! The settings that the command line can give: one flag for each setting that has one.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::builder::{PossibleValue, TypedValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 
+use super::table::{Flag, Initial, Setting, Takes};
 use super::value::{self, Read, Value};
-use super::{Config, LogLevel, PassRule, Queues};
+use super::{Config, ConfigError};
 
-/// All flags that are settings.
-#[derive(Args, Clone, Debug, Default)]
+/// The flags of `xfan run`.
+#[derive(Clone, Debug, Default)]
 pub struct Flags {
-    /// What runs where.
-    #[command(flatten)]
-    pub placement: PlacementFlags,
-    /// How it runs.
-    #[command(flatten)]
-    pub run: RunFlags,
-}
-
-/// Which interface, and which threads on which CPUs.
-#[derive(Args, Clone, Debug, Default)]
-pub struct PlacementFlags {
-    /// Interface whose packets are dispatched
-    #[arg(short, long, value_name = "IFACE", value_parser = from_text(value::interface))]
-    pub interface: Option<String>,
-
-    /// RX queues that get a lane: `all`, or a list such as 0-3,6 [default: all]
-    #[arg(long, value_name = "LIST", value_parser = from_text(value::queues))]
-    pub queues: Option<Queues>,
-
-    /// Worker processes, 1 to 64 [default: 1]
-    #[arg(short = 'n', long, value_name = "WORKERS", value_parser = workers)]
-    pub workers: Option<usize>,
-
-    /// CPUs to run on, such as 2-5,7: first the lanes', then the workers'
-    /// [default: the nearest to the interface]
-    #[arg(long, value_name = "LIST", value_parser = cores)]
-    pub cores: Option<Cores>,
-
-    /// TOML file with these and more settings; flags win over it
-    #[arg(short, long, value_name = "FILE")]
+    /// The configuration file.
     pub config: Option<PathBuf>,
+    /// Keys with the values given.
+    given: Vec<(String, Value)>,
 }
 
-/// How the primary and its workers run.
-#[derive(Args, Clone, Debug, Default)]
-pub struct RunFlags {
-    /// Control socket [default: /run/xfan/IFACE.sock]
-    #[arg(long, value_name = "PATH", value_parser = socket_flag())]
-    pub socket: Option<PathBuf>,
+/// The flags that say which threads run where.
+#[derive(Clone, Debug)]
+pub struct PlacementFlags(pub Flags);
 
-    /// User the workers run as [default: who called sudo, else nobody]
-    ///
-    /// `root` must be asked for: a worker that runs as root can write to the packets of all others.
-    #[arg(long, value_name = "NAME", value_parser = from_text(value::user))]
-    pub user: Option<String>,
-
-    /// What is left to the kernel stack: icmp, tcp/22, …; once per rule
-    ///
-    /// ARP, IPv6 neighbour discovery and other non-IP frames always are. Replaces the list in the file.
-    #[arg(long, value_name = "RULE")]
-    pub pass: Vec<PassRule>,
-
-    /// How much is logged: error, warn, info, debug or trace [default: info]
-    #[arg(long, value_name = "LEVEL", value_parser = from_text(value::log_level))]
-    pub log: Option<LogLevel>,
-
-    /// Program that every worker runs, and its arguments
-    ///
-    /// Without one the workers' places stay vacant until workers attach through the socket.
-    #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
-}
-
-/// CPU numbers, as one argument.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cores(pub Vec<usize>);
+/// The settings that say which threads run where.
+const PLACEMENT: [&str; 4] = ["interface", "queues", "cores", "workers"];
 
 impl Flags {
-    /// Puts what was given over what `config` holds.
-    pub(super) fn apply(&self, config: &mut Config) {
-        fn over<T: Clone>(place: &mut T, flag: Option<&T>) {
-            if let Some(value) = flag {
-                place.clone_from(value);
-            }
+    /// Sets what was given.
+    ///
+    /// # Errors
+    /// [`ConfigError::Argument`]. The parser has checked single values already.
+    pub(super) fn apply(&self, config: &mut Config) -> Result<(), ConfigError> {
+        for (key, value) in &self.given {
+            config.set(key, value).map_err(|wanted| ConfigError::Argument {
+                key: key.clone(),
+                found: value.to_string(),
+                wanted: wanted.0,
+            })?;
         }
-        let Self { placement, run } = self;
-        over(&mut config.interface, placement.interface.as_ref());
-        over(&mut config.queues, placement.queues.as_ref());
-        over(&mut config.workers, placement.workers.as_ref());
-        over(&mut config.cores, placement.cores.clone().map(|Cores(list)| Some(list)).as_ref());
-        over(&mut config.socket, run.socket.as_ref());
-        over(&mut config.user, run.user.clone().map(Some).as_ref());
-        over(&mut config.log, run.log.as_ref());
-        over(&mut config.pass, Some(&run.pass).filter(|rules| !rules.is_empty()));
-        over(&mut config.command, Some(&run.command).filter(|command| !command.is_empty()));
+        Ok(())
     }
 }
 
-/// Reads a flag as the file's text of the same meaning is read.
-fn from_text<T: Clone + Send + Sync + 'static>(
-    read: fn(&Value) -> Read<T>,
-) -> impl Fn(&str) -> Read<T> + Clone + Send + Sync + 'static {
-    move |text| read(&Value::Text(text.to_owned()))
+/// Calls `with` for every setting that has a flag: with its key, the setting and the flag.
+fn for_each_flag(mut with: impl FnMut(String, &'static Setting, Flag)) {
+    for section in Config::default().sections() {
+        for setting in section.settings() {
+            if let Some(flag) = setting.flag() {
+                with(section.full_key(setting), setting, flag);
+            }
+        }
+    }
+}
+
+/// Adds the flags of the settings that `wanted` accepts, and `--config`.
+fn augment(mut command: Command, wanted: impl Fn(&str) -> bool) -> Command {
+    for_each_flag(|key, setting, flag| {
+        if wanted(&key) {
+            command = std::mem::take(&mut command).arg(argument(&key, setting, flag));
+        }
+    });
+    command.arg(
+        Arg::new("config")
+            .short('c')
+            .long("config")
+            .value_name("FILE")
+            .help("The TOML file with these and more settings; flags win over it")
+            .value_parser(clap::value_parser!(PathBuf))
+            .value_hint(ValueHint::FilePath),
+    )
+}
+
+fn argument(key: &str, setting: &'static Setting, flag: Flag) -> Arg {
+    let default = match setting.initial() {
+        Initial::Value("[]") => "default: none".to_owned(),
+        Initial::Value(text) => format!("default: {}", text.trim_matches('"')),
+        Initial::Chosen { how, .. } => format!("default: {how}"),
+        Initial::Required { .. } => "required here or in the file".to_owned(),
+    };
+    let mut paragraphs = setting.help();
+    let brief = format!("{} [{default}]", paragraphs[0].trim_end_matches('.'));
+    paragraphs.push(match flag.takes {
+        Takes::One => format!("It must be {}. [{default}]", setting.wanted()),
+        Takes::Items | Takes::Rest => format!("[{default}]"),
+    });
+    let arg = Arg::new(key.to_owned()).value_name(flag.value);
+    let arg = arg.help(brief).long_help(paragraphs.join("\n\n"));
+    let arg = arg.value_parser(Parser(setting, flag)).hide_possible_values(true);
+    let named =
+        |arg: Arg| arg.long(key.replace(['_', '.'], "-")).short(flag.short).visible_aliases(flag.alias);
+    match flag.takes {
+        Takes::One => named(arg),
+        Takes::Items => named(arg).action(ArgAction::Append),
+        Takes::Rest => arg.last(true).num_args(1..),
+    }
+}
+
+/// Reads the argument of a flag.
+#[derive(Clone)]
+struct Parser(&'static Setting, Flag);
+
+impl TypedValueParser for Parser {
+    type Value = Value;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, raw: &OsStr) -> Result<Value, clap::Error> {
+        let &Self(setting, flag) = self;
+        let read = move |text: &str| read(setting, flag.takes, text);
+        read.parse_ref(command, arg, raw)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let choices = (self.0.kind)().choices;
+        (!choices.is_empty()).then(|| Box::new(choices.into_iter().map(PossibleValue::new)) as _)
+    }
+}
+
+/// Checks an argument as the value of a setting or an item of it. Where a text is not valid, a
+/// number may be.
+fn read(setting: &Setting, takes: Takes, text: &str) -> Read<Value> {
+    let kind = (setting.kind)();
+    let value = Value::Text(text.to_owned());
+    match takes {
+        // It is checked as a whole.
+        Takes::Rest => Ok(value),
+        Takes::Items => kind.read(&Value::List(vec![value.clone()])).map(|()| value),
+        Takes::One => kind.read(&value).map(|()| value).or_else(|wanted| {
+            let number = Value::Integer(text.parse().map_err(|_| wanted)?);
+            kind.read(&number).map(|()| number)
+        }),
+    }
+}
+
+/// What was given of the flags that there are.
+fn given(matches: &ArgMatches) -> Flags {
+    let mut given = Vec::new();
+    for_each_flag(|key, _, flag| {
+        // A flag that this command does not have was not given.
+        let Some(mut values) = matches.try_get_many(&key).ok().flatten() else { return };
+        given.extend(match flag.takes {
+            Takes::One => values.next_back().cloned().map(|value| (key, value)),
+            Takes::Items | Takes::Rest => Some((key, Value::List(values.cloned().collect()))),
+        });
+    });
+    Flags { config: matches.get_one("config").cloned(), given }
+}
+
+impl Args for Flags {
+    fn augment_args(command: Command) -> Command {
+        augment(command, |_| true)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Flags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(given(matches))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = given(matches);
+        Ok(())
+    }
+}
+
+impl Args for PlacementFlags {
+    fn augment_args(command: Command) -> Command {
+        augment(command, |key| PLACEMENT.contains(&key))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for PlacementFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(given(matches)))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.0 = given(matches);
+        Ok(())
+    }
 }
 
 /// Reads the path of a control socket.
 pub(crate) fn socket_flag() -> impl Fn(&str) -> Read<PathBuf> + Clone + Send + Sync + 'static {
-    from_text(value::socket)
-}
-
-fn workers(text: &str) -> Read<usize> {
-    let number = text.parse().map_or_else(|_| Value::Text(text.to_owned()), Value::Integer);
-    value::workers(&number)
-}
-
-fn cores(text: &str) -> Read<Cores> {
-    value::cores(&Value::Text(text.to_owned())).map(Cores)
+    |text| value::socket().read(&Value::Text(text.to_owned()))
 }

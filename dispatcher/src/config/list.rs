@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-/// Why a text is no list of numbers.
+/// Why a text is not a list of numbers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ListError {
     /// A part is neither a number nor a range.
@@ -11,7 +11,7 @@ pub enum ListError {
     /// A range runs backwards.
     #[error("the range `{0}` runs backwards")]
     Backwards(String),
-    /// A number is larger than such a number can be.
+    /// A number exceeds the limit.
     #[error("{found} is larger than {max}")]
     TooLarge {
         /// The number found.
@@ -21,11 +21,11 @@ pub enum ListError {
     },
 }
 
-/// Reads a list such as `2-5,7`, in its order and with its repetitions.
+/// Reads a list such as `2-5,7`. Order and repetitions are kept.
 ///
 /// # Errors
 ///
-/// Any part that is no number or forward range, and any number above `max`.
+/// A part is neither a number nor a forward range, or a number exceeds `max`.
 pub fn parse_list(text: &str, max: usize) -> Result<Vec<usize>, ListError> {
     let mut numbers = Vec::new();
     for part in text.split(',').map(str::trim) {
@@ -47,7 +47,7 @@ pub fn parse_list(text: &str, max: usize) -> Result<Vec<usize>, ListError> {
     Ok(numbers)
 }
 
-/// Writes numbers as [`parse_list`] reads them, runs of three and more as ranges.
+/// Writes numbers as [`parse_list`] reads them; three or more in a row become a range.
 #[must_use]
 pub fn format_list(numbers: &[usize]) -> String {
     let mut text = String::new();

@@ -1,29 +1,30 @@
-//! When workers are restarted: the settings of systemd.service(5), `Restart=`, `RestartSec=`,
+//! When xfan restarts workers. The settings follow systemd.service(5): `Restart=`, `RestartSec=`,
 //! `RestartSteps=`, `StartLimitBurst=` and `StartLimitIntervalSec=`.
 
 use std::time::Duration;
 
-/// Which ends of a worker's process make it start again.
+use super::GroupConfig;
+
+/// Which exits of a worker make xfan restart it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// None.
     No,
-    /// Every one but an exit with status 0.
+    /// Every exit except one with status 0.
     OnFailure,
-    /// Every one.
+    /// Every exit.
     Always,
 }
 
-impl Policy {
-    pub(crate) const ALL: [Self; 3] = [Self::No, Self::OnFailure, Self::Always];
-
-    /// Its name in the configuration.
+impl GroupConfig {
+    /// The settings about restarts.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::No => "no",
-            Self::OnFailure => "on-failure",
-            Self::Always => "always",
+    pub const fn restart_policy(&self) -> Restart {
+        Restart {
+            policy: self.restart,
+            delay: self.restart_delay,
+            limit_burst: self.start_limit_burst,
+            limit_interval: self.start_limit_interval,
         }
     }
 }
@@ -31,12 +32,12 @@ impl Policy {
 /// How workers are restarted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Restart {
-    /// After which ends.
+    /// Setting `restart`.
     pub policy: Policy,
-    /// The wait before the first restart; each one that follows soon waits twice as long as the one before, up to a minute.
+    /// Setting `restart_delay`.
     pub delay: Duration,
-    /// Most starts …
+    /// Setting `start_limit_burst`.
     pub limit_burst: u32,
-    /// … in this time. After one more end the worker stays down.
+    /// Setting `start_limit_interval`.
     pub limit_interval: Duration,
 }

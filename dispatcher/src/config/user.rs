@@ -1,14 +1,14 @@
-//! Who the workers run as.
+//! The user that the workers run as.
 
 use nix::unistd::{Gid, Uid, User};
 
-/// What `nobody` is where the system has no such user: the kernel's overflow id.
+/// The user id of `nobody` where the system has no such user: the kernel's overflow id.
 const NOBODY: u32 = 65534;
 
-/// The user the workers run as.
+/// The user that the workers run as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerUser {
-    /// Its name, for people.
+    /// Its name.
     pub name: String,
     /// Its user id.
     pub uid: Uid,
@@ -16,23 +16,23 @@ pub struct WorkerUser {
     pub gid: Gid,
 }
 
-/// Why there is no such user.
+/// Why workers cannot run as a user.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
-    /// The system knows no user of this name.
+    /// The system has no user of this name.
     #[error("no user `{0}` on this system: set `user` (or --user) to one that `getent passwd` lists")]
     Unknown(String),
-    /// The system knows no user or group of this name.
+    /// The system has no user or group of this name.
     #[error("no {kind} `{name}` on this system, which [control] names: see `getent {database}`")]
     UnknownInControl {
         /// `user` or `group`.
         kind: &'static str,
-        /// As given.
+        /// The name.
         name: String,
-        /// Where `getent` lists them.
+        /// The database of `getent` that lists them.
         database: &'static str,
     },
-    /// It owns the packet memory.
+    /// xfan itself runs as this user, who could then write to packet memory.
     #[error(
         "workers cannot run as {name}, as whom xfan itself runs: they could write to the packets of all workers. Choose \
          another user with --user, or run xfan as root"
@@ -41,33 +41,33 @@ pub enum UserError {
         /// The user.
         name: String,
     },
-    /// Only a primary of root's can start them.
+    /// Workers are to run as root, but xfan does not.
     #[error(
         "workers can run as root only if xfan does: choose an unprivileged user with --user, or run xfan as root"
     )]
     Root,
-    /// The control socket's file keeps the workers out.
+    /// The permissions of the control socket's file keep the workers out.
     #[error(
         "socket_owner and socket_mode in [control] keep the workers' user `{0}` from the control socket: let it write to the \
          socket, as its owner, by its group, or as everybody (\"0666\": whoever connects is checked all the same)"
     )]
     LockedOut(String),
-    /// The system cannot be asked.
+    /// The lookup failed.
     #[error("cannot look up `{name}`: {source}")]
     Lookup {
-        /// Whom we looked for.
+        /// The name or id.
         name: String,
-        /// What the system says.
+        /// The system's error.
         source: nix::Error,
     },
 }
 
 impl WorkerUser {
-    /// The user `asked` for; else the one who called sudo (`SUDO_UID`), unless that is root; else `nobody`.
+    /// The user `asked` for, else the user who called sudo (`SUDO_UID`) unless that is root, else
+    /// `nobody`.
     ///
     /// # Errors
-    ///
-    /// The user asked for does not exist, or the system's list of users cannot be read.
+    /// [`UserError::Unknown`], [`UserError::Lookup`].
     pub fn find(asked: Option<&str>) -> Result<Self, UserError> {
         match asked {
             Some(name) => Self::named(name)?.ok_or_else(|| UserError::Unknown(name.to_owned())),
@@ -82,17 +82,18 @@ impl WorkerUser {
         }
     }
 
-    /// Whether workers run with root's rights over files: then nothing keeps them from writing to
-    /// segments that are not theirs.
+    /// Whether workers have root's access to files: then nothing prevents them from writing to the
+    /// segments of others.
     #[must_use]
     pub fn is_root(&self) -> bool {
         self.uid.is_root()
     }
 
-    /// Checks that workers may run as this user, where the primary runs as `own`: who owns packet memory can write to it.
+    /// Checks that workers may run as this user beside a primary that runs as `own`: the owner of
+    /// packet memory could write to it. A primary that runs as root may have workers that do.
     ///
     /// # Errors
-    /// [`UserError::Own`], [`UserError::Root`]. A primary of root's may have workers of root's.
+    /// [`UserError::Own`], [`UserError::Root`].
     pub fn check_beside(&self, own: Uid) -> Result<(), UserError> {
         match (own.is_root(), self.is_root()) {
             (true, _) => Ok(()),
@@ -108,7 +109,7 @@ impl WorkerUser {
         Ok(found.map(|User { name, uid, gid, .. }| Self { name, uid, gid }))
     }
 
-    /// A user may have called sudo and have no entry in the list of users.
+    /// A user who called sudo need not have an entry in the list of users.
     fn numbered(uid: Uid) -> Result<Self, UserError> {
         let found =
             User::from_uid(uid).map_err(|source| UserError::Lookup { name: uid.to_string(), source })?;
@@ -119,7 +120,7 @@ impl WorkerUser {
     }
 }
 
-/// The user `SUDO_UID` names, if it is a number and not root's.
+/// The user that `SUDO_UID` names, if it is a number and not that of root.
 fn caller(sudo_uid: Option<&str>) -> Option<Uid> {
     let uid = Uid::from_raw(sudo_uid?.parse().ok()?);
     (!uid.is_root()).then_some(uid)
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn root_is_had_by_asking_only() {
+    fn root_is_never_chosen_by_default() {
         assert_eq!(caller(Some("0")), None);
         assert_eq!(caller(Some("1000")), Some(Uid::from_raw(1000)));
         assert_eq!(caller(Some("-1")), None);
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_do_not_run_as_an_unprivileged_primary_or_as_root_beside_it() {
+    fn workers_of_an_unprivileged_primary_run_as_others() {
         let user = |uid| WorkerUser { name: "x".into(), uid: Uid::from_raw(uid), gid: Gid::from_raw(uid) };
         let check =
             |own, workers| user(workers).check_beside(Uid::from_raw(own)).map_err(|error| error.to_string());

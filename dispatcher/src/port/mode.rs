@@ -133,16 +133,18 @@ pub const fn max_length(frame_size: u32) -> u32 {
 ///
 /// [`ModeError`]
 pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeError> {
-    if config.xdp_mode == ModeChoice::Generic && config.bind_mode == BindMode::ZeroCopy {
+    if config.port.xdp_mode == ModeChoice::Generic && config.port.bind_mode == BindMode::ZeroCopy {
         return Err(ModeError::GenericZeroCopy);
     }
     let from_below = interface.is_fed_from_below();
-    if from_below && (config.xdp_mode == ModeChoice::Native || config.bind_mode == BindMode::ZeroCopy) {
+    if from_below
+        && (config.port.xdp_mode == ModeChoice::Native || config.port.bind_mode == BindMode::ZeroCopy)
+    {
         let (interface, below) = (interface.name.clone(), interface.lower());
         return Err(ModeError::FedFromBelow { interface, below });
     }
-    let xdp = if from_below { ModeChoice::Generic } else { config.xdp_mode };
-    if from_below && config.xdp_mode == ModeChoice::Auto {
+    let xdp = if from_below { ModeChoice::Generic } else { config.port.xdp_mode };
+    if from_below && config.port.xdp_mode == ModeChoice::Auto {
         let (interface, below) = (&interface.name, below_of(&interface.lower()));
         tracing::warn!(
             interface,
@@ -150,7 +152,7 @@ pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeEr
         );
     }
     let hopeless = WITHOUT_ZERO_COPY.contains(&interface.driver.as_str());
-    let binds: &[CopyMode] = match config.bind_mode {
+    let binds: &[CopyMode] = match config.port.bind_mode {
         BindMode::ZeroCopy => &[CopyMode::ZeroCopy],
         BindMode::Auto if xdp != ModeChoice::Generic && !hopeless => &[CopyMode::ZeroCopy, CopyMode::Copy],
         BindMode::Auto | BindMode::Copy => &[CopyMode::Copy],
@@ -158,7 +160,7 @@ pub fn modes(config: &Config, interface: &Interface) -> Result<Vec<Mode>, ModeEr
     let mut modes = Vec::new();
     let mut refused = None;
     for &bind in binds {
-        match frame_size(config.frame_size, bind, interface) {
+        match frame_size(config.primary.frame_size, bind, interface) {
             Ok(frame_size) => {
                 // A driver does zero-copy in native mode only.
                 let xdp = if bind == CopyMode::ZeroCopy { ModeChoice::Native } else { xdp };

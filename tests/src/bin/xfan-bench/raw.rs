@@ -55,7 +55,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let memory = PacketMemory::of_sockets(mode.frame_size, frames, budget.fill_ring)?;
     let queues = vec![QueueId(options.queue)];
     let (mut port, mut sources) =
-        Port::bind(PortId(0), interface, queues, &config.pass, mode, &budget, &memory)?;
+        Port::bind(PortId(0), interface, queues, &config.port.pass, mode, &budget, &memory)?;
     let source = sources.first_mut().ok_or("no socket was opened")?;
     let socket = source.second_descriptor()?;
     let (rx, fill) = source.rings();
