@@ -284,7 +284,7 @@ fn a_deaf_queue_is_reported_at_once_and_at_the_end() {
         "{last}"
     );
     let table = exit.stdout.join("\n");
-    assert!(table.contains("lost     100 redirected packets that nobody counts"), "{table}");
+    assert!(table.contains("lost     100 redirected packets that no counter has"), "{table}");
     assert!(table.contains("driver rx_queue_0_drops 100"), "{table}");
 }
 
