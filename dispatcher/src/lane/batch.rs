@@ -109,7 +109,7 @@ pub(super) fn describe(
 /// All slots are reserved before one is filled: so their lines, which the workers' caches have,
 /// arrive at the same time. The first is filled last, and with it a worker sees all of its slots.
 #[inline(never)]
-pub(super) fn push(
+pub(super) fn push<const SHARED: bool>(
     frames: &mut Frames,
     table: &BucketTable,
     links: &mut [Option<Link>; 256],
@@ -123,13 +123,13 @@ pub(super) fn push(
         let member = table.member(hash);
         let Some(link) = &mut links[member.index()] else {
             sums.no_worker += 1;
-            frames.give_back(offset);
+            frames.give_back_known::<SHARED>(offset);
             continue;
         };
         touched |= bit(member);
-        let Some(slot) = link.ring.reserve().or_else(|| link.reserve_again(frames)) else {
+        let Some(slot) = link.ring.reserve().or_else(|| link.reserve_again::<SHARED>(frames)) else {
             sums.ring_full += 1;
-            frames.give_back(offset);
+            frames.give_back_known::<SHARED>(offset);
             continue;
         };
         slots[reserved].write(slot);

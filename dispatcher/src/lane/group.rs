@@ -41,11 +41,15 @@ impl LaneGroup {
     }
 
     /// Pushes the packets of a batch to the group's workers, and drops those that no ring takes.
-    /// Reorders `descriptors`. Returns whether a ring is filling up.
+    /// Reorders `descriptors`. `SHARED`: there are other groups. Returns whether a ring is filling up.
     #[inline]
-    pub(super) fn deliver(&mut self, frames: &mut Frames, descriptors: &mut [Descriptor]) -> bool {
+    pub(super) fn deliver<const SHARED: bool>(
+        &mut self,
+        frames: &mut Frames,
+        descriptors: &mut [Descriptor],
+    ) -> bool {
         let mut sums = Pushed::default();
-        push(frames, &self.table, &mut self.links, descriptors, &mut sums);
+        push::<SHARED>(frames, &self.table, &mut self.links, descriptors, &mut sums);
         let crowded = self.wake(frames, sums.touched);
         let dropped = sums.ring_full + sums.no_worker;
         self.counters.delivered.add(descriptors.len() as u64 - dropped);

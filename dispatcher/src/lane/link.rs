@@ -65,11 +65,28 @@ impl Link {
     /// Takes back the frames of committed packets.
     #[inline]
     pub(super) fn take_back(&mut self, frames: &mut Frames) {
+        if frames.is_shared() {
+            self.take_back_shared(frames);
+        } else {
+            self.take_back_known::<false>(frames);
+        }
+    }
+
+    /// Not inlined, so that the code for one group is as small as if there were no other.
+    #[inline(never)]
+    fn take_back_shared(&mut self, frames: &mut Frames) {
+        self.take_back_known::<true>(frames);
+    }
+
+    /// As [`take_back`](Self::take_back), for callers that know whether the frames are shared by
+    /// several groups.
+    #[inline(always)]
+    fn take_back_known<const SHARED: bool>(&mut self, frames: &mut Frames) {
         if self.distrusted {
             return;
         }
-        let taken = if frames.is_shared() {
-            self.ring.take_back(|offset| frames.give_back(offset))
+        let taken = if SHARED {
+            self.ring.take_back(|offset| frames.give_back_known::<true>(offset))
         } else {
             let mut returning = frames.returning(self.ring.lent());
             self.ring.take_back(|offset| returning.give_back(offset))
@@ -125,8 +142,8 @@ impl Link {
     /// The ring was full: takes a slot if the worker has committed meanwhile, else counts the drop.
     #[cold]
     #[inline(never)]
-    pub(super) fn reserve_again(&mut self, frames: &mut Frames) -> Option<Reserved> {
-        self.take_back(frames);
+    pub(super) fn reserve_again<const SHARED: bool>(&mut self, frames: &mut Frames) -> Option<Reserved> {
+        self.take_back_known::<SHARED>(frames);
         let reserved = self.ring.reserve();
         self.dropped += u32::from(reserved.is_none());
         reserved

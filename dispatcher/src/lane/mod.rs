@@ -241,7 +241,7 @@ impl<S: PacketSource> Lane<S> {
         describe(&self.key, &self.memory, batch, stamp, &mut self.descriptors, &mut sums);
         let descriptors = &mut self.descriptors[..accepted.min(MAX_BATCH)];
         self.crowded |= match &mut *self.groups {
-            [group] => group.deliver(&mut self.frames, descriptors),
+            [group] => group.deliver::<false>(&mut self.frames, descriptors),
             groups => deliver_to_each(groups, &mut self.frames, descriptors),
         };
         self.refill();
@@ -338,7 +338,7 @@ fn deliver_to_each(groups: &mut [LaneGroup], frames: &mut Frames, descriptors: &
         let mut copy = [Descriptor::default(); MAX_BATCH];
         let copy = &mut copy[..descriptors.len()];
         copy.copy_from_slice(descriptors);
-        crowded |= group.deliver(frames, copy);
+        crowded |= group.deliver::<true>(frames, copy);
     }
     crowded
 }

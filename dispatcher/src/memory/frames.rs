@@ -160,7 +160,19 @@ impl Frames {
     /// When the last group is done, the frame is free.
     #[inline(always)]
     pub fn give_back(&mut self, offset: UmemOffset) {
-        if !self.is_shared() || self.last_loan_ends(offset) {
+        if self.is_shared() {
+            self.give_back_known::<true>(offset);
+        } else {
+            self.give_back_known::<false>(offset);
+        }
+    }
+
+    /// As [`give_back`](Self::give_back), for callers that know whether the frames are
+    /// [shared](Self::is_shared): with one group it costs no branch.
+    #[inline(always)]
+    pub fn give_back_known<const SHARED: bool>(&mut self, offset: UmemOffset) {
+        debug_assert_eq!(SHARED, self.is_shared());
+        if !SHARED || self.last_loan_ends(offset) {
             self.returning(1).give_back(offset);
         }
     }
