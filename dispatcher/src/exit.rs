@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use xfan_xdp::{AttachError, LoadError};
 
-use crate::control::primary::PrimaryError;
+use crate::control::error::PrimaryError;
 use crate::control::server::ControlError;
 use crate::host::directory::DirectoryError;
 use crate::host::interface::InterfaceError;

@@ -10,9 +10,12 @@ use xfan_xdp::AttachError;
 
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
 use crate::control::access::Access;
+use crate::control::error::PrimaryError;
 use crate::control::members::Member;
-use crate::control::primary::{Care, Outcome, Primary, PrimaryError};
+use crate::control::primary::{Parts, Primary};
 use crate::control::server::{ControlError, Listener};
+use crate::control::shutdown::Outcome;
+use crate::group::policy::Policy;
 use crate::host::interface::{Interface, InterfaceError};
 use crate::host::placement::{Placement, PlacementError, place};
 use crate::host::privileges::{PrivilegeError, check_privileges};
@@ -153,11 +156,11 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     outcome
 }
 
-/// The number of descriptors that a primary needs: some 30 of its own, 4 for each lane, 6 for each
+/// The number of descriptors that a primary needs: some 30 of its own, 6 for each lane, 6 for each
 /// worker (2 of them pipes for its output), and some more while it starts a worker or answers an
 /// operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
-    48 + 4 * lanes as u64 + 6 * workers as u64
+    48 + 6 * lanes as u64 + 6 * workers as u64
 }
 
 /// Applies the restrictions that depend on neither the interface nor the configuration, to this
@@ -225,7 +228,7 @@ impl Start<'_> {
                 Some(listener) => listener,
                 none => none.insert(Listener::bind(&self.config.primary.socket, access.clone())?),
             };
-            let outcome = primary.run(listener, workers)?;
+            let outcome = Primary::run(primary, listener, workers)?;
             match outcome.error {
                 Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
                     if !last && !outcome.interrupted =>
@@ -239,7 +242,7 @@ impl Start<'_> {
 
     /// Creates a primary in one mode. Its sockets are bound, and its lanes run and have posted
     /// frames, but no packets arrive yet.
-    fn primary(&self, mode: Mode) -> Result<Primary, RunError> {
+    fn primary(&self, mode: Mode) -> Result<Parts, RunError> {
         let Start { config, interface, queues, machine, placement, key } = self;
         let nic_ring = match mode.bind {
             CopyMode::ZeroCopy => interface.rx_ring,
@@ -297,24 +300,25 @@ impl Start<'_> {
             .collect();
         let geometry =
             Geometry { lanes: u32::try_from(queues.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
-        Ok(Primary::new(
-            config.port.interface.clone(),
-            Some(port),
+        Ok(Parts {
+            name: config.port.interface.clone(),
+            port: Some(port),
             memory,
-            GROUP.to_owned(),
             geometry,
             lanes,
+            group: GROUP.to_owned(),
             members,
-            config.group.workers,
-            config.idle.r#yield,
-            (config.group.start_timeout, config.group.stop_timeout),
-            Care {
+            places: config.group.workers,
+            yields: config.idle.r#yield,
+            policy: Policy {
                 restart: config.group.restart_policy(),
                 hang_timeout: config.group.hang_timeout,
                 hold: (config.group.on_loss == OnLoss::Hold).then_some(config.group.hold_timeout),
                 on_empty: config.group.on_empty,
+                start_timeout: config.group.start_timeout,
+                stop_timeout: config.group.stop_timeout,
             },
-        ))
+        })
     }
 }
 

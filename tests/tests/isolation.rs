@@ -111,7 +111,7 @@ fn a_worker_can_write_only_to_its_own_segment() {
             ("our member again", "member default/0 has a worker"),
             (
                 "any member",
-                "this primary starts its own workers: beside them may join root, and whom allow_users and allow_groups in [control] of its configuration name",
+                "this primary starts its own workers: only root and the users in allow_users and allow_groups in [control] of its configuration may attach others",
             ),
             ("a member that does not exist", "there is no member default/9: they are default/0 to default/2"),
         ],
@@ -166,7 +166,7 @@ fn noise_in_a_segment_evicts_only_its_writer() {
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     let stderr = exit.stderr.join("\n");
-    assert_eq!(stderr.matches("its consumer index made no sense: evicted").count(), 1, "{stderr}");
+    assert_eq!(stderr.matches("worker evicted: impossible consumer index: lane of queue ").count(), 1, "{stderr}");
 }
 
 #[test]

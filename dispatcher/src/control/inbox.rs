@@ -12,18 +12,17 @@ use tokio::sync::{mpsc, oneshot};
 use xfan_shm::protocol::{Reply, Request};
 
 use crate::control::peer::{Connection, ConnectionId};
+use crate::group::ProcessId;
 
 /// Something happened.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event {
     /// A connection ended.
     HangUp(ConnectionId),
-    /// The process of the member in this place ended.
-    Exited(usize),
-    /// It is time to start the process of the member in this place again.
-    Restart(usize),
-    /// The process of the member in this place, with this id, was to attach by now.
-    StartTimeout(usize, u32),
+    /// A process ended.
+    Exited(ProcessId),
+    /// A lane has obeyed commands.
+    Obeyed,
     /// Files are to be opened anew.
     Reopen,
 }
@@ -163,10 +162,12 @@ mod tests {
         run(async {
             let (mut inbox, _waiting) = flooded();
             for place in 0..3 {
-                inbox.outbox().event(Event::Exited(place));
+                inbox.outbox().event(Event::Exited(ProcessId(place)));
             }
             for place in 0..3 {
-                assert!(matches!(inbox.next().await, Next::Event(Event::Exited(dead)) if dead == place));
+                assert!(
+                    matches!(inbox.next().await, Next::Event(Event::Exited(ProcessId(dead))) if dead == place)
+                );
             }
             for turn in 0..QUESTIONS {
                 assert!(matches!(inbox.next().await, Next::Question(_)), "{turn}");
@@ -185,7 +186,7 @@ mod tests {
             let outbox = inbox.outbox();
             tokio::spawn(async move {
                 let _ = ended.readable().await;
-                outbox.event(Event::Exited(1));
+                outbox.event(Event::Exited(ProcessId(1)));
             });
             // The task waits.
             assert!(matches!(inbox.next().await, Next::Question(_)));

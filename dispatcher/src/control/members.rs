@@ -1,69 +1,46 @@
-//! Members: workers' places in a group. A place outlives the process in it, and so do its counters.
+//! What a member has of the machine: segments, connections, counters. What happens to it is decided in
+//! its [group](crate::group).
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use xfan_shm::bell;
 use xfan_shm::clock::ticks_to_ns;
 use xfan_shm::ids::LaneId;
 use xfan_shm::layout::{COUNTERS, Down, Geometry, LayoutError, Phase, SharedRing, Up};
-use xfan_shm::ring::Producer;
+use xfan_shm::ring::{IndexError, Producer};
 use xfan_shm::segment;
 
-use crate::control::connection::Channel;
 use crate::control::peer::Connection;
-use crate::control::primary::{Overdue, Purpose};
-use crate::group::life::{Change, Life, State};
-use crate::group::restart::Starts;
+use crate::group::{Group, Reading};
 use crate::lane::MemberLink;
-use crate::lane::counters::{Counter, MemberCounters};
-use crate::process::spawn::Process;
+use crate::lane::counters::{Counter, Lie, MemberCounters};
 use crate::report;
 
-/// A worker's place.
+/// What the primary keeps for a member. It outlives the workers, and so do the counters.
 #[derive(Debug)]
 pub struct Member {
     /// Such as `default/0`.
     pub id: String,
-    /// CPU its worker is to run on.
+    /// CPU that its worker runs on.
     pub core: Option<usize>,
-    /// Where it is in its life.
-    pub life: Life,
-    /// What a process must know to take the place; `None`: it is open to all who may connect.
-    pub token: Option<String>,
-    /// The process started for it.
-    pub process: Option<Process>,
-    /// The connection that this process inherited.
-    pub channel: Option<Channel>,
-    /// A worker that was given segments and has not said that it is ready: no lane knows it.
-    pub joining: Option<Joining>,
-    /// The worker attached to it.
-    pub session: Option<Session>,
-    /// Name of its program, once known.
-    pub program: String,
-    /// Starts of its processes.
-    pub starts: Starts,
-    /// Times that the process which was started for it has attached.
-    pub attached: u32,
-    /// Its process is to be started again.
-    pub restarting: bool,
-    /// How its last process ended.
-    pub last_exit: Option<String>,
-    /// Times it hung.
-    pub hangs: u64,
-    /// What it leaves for, as an operator ordered.
-    pub leaving: Option<Purpose>,
-    /// When something has to be done about a worker that ought to have ended.
-    pub overdue: Option<Overdue>,
-    /// Its worker is gone; until then its flows and its packets are kept for the next.
-    pub held_until: Option<Instant>,
     /// How long its worker spins when there is nothing to do.
     pub spin: Duration,
-    /// Somebody had it, or has.
+    /// Name of its program, once known.
+    pub program: String,
+    /// How its last process ended.
+    pub last_exit: Option<String>,
+    /// The last error or lie of its worker, for log and journal.
+    pub trouble: String,
+    /// A worker that was given segments, and has not said that it mapped them.
+    pub joining: Option<Joining>,
+    /// The worker that the lanes serve.
+    pub session: Option<Session>,
+    /// Some worker had it.
     taken: bool,
-    pulse: Option<Pulse>,
     /// One for each lane, in order.
     counters: Vec<Arc<MemberCounters>>,
     /// What its former sessions published.
@@ -90,52 +67,50 @@ impl Past {
     }
 }
 
-/// What a worker that is alive changes, and when it last did.
-#[derive(Debug)]
-struct Pulse {
-    committed: u64,
-    heartbeat: u64,
-    since: Instant,
-}
-
-/// A worker that has taken a place.
+/// A worker that the lanes serve, or are about to.
 #[derive(Debug)]
 pub struct Session {
     /// Its connection.
     pub connection: Connection,
     /// Process id, as the kernel says.
     pub pid: u32,
+    /// What the lanes get of it, in order, until they have it.
+    pub links: Vec<MemberLink>,
     down: Down,
     up: Up,
     doorbell: Arc<OwnedFd>,
+    /// One for each lane, in order.
+    lies: Vec<Arc<Lie>>,
 }
 
-/// A worker that has been given segments, and has yet to map them.
+impl Session {
+    /// The first impossible index that a lane read, and the lane.
+    pub fn lie(&self) -> Option<(LaneId, IndexError)> {
+        let found = (0..).map(LaneId).zip(&self.lies);
+        found.into_iter().find_map(|(lane, lie)| Some((lane, lie.read()?)))
+    }
+
+    /// Tells the worker that what is in its rings is the last.
+    pub fn close(&self) {
+        self.down.set_phase(Phase::Closing);
+        bell::ring(&self.doorbell);
+    }
+}
+
+/// A worker that was given segments, and has yet to map them.
 #[derive(Debug)]
 pub struct Joining {
-    connection: Connection,
-    pid: u32,
+    /// Its connection.
+    pub connection: Connection,
+    /// Process id, as the kernel says.
+    pub pid: u32,
+    /// Name of its program.
+    pub program: String,
     geometry: Geometry,
     down: Down,
     /// Its own segment. Not mapped here before it is sealed.
     up_fd: OwnedFd,
     doorbell: Arc<OwnedFd>,
-    /// Name of its program.
-    pub program: String,
-    /// When it is hung up on.
-    pub deadline: Instant,
-}
-
-impl Joining {
-    /// Its connection.
-    pub fn connection(&self) -> &Connection {
-        &self.connection
-    }
-
-    /// Process id of its worker, as the kernel says.
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
 }
 
 /// What a worker is handed, beside the packet memory.
@@ -167,29 +142,18 @@ pub enum SessionError {
 }
 
 impl Member {
-    /// A vacant place, in which a worker spins for `spin` when there is nothing to do.
+    /// A member without a worker, in which a worker spins for `spin` when there is nothing to do.
     pub fn new(id: String, core: Option<usize>, spin: Duration, lanes: usize) -> Self {
         Member {
             id,
             core,
-            life: Life::new(Instant::now()),
-            token: None,
-            process: None,
-            channel: None,
+            spin,
+            program: String::new(),
+            last_exit: None,
+            trouble: String::new(),
             joining: None,
             session: None,
-            program: String::new(),
-            starts: Starts::default(),
-            attached: 0,
-            restarting: false,
-            last_exit: None,
-            hangs: 0,
-            leaving: None,
-            overdue: None,
-            held_until: None,
-            spin,
             taken: false,
-            pulse: None,
             counters: (0..lanes).map(|_| Arc::default()).collect(),
             past: Past::default(),
         }
@@ -205,7 +169,6 @@ impl Member {
         pid: u32,
         program: String,
         geometry: Geometry,
-        deadline: Instant,
     ) -> Result<Handover, SessionError> {
         let down_fd = segment::create("xfan-down", geometry.down_bytes())?;
         let up_fd = segment::create("xfan-up", geometry.up_bytes())?;
@@ -219,139 +182,79 @@ impl Member {
             up: up_fd.try_clone()?,
             doorbell: sleeper,
         };
-        self.joining = Some(Joining { connection, pid, geometry, down, up_fd, doorbell, program, deadline });
+        self.joining = Some(Joining { connection, pid, program, geometry, down, up_fd, doorbell });
         Ok(handover)
     }
 
-    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take
-    /// pages of it away from the lanes. Returns the lanes' links, in order, and whether the segments
-    /// could be locked.
+    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take pages of
+    /// it away from the lanes. Returns whether the segments could be locked in memory.
     ///
-    /// Nothing here takes a lock that the worker can hold: it is the worker that seals, and the
-    /// segment is not mapped here before.
+    /// Nothing here takes a lock that the worker can hold: the worker seals its segment, which is not
+    /// mapped here before.
     ///
     /// # Errors
-    /// [`SessionError`]; then nobody is joining any more.
-    pub fn begin_session(
-        &mut self,
-        joining: Joining,
-    ) -> Result<(Vec<MemberLink>, io::Result<()>), SessionError> {
-        let Joining { connection, pid, geometry, down, up_fd, doorbell, program, .. } = joining;
+    /// [`SessionError`]; then no worker is joining any more.
+    pub fn begin_session(&mut self, joining: Joining) -> Result<io::Result<()>, SessionError> {
+        let Joining { connection, pid, geometry, down, up_fd, doorbell, program } = joining;
         if !segment::is_sealed_against_further_writers(&up_fd)? {
             return Err(SessionError::Unsealed);
         }
         let up = Up::watch(&up_fd, geometry)?;
+        let lies: Vec<Arc<Lie>> = (0..geometry.lanes).map(|_| Arc::default()).collect();
         let links = (0..geometry.lanes)
             .zip(&self.counters)
-            .map(|(lane, counters)| MemberLink {
+            .zip(&lies)
+            .map(|((lane, counters), lie)| MemberLink {
                 ring: Producer::new(SharedRing::new(&down, &up, LaneId(lane))),
                 up: up.clone(),
                 doorbell: doorbell.clone(),
                 counters: counters.clone(),
+                lie: lie.clone(),
             })
             .collect();
-        // What it took away before is back when this returns, also if it cannot be locked.
+        // Locking maps all pages: those that the worker took away before are back when this returns.
         let locked = [up.lock(), down.lock()].into_iter().collect();
-        self.session = Some(Session { connection, pid, down, up, doorbell });
+        self.session = Some(Session { connection, pid, links, down, up, doorbell, lies });
         self.program = program;
         self.taken = true;
-        Ok((links, locked))
-    }
-
-    /// Whether a worker may take the place: it is neither leaving nor down for good.
-    pub fn may_attach(&self) -> bool {
-        self.state().after(Change::Attach).is_some()
-            && self.leaving.is_none()
-            && (self.token.is_none() || self.process.is_some())
-    }
-
-    /// Hangs up on a worker that has not said that it is ready. Whether there was one.
-    pub fn end_joining(&mut self) -> bool {
-        let joining = self.joining.take();
-        if let Some(joining) = &joining {
-            joining.connection().end();
-        }
-        joining.is_some()
+        Ok(locked)
     }
 
     /// The connection of its worker, joined or not.
     pub fn connection(&self) -> Option<&Connection> {
         let session = self.session.as_ref().map(|session| &session.connection);
-        session.or_else(|| self.joining.as_ref().map(Joining::connection))
+        session.or_else(|| self.joining.as_ref().map(|joining| &joining.connection))
     }
 
-    /// The state it is in.
-    pub fn state(&self) -> State {
-        self.life.state()
-    }
-
-    /// Whether it has its share of the flows: its worker takes them, or they are held.
-    pub fn has_flows(&self) -> bool {
-        self.state().takes_packets() || self.held_until.is_some()
-    }
-
-    /// Process id of its worker, as the kernel says; else of the process started for it; 0: none.
-    pub fn pid(&self) -> u32 {
-        let process = self.process.as_ref().map(Process::pid);
-        self.session.as_ref().map(|session| session.pid).or(process).unwrap_or(0)
-    }
-
-    /// Whether nobody has the place, and xfan starts nobody for it.
-    pub fn is_vacant(&self) -> bool {
-        self.token.is_none() && self.connection().is_none() && self.process.is_none()
-    }
-
-    /// Whether nobody ever had the place.
+    /// Whether no worker ever had it.
     pub fn is_untouched(&self) -> bool {
-        self.is_vacant() && !self.taken
+        !self.taken
     }
 
-    /// How long its worker has had packets, and has neither committed one nor asked for more.
-    pub fn stands_still(&mut self, now: Instant) -> Option<Duration> {
-        let Some(session) = &self.session else {
-            self.pulse = None;
-            return None;
-        };
-        let heartbeat = session.up.heartbeat().load(std::sync::atomic::Ordering::Relaxed);
-        let committed = self.sum(|lane| &lane.committed);
-        let idle = self.backlog() == 0;
-        match &self.pulse {
-            Some(pulse) if !idle && pulse.committed == committed && pulse.heartbeat == heartbeat => {
-                Some(now.duration_since(pulse.since))
-            }
-            _ => {
-                self.pulse = Some(Pulse { committed, heartbeat, since: now });
-                None
-            }
-        }
+    /// How far its worker has come.
+    pub fn read(&self) -> Option<Reading> {
+        let session = self.session.as_ref()?;
+        Some(Reading {
+            committed: self.sum(|lane| &lane.committed),
+            heartbeat: session.up.heartbeat().load(Ordering::Relaxed),
+            backlog: self.backlog(),
+        })
     }
 
-    /// Tells the worker that what is in its rings is the last.
-    pub fn close(&self) {
-        if let Some(session) = &self.session {
-            session.down.set_phase(Phase::Closing);
-            bell::ring(&session.doorbell);
-        }
-    }
-
-    /// Forgets the session; what it published is kept. With `packets` the worker may still have some, which are others' from now on.
-    pub fn end_session(&mut self, packets: bool) -> Option<Session> {
+    /// Ends the session; what it published is kept. `lost`: the worker may still hold packets, which
+    /// are others' from now on.
+    pub fn end_session(&mut self, lost: bool) -> Option<Session> {
         let session = self.session.take()?;
-        // Before any of its packets goes to another: it may be a worker that was stopped, and goes on one day.
-        session.down.set_phase(if packets { Phase::Over } else { Phase::Closing });
+        // Before any of its packets goes to another worker: this one may have been stopped by a signal,
+        // and go on one day.
+        session.down.set_phase(if lost { Phase::Over } else { Phase::Closing });
         bell::ring(&session.doorbell);
-        let busy_ticks = session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed);
-        // What a worker publishes may be any number.
+        session.connection.end();
+        let busy_ticks = session.up.busy_ticks().load(Ordering::Relaxed);
+        // A worker can publish any number.
         self.past.busy_ticks = self.past.busy_ticks.wrapping_add(busy_ticks);
         self.past.add(session.up.published_counters());
         Some(session)
-    }
-
-    /// Whether a lane caught its worker lying, since the last call.
-    pub fn take_corrupt(&self) -> bool {
-        let caught =
-            |lane: &&Arc<MemberCounters>| lane.corrupt.swap(false, std::sync::atomic::Ordering::AcqRel);
-        self.counters.iter().filter(caught).count() > 0
     }
 
     fn sum(&self, field: impl Fn(&MemberCounters) -> &Counter) -> u64 {
@@ -365,43 +268,51 @@ impl Member {
         self.sum(|lane| &lane.delivered).saturating_sub(gone)
     }
 
-    /// Packets that were in its rings when it was gone, and went to others.
+    /// Packets that were in its rings when its worker left, and went to others.
     pub fn requeued(&self) -> u64 {
         self.sum(|lane| &lane.requeued)
     }
 
-    /// Packets that were in its rings when it was gone, and that nobody had room for.
+    /// Packets that were in its rings when its worker left, and that no other ring had room for.
     pub fn lost(&self) -> u64 {
         self.sum(|lane| &lane.lost)
     }
 
-    /// What is known of it; `output_dropped` is what others count.
-    pub fn report(&self, buckets: usize, output_dropped: u64) -> report::Member {
+    /// What is known of it. `pid` is its process; `output_dropped` is counted elsewhere.
+    pub fn report(
+        &self,
+        group: &Group,
+        number: xfan_shm::ids::MemberId,
+        pid: u32,
+        output_dropped: u64,
+    ) -> report::Member {
         let mut counters = self.past.published.clone();
         let mut busy = self.past.busy_ticks;
         if let Some(session) = &self.session {
-            busy = busy.wrapping_add(session.up.busy_ticks().load(std::sync::atomic::Ordering::Relaxed));
+            busy = busy.wrapping_add(session.up.busy_ticks().load(Ordering::Relaxed));
             for (name, value) in session.up.published_counters() {
                 let sum: &mut u64 = counters.entry(name).or_default();
                 *sum = sum.wrapping_add(value);
             }
         }
-        let usage = Usage::of(self.pid());
+        let usage = Usage::of(pid);
+        let life = &group.members()[number.index()];
+        let age = life.age(std::time::Instant::now());
         report::Member {
             id: self.id.clone(),
             program: self.program.clone(),
-            pid: self.pid(),
+            pid,
             core: self.core,
-            state: self.state().name().to_owned(),
-            in_state_ns: u64::try_from(self.life.age(Instant::now()).as_nanos()).unwrap_or(u64::MAX),
+            state: life.shown().name().to_owned(),
+            in_state_ns: u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
             cpu_ns: usage.cpu_ns,
             resident_bytes: usage.resident_bytes,
-            restarts: self.starts.restarts,
-            hangs: self.hangs,
-            held: self.held_until.is_some(),
-            supervised: self.token.is_some(),
+            restarts: life.restarts(),
+            hangs: life.hangs(),
+            held: life.is_held(),
+            supervised: life.is_supervised(),
             last_exit: self.last_exit.clone(),
-            buckets,
+            buckets: group.table().share(number),
             backlog: self.backlog(),
             delivered: self.sum(|lane| &lane.delivered),
             committed: self.sum(|lane| &lane.committed),

@@ -6,8 +6,7 @@ use tokio::sync::Notify;
 
 use crate::control::access::Standing;
 
-/// Number of a connection, never used again.
-pub type ConnectionId = u64;
+pub use crate::group::ConnectionId;
 
 /// A connection, as the primary knows it.
 #[derive(Clone, Debug)]

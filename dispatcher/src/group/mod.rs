@@ -1,4 +1,24 @@
-//! Pure decisions about the members of a group; no I/O.
+//! Groups: what happens to their members. Everything here is decided without I/O.
+//!
+//! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
+//! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the
+//! machine: [`endings`] (a worker is lost), [`orders`] (operators), [`deadlines`], and [`stop`].
+//! [`policy`] holds the settings, [`restart`] counts starts.
 
-pub mod life;
+mod deadlines;
+mod endings;
+pub mod event;
+pub mod machine;
+pub mod member;
+mod orders;
+pub mod policy;
 pub mod restart;
+mod stop;
+#[cfg(test)]
+mod tests;
+
+pub use event::{
+    Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Purpose, Reading, Reason, Refused, Ticket,
+};
+pub use machine::Group;
+pub use member::Shown;

@@ -20,7 +20,7 @@ pub enum Verdict {
 }
 
 /// The starts of one member's processes, and how often these attached anew.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Starts {
     /// Those within the last interval.
     recent: VecDeque<Instant>,

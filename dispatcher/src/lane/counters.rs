@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use xfan_shm::ring::IndexError;
+
 use crate::memory::frames::Tally;
 
 /// A number that one thread writes.
@@ -90,6 +92,36 @@ pub struct GroupCounters {
     pub no_worker: Counter,
 }
 
+/// Where a lane reports that a worker's consumer index was impossible. Each session has one per lane.
+#[derive(Debug, Default)]
+pub struct Lie {
+    consumed: AtomicU32,
+    head: AtomicU32,
+    seen: AtomicU32,
+    told: AtomicBool,
+}
+
+impl Lie {
+    /// Reports it; the lane takes nothing back from the worker any more.
+    pub(super) fn tell(&self, error: IndexError) {
+        self.consumed.store(error.consumed, Ordering::Relaxed);
+        self.head.store(error.head, Ordering::Relaxed);
+        self.seen.store(error.seen, Ordering::Relaxed);
+        // Pairs with the Acquire in `read`.
+        self.told.store(true, Ordering::Release);
+    }
+
+    /// What the lane saw, if it saw an impossible index.
+    pub fn read(&self) -> Option<IndexError> {
+        // Pairs with the Release in `tell`.
+        self.told.load(Ordering::Acquire).then(|| IndexError {
+            consumed: self.consumed.load(Ordering::Relaxed),
+            head: self.head.load(Ordering::Relaxed),
+            seen: self.seen.load(Ordering::Relaxed),
+        })
+    }
+}
+
 /// What a lane counts of one member.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -106,7 +138,4 @@ pub struct MemberCounters {
     pub lost: Counter,
     /// Times it was woken.
     pub wakeups: Counter,
-    /// Set by the lane when the worker's index was impossible; the lane takes nothing back from it
-    /// any more.
-    pub corrupt: AtomicBool,
 }

@@ -1,6 +1,6 @@
 //! The control thread's end of a lane: its thread, its commands, its counters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -30,6 +30,10 @@ pub struct LaneHandle {
     pub core: usize,
     shared: Arc<Shared>,
     issued: u64,
+    /// Commands that the queue had no room for, in order.
+    pending: VecDeque<Command>,
+    /// It was told to end.
+    stopping: bool,
     /// Frames that the lane keeps posted to the kernel.
     posted: u32,
     thread: Option<JoinHandle<Frames>>,
@@ -76,6 +80,8 @@ impl LaneHandle {
             core,
             shared,
             issued: 0,
+            pending: VecDeque::new(),
+            stopping: false,
             posted: config.posted,
             thread: Some(thread),
             socket,
@@ -85,18 +91,28 @@ impl LaneHandle {
         })
     }
 
-    /// Hands the lane a command, which it carries out before the next batch.
-    pub fn command(&mut self, mut command: Command) {
-        while let Err(back) = self.shared.commands.push(command) {
-            if self.ended() {
+    /// Hands the lane a command, which it carries out before the next batch. Commands that its queue
+    /// has no room for follow in order with [`flush`](Self::flush).
+    pub fn command(&mut self, command: Command) {
+        self.pending.push_back(command);
+        self.issued += 1;
+        self.flush();
+        self.wake();
+    }
+
+    /// Hands over commands that wait for room in the lane's queue.
+    pub fn flush(&mut self) {
+        while let Some(command) = self.pending.pop_front() {
+            if let Err(back) = self.shared.commands.push(command) {
+                self.pending.push_front(back);
                 return;
             }
-            command = back;
-            self.wake();
-            std::thread::sleep(Duration::from_micros(50));
         }
-        self.issued += 1;
-        self.wake();
+    }
+
+    /// Commands handed over so far.
+    pub fn issued(&self) -> u64 {
+        self.issued
     }
 
     /// Wakes it, so that it settles its accounts.
@@ -105,9 +121,17 @@ impl LaneHandle {
         let _ = nix::unistd::write(&self.shared.doorbell, &1u64.to_ne_bytes());
     }
 
-    /// Whether all commands have been obeyed, or never will be.
-    pub fn obeyed(&self) -> bool {
-        self.shared.counters.commands.get() == self.issued || self.ended()
+    /// Commands obeyed so far; a lane that has ended obeys no more, and keeps nobody waiting.
+    pub fn obeyed(&self) -> u64 {
+        if self.ended() { u64::MAX } else { self.shared.counters.commands.get() }
+    }
+
+    /// A descriptor that is readable once the lane has obeyed commands: an eventfd.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        self.shared.obeyed.try_clone()
     }
 
     /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
@@ -120,11 +144,21 @@ impl LaneHandle {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends the lane. Returns its ledger, or `None` if the lane panicked.
-    pub fn stop(&mut self) -> Option<Frames> {
-        self.refresh_kernel();
-        if self.thread.is_some() {
+    /// Tells the lane to end.
+    pub fn begin_stop(&mut self) {
+        if !std::mem::replace(&mut self.stopping, true) {
+            self.refresh_kernel();
             self.command(Command::Stop);
+        }
+    }
+
+    /// Ends the lane. Returns its ledger, or `None` if the lane panicked. Waits unless the lane has
+    /// [ended](Self::ended).
+    pub fn stop(&mut self) -> Option<Frames> {
+        self.begin_stop();
+        while !self.ended() && !self.pending.is_empty() {
+            self.flush();
+            std::thread::yield_now();
         }
         let frames = self.thread.take()?.join().ok()?;
         self.socket = None;

@@ -2,14 +2,13 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use xfan_shm::Descriptor;
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{Producer, Reserved};
 
-use super::counters::MemberCounters;
+use super::counters::{Lie, MemberCounters};
 use crate::memory::frames::Frames;
 
 /// What the control thread hands a lane for a worker.
@@ -23,6 +22,8 @@ pub struct MemberLink {
     pub doorbell: Arc<OwnedFd>,
     /// What this lane counts of it.
     pub counters: Arc<MemberCounters>,
+    /// Where it reports an impossible index.
+    pub lie: Arc<Lie>,
 }
 
 /// A [`MemberLink`] and what the lane remembers about it.
@@ -33,6 +34,7 @@ pub(super) struct Link {
     pub(super) up: Up,
     pub(super) doorbell: Arc<OwnedFd>,
     pub(super) counters: Arc<MemberCounters>,
+    lie: Arc<Lie>,
     pub(super) ringer: Ringer,
     /// Position up to which pushed descriptors are counted.
     pub(super) counted: u32,
@@ -47,13 +49,14 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(link: MemberLink) -> Self {
-        let MemberLink { ring, up, doorbell, counters } = link;
+        let MemberLink { ring, up, doorbell, counters, lie } = link;
         let counted = ring.head();
         Link {
             ring,
             up,
             doorbell,
             counters,
+            lie,
             ringer: Ringer::default(),
             counted,
             dropped: 0,
@@ -93,9 +96,9 @@ impl Link {
         };
         match taken {
             Ok(committed) => self.counters.committed.add(u64::from(committed)),
-            Err(_) => {
+            Err(error) => {
                 self.distrusted = true;
-                self.counters.corrupt.store(true, Ordering::Release);
+                self.lie.tell(error);
             }
         }
     }

@@ -118,6 +118,8 @@ pub(crate) struct Shared {
     pub(crate) commands: ArrayQueue<Command>,
     /// Wakes the lane.
     pub(crate) doorbell: OwnedFd,
+    /// Readable once the lane has obeyed commands.
+    pub(crate) obeyed: OwnedFd,
 }
 
 /// A lane, before and while it runs.
@@ -146,7 +148,7 @@ impl<S: PacketSource> Lane<S> {
     /// If there is no descriptor left for its doorbell.
     pub fn new(parts: &LaneParts, source: S) -> io::Result<Self> {
         let groups: Box<[Arc<GroupCounters>]> = (0..parts.groups.max(1)).map(|_| Arc::default()).collect();
-        let doorbell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let mut lane = Lane {
             config: parts.config,
             port: parts.port,
@@ -160,7 +162,8 @@ impl<S: PacketSource> Lane<S> {
                 counters: LaneCounters::default(),
                 groups,
                 commands: ArrayQueue::new(COMMANDS),
-                doorbell: doorbell.into(),
+                doorbell: eventfd()?.into(),
+                obeyed: eventfd()?.into(),
             }),
             meter: BusyMeter::new(),
             draining: false,
@@ -306,6 +309,8 @@ impl<S: PacketSource> Lane<S> {
                 return true;
             }
         }
+        // Its counter cannot overflow: the control thread reads it.
+        let _ = nix::unistd::write(&self.shared.obeyed, &1u64.to_ne_bytes());
         false
     }
 

@@ -17,7 +17,7 @@ use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::segment::{self, Mapping};
 
 use super::*;
-use crate::lane::counters::MemberCounters;
+use crate::lane::counters::{Lie, MemberCounters};
 use crate::memory::frames::Tally;
 
 mod groups;
@@ -86,6 +86,7 @@ struct Peer {
     up: Up,
     doorbell: OwnedFd,
     counters: Arc<MemberCounters>,
+    lie: Arc<Lie>,
 }
 
 /// A lane that serves one group.
@@ -153,16 +154,18 @@ impl Bench {
         let up_fd = segment::create("up", geometry.up_bytes()).unwrap();
         let (down, up) = (Down::create(&down_fd, geometry).unwrap(), Up::create(&up_fd, geometry).unwrap());
         let (ringer, doorbell) = bell::create().unwrap();
+        let lie = Arc::<Lie>::default();
         let link = MemberLink {
             ring: Producer::new(SharedRing::new(&down, &up, LaneId(0))),
             up,
             doorbell: Arc::new(ringer),
             counters: counters.clone(),
+            lie: lie.clone(),
         };
         self.command(Command::Join { group, member: MemberId(member), link: Box::new(link) });
         let up = Up::open(&up_fd, geometry).unwrap();
         let ring = Consumer::new(SharedRing::new(&Down::open(&down_fd, geometry).unwrap(), &up, LaneId(0)));
-        Peer { ring, up, doorbell, counters }
+        Peer { ring, up, doorbell, counters, lie }
     }
 
     fn retire(&mut self, member: u8, others: &[u8]) {
@@ -432,7 +435,7 @@ fn held_packets_reach_the_next_worker_in_order() {
     let counters = gone.counters.clone();
     assert_eq!((counters.committed.get(), counters.requeued.get(), counters.lost.get()), (1, 0, 0));
     let delivered = counters.delivered.get();
-    assert!(delivered > had && !counters.corrupt.load(Ordering::Acquire));
+    assert!(delivered > had && gone.lie.read().is_none());
     assert_eq!(u64::from(bench.lane.frames.tally().lent), delivered - 1 + (16 - delivered - own));
 
     let mut next = bench.join_as(0, counters.clone());
@@ -525,8 +528,9 @@ fn an_impossible_index_costs_only_its_worker() {
     liar.ring.commit(1000);
     bench.lane.settle();
     bench.balanced();
-    assert!(liar.counters.corrupt.load(Ordering::Acquire));
-    assert!(!honest.counters.corrupt.load(Ordering::Acquire));
+    let lie = liar.lie.read().unwrap();
+    assert!((lie.consumed, lie.seen) == (0, 1000) && lie.head <= 16, "{lie}");
+    assert!(honest.lie.read().is_none());
     let count = honest.take().len() as u64;
     assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
     // Also if it tells the truth now: nothing is taken back until it is retired, and then all it

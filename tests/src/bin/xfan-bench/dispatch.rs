@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use xfan::config::Restart;
 use xfan::config::{ControlAccess, OnEmpty, WorkerOutput, WorkerUser};
-use xfan::config::{Policy, Restart};
 use xfan::control::access::Access;
 use xfan::control::members::Member;
-use xfan::control::primary::{Care, Primary};
+use xfan::control::primary::{Parts, Primary};
 use xfan::control::{client::ask_for_report, server::Listener};
+use xfan::group::policy::Policy;
 use xfan::host::random::random_bytes;
 use xfan::lane::handle::LaneHandle;
 use xfan::lane::{HashKey, LaneConfig, LaneParts};
@@ -171,21 +172,28 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let user = WorkerUser::find(None)?;
     let access = Access::find(&ControlAccess::default(), &user)?;
     let listener = Listener::bind(&folder.socket(), access)?;
-    let (second, policy) = (Duration::from_secs(1), Policy::No);
+    let second = Duration::from_secs(1);
+    let policy = xfan::config::Policy::No;
     let restart = Restart { policy, delay: second, limit_burst: 1, limit_interval: second };
-    let primary = Primary::new(
-        "memory".into(),
-        None,
+    let parts = Parts {
+        name: "memory".into(),
+        port: None,
         memory,
-        GROUP.into(),
-        Geometry { lanes: 1, slots },
+        geometry: Geometry { lanes: 1, slots },
         lanes,
+        group: GROUP.into(),
         members,
-        options.workers,
-        Duration::from_secs(3600),
-        (Duration::from_secs(10), Duration::from_secs(5)),
-        Care { restart, hang_timeout: Duration::ZERO, hold: None, on_empty: OnEmpty::Drop },
-    );
+        places: options.workers,
+        yields: Duration::from_secs(3600),
+        policy: Policy {
+            restart,
+            hang_timeout: Duration::ZERO,
+            hold: None,
+            on_empty: OnEmpty::Drop,
+            start_timeout: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(5),
+        },
+    };
     // Copied to where the workers' user can execute it: the checkout may be closed to other users.
     let program = folder.join("xfan-count");
     std::fs::copy(binary("xfan-count")?, &program)?;
@@ -208,7 +216,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         let _ = kill(Pid::this(), Signal::SIGTERM);
         reports
     });
-    let outcome = primary.run(&listener, Some(&command))?;
+    let outcome = Primary::run(parts, &listener, Some(&command))?;
     if let Some(error) = outcome.error {
         return Err(error.into());
     }

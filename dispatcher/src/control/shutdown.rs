@@ -7,13 +7,12 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use xfan_shm::protocol::{Refusal, RefusalCode, Reply, Request};
 
-use super::{Primary, PrimaryError};
-use crate::control::inbox::{Event, Inbox, Next, Question};
-use crate::group::life::{Change, State};
+use crate::control::error::PrimaryError;
+use crate::control::inbox::{Inbox, Next, Question};
+use crate::control::primary::Primary;
+use crate::group;
 use crate::host::sys;
-use crate::lane::Command;
 use crate::lane::handle::LaneHandle;
-use crate::process::spawn::{Ending, Process};
 use crate::report::Report;
 
 /// How often conditions are looked at while stopping.
@@ -78,12 +77,6 @@ impl Primary {
     /// Takes everything down.
     pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, inbox: &mut Inbox) -> Outcome {
         let mut again = Again::listen();
-        // Nobody is started again.
-        for member in &mut self.members {
-            (member.leaving, member.overdue) = (None, None);
-            // Nor joins; whoever was about to sees the end of the connection.
-            member.end_joining();
-        }
         self.tell_those_who_wait();
         // Before the program is detached, since that resets the counters of some drivers.
         if let Some(watch) = &mut self.watch {
@@ -92,65 +85,32 @@ impl Primary {
         if let Some(port) = &mut self.port {
             port.close();
         }
-        // What waits for workers that will not come goes to those that are there.
-        self.care.hold = None;
-        for place in 0..self.members.len() {
-            self.release(place);
-        }
-        // What is on the RX rings still goes to the workers …
-        for lane in &mut self.lanes {
-            lane.command(Command::Drain);
-        }
-        self.wait(inbox, &mut again, DRAIN, |primary| primary.lanes.iter().all(LaneHandle::drained)).await;
+        // No worker is started or joins any more.
+        self.apply(group::Event::Stop);
+        // Packets on the RX rings still go to the workers …
+        self.lanes.drain();
+        self.wait(inbox, &mut again, DRAIN, |primary| primary.lanes.handles.iter().all(LaneHandle::drained))
+            .await;
         // If redirected packets are missing, the driver may still be handling them.
         self.wait(inbox, &mut again, DRAIN, Primary::all_arrived).await;
-        // … who are told that it is the last, and may finish it …
-        for place in 0..self.members.len() {
-            if self.members[place].state().takes_packets() {
-                self.change(place, Change::Drain, "the primary stops");
-                self.members[place].close();
-            }
+        // … which finish them, or are killed in the end.
+        self.apply(group::Event::Finish);
+        self.finish(inbox, &mut again).await;
+        again.told = false;
+        for child in self.processes.values() {
+            tracing::error!(pid = child.process.pid(), "worker does not end though it was killed: it hangs in the kernel");
         }
-        let timeout = self.stop_timeout;
-        self.wait(inbox, &mut again, timeout, |primary| {
-            primary.lanes.iter().for_each(LaneHandle::wake);
-            primary.members.iter().all(|member| member.session.is_none() || member.backlog() == 0)
-        })
-        .await;
-        // … before they have to go.
-        for process in self.members.iter().filter_map(|member| member.process.as_ref()) {
-            process.signal(nix::sys::signal::Signal::SIGTERM);
-        }
-        let gone = |primary: &mut Primary| primary.members.iter().all(|member| member.process.is_none());
-        if !self.wait(inbox, &mut again, timeout, gone).await {
-            for member in &mut self.members {
-                if let Some(process) = &mut member.process {
-                    if again.told {
-                        tracing::warn!(member = member.id, "killed, as the primary was told to stop again");
-                    } else {
-                        tracing::warn!(
-                            member = member.id,
-                            "did not end within {timeout:?} of SIGTERM: killed"
-                        );
-                    }
-                    process.kill();
-                }
-            }
-            again.told = false;
-            self.wait(inbox, &mut again, Duration::from_secs(1), gone).await;
-        }
-        self.unwanted.0.clear();
         let all_ended = |primary: &mut Primary| primary.look_for_orphans();
         if !self.wait(inbox, &mut again, Duration::from_secs(1), all_ended).await {
-            tracing::error!("processes that workers started do not end though they were killed");
+            tracing::error!("processes of workers do not end though they were killed");
         }
-        // Attached workers are nobody's children: they see the end of the connection.
-        for place in 0..self.members.len() {
-            let draining = self.members[place].state() == State::Draining;
-            self.leave(place, draining.then_some(Change::Leave), "the primary stops");
-        }
+        let lane_ended = |primary: &mut Primary| primary.lanes.handles.iter().all(LaneHandle::ended);
+        self.lanes.handles.iter_mut().for_each(LaneHandle::begin_stop);
+        again.told = false;
+        self.wait(inbox, &mut again, Duration::from_secs(1), lane_ended).await;
+        self.acknowledge();
         let mut imbalances = Vec::new();
-        for lane in &mut self.lanes {
+        for lane in &mut self.lanes.handles {
             match lane.stop() {
                 None => imbalances.push(format!("lane {}: ended by a panic", lane.queue)),
                 Some(frames) => {
@@ -203,6 +163,7 @@ impl Primary {
     ) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
+            self.acknowledge();
             if done(self) {
                 return true;
             }
@@ -211,7 +172,7 @@ impl Primary {
             }
             tokio::select! {
                 next = inbox.next() => match next {
-                    Next::Event(event) => self.handle_while_stopping(event),
+                    Next::Event(event) => self.handle(event),
                     Next::Question(question) => self.answer_while_stopping(question),
                 },
                 () = again.wait() => {}
@@ -220,26 +181,29 @@ impl Primary {
         }
     }
 
-    fn handle_while_stopping(&mut self, event: Event) {
-        match event {
-            Event::Exited(place) => {
-                let member = &mut self.members[place];
-                if let Some(status) = member.process.as_mut().and_then(Process::ended) {
-                    member.process = None;
-                    // How one ended that an earlier primary started, nobody knows: as it was told, it seems.
-                    let told = matches!(member.state(), State::Draining | State::Stopped);
-                    let left = status.success() || status == Ending::Unknown && told;
-                    let change = if left { Change::Leave } else { Change::Die };
-                    if !left {
-                        tracing::warn!(member = member.id, how = %status, "its process ended");
-                    }
-                    self.leave(place, Some(change), &status.to_string());
-                }
+    /// Deals with events until the group is over.
+    async fn finish(&mut self, inbox: &mut Inbox, again: &mut Again) {
+        let mut hurried = false;
+        while !self.group.is_over() {
+            if again.told && !std::mem::replace(&mut hurried, true) {
+                self.apply(group::Event::Hurry);
+                continue;
             }
-            Event::Restart(_) | Event::StartTimeout(..) => {}
-            event => {
-                // Errors end nothing that is ending already.
-                let _ = self.handle(event);
+            self.lanes.handles.iter().for_each(LaneHandle::wake);
+            self.look_at_workers();
+            if self.group.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+                self.apply(group::Event::Tick);
+            }
+            if self.group.is_over() {
+                return;
+            }
+            tokio::select! {
+                next = inbox.next() => match next {
+                    Next::Event(event) => self.handle(event),
+                    Next::Question(question) => self.answer_while_stopping(question),
+                },
+                () = again.wait() => {}
+                () = tokio::time::sleep(POLL) => {}
             }
         }
     }
@@ -253,7 +217,7 @@ impl Primary {
                 let _ = question.answer.send(Reply::Refused(refusal).into());
             }
             _ => {
-                let _ = self.answer(question);
+                self.answer(question);
                 // There are no ticks any more.
                 self.tell_those_who_wait();
             }

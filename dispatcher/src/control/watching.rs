@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Primary, PrimaryError};
+use crate::control::error::PrimaryError;
+use crate::control::primary::Primary;
 use crate::lane::handle::LaneHandle;
 use crate::port::Port;
 use crate::port::watch::{ArrivalsChange, Change, Watch, unaccounted};
@@ -16,7 +17,7 @@ impl Primary {
     pub(super) fn begin_watching(&mut self, had_carrier: bool) -> std::io::Result<()> {
         let Some(port) = &self.port else { return Ok(()) };
         self.watch = Some(Watch::begin(&port.interface, port.expected(), had_carrier)?);
-        self.arrivals = self.lanes.iter().map(LaneHandle::arrivals).collect();
+        self.arrivals = self.lanes.handles.iter().map(LaneHandle::arrivals).collect();
         self.say_what_is_new(true);
         Ok(())
     }
@@ -56,7 +57,7 @@ impl Primary {
         if let Some(watch) = &mut self.watch {
             watch.program_has_seen(served.iter().map(Xdp::seen).sum::<u64>() + unserved.seen());
         }
-        for ((lane, arrivals), xdp) in self.lanes.iter_mut().zip(&mut self.arrivals).zip(served) {
+        for ((lane, arrivals), xdp) in self.lanes.handles.iter_mut().zip(&mut self.arrivals).zip(served) {
             let detail = match arrivals.observe(now, lane.read(xdp.redirect)) {
                 None => continue,
                 Some(ArrivalsChange::Begins(lost)) => {
@@ -84,7 +85,7 @@ impl Primary {
     pub(super) fn all_arrived(&mut self) -> bool {
         let Some(port) = &self.port else { return true };
         let (served, _) = port.counters();
-        self.lanes.iter_mut().zip(&self.arrivals).zip(served).all(|((lane, arrivals), xdp)| {
+        self.lanes.handles.iter_mut().zip(&self.arrivals).zip(served).all(|((lane, arrivals), xdp)| {
             let reading = lane.read(xdp.redirect);
             reading.accounted + arrivals.lost() >= reading.redirected
         })
@@ -92,7 +93,7 @@ impl Primary {
 
     /// All conditions that affect packets now, most important first.
     pub(super) fn notices(&self) -> Vec<Notice> {
-        let lossy = self.lanes.iter().zip(&self.arrivals).filter(|(_, arrivals)| arrivals.is_lossy());
+        let lossy = self.lanes.handles.iter().zip(&self.arrivals).filter(|(_, arrivals)| arrivals.is_lossy());
         let mut notices: Vec<_> =
             lossy.map(|(lane, arrivals)| unaccounted(lane.queue, arrivals.lost())).collect();
         notices.extend(self.watch.as_ref().map(Watch::conditions).unwrap_or_default());

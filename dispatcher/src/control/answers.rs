@@ -4,36 +4,36 @@ use std::time::Instant;
 
 use xfan_shm::protocol::{Reply, Request};
 
-use super::{Primary, PrimaryError, TICK};
 use crate::control::inbox::{Answer, Question};
+use crate::control::primary::{Primary, TICK};
+use crate::group::Event;
 
 impl Primary {
     /// Answers one question.
-    pub(super) fn answer(&mut self, question: Question) -> Result<(), PrimaryError> {
+    pub(super) fn answer(&mut self, question: Question) {
         let Question { connection, peer, request, answer } = question;
-        let (reply, refused) = match request {
+        let reply = match request {
             Request::Stats | Request::Events(_) if peer.uid() != 0 => {
                 self.waiting.push((request, answer));
                 if self.told.is_none_or(|told| told.elapsed() >= TICK) {
                     self.tell_those_who_wait();
                 }
-                return Ok(());
+                return;
             }
-            Request::Stats => (self.stats(), Ok(())),
+            Request::Stats => self.stats(),
             Request::Attach(attach) => self.attach(connection, peer, attach),
-            Request::Ready => (self.ready(&connection, &peer), Ok(())),
+            Request::Ready => self.ready(&connection, &peer),
             Request::Detach => {
-                self.begin_detach(connection.id);
-                (Answer::default(), Ok(()))
+                self.apply(Event::Detach(connection.id));
+                Answer::default()
             }
-            Request::Events(after) => (self.events_after(after), Ok(())),
-            Request::Workers(order) => (self.order(&peer, &order).into(), Ok(())),
+            Request::Events(after) => self.events_after(after),
+            Request::Workers(order) => self.order(&peer, &order).into(),
             // Made where connections are served.
-            Request::Connect => (Answer::default(), Ok(())),
+            Request::Connect => Answer::default(),
         };
         // Whoever asked may be gone.
         let _ = answer.send(reply);
-        refused
     }
 
     /// Answers users but root: at once if nobody was answered for a while, else with the next tick.

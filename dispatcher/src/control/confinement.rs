@@ -4,27 +4,20 @@ use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::Primary;
-use super::workers::Spawner;
 use crate::control::connection::Connections;
-use crate::control::inbox::Outbox;
+use crate::control::primary::Primary;
+use crate::control::processes::Spawner;
 use crate::host::privileges::{empty_bounding_set, keep_capabilities, of_control};
 use crate::process::cgroup::Cgroups;
 use crate::process::inherit::Fresh;
 use crate::process::orphans;
-use crate::process::spawn::{Process, WorkerCommand};
+use crate::process::spawn::WorkerCommand;
 use crate::process::survivors::Note;
 use crate::report::Confinement;
 
 impl Spawner {
     /// What it takes to start workers of the primary that listens on `socket`. Logs how they are confined.
-    pub(super) fn new(
-        command: &WorkerCommand,
-        socket: &Path,
-        note: Note,
-        outbox: Outbox,
-        connections: Connections,
-    ) -> Self {
+    pub(super) fn new(command: &WorkerCommand, socket: &Path, note: Note, connections: Connections) -> Self {
         let limits = &command.limits;
         let (cgroups, why_not) = match Cgroups::begin(socket, limits.clone()) {
             Ok(cgroups) => (Some(cgroups), String::new()),
@@ -68,7 +61,6 @@ impl Spawner {
             command: command.clone(),
             socket: socket.to_owned(),
             note,
-            outbox,
             connections,
             confinement: Confinement {
                 cgroups: cgroups.as_ref().map(|cgroups| cgroups.folder().display().to_string()),
@@ -93,8 +85,7 @@ impl Primary {
         if !orphans::are_adopted() {
             return swept;
         }
-        let processes = self.members.iter().filter_map(|member| member.process.as_ref());
-        let workers: HashSet<u32> = processes.map(Process::pid).collect();
+        let workers: HashSet<u32> = self.processes.values().map(|child| child.process.pid()).collect();
         // With cgroups, orphans end with the cgroup of their worker.
         let left =
             if self.cgroups().is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };

@@ -1,0 +1,139 @@
+//! The words of the log and the journal for what happens to members.
+
+use xfan_shm::ids::MemberId;
+
+use crate::control::primary::Primary;
+use crate::group::{Cause, Fact, Reason};
+
+impl Primary {
+    /// Writes a fact about a member to the log and the journal.
+    pub(super) fn record(&mut self, number: MemberId, fact: Fact) {
+        let pid = self.pid_of(number);
+        let policy = *self.group.policy();
+        let member = &self.members[number.index()];
+        let id = member.id.as_str();
+        let how = member.last_exit.clone().unwrap_or_default();
+        let (event, detail) = match fact {
+            Fact::Started { adopted: false } => ("started", member.program.clone()),
+            Fact::Started { adopted: true } => ("started", "by the previous primary".to_owned()),
+            Fact::Attached => {
+                tracing::info!(member = id, pid, program = member.program, "worker attached");
+                ("attached", member.program.clone())
+            }
+            Fact::Resumed => ("resumed", format!("{} packets that were held", member.backlog())),
+            Fact::Stalled(time) => ("stalled", format!("has packets and has committed none for {time:?}")),
+            Fact::Recovered => ("recovered", "commits packets again".to_owned()),
+            Fact::Draining(cause) => ("draining", word(cause).to_owned()),
+            Fact::Left(Cause::Exited) => ("left", how),
+            Fact::Left(cause) => {
+                tracing::info!(member = id, pid, "worker left: {}", word(cause));
+                ("left", word(cause).to_owned())
+            }
+            Fact::Died(cause) => ("died", self.tell_death(number, pid, cause)),
+            Fact::GivenUp { too_often } => {
+                let why = if too_often {
+                    format!(
+                        "started {} times within {:?} (start_limit_burst, start_limit_interval)",
+                        policy.restart.limit_burst, policy.restart.limit_interval
+                    )
+                } else {
+                    member.trouble.clone()
+                };
+                tracing::error!(member = id, "stays down: {why}");
+                ("given_up", why)
+            }
+            Fact::Vacated(cause) => {
+                tracing::info!(member = id, pid, "member vacated: {}", word(cause));
+                ("vacated", word(cause).to_owned())
+            }
+            Fact::Hung(time) => {
+                let backlog = member.backlog();
+                tracing::error!(
+                    member = id,
+                    pid,
+                    backlog,
+                    "worker hangs: it has packets and has committed none for {time:?} (hang_timeout)"
+                );
+                ("hung", format!("has committed no packet for {time:?} (hang_timeout)"))
+            }
+            Fact::Killed(reason) => {
+                let why = match reason {
+                    Reason::AttachesAgain => "attaches again and again".to_owned(),
+                    Reason::NotAttached => {
+                        format!("has not attached within {:?} (start_timeout)", policy.start_timeout)
+                    }
+                    Reason::Deaf => format!("did not end within {:?} of SIGTERM", policy.stop_timeout),
+                    Reason::Hurried => "the primary was told to stop again".to_owned(),
+                };
+                tracing::warn!(member = id, pid, "worker killed: {why}");
+                ("killed", why)
+            }
+            Fact::NotReady => {
+                let why = format!("was not ready within {:?} (start_timeout)", policy.start_timeout);
+                let pid = member.joining.as_ref().map_or(pid, |joining| joining.pid);
+                tracing::warn!(member = id, pid, "{why}: its connection is ended");
+                ("refused", why)
+            }
+            Fact::GoneEarly => {
+                return tracing::warn!(member = id, pid, "worker disconnected before it was ready");
+            }
+            Fact::HoldExpired => {
+                return tracing::warn!(member = id, "no worker attached within hold_timeout");
+            }
+            Fact::Restarting => return tracing::info!(member = id, "restarting worker"),
+        };
+        let id = self.members[number.index()].id.as_str();
+        self.journal.write(Some(id), pid, event, detail);
+    }
+
+    /// Logs how a worker was lost. Returns the words for the journal.
+    fn tell_death(&self, number: MemberId, pid: u32, cause: Cause) -> String {
+        let member = &self.members[number.index()];
+        let id = member.id.as_str();
+        match cause {
+            Cause::Exited => {
+                let how = member.last_exit.clone().unwrap_or_default();
+                tracing::warn!(member = id, how, "worker process ended");
+                how
+            }
+            Cause::HungUp => {
+                tracing::warn!(member = id, pid, "worker disconnected unexpectedly");
+                "its connection ended".to_owned()
+            }
+            Cause::Lied => {
+                tracing::error!(
+                    member = id,
+                    pid,
+                    "worker evicted: impossible consumer index: {}",
+                    member.trouble
+                );
+                format!("evicted: impossible consumer index: {}", member.trouble)
+            }
+            Cause::Hung => "evicted: it hung".to_owned(),
+            Cause::Overdue => {
+                tracing::warn!(member = id, pid, "worker evicted: it did not leave within stop_timeout");
+                "evicted: it did not leave within stop_timeout".to_owned()
+            }
+            Cause::NotFound => {
+                tracing::warn!(member = id, "worker of the previous primary has not attached to this one");
+                "has not attached to this primary".to_owned()
+            }
+            Cause::Asked | Cause::Ordered | Cause::Restart | Cause::Stopping => word(cause).to_owned(),
+        }
+    }
+}
+
+fn word(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Asked => "as it asked",
+        Cause::Ordered => "as ordered",
+        Cause::Restart => "to be started again",
+        Cause::Stopping => "the primary stops",
+        Cause::Exited => "its process ended",
+        Cause::HungUp => "its connection ended",
+        Cause::Lied => "impossible consumer index",
+        Cause::Hung => "it hung",
+        Cause::Overdue => "it did not leave",
+        Cause::NotFound => "it has not attached to this primary",
+    }
+}
