@@ -166,7 +166,11 @@ fn noise_in_a_segment_evicts_only_its_writer() {
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
     let stderr = exit.stderr.join("\n");
-    assert_eq!(stderr.matches("worker evicted: impossible consumer index: lane of queue ").count(), 1, "{stderr}");
+    assert_eq!(
+        stderr.matches("worker evicted: impossible consumer index: lane of queue ").count(),
+        1,
+        "{stderr}"
+    );
 }
 
 #[test]

@@ -93,7 +93,10 @@ fn a_hung_worker_is_replaced_and_its_packets_requeued() {
 
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0), "{exit:#?}");
-    assert!(exit.stderr.join("\n").contains("worker hangs: it has packets and has committed none for"), "{exit:#?}");
+    assert!(
+        exit.stderr.join("\n").contains("worker hangs: it has packets and has committed none for"),
+        "{exit:#?}"
+    );
 }
 
 #[test]

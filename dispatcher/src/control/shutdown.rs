@@ -98,7 +98,10 @@ impl Primary {
         self.finish(inbox, &mut again).await;
         again.told = false;
         for child in self.processes.values() {
-            tracing::error!(pid = child.process.pid(), "worker does not end though it was killed: it hangs in the kernel");
+            tracing::error!(
+                pid = child.process.pid(),
+                "worker does not end though it was killed: it hangs in the kernel"
+            );
         }
         let all_ended = |primary: &mut Primary| primary.look_for_orphans();
         if !self.wait(inbox, &mut again, Duration::from_secs(1), all_ended).await {
