@@ -2,9 +2,10 @@
 //!
 //! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
 //! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the
-//! machine: [`endings`] (a worker is lost), [`orders`] (operators), [`deadlines`], and [`stop`].
+//! machine: [`attachment`], [`endings`] (a worker is lost), [`orders`] (operators), [`deadlines`], and [`stop`].
 //! [`policy`] holds the settings, [`restart`] counts starts.
 
+mod attachment;
 mod deadlines;
 mod endings;
 pub mod event;
