@@ -85,11 +85,12 @@ impl World {
 
     /// Has an event happen. Whether it was legal.
     fn step(&mut self, event: Event) -> Result<(), Refused> {
-        let before = format!("{:?}", self.group);
+        let state = |group: &Group| (format!("{:?}", group.members()), group.table().clone());
+        let before = state(&self.group);
         let actions = match self.group.step(event, self.now) {
             Ok(actions) => actions,
             Err(refused) => {
-                assert_eq!(format!("{:?}", self.group), before, "{event:?} was refused: {refused}");
+                assert!(state(&self.group) == before, "{event:?} was refused, but: {refused}");
                 return Err(refused);
             }
         };
