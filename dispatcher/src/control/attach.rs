@@ -266,8 +266,8 @@ impl Primary {
     }
 }
 
-/// Whether a process is `ancestor`, or a descendant of it. A token alone proves little: all processes of a user can read each other's
-/// environment.
+/// Whether a process is `ancestor`, or a descendant of it. A token alone proves little: all processes
+/// of a user can read each other's environment.
 fn descends(pid: u32, ancestor: u32) -> bool {
     /// Most generations looked at.
     const GENERATIONS: usize = 32;

@@ -16,7 +16,8 @@ use crate::process::survivors::Note;
 use crate::report::Confinement;
 
 impl Spawner {
-    /// What it takes to start workers of the primary that listens on `socket`. Logs how they are confined.
+    /// Prepares to start workers of the primary that listens on `socket`, and logs how they are
+    /// confined.
     pub(super) fn new(command: &WorkerCommand, socket: &Path, note: Note, connections: Connections) -> Self {
         let limits = &command.limits;
         let (cgroups, why_not) = match Cgroups::begin(socket, limits.clone()) {
@@ -92,7 +93,7 @@ impl Primary {
         swept && left == 0
     }
 
-    /// Gives up the capabilities of the start, and with them the way to another one: the interface has its program, and the
+    /// Gives up the capabilities that only the start needs: the interface has its program, and the
     /// workers run.
     pub(super) fn give_up_capabilities(&self, socket: &Path) {
         if self.port.is_none() {

@@ -22,8 +22,9 @@ pub struct Entry {
     pub member: Option<String>,
     /// Process id of its worker; 0: none.
     pub pid: u32,
-    /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`, `vacated`, `hung`, `evicted`,
-    /// `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`, `resumed`, `interface`, `cut`, `unaccounted`.
+    /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`,
+    /// `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`,
+    /// `resumed`, `interface`, `cut`, `unaccounted`.
     pub event: String,
     /// More of it, for people.
     pub detail: String,

@@ -1,5 +1,5 @@
-//! The lanes, as the group commands them: each command goes to all lanes, and what has to wait until
-//! all have obeyed it waits here.
+//! The lanes, as the group commands them. Each command goes to all lanes. What must not happen before
+//! all lanes have obeyed a command is kept here until they have.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! What a member has of the machine: segments, connections, counters. What happens to it is decided in
-//! its [group](crate::group).
+//! The resources of a member: segments, connections, counters. Its [group](crate::group) decides what
+//! happens to it.
 
 use std::io;
 use std::os::fd::OwnedFd;

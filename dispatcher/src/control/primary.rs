@@ -1,8 +1,8 @@
 //! The primary's control thread: members, lanes and operators meet here.
 //!
-//! One thread owns all control state. Connections, processes, lanes and signals become events, and it
-//! deals with one at a time. What happens to members is decided by the [group](crate::group); this
-//! thread carries the actions out, and never waits for a lane or a process.
+//! One thread owns all control state. Connections, processes, lanes and signals become events, and
+//! the thread deals with one at a time. The [group](crate::group) decides what happens to members;
+//! this thread carries the actions out, and never waits for a lane or a process.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -226,8 +226,8 @@ impl Primary {
         }
     }
 
-    /// Lets packets in, once every process that was started has attached, in two steps: first the XDP
-    /// program is attached, and the lanes get the table; once they use it, packets come.
+    /// Lets packets in once every process that was started has attached. First the XDP program is
+    /// attached, and the lanes get the table; once they use it, packets come.
     fn open(&mut self, listener: &Listener) -> Result<(), PrimaryError> {
         if !self.attached && self.group.has_started() {
             let mut had_carrier = false;

@@ -1,4 +1,5 @@
-//! The end of a primary: traffic back to the kernel first, then the workers, then the lanes; nothing is left.
+//! The end of a primary: it gives the traffic back to the kernel, then ends the workers, then the
+//! lanes, and leaves nothing behind.
 
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -40,7 +41,7 @@ pub struct Outcome {
     pub unaccounted: Vec<String>,
 }
 
-/// Signals that come while the primary is stopping: whoever sends one does not want to wait for the workers.
+/// Signals that arrive while the primary stops. Their sender does not want to wait for the workers.
 struct Again {
     signals: Vec<Signal>,
     /// One has come, and the wait at hand was given up for it.

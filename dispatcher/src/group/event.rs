@@ -102,7 +102,7 @@ pub enum Action {
     HangUp(MemberId, ConnectionId),
     /// Have the lanes serve the member's worker.
     Join(MemberId),
-    /// End the session of the member's worker. `lost`: its uncommitted packets are no longer its own.
+    /// End the session of the member's worker.
     EndSession {
         /// Whose.
         member: MemberId,

@@ -1,9 +1,9 @@
 //! Groups: what happens to their members. Everything here is decided without I/O.
 //!
 //! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
-//! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the
-//! machine: [`attachment`], [`endings`] (a worker is lost), [`orders`] (operators), [`deadlines`], and [`stop`].
-//! [`policy`] holds the settings, [`restart`] counts starts.
+//! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the machine:
+//! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`, and
+//! `stop`. [`policy`] holds the settings, [`restart`] counts starts.
 
 mod attachment;
 mod deadlines;

@@ -1,4 +1,5 @@
-//! The end of a group: workers finish their packets, get SIGTERM, and are killed, each by a deadline.
+//! The end of a group: workers finish their packets, get SIGTERM, and are killed, each step by a
+//! deadline.
 
 use std::time::{Duration, Instant};
 
