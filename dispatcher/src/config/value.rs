@@ -86,6 +86,10 @@ impl std::error::Error for Wanted {}
 /// The result of reading one value.
 pub type Read<T> = Result<T, Wanted>;
 
+type Reader<T> = Box<dyn Fn(&Value) -> Read<T>>;
+/// Writes a value as TOML; `None`: the setting is not set.
+type Shower<T> = Box<dyn Fn(&T) -> Option<String>>;
+
 /// A kind of value: its type, its limits and its unit.
 pub struct Kind<T> {
     /// What a value must be: completes "it must be …".
@@ -94,8 +98,8 @@ pub struct Kind<T> {
     pub choices: Vec<&'static str>,
     /// The value of a setting that is not set, where the kind has one.
     pub unset: Option<T>,
-    read: Box<dyn Fn(&Value) -> Read<T>>,
-    show: Box<dyn Fn(&T) -> Option<String>>,
+    read: Reader<T>,
+    show: Shower<T>,
 }
 
 impl<T: 'static> Kind<T> {

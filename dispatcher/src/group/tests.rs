@@ -249,7 +249,7 @@ impl World {
     fn pass(&mut self, time: Duration) {
         self.now += time;
         self.step(Event::Tick).unwrap();
-        while let Some(at) = self.group.next_deadline().filter(|at| *at <= self.now) {
+        if let Some(at) = self.group.next_deadline().filter(|at| *at <= self.now) {
             panic!("the deadline {:?} ago was not dealt with", self.now - at);
         }
     }
