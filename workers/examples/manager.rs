@@ -41,10 +41,15 @@ impl Arguments {
 /// The parts of the report that this program shows.
 #[derive(Deserialize)]
 struct Report {
-    port: String,
+    ports: Vec<Port>,
     pid: u32,
     uptime_ns: u64,
     groups: Vec<Group>,
+}
+
+#[derive(Deserialize)]
+struct Port {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -75,7 +80,8 @@ impl Report {
         let earlier = earlier.filter(|earlier| earlier.pid == self.pid);
         let elapsed = self.uptime_ns.saturating_sub(earlier.map_or(0, |earlier| earlier.uptime_ns)).max(1);
         let per = |count: u64, whole: u64| u128::from(count) * u128::from(whole) / u128::from(elapsed);
-        writeln!(out, "{}: primary {}, up {} s", self.port, self.pid, self.uptime_ns / 1_000_000_000)?;
+        let ports: Vec<_> = self.ports.iter().map(|port| port.name.as_str()).collect();
+        writeln!(out, "{}: primary {}, up {} s", ports.join(", "), self.pid, self.uptime_ns / 1_000_000_000)?;
         writeln!(
             out,
             "{:<14} {:>8} {:>4} {:<9} {:>10} {:>6} {:>9} {:>9}",

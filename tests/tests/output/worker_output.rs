@@ -50,7 +50,7 @@ fn an_invalid_output_is_refused_before_the_start() {
     let said = refused("worker_output = '/nowhere/{member}'");
     assert!(said.contains("cannot open the workers' output file /nowhere/default-0: No such file"), "{said}");
     let said = refused("survive = true\nworker_output = '/tmp/all'");
-    assert!(said.contains("put {member} into worker_output (/tmp/all)"), "{said}");
+    assert!(said.contains("add {member} to worker_output (/tmp/all)"), "{said}");
     if !Path::new("/run/systemd/journal/stdout").exists() {
         let said = refused("worker_output = 'journal'");
         assert!(said.contains("systemd's journal does not listen on /run/systemd/journal/stdout"), "{said}");
