@@ -119,7 +119,7 @@ fn a_layer_3_interface() {
     namespace.ip("tuntap add dev rx0 mode tun").unwrap();
     namespace.ip("link set dev rx0 up").unwrap();
     let message = "xfan: `rx0` is a layer-3 device, such as tun or WireGuard: its packets have no Ethernet header; \
-                   use the Ethernet interface that carries them, or use a tunnel of Ethernet frames (tap, gretap, VXLAN)";
+                   use the Ethernet interface that carries them, or a tunnel of Ethernet frames (tap, gretap, VXLAN)";
     assert_refused_without_trace(&namespace, &launch(&namespace).run().unwrap(), INTERFACE, message);
     let mut topology = namespace.command(binary("xfan").unwrap());
     topology.args(["topology", "-i", "rx0"]);
