@@ -13,6 +13,12 @@ pub fn monotonic_ns() -> u64 {
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// The CPU time that the calling thread has used. Time in which it waits, or in which other threads
+/// have its CPU, does not count.
+pub fn thread_cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
 /// Reads a cheap counter that all cores share: the TSC on x86-64, the monotonic clock elsewhere.
 /// See [`ticks_to_ns`] for its unit.
 #[inline(always)]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
@@ -29,6 +30,10 @@ fn hidden_processes_of_a_worker_die_with_its_cgroup() {
         let report = primary.report();
         let folder = hierarchy.folder(&report, &primary);
         assert_eq!(subfolders(&folder), ["default-0", "default-1"]);
+        for folder in [folder.clone(), folder.join("default-0")] {
+            let mode = fs::metadata(&folder).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o711, "others cannot list it");
+        }
         let daemons = daemons(&primary, count);
         // However its processes hide, the cgroup holds more than the worker.
         let inside = || read(folder.join("default-0/cgroup.procs"));

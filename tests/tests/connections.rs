@@ -391,3 +391,16 @@ fn a_guest_that_keeps_reattaching_is_refused() {
     );
     assert_eq!(primary.stop().0.code, Some(0));
 }
+
+/// Each message to it makes the kernel look at many epoll entries.
+#[test]
+fn a_slow_connection_is_served_rarely() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(2);
+    let primary = hostile(&namespace, "restart = 'no'", "slow");
+    primary.unleash();
+    let said = primary.printed("third report after");
+    let ms: u64 = said.split(' ').rev().nth(1).unwrap().parse().unwrap();
+    assert!(ms >= 1000, "{said}");
+    assert_eq!(primary.stop().0.code, Some(0));
+}

@@ -193,6 +193,34 @@ fn a_jammed_doorbell_affects_only_its_worker() {
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
+/// Each ring makes the kernel look at many epoll entries, with interrupts off.
+#[test]
+fn a_worker_with_a_slow_bell_is_evicted() {
+    let _watchdog = e2e_or_skip!(240);
+    let (namespace, primary) = start("wakeful");
+    primary.unleash();
+    primary.printed(" waiters");
+    let mut sent = 0;
+    let evicted = |line: &String| line.contains("worker evicted: its bell was slow to ring");
+    while !primary.process.stderr().iter().any(evicted) {
+        send_synthetic(&namespace, 6);
+        sent += PACKETS;
+        // The hostile worker takes no packets, and is not rung once its rings are full.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+    let report = primary.report_when(|report| report.groups[0].members[0].state == "crashed");
+    // It was rung only a few times, although it claimed to fall asleep every few milliseconds.
+    assert!(report.groups[0].members[0].wakeups < 100, "{report:#?}");
+    // From then on, the other worker gets every packet.
+    let before = primary.report_after(sent, true);
+    send_synthetic(&namespace, 6);
+    let report = primary.report_after(sent + PACKETS, true);
+    assert_balanced(&report, sent + PACKETS);
+    let [before, after] = [&before, &report].map(|report| report.groups[0].members[1].committed);
+    assert_eq!(after - before, PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
 fn open_descriptors(primary: &Primary) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", primary.process.pid())).unwrap().count()
 }

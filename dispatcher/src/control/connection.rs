@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixCredentials, setsockopt, socketpair, sockopt};
@@ -11,16 +12,26 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use xfan_shm::clock::thread_cpu_time;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
 use crate::control::access::Standing;
+use crate::control::closer::Closer;
 use crate::control::inbox::{Event, Outbox, Question};
 use crate::control::peer::{Connection, ConnectionId};
 use crate::host::sys;
 
 /// Connections that can be made through an inherited one at a time.
 const THROUGH_A_CHANNEL: usize = 4;
+
+/// The CPU time from which a message is slow: it takes some microseconds, unless its peer has
+/// thousands of epoll entries wait for its end of the connection.
+const SLOW: Duration = Duration::from_millis(1);
+/// The pause after a slow message, as a multiple of its CPU time …
+const SLOW_PAUSES: u32 = 100;
+/// … and the longest.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What came over the control socket.
 #[derive(Debug, Default)]
@@ -86,6 +97,7 @@ pub(super) struct Shared {
     pub next: Arc<AtomicU64>,
     pub counters: Arc<ControlCounters>,
     pub outbox: Outbox,
+    pub closer: Arc<Closer>,
 }
 
 /// Two connected sockets: the primary's end, and what a worker is given.
@@ -199,10 +211,17 @@ async fn converse(
     origin: Option<Origin>,
 ) -> Result<(), ProtocolError> {
     let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
+    let mut spent = Duration::ZERO;
     loop {
+        // The peer takes at most one percent of the thread.
+        if spent >= SLOW {
+            tokio::time::sleep((spent * SLOW_PAUSES).min(LONGEST_PAUSE)).await;
+        }
+        spent = Duration::ZERO;
         let request = loop {
             let mut ready = socket.readable().await?;
-            match protocol::receive::<Request>(socket.get_ref(), MAX_REQUEST) {
+            let received = timed(&mut spent, || protocol::receive::<Request>(socket.get_ref(), MAX_REQUEST));
+            match received {
                 Err(error) if error.would_block() => ready.clear_ready(),
                 result => break result.map(|(request, _)| request),
             }
@@ -230,7 +249,9 @@ async fn converse(
                 return Err(error);
             }
         };
-        reply_on(&socket, &reply, &fds).await?;
+        let sent = reply_on(&socket, &reply, &fds, &mut spent).await;
+        shared.closer.close(fds);
+        sent?;
         // An inherited connection is the only one that its worker has: it stays.
         if matches!(*reply, Reply::Refused(_)) && connection.channel != Some(connection.id) {
             return Ok(());
@@ -238,13 +259,26 @@ async fn converse(
     }
 }
 
-/// Sends a reply, once there is room for it.
-async fn reply_on(socket: &AsyncFd<OwnedFd>, reply: &Reply, fds: &[OwnedFd]) -> Result<(), ProtocolError> {
+/// Adds the CPU time that something takes.
+fn timed<T>(spent: &mut Duration, what: impl FnOnce() -> T) -> T {
+    let before = thread_cpu_time();
+    let result = what();
+    *spent += thread_cpu_time().saturating_sub(before);
+    result
+}
+
+/// Sends a reply, once there is room for it. Adds the CPU time of sending.
+async fn reply_on(
+    socket: &AsyncFd<OwnedFd>,
+    reply: &Reply,
+    fds: &[OwnedFd],
+    spent: &mut Duration,
+) -> Result<(), ProtocolError> {
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let mut enlarged = false;
     loop {
         let mut ready = socket.writable().await?;
-        match protocol::send(socket.get_ref(), reply, &fds) {
+        match timed(spent, || protocol::send(socket.get_ref(), reply, &fds)) {
             Err(error) if error.would_block() => ready.clear_ready(),
             // A report of many members. No more room than that: whoever never reads fills all there
             // is.

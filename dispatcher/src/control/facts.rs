@@ -109,6 +109,10 @@ impl Primary {
                 );
                 format!("evicted: impossible consumer index: {}", member.trouble)
             }
+            Cause::SlowBell => {
+                tracing::error!(member = id, "worker evicted: its bell was slow to ring");
+                "evicted: its bell was slow to ring".to_owned()
+            }
             Cause::Hung => "evicted: it hung".to_owned(),
             Cause::Overdue => {
                 tracing::warn!(member = id, pid, "worker evicted: it did not leave within stop_timeout");
@@ -132,6 +136,7 @@ fn word(cause: Cause) -> &'static str {
         Cause::Exited => "its process ended",
         Cause::HungUp => "its connection ended",
         Cause::Lied => "impossible consumer index",
+        Cause::SlowBell => "its bell was slow to ring",
         Cause::Hung => "it hung",
         Cause::Overdue => "it did not leave",
         Cause::NotFound => "it has not attached to this primary",

@@ -90,6 +90,12 @@ impl Session {
         found.into_iter().find_map(|(lane, lie)| Some((lane, lie.read()?)))
     }
 
+    /// The first lane that found the worker's bell slow.
+    pub fn slow_bell(&self) -> Option<LaneId> {
+        let mut found = (0..).map(LaneId).zip(&self.lies);
+        found.find_map(|(lane, lie)| lie.has_slow_bell().then_some(lane))
+    }
+
     /// Tells the worker that what is in its rings is the last.
     pub fn close(&self) {
         self.down.set_phase(Phase::Closing);

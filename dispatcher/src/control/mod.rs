@@ -17,6 +17,7 @@ mod adoption;
 mod answers;
 mod attach;
 pub mod client;
+mod closer;
 mod confinement;
 pub mod connection;
 pub mod error;

@@ -344,6 +344,8 @@ impl Primary {
                     None => error.to_string(),
                 };
                 self.apply(Event::Lied(number));
+            } else if member.session.as_ref().and_then(Session::slow_bell).is_some() {
+                self.apply(Event::SlowedBell(number));
             } else if let Some(reading) = member.read() {
                 self.apply(Event::Observed(number, reading));
             }

@@ -132,7 +132,8 @@ impl Listener {
         let fd = self.fd.try_clone()?;
         let access = self.access.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let shared = Shared { next: Arc::default(), counters: self.counters.clone(), outbox };
+        let (counters, closer) = (self.counters.clone(), Arc::default());
+        let shared = Shared { next: Arc::default(), counters, outbox, closer };
         let connections = Connections { runtime: runtime.handle().clone(), shared: shared.clone() };
         std::thread::Builder::new().name("control".into()).spawn(move || {
             drop_capabilities_but(OF_SOCKET);

@@ -67,6 +67,8 @@ pub enum Event {
     Exited(ProcessId, Option<bool>),
     /// A lane read an index that no honest worker can have written.
     Lied(MemberId),
+    /// Ringing the bell of the worker's session was slow several times in a row.
+    SlowedBell(MemberId),
     /// How far the member's worker has come.
     Observed(MemberId, Reading),
     /// All lanes have carried out the changes up to this one.
@@ -132,6 +134,8 @@ pub enum Cause {
     HungUp,
     /// Its consumer index was impossible.
     Lied,
+    /// Its bell was slow to ring.
+    SlowBell,
     /// It committed no packet within `hang_timeout`.
     Hung,
     /// It did not leave within `stop_timeout`.

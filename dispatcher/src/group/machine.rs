@@ -217,6 +217,13 @@ impl Group {
                 }
                 Ok(())
             }
+            Event::SlowedBell(member) => {
+                if self.get(member)?.has_session() {
+                    self.record(member, Fact::Died(Cause::SlowBell));
+                    self.evict(member, Shown::Crashed, now);
+                }
+                Ok(())
+            }
             Event::Observed(member, reading) => self.observed(member, reading, now),
             Event::Obeyed(ticket) => {
                 self.obeyed(ticket);

@@ -20,8 +20,10 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, User, geteuid, unlinkat};
 
 /// The mode of a directory that xfan creates: workers that run as another user must be able to
-/// enter it.
-const MODE: u32 = 0o755;
+/// enter it. Nobody else may list it: who lists a directory can hold its lock for as long as it
+/// likes (getdents64(2) into a page of a FUSE file), and the primary needs the lock to create and
+/// remove files.
+const MODE: u32 = 0o711;
 
 /// The most symbolic links in a path, as in the kernel (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
@@ -108,6 +110,7 @@ impl Directory {
             (fd, at) = (next, here);
             check(&fd, &at, rest.is_empty())?;
         }
+        warn_if_listable(&fd, &at);
         Ok(Directory { fd: Arc::new(fd) })
     }
 
@@ -196,6 +199,20 @@ fn make(parent: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
     openat(parent, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
 }
 
+/// Logs that other users can hold the lock of a directory that xfan did not create.
+fn warn_if_listable(fd: &OwnedFd, path: &Path) {
+    if let Ok(found) = fstat(fd)
+        && found.st_mode & 0o004 != 0
+    {
+        tracing::warn!(
+            path = %path.display(),
+            "other users can list the directory of the control socket, and so block the removal and \
+             creation of files in it: chmod o-r {}",
+            path.display()
+        );
+    }
+}
+
 /// Checks that a directory or link belongs to root or this user, and that nobody else can change
 /// it. `last`: it is the directory itself, not one on its path.
 fn check(fd: &OwnedFd, path: &Path, last: bool) -> Result<(), DirectoryError> {
@@ -256,7 +273,7 @@ mod tests {
         let new = temporary.path().join("new");
         assert!(Directory::open(&new.join("newer")).is_err() && !new.exists());
         Directory::open(&new).unwrap();
-        assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o755);
+        assert_eq!(fs::metadata(&new).unwrap().mode() & 0o7777, 0o711);
         fs::write(new.join("file"), "").unwrap();
         let error = Directory::open(&new.join("file")).unwrap_err().to_string();
         assert!(error.ends_with("/new/file: Not a directory (os error 20)"), "{error}");

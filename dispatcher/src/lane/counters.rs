@@ -92,16 +92,28 @@ pub struct GroupCounters {
     pub no_worker: Counter,
 }
 
-/// Where a lane reports that a worker's consumer index was impossible. Each session has one per lane.
+/// Where a lane reports that a worker's consumer index was impossible, or its bell slow. Each session has one per lane.
 #[derive(Debug, Default)]
 pub struct Lie {
     consumed: AtomicU32,
     head: AtomicU32,
     seen: AtomicU32,
     told: AtomicBool,
+    slow_bell: AtomicBool,
 }
 
 impl Lie {
+    /// Reports that ringing the worker's bell was slow several times in a row; the lane does not
+    /// ring it any more.
+    pub(super) fn tell_slow_bell(&self) {
+        self.slow_bell.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the bell was slow.
+    pub fn has_slow_bell(&self) -> bool {
+        self.slow_bell.load(Ordering::Relaxed)
+    }
+
     /// Reports it; the lane takes nothing back from the worker any more.
     pub(super) fn tell(&self, error: IndexError) {
         self.consumed.store(error.consumed, Ordering::Relaxed);

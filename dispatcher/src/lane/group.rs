@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use xfan_shm::Descriptor;
-use xfan_shm::bell;
 use xfan_shm::doorbell::Ringer;
 use xfan_shm::ids::MemberId;
 
@@ -70,8 +69,7 @@ impl LaneGroup {
             let Some(link) = &mut self.links[member.index()] else { continue };
             link.ring.filled();
             if link.ringer.must_ring(link.up.epoch()) {
-                link.counters.wakeups.add(1);
-                bell::ring(&link.doorbell);
+                link.bell.ring(&link.doorbell, &link.counters, &link.lie);
             }
             link.count();
             if link.ring.lent() >= TAKE_BACK || link.ring.is_filling_up() {

@@ -8,6 +8,7 @@ use xfan_shm::doorbell::Ringer;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{Producer, Reserved};
 
+use super::bell::BellMeter;
 use super::counters::{Lie, MemberCounters};
 use crate::memory::frames::Frames;
 
@@ -34,8 +35,9 @@ pub(super) struct Link {
     pub(super) up: Up,
     pub(super) doorbell: Arc<OwnedFd>,
     pub(super) counters: Arc<MemberCounters>,
-    lie: Arc<Lie>,
+    pub(super) lie: Arc<Lie>,
     pub(super) ringer: Ringer,
+    pub(super) bell: BellMeter,
     /// Position up to which pushed descriptors are counted.
     pub(super) counted: u32,
     /// Dropped, not yet counted.
@@ -58,6 +60,7 @@ impl Link {
             counters,
             lie,
             ringer: Ringer::default(),
+            bell: BellMeter::default(),
             counted,
             dropped: 0,
             distrusted: false,

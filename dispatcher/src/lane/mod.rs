@@ -24,6 +24,7 @@
 //! batch costs at most one `clock_gettime` (vDSO) and one `write` per sleeping worker.
 
 mod batch;
+mod bell;
 pub mod buckets;
 mod command;
 pub mod counters;

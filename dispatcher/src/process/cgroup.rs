@@ -16,6 +16,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -125,12 +126,27 @@ fn words(folder: &Path, file: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
+/// The mode of a cgroup's directory. Nobody else may list it: who lists a directory can hold its
+/// lock for as long as it likes, and the primary needs the lock to create and remove cgroups.
+const MODE: u32 = 0o711;
+
 /// Creates a directory, unless it exists.
 fn make(folder: &Path) -> io::Result<()> {
-    match fs::create_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+    match make_new(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => close_to_others(folder),
         result => result,
     }
+}
+
+/// Creates a directory.
+fn make_new(folder: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(MODE).create(folder)?;
+    // Older kernels ignore the mode.
+    close_to_others(folder)
+}
+
+fn close_to_others(folder: &Path) -> io::Result<()> {
+    fs::set_permissions(folder, fs::Permissions::from_mode(MODE))
 }
 
 /// Enables a controller for the cgroups in a directory.
@@ -226,7 +242,7 @@ impl Cgroups {
         for number in 0.. {
             let name = if number == 0 { name.clone() } else { format!("{name}.{number}") };
             let folder = self.shared.folder.join(name);
-            match fs::create_dir(&folder) {
+            match make_new(&folder) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 result => result?,
             }

@@ -46,12 +46,29 @@ fn file_modes_do_not_depend_on_the_umask() {
         let primary = launch.spawn_with(|command| with_umask(command, umask)).unwrap();
         primary.process.wait_for_line(" running ").unwrap();
         let socket = primary.socket();
-        assert_eq!(mode(socket.parent().unwrap()), (0o755, 0), "umask {umask:03o}");
+        assert_eq!(mode(socket.parent().unwrap()), (0o711, 0), "umask {umask:03o}");
         assert_eq!(mode(&socket), (0o600, NOBODY), "umask {umask:03o}");
         assert_eq!(mode(&beside(&socket, ".workers")), (0o600, 0), "umask {umask:03o}");
         let (exit, _folder) = primary.stop();
         assert_eq!(exit.code, Some(0), "{exit:#?}");
         assert_eq!(fs::read_dir(socket.parent().unwrap()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_folder_listable_by_others_is_reported() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(1);
+    for mode in [0o755, 0o711] {
+        let launch = Launch::on(&namespace).unwrap().with("-n 1").worker("xfan-count", "").unwrap();
+        let folder = launch.socket().parent().unwrap().to_owned();
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+        let (exit, _folder) = launch.start().unwrap().stop();
+        assert_eq!(exit.code, Some(0), "{exit:#?}");
+        let warning = "other users can list the directory";
+        let warnings = exit.stderr.iter().filter(|line| line.contains(warning)).count();
+        assert_eq!(warnings, usize::from(mode == 0o755), "{exit:#?}");
     }
 }
 

@@ -1,40 +1,47 @@
 //! The output of workers: what they write to descriptors 1 and 2 (setting `worker_output`).
 //!
 //! ```text
-//!  worker 0 ══ 2 pipes ══╗              ┌─► the log: escaped, tagged, rate-limited
-//!                        ╠══► relay ────┤
-//!  worker 1 ══ 2 pipes ══╝   (thread)   └─► files, each with a thread: one per member, or one for all
+//!  worker 0 ══ 2 sockets ══► relay ──┐   ┌─► the log: escaped, tagged, rate-limited
+//!                           (thread)  ├───┤
+//!  worker 1 ══ 2 sockets ══► relay ──┘   └─► files, each with a thread: one per member, or one for all
 //! ```
 //!
-//! Each worker has pipes of its own, so that it cannot disturb the output of another. The relay
-//! never waits for a file, reads a bounded amount from each pipe in turn, and uses at most a fifth
-//! of a CPU. Lines that do not fit into a queue are dropped and counted.
+//! Each worker has sockets and a relay of its own, so that it cannot disturb the output of another.
+//! They are sockets since a writer can hold the lock of a pipe for as long as it likes: it calls
+//! splice(2) from a socket that stays empty, and whoever reads the pipe sleeps uninterruptibly.
+//!
+//! A relay never waits for a file and reads a bounded amount in each turn. All relays together use
+//! at most a fifth of a CPU. Lines that do not fit into a queue are dropped and counted.
 
 mod journald;
 mod lines;
 mod relay;
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::convert::Infallible;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 
 use crate::config::WorkerOutput;
 use crate::host::privileges::drop_all_capabilities;
+use crate::host::sys::refuse_descriptors;
 use crate::log::{Sink, Writer, open_to_append};
-use relay::{Command, Relay, Source, Target};
+use relay::{Relay, Source, Target};
 
-/// How long an ending primary waits for the relay and the files to write their last lines.
+/// How long an ending primary waits for the relays and the files to write their last lines.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The stack of a relay's thread, in bytes. It formats log lines and calls nothing deep.
+const STACK: usize = 256 << 10;
 
 /// The placeholder for the member in the name of a file.
 const MEMBER: &str = "{member}";
@@ -44,9 +51,10 @@ const MEMBER: &str = "{member}";
 pub struct Output {
     setting: WorkerOutput,
     survive: bool,
-    relay: Mutex<Sender<Command>>,
-    wake: Arc<EventFd>,
     members: Mutex<Members>,
+    relays: Mutex<Relays>,
+    /// See [`Source::active`].
+    active: Arc<AtomicU32>,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +63,17 @@ struct Members {
     dropped: HashMap<String, Arc<AtomicU64>>,
     /// The open files, by path.
     files: HashMap<PathBuf, Arc<Writer>>,
+}
+
+/// The running relays.
+#[derive(Debug)]
+struct Relays {
+    /// Writing to one ends a relay.
+    ends: Vec<Weak<EventFd>>,
+    /// Each relay has a clone: `ended` is disconnected when all have ended. `None`: the primary is
+    /// ending.
+    running: Option<Sender<Infallible>>,
+    ended: Receiver<Infallible>,
 }
 
 /// Why the output of workers cannot be written as configured.
@@ -105,36 +124,25 @@ pub struct Ends {
     pub tap: Option<Tap>,
 }
 
-/// Relays the output of one worker. Dropping it relays what is left in the worker's pipes, and
+/// Relays the output of one worker. Dropping it relays what is left in the worker's sockets, and
 /// closes them.
 #[derive(Debug)]
 pub struct Tap {
-    id: u64,
-    output: Arc<Output>,
+    end: Arc<EventFd>,
 }
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        self.output.tell(Command::End(self.id));
+        let _ = self.end.write(1);
     }
 }
 
 impl Output {
-    /// Starts the relay. Opens the destinations of these members once, so that an unusable one
-    /// fails now.
+    /// Opens the destinations of these members once, so that an unusable one fails now.
     ///
     /// # Errors
     /// [`OutputError`]
     pub fn begin(setting: WorkerOutput, survive: bool, members: &[String]) -> Result<Arc<Self>, OutputError> {
-        let (sender, commands) = channel();
-        let wake = Arc::new(
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(io::Error::from)?,
-        );
-        let relay = Relay::new(commands, wake.clone());
-        std::thread::Builder::new().name("output".into()).spawn(move || {
-            drop_all_capabilities();
-            relay.run();
-        })?;
         match &setting {
             WorkerOutput::File(path) if survive && file_of(path, "") == *path => {
                 return Err(OutputError::Shared { path: path.clone() });
@@ -146,8 +154,15 @@ impl Output {
             ),
             _ => {}
         }
-        let output = Output { setting, survive, relay: Mutex::new(sender), wake, members: Mutex::default() };
-        let output = Arc::new(output);
+        let (running, ended) = channel();
+        let relays = Relays { ends: Vec::new(), running: Some(running), ended };
+        let output = Arc::new(Output {
+            setting,
+            survive,
+            members: Mutex::default(),
+            relays: Mutex::new(relays),
+            active: Arc::default(),
+        });
         for member in members {
             drop(output.open(member)?);
         }
@@ -161,7 +176,7 @@ impl Output {
     pub fn open(self: &Arc<Self>, member: &str) -> Result<Ends, OutputError> {
         let target = match &self.setting {
             WorkerOutput::Null => return Ok(Ends::of_null()),
-            // A pipe would break when the primary ends, and SIGPIPE would end the worker.
+            // A socket would break when the primary ends, and SIGPIPE would end the worker.
             WorkerOutput::Log if self.survive => return Ok(Ends::of_null()),
             WorkerOutput::Journal => {
                 let stream = journald::open(Path::new(journald::SOCKET), member)
@@ -181,17 +196,26 @@ impl Output {
             }
         };
         let dropped = self.members().dropped.entry(member.to_owned()).or_default().clone();
-        let [(stdout, out), (stderr, error)] = [pipe()?, pipe()?];
-        let id = next_id();
-        self.tell(Command::Add(Source {
-            id,
-            member: member.to_owned(),
-            target,
-            dropped,
-            pipes: [out, error],
-        }));
-        let tap = Some(Tap { id, output: self.clone() });
-        Ok(Ends { stdout: stdout.into(), stderr: stderr.into(), tap })
+        let [(stdout, out), (stderr, error)] = [socket_pair()?, socket_pair()?];
+        let end = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let end = Arc::new(end.map_err(io::Error::from)?);
+        let (member, active) = (member.to_owned(), self.active.clone());
+        self.start(Source { member, target, dropped, sockets: [out, error], end: end.clone(), active })?;
+        Ok(Ends { stdout: stdout.into(), stderr: stderr.into(), tap: Some(Tap { end }) })
+    }
+
+    /// Starts a relay. It ends when its end is written to.
+    fn start(&self, source: Source) -> io::Result<()> {
+        let mut relays = self.relays();
+        relays.ends.retain(|end| end.strong_count() > 0);
+        relays.ends.push(Arc::downgrade(&source.end));
+        let running = relays.running.clone();
+        std::thread::Builder::new().name("output".into()).stack_size(STACK).spawn(move || {
+            drop_all_capabilities();
+            Relay::new(source).run();
+            drop(running);
+        })?;
+        Ok(())
     }
 
     /// The number of lines of a member's workers that were dropped.
@@ -206,10 +230,15 @@ impl Output {
 
     /// Relays the remaining output and stops. Waits at most for [`PATIENCE`].
     pub fn end(&self) {
-        let (done, wait) = channel();
-        self.tell(Command::Finish(done));
         let deadline = Instant::now() + PATIENCE;
-        let _ = wait.recv_timeout(PATIENCE);
+        {
+            let mut relays = self.relays();
+            for end in relays.ends.iter().filter_map(Weak::upgrade) {
+                let _ = end.write(1);
+            }
+            relays.running = None;
+            let _ = relays.ended.recv_timeout(PATIENCE);
+        }
         let files: Vec<_> = self.members().files.values().cloned().collect();
         files.iter().for_each(|file| file.flush(deadline));
     }
@@ -225,10 +254,8 @@ impl Output {
         Ok(file)
     }
 
-    fn tell(&self, command: Command) {
-        // The thread ends only after `Finish`, when nothing is left to relay.
-        let _ = self.relay.lock().unwrap_or_else(PoisonError::into_inner).send(command);
-        let _ = self.wake.write(1);
+    fn relays(&self) -> MutexGuard<'_, Relays> {
+        self.relays.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn members(&self) -> MutexGuard<'_, Members> {
@@ -246,20 +273,16 @@ impl Ends {
     }
 }
 
-/// A new id for a tap.
-fn next_id() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
 /// The path for a member. `xfan-flow` replaces the placeholder in the same way.
 fn file_of(template: &Path, member: &str) -> PathBuf {
     template.to_string_lossy().replace(MEMBER, &member.replace('/', "-")).into()
 }
 
-/// Creates a pipe: the worker's end, and the relay's end, which does not block.
-fn pipe() -> io::Result<(OwnedFd, File)> {
-    let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok((writer, reader.into()))
+/// Creates a pair of sockets: the worker's end, and the relay's end, which it only reads from.
+fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (theirs, ours) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    shutdown(ours.as_raw_fd(), Shutdown::Write)?;
+    // Before Linux 6.16, only the relay waits while descriptors in unread messages are closed.
+    let _ = refuse_descriptors(ours.as_fd());
+    Ok((theirs, ours))
 }

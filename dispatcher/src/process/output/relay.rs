@@ -1,25 +1,29 @@
-//! The thread that relays the lines of workers.
+//! The thread that relays the lines of one worker.
+//!
+//! A worker can make each operation on its sockets slow: the kernel wakes everybody who waits for
+//! them, and the worker can have a million epoll entries wait. Its relay is therefore a thread of
+//! its own, and pauses in proportion to the time that it used.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{MsgFlags, recv};
+use xfan_shm::clock::thread_cpu_time;
 
 use super::lines::{Bucket, Line, Lines};
 use crate::log::{self, CAPACITY, Writer};
 use crate::text::escaped;
 
-/// The most bytes read from a pipe in one turn: the default capacity of a pipe.
+/// The most bytes read from a socket in one turn.
 const TURN: usize = 64 << 10;
 
-/// The most bytes read from a pipe after its worker has ended: the largest capacity that a pipe of
-/// an unprivileged process can have by default (`/proc/sys/fs/pipe-max-size`).
+/// The most bytes read from a socket after its worker has ended: more than the kernel queues for an
+/// unprivileged process by default (twice `/proc/sys/net/core/wmem_max`).
 const LAST: usize = 1 << 20;
 
 /// The longest line in the log, in bytes; longer lines are cut.
@@ -28,38 +32,36 @@ const LONGEST_LOGGED: usize = 4 << 10;
 /// program reads, so it is larger.
 const LONGEST_FILED: usize = 64 << 10;
 
-/// The pause after a turn, as a multiple of the turn's time: the relay uses at most a fifth of a
-/// CPU. Workers that write continuously wait for it.
-const PAUSES: u32 = 4;
+/// All relays together use at most one part in so many of a CPU. Workers that write continuously
+/// wait for their relay.
+const SHARE: u32 = 5;
 /// The shortest pause after a turn.
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// The CPU time from which a read is slow: it takes some microseconds, unless the worker has
+/// thousands of epoll entries wait for its end.
+const SLOW: Duration = Duration::from_millis(10);
+/// The pause after a slow read, as a multiple of its CPU time.
+const SLOW_PAUSES: u32 = 100;
 
 /// The shortest time between two reports of a worker's dropped lines.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// The names of a worker's streams, in the order of its pipes.
+/// The names of a worker's streams, in the order of its sockets.
 const STREAMS: [&str; 2] = ["stdout", "stderr"];
 
-/// A command to the relay.
-#[derive(Debug)]
-pub(super) enum Command {
-    /// Relay the output of a worker.
-    Add(Source),
-    /// The worker with this tap id has ended: relay what is left in its pipes.
-    End(u64),
-    /// Relay what is left in all pipes, and send a message when done.
-    Finish(Sender<()>),
-}
-
-/// The pipes of a worker, and the destination of their lines.
+/// The sockets of a worker, and the destination of their lines.
 #[derive(Debug)]
 pub(super) struct Source {
-    pub(super) id: u64,
     pub(super) member: String,
     pub(super) target: Target,
     /// Counts the dropped lines of the member.
     pub(super) dropped: Arc<AtomicU64>,
-    pub(super) pipes: [File; 2],
+    pub(super) sockets: [OwnedFd; 2],
+    /// Readable: the worker has ended, or the primary is ending.
+    pub(super) end: Arc<EventFd>,
+    /// The number of relays that are taking a turn or pausing after one.
+    pub(super) active: Arc<AtomicU32>,
 }
 
 /// The destination of lines.
@@ -78,15 +80,6 @@ pub(super) enum Target {
 
 /// The state of the thread.
 pub(super) struct Relay {
-    commands: Receiver<Command>,
-    wake: Arc<EventFd>,
-    taps: Vec<Tapped>,
-    buffer: Vec<u8>,
-}
-
-/// A worker whose output is relayed, and what remains to report about it.
-struct Tapped {
-    id: u64,
     member: String,
     target: Target,
     dropped: Arc<AtomicU64>,
@@ -94,99 +87,17 @@ struct Tapped {
     reported: (u64, Instant),
     bucket: Bucket,
     streams: Vec<Stream>,
+    end: Arc<EventFd>,
+    active: Arc<AtomicU32>,
+    /// A read was slow.
+    slow: bool,
+    buffer: Vec<u8>,
 }
 
 struct Stream {
     name: &'static str,
-    pipe: File,
+    socket: OwnedFd,
     lines: Lines,
-}
-
-impl Relay {
-    pub(super) fn new(commands: Receiver<Command>, wake: Arc<EventFd>) -> Self {
-        Relay { commands, wake, taps: Vec::new(), buffer: vec![0; TURN] }
-    }
-
-    /// Relays until every sender of commands is gone.
-    pub(super) fn run(mut self) {
-        loop {
-            let ready = self.wait();
-            let begun = Instant::now();
-            let _ = self.wake.read();
-            let read = self.take_turn(&ready, begun);
-            loop {
-                match self.commands.try_recv() {
-                    Ok(command) => self.obey(command),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
-                }
-            }
-            if read {
-                std::thread::sleep(PAUSE.max(begun.elapsed() * PAUSES));
-            }
-        }
-    }
-
-    /// Waits for output or a command. Returns the positions of the readable pipes: worker and
-    /// stream.
-    fn wait(&self) -> Vec<(usize, usize)> {
-        let unreported = self.taps.iter().any(|tapped| tapped.unreported() > 0);
-        let timeout = if unreported {
-            PollTimeout::try_from(PERIOD).unwrap_or(PollTimeout::MAX)
-        } else {
-            PollTimeout::NONE
-        };
-        let streams = || {
-            self.taps.iter().enumerate().flat_map(|(worker, tapped)| {
-                tapped.streams.iter().enumerate().map(move |(number, stream)| ((worker, number), stream))
-            })
-        };
-        let mut polled = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
-        polled.extend(streams().map(|(_, stream)| PollFd::new(stream.pipe.as_fd(), PollFlags::POLLIN)));
-        if poll(&mut polled, timeout).is_err() {
-            // A signal, or no memory. The next turn finds the output.
-            std::thread::sleep(PAUSE);
-            return Vec::new();
-        }
-        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
-        streams().zip(&polled[1..]).filter(|(_, fd)| is_ready(fd)).map(|((numbers, _), _)| numbers).collect()
-    }
-
-    /// Reads once from each readable pipe. Returns whether there was one.
-    fn take_turn(&mut self, ready: &[(usize, usize)], now: Instant) -> bool {
-        let mut ended = Vec::new();
-        for &(worker, number) in ready {
-            if self.taps[worker].read(number, &mut self.buffer, now) == Found::End {
-                ended.push((worker, number));
-            }
-        }
-        // In reverse order: removing a stream shifts the numbers of later ones.
-        for &(worker, number) in ended.iter().rev() {
-            self.taps[worker].finish(number, now);
-        }
-        for tapped in &mut self.taps {
-            tapped.report_dropped(now, PERIOD);
-        }
-        !ready.is_empty()
-    }
-
-    fn obey(&mut self, command: Command) {
-        let now = Instant::now();
-        match command {
-            Command::Add(source) => self.taps.push(Tapped::new(source, now)),
-            Command::End(id) => {
-                if let Some(place) = self.taps.iter().position(|tapped| tapped.id == id) {
-                    self.taps.swap_remove(place).end(&mut self.buffer, now);
-                }
-            }
-            Command::Finish(done) => {
-                for tapped in std::mem::take(&mut self.taps) {
-                    tapped.end(&mut self.buffer, now);
-                }
-                let _ = done.send(());
-            }
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,44 +107,112 @@ enum Found {
     End,
 }
 
-impl Tapped {
-    fn new(source: Source, now: Instant) -> Self {
+impl Relay {
+    pub(super) fn new(source: Source) -> Self {
+        let now = Instant::now();
         let longest = match source.target {
             Target::Log => LONGEST_LOGGED,
             Target::File { .. } => LONGEST_FILED,
         };
-        let stream = |(pipe, name)| Stream { name, pipe, lines: Lines::new(longest) };
-        let reported = (source.dropped.load(Ordering::Relaxed), now);
-        Tapped {
-            id: source.id,
+        let stream = |(socket, name)| Stream { name, socket, lines: Lines::new(longest) };
+        Relay {
+            reported: (source.dropped.load(Ordering::Relaxed), now),
             member: source.member,
             target: source.target,
             dropped: source.dropped,
-            reported,
             bucket: Bucket::new(now),
-            streams: source.pipes.into_iter().zip(STREAMS).map(stream).collect(),
+            streams: source.sockets.into_iter().zip(STREAMS).map(stream).collect(),
+            end: source.end,
+            active: source.active,
+            slow: false,
+            buffer: vec![0; TURN],
         }
     }
 
-    /// Reads once from a pipe, and passes on the lines that ended.
-    fn read(&mut self, number: usize, buffer: &mut [u8], now: Instant) -> Found {
-        let stream = &mut self.streams[number];
-        let count = match stream.pipe.read(buffer) {
-            Ok(0) => return Found::End,
-            Ok(count) => count,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                return Found::Nothing;
+    /// Relays until `end` is readable, then what is left in the sockets.
+    pub(super) fn run(mut self) {
+        loop {
+            let unreported = self.unreported() > 0;
+            let ready = self.wait(unreported.then_some(PERIOD));
+            if is_readable(&self.end, Some(Duration::ZERO)) {
+                return self.end();
             }
-            Err(_) => return Found::End,
+            let begun = Instant::now();
+            if ready.is_empty() {
+                self.report_dropped(begun, PERIOD);
+                continue;
+            }
+            let active = self.active.fetch_add(1, Ordering::Relaxed) + 1;
+            let kernel = self.take_turn(&ready, begun);
+            let mut pause = PAUSE.max(begun.elapsed() * (SHARE * active - 1));
+            if kernel >= SLOW {
+                pause = pause.max(kernel * SLOW_PAUSES);
+            }
+            let ended = is_readable(&self.end, Some(pause));
+            self.active.fetch_sub(1, Ordering::Relaxed);
+            if ended {
+                return self.end();
+            }
+        }
+    }
+
+    /// Waits for output or the end. Returns the numbers of the readable streams.
+    fn wait(&self, timeout: Option<Duration>) -> Vec<usize> {
+        let mut polled = vec![PollFd::new(self.end.as_fd(), PollFlags::POLLIN)];
+        polled
+            .extend(self.streams.iter().map(|stream| PollFd::new(stream.socket.as_fd(), PollFlags::POLLIN)));
+        if poll(&mut polled, poll_timeout(timeout)).is_err() {
+            // A signal, or no memory. The next turn finds the output.
+            std::thread::sleep(PAUSE);
+            return Vec::new();
+        }
+        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        (0..self.streams.len()).filter(|number| is_ready(&polled[number + 1])).collect()
+    }
+
+    /// Reads once from each readable stream. Returns the CPU time of the reads.
+    fn take_turn(&mut self, ready: &[usize], now: Instant) -> Duration {
+        let mut kernel = Duration::ZERO;
+        // In reverse order: removing a stream shifts the numbers of later ones.
+        for &number in ready.iter().rev() {
+            let (found, took) = self.read(number, now);
+            kernel += took;
+            if found == Found::End {
+                self.finish(number, now);
+            }
+        }
+        self.report_dropped(now, PERIOD);
+        kernel
+    }
+
+    /// Reads once from a stream, and passes on the lines that ended. Returns the CPU time of the
+    /// read, too.
+    fn read(&mut self, number: usize, now: Instant) -> (Found, Duration) {
+        let stream = &mut self.streams[number];
+        let before = thread_cpu_time();
+        let received = recv(stream.socket.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT);
+        let took = thread_cpu_time().saturating_sub(before);
+        if took >= SLOW && !std::mem::replace(&mut self.slow, true) {
+            tracing::warn!(
+                member = self.member,
+                ?took,
+                "the worker makes reading its output slow: it is read rarely from now on"
+            );
+        }
+        let count = match received {
+            Ok(0) => return (Found::End, took),
+            Ok(count) => count,
+            Err(Errno::EAGAIN | Errno::EINTR) => return (Found::Nothing, took),
+            Err(_) => return (Found::End, took),
         };
         let mut passing =
             Passing::to(&self.target, &self.member, stream.name, &mut self.bucket, &self.dropped);
-        stream.lines.feed(&buffer[..count], |line| passing.pass(line, now));
+        stream.lines.feed(&self.buffer[..count], |line| passing.pass(line, now));
         passing.done();
-        Found::Bytes(count)
+        (Found::Bytes(count), took)
     }
 
-    /// Passes on the last line of a pipe, and closes the pipe.
+    /// Passes on the last line of a stream, and closes its socket.
     fn finish(&mut self, number: usize, now: Instant) {
         let mut stream = self.streams.remove(number);
         let mut passing =
@@ -242,13 +221,15 @@ impl Tapped {
         passing.done();
     }
 
-    /// The worker has ended. Relays what is left in its pipes, and closes them: its descendants may
-    /// still have them open and go on writing.
-    fn end(mut self, buffer: &mut [u8], now: Instant) {
+    /// The worker has ended. Relays what is left in its sockets, unless reading is slow, and closes
+    /// them: its descendants may still have them open and go on writing.
+    fn end(mut self) {
+        let now = Instant::now();
         while !self.streams.is_empty() {
             let mut taken = 0;
             while taken < LAST
-                && let Found::Bytes(count) = self.read(0, buffer, now)
+                && !self.slow
+                && let (Found::Bytes(count), _) = self.read(0, now)
             {
                 taken += count;
             }
@@ -281,6 +262,19 @@ impl Tapped {
             self.reported = (self.reported.0 + dropped, now);
         }
     }
+}
+
+/// Waits until a descriptor is readable. `None`: without limit.
+fn is_readable(fd: &EventFd, limit: Option<Duration>) -> bool {
+    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut polled, poll_timeout(limit)).is_ok_and(|ready| ready > 0)
+}
+
+/// A limit for poll(2), rounded up to milliseconds. `None`: without limit.
+fn poll_timeout(limit: Option<Duration>) -> PollTimeout {
+    limit.map_or(PollTimeout::NONE, |limit| {
+        PollTimeout::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
+    })
 }
 
 /// Passes the lines of one read on to their destination.

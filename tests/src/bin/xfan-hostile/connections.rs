@@ -77,6 +77,20 @@ pub fn flood(connections: usize) -> Outcome<()> {
     Ok(())
 }
 
+/// Has many epoll entries wait for a connection, asks for three reports on it, and prints after how
+/// many milliseconds the third arrived.
+pub fn ask_slowly() -> Outcome<()> {
+    let control = connect(inherited()?)?;
+    let waiters = crate::waiters::Waiters::of(&control)?;
+    let mut begun = std::time::Instant::now();
+    for _ in 0..3 {
+        begun = std::time::Instant::now();
+        protocol::ask(&control, &Request::Stats)?;
+    }
+    println!("{} waiters, third report after {} ms", waiters.count, begun.elapsed().as_millis());
+    Ok(())
+}
+
 fn is_report(reply: &Reply) -> bool {
     matches!(reply, Reply::Stats(_))
 }

@@ -12,6 +12,7 @@ mod probe;
 mod riot;
 mod segment;
 mod traits;
+mod waiters;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -87,6 +88,12 @@ enum Way {
     Glutton { mib: usize },
     /// At SIGUSR1 fills its doorbell, so that ringing it blocks if possible, and claims to sleep.
     Jam,
+    /// At SIGUSR1 has many epoll entries wait for its doorbell, and claims to fall asleep
+    /// repeatedly.
+    Wakeful,
+    /// At SIGUSR1 has many epoll entries wait for its connection, asks for reports, and prints
+    /// after how many milliseconds the third arrived.
+    Slow,
     /// At SIGUSR1 misuses its descriptors 0 to 2.
     Output { deed: Deed },
     /// Once packets arrive, misbehaves in a random way.
@@ -278,6 +285,22 @@ fn run(way: &Way) -> Outcome<()> {
                 println!("jammed");
             }
             membership
+        }
+        Way::Wakeful => {
+            let membership = Membership::join()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                let waiters = waiters::Waiters::of(&membership.doorbell)?;
+                println!("{} waiters", waiters.count);
+                membership.sleep_again_and_again()?;
+            }
+            return Ok(());
+        }
+        Way::Slow => {
+            let _membership = Membership::join()?;
+            if waited.wait()? == Signal::SIGUSR1 {
+                connections::ask_slowly()?;
+            }
+            return Ok(());
         }
         Way::Output { deed } => {
             let membership = Membership::join()?;

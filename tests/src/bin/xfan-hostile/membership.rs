@@ -112,6 +112,18 @@ impl Membership {
         }
     }
 
+    /// Claims to fall asleep repeatedly, and takes note of each ring, until SIGTERM.
+    pub fn sleep_again_and_again(&self) -> Outcome<()> {
+        let mut epoch = 1;
+        while !pending_signals()?.contains(Signal::SIGTERM) {
+            self.own.epoch().store(epoch, std::sync::atomic::Ordering::Release);
+            epoch = epoch.wrapping_add(2);
+            xfan_shm::bell::silence(&self.doorbell);
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
     /// Makes ringing the doorbell block, if the descriptor allows it, and claims to sleep, so that
     /// the lane rings it.
     pub fn jam(&self) -> Outcome<()> {

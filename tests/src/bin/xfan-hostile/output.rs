@@ -1,7 +1,7 @@
 //! What a worker can do with its descriptors 0 to 2.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use clap::ValueEnum;
 use nix::errno::Errno;
@@ -16,7 +16,7 @@ use crate::membership::pending_signals;
 /// A misuse.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Deed {
-    /// Shuts them down as if they were sockets.
+    /// Shuts them down; standard error, to which it writes the results, in one direction only.
     Shut,
     /// Makes writes to them fail instead of block, and writes until one fails.
     Fill,
@@ -32,6 +32,8 @@ pub enum Deed {
     Forge,
     /// Writes lines without a pause until SIGTERM.
     Flood,
+    /// If standard output is a pipe, holds its lock until SIGTERM.
+    Splice,
     /// Writes an unterminated line and ends; its child keeps the descriptors.
     Leave,
 }
@@ -52,12 +54,12 @@ pub fn misuse(deed: Deed) -> Outcome<()> {
             // SAFETY: the descriptor is open: nothing has closed it.
             let fd = unsafe { BorrowedFd::borrow_raw(number) };
             match deed {
+                Deed::Shut if number == 2 => said(shutdown(number, Shutdown::Read)),
                 Deed::Shut => said(shutdown(number, Shutdown::Both)),
                 Deed::Fill if number == 0 => "done".into(),
                 Deed::Fill => said(fill(fd)),
                 Deed::Truncate => said(nix::unistd::ftruncate(fd, 0)),
-                // A descriptor that is open for writing only, such as this end of a pipe, cannot be
-                // read.
+                // The primary writes nothing to its ends.
                 Deed::Read => said(read(fd)),
                 Deed::Stop => said(tcflow(fd, FlowArg::TCOOFF)),
                 _ => String::new(),
@@ -82,6 +84,19 @@ pub fn misuse(deed: Deed) -> Outcome<()> {
                 // SAFETY: nothing here uses the descriptors after this.
                 unsafe { libc::close(number) };
             }
+        }
+        Deed::Splice => {
+            // The relay reads this line and pauses; the next lines wait for its next turn.
+            nix::unistd::write(io::stderr(), b"deed done\n")?;
+            for _ in 0..40 {
+                nix::unistd::write(io::stdout(), b"a line for the relay to read\n")?;
+            }
+            std::thread::spawn(|| {
+                let (empty, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+                let none = std::ptr::null_mut();
+                // SAFETY: both descriptors are open, and null offsets are allowed.
+                unsafe { libc::splice(empty.as_raw_fd(), none, 1, none, 4096, 0) }
+            });
         }
         Deed::Leave => {
             nix::unistd::write(io::stdout(), b"last words")?;
