@@ -18,6 +18,7 @@ const CAP_NET_ADMIN: u8 = 12;
 const CAP_NET_RAW: u8 = 13;
 const CAP_SYS_ADMIN: u8 = 21;
 const CAP_SYS_NICE: u8 = 23;
+const CAP_SYS_RESOURCE: u8 = 24;
 const CAP_PERFMON: u8 = 38;
 const CAP_BPF: u8 = 39;
 
@@ -37,8 +38,10 @@ const NEEDED: [(&str, u8, &str); 10] = [
 
 /// The capabilities that the control thread keeps while packets arrive. It detaches the XDP program
 /// and restores offloads, changes the map of sockets, starts workers again as another user and with
-/// normal priority, and stops workers.
-const OF_CONTROL: [u8; 6] = [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_KILL];
+/// normal priority, and stops workers. With CAP_SYS_RESOURCE, if it was granted, it raises the
+/// minimum of their `oom_score_adj`, which they would inherit from the primary.
+const OF_CONTROL: [u8; 7] =
+    [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_SYS_RESOURCE, CAP_KILL];
 
 /// The highest number that a capability can have: the sets have 64 bits.
 const LAST: u8 = 63;
