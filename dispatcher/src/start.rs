@@ -143,6 +143,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
             command: config.group.command.clone(),
             user,
             survive: config.group.survive,
+            own_session: !placement.shared,
             limits,
             sandbox,
             output,

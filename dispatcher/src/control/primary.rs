@@ -28,6 +28,7 @@ use crate::control::server::Listener;
 use crate::control::shutdown::Outcome;
 use crate::group::policy::Policy;
 use crate::group::{self, Event, Group, ProcessId};
+use crate::host::autogroup::Autogroup;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::memory::umem::PacketMemory;
@@ -113,6 +114,7 @@ pub struct Primary {
     /// For each lane, in order: whether redirected packets arrive.
     pub(super) arrivals: Vec<Arrivals>,
     pub(super) next_reading: Instant,
+    pub(super) autogroup: Autogroup,
     /// Packets come: a member takes them, or they are to be dropped.
     flowing: bool,
     pub(super) started: Instant,
@@ -152,6 +154,7 @@ impl Primary {
             watch: None,
             arrivals: Vec::new(),
             next_reading: now,
+            autogroup: Autogroup::begin(),
             flowing: false,
             started: now,
         }
@@ -323,6 +326,7 @@ impl Primary {
         self.look_for_interface()?;
         self.look_for_lost_packets();
         self.look_at_interface();
+        self.look_at_autogroup();
         self.acknowledge();
         self.look_at_workers();
         let now = Instant::now();

@@ -80,6 +80,16 @@ impl Primary {
         }
     }
 
+    /// Checks about once a second that no worker has changed the priority of the session that it
+    /// shares with the primary.
+    pub(super) fn look_at_autogroup(&mut self) {
+        let shared = self.spawner.as_ref().is_some_and(|spawner| !spawner.command.own_session);
+        if let Some(changed) = shared.then(|| self.autogroup.check(Instant::now())).flatten() {
+            tracing::warn!("{changed}");
+            self.journal.write(None, std::process::id(), "autogroup", changed.to_string());
+        }
+    }
+
     /// Whether all packets that were redirected have been received, counted as dropped, or are
     /// known to be lost.
     pub(super) fn all_arrived(&mut self) -> bool {

@@ -1,5 +1,6 @@
 //! The machine: interfaces, CPUs, capabilities, directories, system calls.
 
+pub mod autogroup;
 pub mod directory;
 pub mod interface;
 pub mod placement;

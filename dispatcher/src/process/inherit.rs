@@ -143,7 +143,11 @@ fn default_signals() -> io::Result<()> {
 }
 
 /// Replaces the session keyring of the calling process, which comes from what started the primary,
-/// by a new, empty one. Call it as the user to whom the keyring is to belong. Async-signal-safe.
+/// by a new, empty one. Async-signal-safe.
+///
+/// Call it before the process changes its user: the keyring counts against the key quota of the
+/// caller's user, and workers can use up that of their own. The worker possesses the keyring, and
+/// so may use it, although it belongs to another user.
 ///
 /// # Errors
 /// The errors of keyctl_join_session_keyring(3), except ENOSYS.

@@ -1,6 +1,7 @@
 //! Worker processes: starting, confining and adopting them, and relaying their output.
 
 pub mod cgroup;
+pub mod fork;
 pub mod inherit;
 pub mod orphans;
 pub mod output;

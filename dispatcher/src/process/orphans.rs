@@ -9,11 +9,14 @@
 //! them can continue as long as it does so.
 
 use std::collections::HashSet;
+use std::os::fd::AsFd;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpgid};
 use procfs::process::all_processes;
+
+use crate::host::sys;
 
 /// The most rounds of one call that kills orphans, each of which may leave new ones. They take some
 /// 10 ms; the next call continues.
@@ -53,13 +56,22 @@ fn is_among(workers: &HashSet<u32>, pid: Pid) -> bool {
 
 /// Reaps the orphans that have ended, and returns the others. `workers` are the pids of the
 /// workers, which are not orphans.
+///
+/// An orphan that has ended, but that another process traces, can be reaped only once the tracer
+/// has waited for it. It is not among those returned.
 pub fn reap(workers: &HashSet<u32>) -> Vec<Pid> {
     let mut orphans = children();
     orphans.retain(|&pid| {
         !is_among(workers, pid)
             && matches!(waitpid(pid, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive))
+            && !has_ended(pid)
     });
     orphans
+}
+
+/// Whether a child that was not reaped has ended.
+fn has_ended(child: Pid) -> bool {
+    sys::pidfd_open(child.as_raw().cast_unsigned()).is_ok_and(|pidfd| sys::is_readable(pidfd.as_fd()))
 }
 
 /// Kills orphans and their descendants, except orphans in the process group of a running worker,

@@ -2,16 +2,18 @@
 
 #![allow(unsafe_code, reason = "code that runs between fork and exec")]
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{ENV_CONTROL_FD, ENV_MEMBER, ENV_SOCKET, ENV_SURVIVE, ENV_TOKEN};
 
@@ -19,8 +21,9 @@ use crate::config::WorkerUser;
 use crate::host::privileges;
 use crate::host::sys;
 use crate::process::cgroup::{Cgroup, Limits};
+use crate::process::fork::{self, Program, StartError};
 use crate::process::inherit::{self, Fresh};
-use crate::process::output::{Output, OutputError, Tap};
+use crate::process::output::{self, Output, OutputError, Tap};
 use crate::process::seccomp::Filter;
 
 /// The variables that workers inherit from the primary's environment. Other variables may contain
@@ -40,6 +43,8 @@ pub struct WorkerCommand {
     pub user: WorkerUser,
     /// Whether they survive the death of the primary, and reconnect to the next one.
     pub survive: bool,
+    /// Whether each has a session of its own (see [`crate::host::autogroup`]).
+    pub own_session: bool,
     /// The limits of each worker, as far as the system can enforce them.
     pub limits: Limits,
     /// A filter of system calls in addition to that of the primary.
@@ -77,6 +82,19 @@ pub enum SpawnError {
     /// The destination of its output cannot be opened.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// The new process did not reach the program. It has been killed.
+    #[error(
+        "the process for worker command `{program}` {source}, and was killed: another process of user \
+         {user} may have stopped it"
+    )]
+    NotReached {
+        /// The program, as configured.
+        program: String,
+        /// The workers' user.
+        user: String,
+        /// What happened to it.
+        source: StartError,
+    },
     /// Any other error.
     #[error("cannot start worker command `{program}`: {}", explained(source))]
     Other {
@@ -92,8 +110,10 @@ pub enum SpawnError {
 pub struct Process {
     pid: u32,
     pidfd: OwnedFd,
-    /// `None`: an earlier primary started it.
-    child: Option<Child>,
+    /// Whether an earlier primary started it: then another process reaps it.
+    adopted: bool,
+    /// How it ended, once it is known that it has.
+    ending: Option<Ending>,
     /// The cgroup of the process and its descendants, which are killed with it.
     cgroup: Option<Cgroup>,
     /// Dropped with the process: relays its last lines.
@@ -105,7 +125,8 @@ pub struct Process {
 pub enum Ending {
     /// With this status.
     Status(ExitStatus),
-    /// The primary is not its parent, and does not learn the status.
+    /// The primary does not learn the status: it is not the parent, or a process that traces the
+    /// worker has not waited for it yet.
     Unknown,
 }
 
@@ -146,90 +167,77 @@ impl Process {
         cgroup: Option<Cgroup>,
         fresh: Fresh,
     ) -> Result<Self, SpawnError> {
-        let (program, arguments) =
-            command.command.split_first().map_or(("", &[][..]), |(program, rest)| (program.as_str(), rest));
+        let program = command.command.first().cloned().unwrap_or_default();
+        let other = |source| SpawnError::Other { program: program.clone(), source };
         let user = &command.user;
         let ends = command.output.open(member)?;
-        let mut process = Command::new(program);
-        process
-            .args(arguments)
-            .env_clear()
-            .envs(ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
-            .env(ENV_SOCKET, socket)
-            .env(ENV_MEMBER, member)
-            .env(ENV_TOKEN, token)
-            .stdin(Stdio::null())
-            .stdout(ends.stdout)
-            .stderr(ends.stderr)
-            // Workers share the session of the primary. With autogroup (sched(7)), the kernel
-            // schedules by session: a lane that yields would not yield to a worker of another
-            // session.
-            .process_group(0);
-        // The worker gets the descriptor under its number in this process. Another number may be in
-        // use for the pipe by which the child reports an error before exec.
+        // The worker gets the descriptor under its number in this process.
         let control = control.as_raw_fd();
-        process.env(ENV_CONTROL_FD, control.to_string());
-        let survive = command.survive;
-        let descriptors = sys::original_descriptor_limit();
+        let mut environment: Vec<(&str, OsString)> =
+            ENVIRONMENT.iter().filter_map(|&name| Some((name, std::env::var_os(name)?))).collect();
+        environment.extend([
+            (ENV_SOCKET, socket.into()),
+            (ENV_MEMBER, member.into()),
+            (ENV_TOKEN, token.into()),
+            (ENV_CONTROL_FD, control.to_string().into()),
+        ]);
+        let (survive, own_session) = (command.survive, command.own_session);
         if survive {
-            process.env(ENV_SURVIVE, SURVIVAL.as_secs().to_string());
+            environment.push((ENV_SURVIVE, SURVIVAL.as_secs().to_string().into()));
         }
         if !user.is_root() {
-            process.env("USER", &user.name).env("LOGNAME", &user.name);
+            environment.extend(["USER", "LOGNAME"].map(|name| (name, user.name.clone().into())));
         }
-        let other = |source| SpawnError::Other { program: program.to_owned(), source };
+        let environment = environment.iter().map(|(name, value)| (*name, value.as_os_str()));
+        let stdio = [output::null().map_err(other)?, ends.stdout, ends.stderr];
+        let child = Program::new(&command.command, environment, stdio).map_err(other)?;
         let procs = cgroup.as_ref().map(Cgroup::procs).transpose().map_err(other)?;
-        let (uid, gid, sandbox) = (user.uid.as_raw(), user.gid.as_raw(), command.sandbox.clone());
+        let (uid, gid, sandbox) = (user.uid.as_raw(), user.gid.as_raw(), command.sandbox.as_ref());
+        let descriptors = sys::original_descriptor_limit();
+        let steps = || {
+            if own_session {
+                nix::unistd::setsid()?;
+            } else {
+                nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+            }
+            // First the steps that need the primary's capabilities and quotas. `shed` comes before
+            // the cgroup, since some cgroups refuse real-time processes.
+            inherit::shed(&fresh)?;
+            inherit::leave_keyring()?;
+            if let Some(procs) = &procs {
+                sys::enter_cgroup(procs.as_fd())?;
+            }
+            privileges::empty_bounding_set()?;
+            sys::become_user(uid, gid)?;
+            privileges::keep_capabilities(privileges::NONE)?;
+            sys::leave_terminal()?;
+            nix::sys::prctl::set_no_new_privs()?;
+            if !survive {
+                nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
+            }
+            sys::close_on_exec_from(3)?;
+            sys::keep_on_exec(control)?;
+            sys::set_descriptor_limit(descriptors)?;
+            sandbox.map_or(Ok(()), Filter::install)
+        };
         // SAFETY: the closure makes only async-signal-safe calls.
-        unsafe {
-            process.pre_exec(move || {
-                // First the steps that need the primary's capabilities. `shed` comes before the
-                // cgroup, since some cgroups refuse real-time processes.
-                inherit::shed(&fresh)?;
-                if let Some(procs) = &procs {
-                    sys::enter_cgroup(procs.as_fd())?;
-                }
-                privileges::empty_bounding_set()?;
-                sys::become_user(uid, gid)?;
-                privileges::keep_capabilities(privileges::NONE)?;
-                inherit::leave_keyring()?;
-                sys::leave_terminal()?;
-                nix::sys::prctl::set_no_new_privs()?;
-                if !survive {
-                    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
-                }
-                sys::close_on_exec_from(3)?;
-                sys::keep_on_exec(control)?;
-                sys::set_descriptor_limit(descriptors)?;
-                sandbox.as_ref().map_or(Ok(()), Filter::install)
-            });
-        }
-        let child = process.spawn().map_err(|source| {
-            let program = program.to_owned();
-            match source.kind() {
-                io::ErrorKind::NotFound => SpawnError::NotFound { program },
+        let (pid, pidfd) = unsafe { child.start(fork::LIMIT, steps) }.map_err(|error| match error {
+            StartError::Failed(source) => match source.kind() {
+                io::ErrorKind::NotFound => SpawnError::NotFound { program: program.clone() },
                 io::ErrorKind::PermissionDenied => {
-                    SpawnError::NotExecutable { program, user: user.name.clone(), source }
+                    SpawnError::NotExecutable { program: program.clone(), user: user.name.clone(), source }
                 }
-                _ => SpawnError::Other { program, source },
-            }
+                _ => other(source),
+            },
+            source => SpawnError::NotReached { program: program.clone(), user: user.name.clone(), source },
         })?;
-        let mut child = child;
-        match sys::pidfd_open(child.id()) {
-            Ok(pidfd) => Ok(Process { pid: child.id(), pidfd, child: Some(child), cgroup, _tap: ends.tap }),
-            Err(source) => {
-                // The child has not been reaped, so its pid still belongs to it.
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(SpawnError::Other { program: program.to_owned(), source })
-            }
-        }
+        Ok(Process { pid, pidfd, adopted: false, ending: None, cgroup, _tap: ends.tap })
     }
 
     /// Adopts a process that an earlier primary started. `cgroup`: its cgroup, if this primary
     /// manages it.
     pub fn adopt(pid: u32, pidfd: OwnedFd, cgroup: Option<Cgroup>) -> Self {
-        Process { pid, pidfd, child: None, cgroup, _tap: None }
+        Process { pid, pidfd, adopted: true, ending: None, cgroup, _tap: None }
     }
 
     /// The cgroup of the process, if it has one of its own.
@@ -239,7 +247,7 @@ impl Process {
 
     /// Whether an earlier primary started the process.
     pub fn is_adopted(&self) -> bool {
-        self.child.is_none()
+        self.adopted
     }
 
     /// The process id.
@@ -273,16 +281,12 @@ impl Process {
             cgroup.kill();
         }
         if self.ended().is_none() {
-            match &self.child {
-                // Until it is reaped, its pid belongs to it and to its group.
-                Some(child) => {
-                    let group = i32::try_from(child.id()).map(nix::unistd::Pid::from_raw);
-                    let _ = group.map(|group| nix::sys::signal::killpg(group, Signal::SIGKILL));
-                }
+            if self.adopted {
                 // Another process reaps it. Before Linux 6.9, its group cannot be signalled safely.
-                None => {
-                    let _ = sys::pidfd_signal_group(self.pidfd.as_fd(), Signal::SIGKILL);
-                }
+                let _ = sys::pidfd_signal_group(self.pidfd.as_fd(), Signal::SIGKILL);
+            } else {
+                // Until it is reaped, its pid belongs to it and to its group.
+                let _ = killpg(self.as_child(), Signal::SIGKILL);
             }
             // The process may have moved to another group.
             self.signal(Signal::SIGKILL);
@@ -290,11 +294,23 @@ impl Process {
     }
 
     /// How the process ended; `None` if it is still running.
+    ///
+    /// The pidfd decides. While another process traces the worker, wait(2) does not report its end
+    /// before the tracer has waited for it. The orphan reaper reaps it then.
     pub fn ended(&mut self) -> Option<Ending> {
-        match &mut self.child {
-            Some(child) => child.try_wait().ok().flatten().map(Ending::Status),
-            None => sys::is_readable(self.pidfd.as_fd()).then_some(Ending::Unknown),
+        if self.ending.is_none() && sys::is_readable(self.pidfd.as_fd()) {
+            let mut status = 0;
+            // SAFETY: the kernel writes to `status`, which outlives the call.
+            let reaped = !self.adopted
+                && unsafe { libc::waitpid(self.as_child().as_raw(), &raw mut status, libc::WNOHANG) } > 0;
+            let ending = if reaped { Ending::Status(ExitStatus::from_raw(status)) } else { Ending::Unknown };
+            self.ending = Some(ending);
         }
+        self.ending
+    }
+
+    fn as_child(&self) -> Pid {
+        Pid::from_raw(self.pid.cast_signed())
     }
 }
 

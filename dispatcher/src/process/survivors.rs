@@ -238,7 +238,8 @@ mod tests {
                 crate::process::cgroup::Limits { memory: None, processes: 9, cpu_weight: 100, lanes: vec![] };
             let output = Output::begin(WorkerOutput::Null, true, &[]).unwrap();
             let command = vec!["worker".into()];
-            WorkerCommand { command, user, survive: true, limits, sandbox: None, output }
+            let (survive, own_session, sandbox) = (true, false, None);
+            WorkerCommand { command, user, survive, own_session, limits, sandbox, output }
         };
         let own = command(nix::unistd::geteuid());
         assert!(survivor(child.id(), began + 1).find(&own).is_none(), "another that got its number");

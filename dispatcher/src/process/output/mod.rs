@@ -19,10 +19,10 @@ mod relay;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -117,9 +117,9 @@ pub enum OutputError {
 /// The descriptors that a worker writes to, and the relay's end of them.
 pub struct Ends {
     /// Becomes descriptor 1 of the worker.
-    pub stdout: Stdio,
+    pub stdout: OwnedFd,
     /// Becomes descriptor 2 of the worker.
-    pub stderr: Stdio,
+    pub stderr: OwnedFd,
     /// Keeps the relay going while the worker runs; `None`: nothing is relayed.
     pub tap: Option<Tap>,
 }
@@ -175,9 +175,9 @@ impl Output {
     /// [`OutputError`]
     pub fn open(self: &Arc<Self>, member: &str) -> Result<Ends, OutputError> {
         let target = match &self.setting {
-            WorkerOutput::Null => return Ok(Ends::of_null()),
+            WorkerOutput::Null => return Ok(Ends::both(null()?)?),
             // A socket would break when the primary ends, and SIGPIPE would end the worker.
-            WorkerOutput::Log if self.survive => return Ok(Ends::of_null()),
+            WorkerOutput::Log if self.survive => return Ok(Ends::both(null()?)?),
             WorkerOutput::Journal => {
                 let stream = journald::open(Path::new(journald::SOCKET), member)
                     .map_err(|source| OutputError::NoJournal { source })?;
@@ -201,7 +201,7 @@ impl Output {
         let end = Arc::new(end.map_err(io::Error::from)?);
         let (member, active) = (member.to_owned(), self.active.clone());
         self.start(Source { member, target, dropped, sockets: [out, error], end: end.clone(), active })?;
-        Ok(Ends { stdout: stdout.into(), stderr: stderr.into(), tap: Some(Tap { end }) })
+        Ok(Ends { stdout, stderr, tap: Some(Tap { end }) })
     }
 
     /// Starts a relay. It ends when its end is written to.
@@ -264,13 +264,17 @@ impl Output {
 }
 
 impl Ends {
-    fn of_null() -> Self {
-        Ends { stdout: Stdio::null(), stderr: Stdio::null(), tap: None }
-    }
-
     fn both(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Ends { stdout: fd.try_clone()?.into(), stderr: fd.into(), tap: None })
+        Ok(Ends { stdout: fd.try_clone()?, stderr: fd, tap: None })
     }
+}
+
+/// Opens /dev/null.
+///
+/// # Errors
+/// The errors of open(2).
+pub fn null() -> io::Result<OwnedFd> {
+    Ok(File::options().read(true).write(true).open("/dev/null")?.into())
 }
 
 /// The path for a member. `xfan-flow` replaces the placeholder in the same way.

@@ -202,6 +202,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         command: vec![program.display().to_string()],
         user,
         survive: false,
+        own_session: false,
         limits,
         sandbox: None,
         output: Output::begin(WorkerOutput::Null, false, &[])?,
