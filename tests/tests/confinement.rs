@@ -8,8 +8,10 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getsid};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
+use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
 use xfan_tests::proc::{check, daemons, exists, pid_of, read, signal, status, wait_until};
 use xfan_tests::replay::send_synthetic;
@@ -82,6 +84,7 @@ fn a_worker_inherits_no_process_attributes() {
         ("personality", "0"),
         ("THP_enabled", "1"),
         ("oom_score_adj", "300"),
+        ("protect from OOM", "permission denied"),
         ("coredump_filter", "00000031"),
         ("Umask", "0022"),
         // Rust's runtime ignores SIGPIPE in every program.
@@ -114,14 +117,144 @@ fn the_oom_killer_takes_a_worker_before_the_primary() {
     let namespace = network(2);
     let primary = Launch::on(&namespace).unwrap().worker("xfan-count", "").unwrap().start().unwrap();
     let score = |pid: &dyn std::fmt::Display| read(format!("/proc/{pid}/oom_score_adj"));
-    // Bit 24 is CAP_SYS_RESOURCE.
-    let able = u64::from_str_radix(&status("self", "CapEff"), 16).unwrap() & 1 << 24 != 0;
+    let able = may_protect_from_oom();
     let own = if able { "-900".to_owned() } else { score(&"self") };
     eprintln!("CAP_SYS_RESOURCE: {able}");
     assert_eq!(
         (score(&primary.process.pid()), score(&pid_of(&primary.report(), 0))),
         (own, "300".to_owned())
     );
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+/// Whether this process has CAP_SYS_RESOURCE.
+fn may_protect_from_oom() -> bool {
+    u64::from_str_radix(&status("self", "CapEff"), 16).unwrap() & 1 << 24 != 0
+}
+
+#[test]
+fn a_restarted_worker_cannot_protect_itself_from_the_oom_killer() {
+    let _watchdog = e2e_or_skip!();
+    if !may_protect_from_oom() {
+        eprintln!("skipped: without CAP_SYS_RESOURCE no process can lower its oom_score_adj");
+        return;
+    }
+    let namespace = network(2);
+    let primary = Launch::on(&namespace).unwrap().hostile_worker("traits").unwrap().start().unwrap();
+    restart(&primary, 0);
+    let answers = || {
+        let lines = primary.process.stderr();
+        let printed = lines.iter().filter_map(|line| line.split_once("\"protect from OOM\":"));
+        printed.map(|(_, rest)| rest.starts_with("\"permission denied\"")).collect::<Vec<_>>()
+    };
+    wait_until(|| answers().len() == 2);
+    assert_eq!(answers(), [true, true]);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+/// Kills the process of a member, and waits until its successor runs.
+fn restart(primary: &Primary, member: usize) {
+    let killed = pid_of(&primary.report(), member);
+    signal(killed, Signal::SIGKILL);
+    primary.report_when(|report| {
+        report.groups[0].members[member].state == "running" && pid_of(report, member) != killed
+    });
+}
+
+/// As a login does. So the primary's keyring counts, and its workers' keyrings count as well.
+fn join_a_session_keyring() -> io::Result<()> {
+    // SAFETY: a null name means an anonymous keyring.
+    unsafe { check(libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, 0)) }
+}
+
+#[test]
+fn workers_start_though_the_key_quota_of_their_user_is_used_up() {
+    let _watchdog = e2e_or_skip!();
+    let quota: usize = read("/proc/sys/kernel/keys/maxkeys").parse().unwrap_or(usize::MAX);
+    if quota >= 1000 {
+        eprintln!("skipped: users may have {quota} keys, more than the hostile worker makes");
+        return;
+    }
+    let namespace = network(2);
+    let launch = Launch::on(&namespace).unwrap().config("restart_delay = '100ms'").unwrap().with("-n 2");
+    let primary = launch
+        .hostile_worker("keys")
+        .unwrap()
+        .start_with(|command| {
+            // SAFETY: one system call without pointers.
+            unsafe { command.pre_exec(join_a_session_keyring) };
+        })
+        .unwrap();
+    primary.unleash();
+    let made = primary.printed("made ");
+    assert_ne!(made, "made 1000 keyrings");
+    restart(&primary, 1);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+/// Begins a session, as a login does. [`Launch`] has made the process the leader of its own group.
+fn begin_session() -> io::Result<()> {
+    // SAFETY: the calls take no pointers.
+    unsafe {
+        check(libc::setpgid(0, libc::getpgid(libc::getppid())).into())?;
+        check(libc::setsid().into())
+    }
+}
+
+/// Starts a primary in a session of its own, with a worker that lowers the priority of its
+/// autogroup. Returns the nice value of the primary's autogroup before, and whether the worker is
+/// of the same session. `None`: the kernel has no autogroups.
+fn lowered_autogroup(namespace: &Netns, config: &str) -> Option<(Primary, String, bool)> {
+    if !fs::exists("/proc/self/autogroup").unwrap() {
+        eprintln!("skipped: the kernel has no autogroups (CONFIG_SCHED_AUTOGROUP)");
+        return None;
+    }
+    let launch = Launch::on(namespace).unwrap().config(config).unwrap();
+    let primary = launch
+        .hostile_worker("autogroup")
+        .unwrap()
+        .start_with(|command| {
+            // SAFETY: system calls without pointers.
+            unsafe { command.pre_exec(begin_session) };
+        })
+        .unwrap();
+    let session = |pid: i32| getsid(Some(Pid::from_raw(pid))).unwrap();
+    let worker = pid_of(&primary.report(), 0).cast_signed();
+    let shared = session(worker) == session(primary.process.pid().as_raw());
+    let before = autogroup_of(&primary);
+    primary.unleash();
+    primary.printed("lowered its autogroup");
+    Some((primary, before, shared))
+}
+
+/// Such as `/autogroup-25 nice 0`.
+fn autogroup_of(primary: &Primary) -> String {
+    read(format!("/proc/{}/autogroup", primary.process.pid()))
+}
+
+#[test]
+fn a_worker_cannot_lower_the_priority_of_the_primarys_session() {
+    let _watchdog = e2e_or_skip!();
+    if std::thread::available_parallelism().unwrap().get() < 2 {
+        eprintln!("skipped: the lane and the worker would share the only CPU");
+        return;
+    }
+    let namespace = network(1);
+    let Some((primary, before, shared)) = lowered_autogroup(&namespace, "") else { return };
+    assert!(!shared);
+    assert_eq!(autogroup_of(&primary), before);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_lowered_priority_of_a_shared_session_is_restored() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(1);
+    let Some((primary, before, shared)) = lowered_autogroup(&namespace, "cores = [0]") else { return };
+    assert!(shared, "a lane that yields a shared CPU has to yield it to the worker");
+    wait_until(|| autogroup_of(&primary) == before);
+    primary.process.wait_for_line("set its autogroup to nice 19 instead of 0: restored").unwrap();
+    assert!(primary.journal().entries.iter().any(|entry| entry.event == "autogroup"));
     assert_eq!(primary.stop().0.code, Some(0));
 }
 
@@ -213,8 +346,9 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
         tasks.map(|task| sets(task.path())).collect::<BTreeMap<_, _>>()
     };
     let capabilities = |bits: &[u32]| bits.iter().fold(0u64, |all, bit| all | 1 << bit);
-    // KILL, SETGID, SETUID, NET_ADMIN, SYS_NICE, BPF
-    let control = capabilities(&[5, 6, 7, 12, 23, 39]);
+    // KILL, SETGID, SETUID, NET_ADMIN, SYS_NICE, BPF; SYS_RESOURCE if it was granted.
+    let granted = if may_protect_from_oom() { 1 << 24 } else { 0 };
+    let control = capabilities(&[5, 6, 7, 12, 23, 39]) | granted;
     let expected = BTreeMap::from([
         ("xfan".to_owned(), [0, control, control, 0, 0]),
         ("control".to_owned(), [0, capabilities(&[12]), capabilities(&[12]), 0, 0]),

@@ -1,5 +1,7 @@
 //! Workers that crash or hang: other workers get their packets, and xfan restarts them.
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
@@ -8,9 +10,10 @@ use xfan::report::{Member, Report};
 use xfan_shm::protocol::{Reply, Request, WorkersOrder};
 use xfan_tests::balance::assert_balanced;
 use xfan_tests::e2e_or_skip;
+use xfan_tests::leftovers::state;
 use xfan_tests::netns::Netns;
 use xfan_tests::primary::{Launch, Primary};
-use xfan_tests::proc::{pid_of, signal, stop};
+use xfan_tests::proc::{exists, pid_of, signal, stop, wait_until};
 use xfan_tests::process::{Process, binary};
 use xfan_tests::replay::send_synthetic;
 use xfan_tests::veth::network;
@@ -403,4 +406,60 @@ fn a_worker_that_keeps_reattaching_is_stopped() {
         assert_eq!(member(&report, 1).committed, PACKETS);
         assert_eq!(primary.stop().0.code, Some(0));
     }
+}
+
+/// A PATH that takes so long to search that a new process can be stopped meanwhile.
+fn long_path(last: &Path) -> String {
+    // A variable has at most 128 KiB.
+    format!("{}{}:{}", "/0:".repeat(38_000), last.display(), std::env::var("PATH").unwrap())
+}
+
+#[test]
+fn a_worker_that_stops_new_processes_stops_nobody_else() {
+    let _watchdog = e2e_or_skip!();
+    let namespace = network(2);
+    let launch = Launch::on(&namespace).unwrap().config("restart_delay = '100ms'").unwrap();
+    let launch = launch.with("-n 2").hostile_worker("stopper").unwrap();
+    let program = launch.within_reach("xfan-hostile").unwrap();
+    let folder = launch.folder().to_owned();
+    let primary = launch
+        .start_with(|command| {
+            let searched = |argument: &OsStr| {
+                if argument == program { "xfan-hostile".into() } else { argument.to_owned() }
+            };
+            let arguments: Vec<_> = command.get_args().map(searched).collect();
+            *command = namespace.command(binary("xfan").unwrap());
+            command.args(arguments).env_remove("SUDO_UID").env("PATH", long_path(&folder));
+        })
+        .unwrap();
+    primary.unleash();
+    let killed = pid_of(&primary.report(), 1);
+    signal(killed, Signal::SIGKILL);
+    primary.printed("stopped ");
+    primary.process.wait_for_line("was stopped by a signal before it ran its program").unwrap();
+    primary.report_when(|report| member(report, 1).state == "running" && pid_of(report, 1) != killed);
+    send_synthetic(&namespace, 5);
+    assert_balanced(&primary.report_after(PACKETS, false), PACKETS);
+    assert_eq!(primary.stop().0.code, Some(0));
+}
+
+#[test]
+fn a_death_that_a_tracer_hides_is_noticed() {
+    let _watchdog = e2e_or_skip!();
+    let (_namespace, primary) = start("restart_delay = '100ms'");
+    let traced = pid_of(&primary.report(), 0);
+    // While this thread traces the worker and does not wait for it, nobody else can.
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: the pointers are null.
+    let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, traced.cast_signed(), none, none) };
+    assert_eq!(seized, 0, "{}", std::io::Error::last_os_error());
+    signal(traced, Signal::SIGKILL);
+    let again = |member: &Member| member.restarts == 1 && member.state == "running";
+    let report = primary.report_when(|report| again(member(report, 0)));
+    assert_eq!(member(&report, 0).last_exit.as_deref(), Some("status unknown"));
+    assert_eq!(state(traced), Some('Z'));
+    // SAFETY: the pointers are null.
+    unsafe { libc::waitpid(traced.cast_signed(), std::ptr::null_mut(), libc::__WALL) };
+    wait_until(|| !exists(traced));
+    assert_eq!(primary.stop().0.code, Some(0));
 }

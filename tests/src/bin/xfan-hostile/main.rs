@@ -7,6 +7,7 @@
 mod brood;
 mod connections;
 mod membership;
+mod neighbours;
 mod output;
 mod probe;
 mod riot;
@@ -94,6 +95,12 @@ enum Way {
     /// At SIGUSR1 has many epoll entries wait for its connection, asks for reports, and prints
     /// after how many milliseconds the third arrived.
     Slow,
+    /// At SIGUSR1 stops a new process of its user before that runs its program.
+    Stopper,
+    /// At SIGUSR1 uses up the key quota of its user.
+    Keys,
+    /// At SIGUSR1 gives the autogroup of its session the lowest priority.
+    Autogroup,
     /// At SIGUSR1 misuses its descriptors 0 to 2.
     Output { deed: Deed },
     /// Once packets arrive, misbehaves in a random way.
@@ -301,6 +308,31 @@ fn run(way: &Way) -> Outcome<()> {
                 connections::ask_slowly()?;
             }
             return Ok(());
+        }
+        Way::Stopper => {
+            let membership = Membership::join()?;
+            if waited.wait()? != Signal::SIGUSR1 {
+                return Ok(());
+            }
+            neighbours::stop_a_new_process()?;
+            membership
+        }
+        Way::Keys => {
+            let membership = Membership::join()?;
+            if waited.wait()? != Signal::SIGUSR1 {
+                return Ok(());
+            }
+            println!("made {} keyrings", neighbours::use_up_keys());
+            membership
+        }
+        Way::Autogroup => {
+            let membership = Membership::join()?;
+            if waited.wait()? != Signal::SIGUSR1 {
+                return Ok(());
+            }
+            neighbours::lower_autogroup()?;
+            println!("lowered its autogroup");
+            membership
         }
         Way::Output { deed } => {
             let membership = Membership::join()?;
