@@ -312,11 +312,13 @@ impl Group {
 
     fn start(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
         let found = self.get(member)?;
-        if self.phase != Phase::Starting || !found.is_vacant() {
-            return Err(Refused::Illegal(found.shown()));
+        match found.state {
+            State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => {
+                self.spawn(member, Occasion::Start, Down { rest: Rest::Stopped, restart: None, held }, now);
+                Ok(())
+            }
+            _ => Err(Refused::Illegal(found.shown())),
         }
-        self.spawn(member, Occasion::Start, Down { rest: Rest::Stopped, restart: None, held: None }, now);
-        Ok(())
     }
 
     pub(super) fn spawn(&mut self, member: MemberId, occasion: Occasion, down: Down, now: Instant) {
@@ -340,12 +342,14 @@ impl Group {
 
     fn adopted(&mut self, member: MemberId, id: ProcessId, now: Instant) -> Result<(), Refused> {
         let found = self.get(member)?;
-        if self.phase != Phase::Starting || !found.is_vacant() {
-            return Err(Refused::Illegal(found.shown()));
+        match found.state {
+            State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => {
+                self.members[member.index()].starts.count(now);
+                self.expect(member, Process { id, adopted: true, attached: 0 }, held, now);
+                Ok(())
+            }
+            _ => Err(Refused::Illegal(found.shown())),
         }
-        self.members[member.index()].starts.count(now);
-        self.expect(member, Process { id, adopted: true, attached: 0 }, None, now);
-        Ok(())
     }
 
     /// Waits for a process to attach.
