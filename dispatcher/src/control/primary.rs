@@ -1,7 +1,7 @@
 //! The primary's control thread: members, lanes and operators meet here.
 //!
 //! One thread owns all control state. Connections, processes, lanes and signals become events, and
-//! the thread deals with one at a time. The [group](crate::group) decides what happens to members;
+//! the thread deals with one at a time. The [group] decides what happens to members;
 //! this thread carries the actions out, and never waits for a lane or a process.
 
 use std::collections::BTreeMap;

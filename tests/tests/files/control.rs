@@ -131,7 +131,7 @@ fn a_full_disk_is_reported_and_leaves_no_partial_note() {
     let disk = Tmpfs::mount(&run, 64, 0o755).unwrap();
     disk.fill().unwrap();
     let primary = launch.start().unwrap();
-    let line = primary.process.wait_for_line("the next primary will not find the workers").unwrap();
+    let line = primary.process.wait_for_line("the next primary will not find them").unwrap();
     assert!(line.contains("No space left on device"), "{line}");
     let names = || {
         let mut names: Vec<_> = fs::read_dir(&run)

@@ -228,7 +228,7 @@ impl Output {
         self.members().files.values().for_each(|file| file.reopen());
     }
 
-    /// Relays the remaining output and stops. Waits at most for [`PATIENCE`].
+    /// Relays the remaining output and stops. Waits at most two seconds.
     pub fn end(&self) {
         let deadline = Instant::now() + PATIENCE;
         {
