@@ -173,13 +173,17 @@ impl Relay {
     /// Reads once from each readable stream. Returns the CPU time of the reads.
     fn take_turn(&mut self, ready: &[usize], now: Instant) -> Duration {
         let mut kernel = Duration::ZERO;
-        // In reverse order: removing a stream shifts the numbers of later ones.
-        for &number in ready.iter().rev() {
+        let mut ended = Vec::new();
+        for &number in ready {
             let (found, took) = self.read(number, now);
             kernel += took;
             if found == Found::End {
-                self.finish(number, now);
+                ended.push(number);
             }
+        }
+        // In reverse order: removing a stream shifts the numbers of later ones.
+        for &number in ended.iter().rev() {
+            self.finish(number, now);
         }
         self.report_dropped(now, PERIOD);
         kernel
