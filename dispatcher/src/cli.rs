@@ -151,7 +151,7 @@ pub enum WorkersAction {
     ///
     /// Also starts a worker that has failed or was drained.
     Restart(MemberFlags),
-    /// Drain a worker, and free its slot
+    /// Drain a worker, and free its member
     Remove(MemberFlags),
 }
 

@@ -88,7 +88,7 @@ complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_s
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "add" -d 'Start more workers'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "drain" -d 'Let a worker finish its packets, and stop it'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "restart" -d 'Drain a worker, and start it again'
-complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "remove" -d 'Drain a worker, and free its slot'
+complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "remove" -d 'Drain a worker, and free its member'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and not __fish_seen_subcommand_from list add drain restart remove help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from list" -s i -l interface -d 'The interface of the primary' -r
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from list" -l socket -d 'The control socket of the primary [default: /run/xfan/IFACE.sock]' -r -F
@@ -119,7 +119,7 @@ complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subco
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "add" -d 'Start more workers'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "drain" -d 'Let a worker finish its packets, and stop it'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "restart" -d 'Drain a worker, and start it again'
-complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "remove" -d 'Drain a worker, and free its slot'
+complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "remove" -d 'Drain a worker, and free its member'
 complete -c xfan -n "__fish_xfan_using_subcommand workers; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c xfan -n "__fish_xfan_using_subcommand help; and not __fish_seen_subcommand_from run check topology stats events workers help" -f -a "run" -d 'Dispatch an interface\'s packets to workers, until SIGINT or SIGTERM'
 complete -c xfan -n "__fish_xfan_using_subcommand help; and not __fish_seen_subcommand_from run check topology stats events workers help" -f -a "check" -d 'Validate the settings that `run` would use, and print them'
@@ -132,4 +132,4 @@ complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcomma
 complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcommand_from workers" -f -a "add" -d 'Start more workers'
 complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcommand_from workers" -f -a "drain" -d 'Let a worker finish its packets, and stop it'
 complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcommand_from workers" -f -a "restart" -d 'Drain a worker, and start it again'
-complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcommand_from workers" -f -a "remove" -d 'Drain a worker, and free its slot'
+complete -c xfan -n "__fish_xfan_using_subcommand help; and __fish_seen_subcommand_from workers" -f -a "remove" -d 'Drain a worker, and free its member'

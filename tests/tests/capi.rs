@@ -154,7 +154,7 @@ fn a_statically_linked_worker_in_c_outlives_a_primary() {
             (Some(0), (PACKETS, bytes(&frames))),
             "{exit:#?}"
         );
-        let report = primary.report_when(|report| report.groups[0].members[0].state == "vacant");
+        let report = primary.balanced_report_when(|report| report.groups[0].members[0].state == "vacant");
         assert_balanced(&report, round * PACKETS);
     }
 

@@ -346,9 +346,9 @@ fn every_thread_keeps_only_the_capabilities_it_needs() {
         tasks.map(|task| sets(task.path())).collect::<BTreeMap<_, _>>()
     };
     let capabilities = |bits: &[u32]| bits.iter().fold(0u64, |all, bit| all | 1 << bit);
-    // KILL, SETGID, SETUID, NET_ADMIN, SYS_NICE, BPF; SYS_RESOURCE if it was granted.
+    // KILL, SETGID, SETUID, NET_ADMIN, IPC_LOCK, SYS_NICE, BPF; SYS_RESOURCE if it was granted.
     let granted = if may_protect_from_oom() { 1 << 24 } else { 0 };
-    let control = capabilities(&[5, 6, 7, 12, 23, 39]) | granted;
+    let control = capabilities(&[5, 6, 7, 12, 14, 23, 39]) | granted;
     let expected = BTreeMap::from([
         ("xfan".to_owned(), [0, control, control, 0, 0]),
         ("control".to_owned(), [0, capabilities(&[12]), capabilities(&[12]), 0, 0]),

@@ -191,7 +191,7 @@ fn a_worker_that_is_ready_twice_is_evicted() {
     let primary = hostile(&namespace, "restart = 'no'", "ready-twice");
     primary.unleash();
     primary.process.wait_for_line("second: the worker of this connection has been ready before").unwrap();
-    let report = primary.report_when(|report| members(report)[0].state == "crashed");
+    let report = primary.balanced_report_when(|report| members(report)[0].state == "crashed");
     assert_eq!(members(&report)[1].buckets, 4096);
     send_synthetic(&namespace, 8);
     let report = primary.report_after(PACKETS, true);

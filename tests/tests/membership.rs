@@ -263,7 +263,7 @@ fn a_guest_reconnects_to_the_next_primary() {
     let (exit, folder) = first.end(Signal::SIGKILL);
     assert_eq!(exit.signal, Some(9));
     let second = Launch::within(&namespace, folder).with("-n 2").start().unwrap();
-    let report = second.report_when(|report| is(report, "default/1", "running"));
+    let report = second.balanced_report_when(|report| is(report, "default/1", "running"));
     assert_eq!(member(&report, "default/1").pid, pid, "the same process is the same member");
     send_synthetic(&namespace, 7);
     let report = second.report_after(PACKETS, true);
@@ -398,7 +398,7 @@ fn without_workers_packets_pass_to_the_kernel() {
     let passed = |report: &Report| report.lanes().map(|lane| lane.xdp.pass_no_socket).sum::<u64>();
 
     send_synthetic(&namespace, 7);
-    let report = primary.report_when(|report| passed(report) == PACKETS);
+    let report = primary.balanced_report_when(|report| passed(report) == PACKETS);
     assert_balanced(&report, 0);
     let guest = attach(&primary, (0, 0), &[]);
     told("running", 1);
@@ -410,7 +410,7 @@ fn without_workers_packets_pass_to_the_kernel() {
     assert_eq!(guest.end(Signal::SIGKILL).signal, Some(9));
     told("empty", 1);
     send_synthetic(&namespace, 7);
-    let report = primary.report_when(|report| passed(report) == 2 * PACKETS);
+    let report = primary.balanced_report_when(|report| passed(report) == 2 * PACKETS);
     assert_balanced(&report, PACKETS);
     assert_eq!(primary.stop().0.code, Some(0));
 }

@@ -54,7 +54,7 @@ fn a_killed_worker_is_restarted_with_its_share() {
 
     signal(pid_of(&before, 0), Signal::SIGKILL);
     let again = |member: &Member| member.restarts == 1 && member.state == "running";
-    let report = primary.report_when(|report| again(member(report, 0)));
+    let report = primary.balanced_report_when(|report| again(member(report, 0)));
     assert_ne!(member(&report, 0).pid, member(&before, 0).pid);
     assert_eq!(member(&report, 0).last_exit.as_deref(), Some("signal: 9 (SIGKILL)"));
     assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (2048, 2048));
@@ -154,7 +154,7 @@ fn a_worker_that_exits_leaves_its_share_to_the_other() {
     let primary = launch.hostile_worker("fork").unwrap().start().unwrap();
     send_synthetic(&namespace, 5);
     signal(pid_of(&primary.report(), 0), Signal::SIGUSR1);
-    let report = primary.report_when(|report| member(report, 0).last_exit.is_some());
+    let report = primary.balanced_report_when(|report| member(report, 0).last_exit.is_some());
     assert_eq!((member(&report, 0).state.as_str(), member(&report, 0).buckets), ("stopped", 0));
     assert_eq!(member(&report, 1).buckets, 4096);
     send_synthetic(&namespace, 5);
@@ -175,7 +175,7 @@ fn a_worker_that_crashes_too_often_stays_down() {
         });
         signal(pid_of(&report, 0), Signal::SIGKILL);
     }
-    let report = primary.report_when(|report| member(report, 0).state == "failed");
+    let report = primary.balanced_report_when(|report| member(report, 0).state == "failed");
     assert_eq!((member(&report, 0).restarts, member(&report, 0).buckets), (2, 0));
     assert_eq!(member(&report, 1).buckets, 4096);
     send_synthetic(&namespace, 5);
@@ -396,7 +396,7 @@ fn a_worker_that_keeps_reattaching_is_stopped() {
         let launch = Launch::on(&namespace).unwrap().with("-n 2").config(&config).unwrap();
         let primary = launch.hostile_worker("again").unwrap().start().unwrap();
         signal(pid_of(&primary.report(), 0), Signal::SIGUSR1);
-        let report = primary.report_when(|report| member(report, 0).state == "failed");
+        let report = primary.balanced_report_when(|report| member(report, 0).state == "failed");
         assert_eq!((member(&report, 0).buckets, member(&report, 1).buckets), (0, 4096));
         assert_eq!((member(&report, 0).pid, member(&report, 0).restarts), (0, 4));
         assert!(!member(&report, 0).held);

@@ -44,7 +44,7 @@ fn a_primary_without_descriptors_left_continues() {
     assert!(primary.process.is_running(), "{:#?}", primary.process.stderr());
     replay(&namespace);
     limit_descriptors(pid, before);
-    let report = primary.report_when(|report| all_received(report, PACKETS));
+    let report = primary.balanced_report_when(|report| all_received(report, PACKETS));
     assert_balanced(&report, PACKETS);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
@@ -60,12 +60,12 @@ fn a_renamed_interface_is_followed() {
     namespace.ip("link set dev rx0 down").unwrap();
     namespace.ip("link set dev rx0 name mirror0").unwrap();
     namespace.ip("link set dev mirror0 up").unwrap();
-    let report = primary.report_when(|report| report.ports[0].name == "mirror0");
+    let report = primary.balanced_report_when(|report| report.ports[0].name == "mirror0");
     assert_balanced(&report, PACKETS);
     // An interface that takes the old name is another one.
     namespace.ip("link add name rx0 type veth peer name other0").unwrap();
     replay(&namespace);
-    let report = primary.report_when(|report| all_received(report, 2 * PACKETS));
+    let report = primary.balanced_report_when(|report| all_received(report, 2 * PACKETS));
     assert_balanced(&report, 2 * PACKETS);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");
@@ -157,7 +157,7 @@ fn each_change_is_in_log_journal_and_report() {
 
     // Packets still arrive.
     replay(&namespace);
-    let report = primary.report_when(|report| all_received(report, PACKETS));
+    let report = primary.balanced_report_when(|report| all_received(report, PACKETS));
     assert_balanced(&report, PACKETS);
     let (exit, _folder) = primary.stop();
     assert_eq!(exit.code, Some(0), "{exit:#?}");

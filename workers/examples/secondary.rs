@@ -2,8 +2,8 @@
 //! packets that arrive.
 //!
 //! ```sh
-//! xfan run -i eth1 &
-//! cargo run -p xfan-worker --example secondary -- eth1 --wait
+//! sudo xfan run -i eth1 &
+//! sudo target/debug/examples/secondary eth1 --wait
 //! ```
 //!
 //! On SIGINT or SIGTERM it first receives the packets that are on their way to it, so none is lost.

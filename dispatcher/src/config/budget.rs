@@ -125,7 +125,7 @@ impl FrameBudget {
         let auto_slots = if shared_cores { AUTO_SLOTS_SHARED } else { AUTO_SLOTS };
         let mut slots = config.group.ring_slots.unwrap_or(auto_slots);
         loop {
-            // Slots for workers that may never join are given up before ring slots are.
+            // Members that may never have a worker are given up before slots of rings are.
             let most =
                 config.group.max_workers.unwrap_or((workers + AUTO_MORE).min(MAX_MEMBERS)).max(workers);
             let least = config.group.max_workers.map_or(workers, |_| most);

@@ -101,7 +101,7 @@ pub enum OnEmpty {
 pub enum OnLoss {
     /// They go to the other workers, as its flows do.
     Requeue,
-    /// They wait for the next worker in its slot, as its flows do.
+    /// They wait for the next worker of its member, as its flows do.
     Hold,
 }
 

@@ -39,9 +39,11 @@ section! {
 
     /// Packets that go to the kernel stack instead of the workers, as a list of rules.
     ///
-    /// A rule is a protocol, such as `icmp`, or a protocol and a destination port, such as
-    /// `tcp/22`. ARP, IPv6 neighbour discovery and other non-IP frames always go to the kernel. The
-    /// flag is given once per rule, and its rules replace the list in the file.
+    /// A rule is a protocol, or a protocol and a destination port, such as `tcp/22`. A protocol is a
+    /// number or one of icmp, igmp, tcp, udp, gre, esp, ah, icmpv6, ospf, pim, vrrp and sctp; only
+    /// tcp, udp and sctp have ports. Fragments other than the first match no rule with a port. ARP,
+    /// IPv6 neighbour discovery and other non-IP frames always go to the kernel. The flag is given
+    /// once per rule, and its rules replace the list in the file.
     pass: Vec<PassRule> = rules(), default("[]").items("RULE");
 
     /// How the XDP program is attached.
@@ -114,7 +116,7 @@ section! {
 
     /// The program that each worker runs, and its arguments.
     ///
-    /// Without a program xfan starts no workers, and every slot stays vacant until a worker
+    /// Without a program xfan starts no workers, and every member stays vacant until a worker
     /// attaches through the control socket. On the command line the program follows `--`.
     command: Vec<String> = command(), default("[]").rest("COMMAND");
 
@@ -166,7 +168,7 @@ section! {
     /// The most starts of a worker within `start_limit_interval`.
     ///
     /// If the worker exits once more, it stays down, and its flows go to the other workers. Workers
-    /// that xfan did not start may attach this many times per slot, counted together for each user.
+    /// that xfan did not start may attach this many times per member, counted together for each user.
     start_limit_burst: u32 = number(1..=1_000_000, "starts"), default("5");
 
     /// The time over which `start_limit_burst` counts starts.
@@ -186,8 +188,8 @@ section! {
 
     /// What happens to the packets that a lost worker had not committed, and to its flows.
     ///
-    /// `requeue`: they go to the other workers. `hold`: they wait for the next worker in the same
-    /// slot, for `hold_timeout` at most, as long as the worker's rings have free slots.
+    /// `requeue`: they go to the other workers. `hold`: they wait for the next worker of the same
+    /// member, for `hold_timeout` at most, as long as the member's rings have free slots.
     on_loss: OnLoss = choice(&[
         ("requeue", OnLoss::Requeue),
         ("hold", OnLoss::Hold),

@@ -24,7 +24,7 @@ pub struct Entry {
     pub pid: u32,
     /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`,
     /// `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`,
-    /// `resumed`, `interface`, `cut`, `unaccounted`.
+    /// `resumed`, `interface`, `cut`, `unaccounted`, `autogroup`.
     pub event: String,
     /// More of it, for people.
     pub detail: String,

@@ -16,6 +16,7 @@ const CAP_SETUID: u8 = 7;
 const CAP_SETPCAP: u8 = 8;
 const CAP_NET_ADMIN: u8 = 12;
 const CAP_NET_RAW: u8 = 13;
+const CAP_IPC_LOCK: u8 = 14;
 const CAP_SYS_ADMIN: u8 = 21;
 const CAP_SYS_NICE: u8 = 23;
 const CAP_SYS_RESOURCE: u8 = 24;
@@ -38,10 +39,11 @@ const NEEDED: [(&str, u8, &str); 10] = [
 
 /// The capabilities that the control thread keeps while packets arrive. It detaches the XDP program
 /// and restores offloads, changes the map of sockets, starts workers again as another user and with
-/// normal priority, and stops workers. With CAP_SYS_RESOURCE, if it was granted, it raises the
-/// minimum of their `oom_score_adj`, which they would inherit from the primary.
-const OF_CONTROL: [u8; 7] =
-    [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_SYS_RESOURCE, CAP_KILL];
+/// normal priority, and stops workers. With these, if they were granted: CAP_SYS_RESOURCE raises the
+/// minimum of their `oom_score_adj`, which they would inherit from the primary, and CAP_IPC_LOCK
+/// locks the segments of workers that attach later.
+const OF_CONTROL: [u8; 8] =
+    [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_SYS_RESOURCE, CAP_IPC_LOCK, CAP_KILL];
 
 /// The highest number that a capability can have: the sets have 64 bits.
 const LAST: u8 = 63;

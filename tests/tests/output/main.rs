@@ -61,8 +61,10 @@ impl<'a> Bare<'a> {
     fn report_when(&mut self, ready: impl Fn(&Report) -> bool) -> Report {
         loop {
             assert_eq!(self.child.try_wait().unwrap(), None, "it keeps running");
+            // The counters are not read at one instant: wait until their sums hold.
             if let Ok(report) = ask_for_report(&self.launch.socket())
                 && ready(&report)
+                && report.imbalances().is_empty()
             {
                 return report;
             }
