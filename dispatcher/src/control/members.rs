@@ -86,14 +86,13 @@ pub struct Session {
 impl Session {
     /// The first impossible index that a lane read, and the lane.
     pub fn lie(&self) -> Option<(LaneId, IndexError)> {
-        let found = (0..).map(LaneId).zip(&self.lies);
-        found.into_iter().find_map(|(lane, lie)| Some((lane, lie.read()?)))
+        let mut found = (0..).map(LaneId).zip(&self.lies);
+        found.find_map(|(lane, lie)| Some((lane, lie.read()?)))
     }
 
-    /// The first lane that found the worker's bell slow.
-    pub fn slow_bell(&self) -> Option<LaneId> {
-        let mut found = (0..).map(LaneId).zip(&self.lies);
-        found.find_map(|(lane, lie)| lie.has_slow_bell().then_some(lane))
+    /// Whether a lane found the worker's bell slow.
+    pub fn has_slow_bell(&self) -> bool {
+        self.lies.iter().any(|lie| lie.has_slow_bell())
     }
 
     /// Tells the worker that what is in its rings is the last.

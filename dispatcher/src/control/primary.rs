@@ -348,7 +348,7 @@ impl Primary {
                     None => error.to_string(),
                 };
                 self.apply(Event::Lied(number));
-            } else if member.session.as_ref().and_then(Session::slow_bell).is_some() {
+            } else if member.session.as_ref().is_some_and(Session::has_slow_bell) {
                 self.apply(Event::SlowedBell(number));
             } else if let Some(reading) = member.read() {
                 self.apply(Event::Observed(number, reading));

@@ -174,14 +174,7 @@ impl Primary {
             if Instant::now() >= deadline || again.told {
                 return false;
             }
-            tokio::select! {
-                next = inbox.next() => match next {
-                    Next::Event(event) => self.handle(event),
-                    Next::Question(question) => self.answer_while_stopping(question),
-                },
-                () = again.wait() => {}
-                () = tokio::time::sleep(POLL) => {}
-            }
+            self.deal_with_next(inbox, again).await;
         }
     }
 
@@ -201,14 +194,19 @@ impl Primary {
             if self.group.is_over() {
                 return;
             }
-            tokio::select! {
-                next = inbox.next() => match next {
-                    Next::Event(event) => self.handle(event),
-                    Next::Question(question) => self.answer_while_stopping(question),
-                },
-                () = again.wait() => {}
-                () = tokio::time::sleep(POLL) => {}
-            }
+            self.deal_with_next(inbox, again).await;
+        }
+    }
+
+    /// Deals with the next event, question or signal, and waits for it no longer than [`POLL`].
+    async fn deal_with_next(&mut self, inbox: &mut Inbox, again: &mut Again) {
+        tokio::select! {
+            next = inbox.next() => match next {
+                Next::Event(event) => self.handle(event),
+                Next::Question(question) => self.answer_while_stopping(question),
+            },
+            () = again.wait() => {}
+            () = tokio::time::sleep(POLL) => {}
         }
     }
 

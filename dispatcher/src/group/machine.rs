@@ -210,20 +210,8 @@ impl Group {
                 self.proceed(now);
                 Ok(())
             }
-            Event::Lied(member) => {
-                if self.get(member)?.has_session() {
-                    self.record(member, Fact::Died(Cause::Lied));
-                    self.evict(member, Shown::Crashed, now);
-                }
-                Ok(())
-            }
-            Event::SlowedBell(member) => {
-                if self.get(member)?.has_session() {
-                    self.record(member, Fact::Died(Cause::SlowBell));
-                    self.evict(member, Shown::Crashed, now);
-                }
-                Ok(())
-            }
+            Event::Lied(member) => self.condemn(member, Cause::Lied, now),
+            Event::SlowedBell(member) => self.condemn(member, Cause::SlowBell, now),
             Event::Observed(member, reading) => self.observed(member, reading, now),
             Event::Obeyed(ticket) => {
                 self.obeyed(ticket);
@@ -311,12 +299,16 @@ impl Group {
     }
 
     fn start(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
+        let held = self.vacant_at_start(member)?;
+        self.spawn(member, Occasion::Start, Down { rest: Rest::Stopped, restart: None, held }, now);
+        Ok(())
+    }
+
+    /// Until when packets are held for a member that may get a process as the primary starts.
+    fn vacant_at_start(&self, member: MemberId) -> Result<Option<Instant>, Refused> {
         let found = self.get(member)?;
         match found.state {
-            State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => {
-                self.spawn(member, Occasion::Start, Down { rest: Rest::Stopped, restart: None, held }, now);
-                Ok(())
-            }
+            State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => Ok(held),
             _ => Err(Refused::Illegal(found.shown())),
         }
     }
@@ -341,15 +333,10 @@ impl Group {
     }
 
     fn adopted(&mut self, member: MemberId, id: ProcessId, now: Instant) -> Result<(), Refused> {
-        let found = self.get(member)?;
-        match found.state {
-            State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => {
-                self.members[member.index()].starts.count(now);
-                self.expect(member, Process { id, adopted: true, attached: 0 }, held, now);
-                Ok(())
-            }
-            _ => Err(Refused::Illegal(found.shown())),
-        }
+        let held = self.vacant_at_start(member)?;
+        self.members[member.index()].starts.count(now);
+        self.expect(member, Process { id, adopted: true, attached: 0 }, held, now);
+        Ok(())
     }
 
     /// Waits for a process to attach.
@@ -432,7 +419,15 @@ impl Group {
         if still >= timeout {
             self.members[member.index()].hangs += 1;
             self.record(member, Fact::Hung(still));
-            self.record(member, Fact::Died(Cause::Hung));
+            self.condemn(member, Cause::Hung, now)?;
+        }
+        Ok(())
+    }
+
+    /// Evicts a worker that did what no honest worker does.
+    fn condemn(&mut self, member: MemberId, cause: Cause, now: Instant) -> Result<(), Refused> {
+        if self.get(member)?.has_session() {
+            self.record(member, Fact::Died(cause));
             self.evict(member, Shown::Crashed, now);
         }
         Ok(())

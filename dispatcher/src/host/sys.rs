@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -52,8 +53,18 @@ pub fn pidfd_signal_group(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<(
 
 /// Whether a descriptor is readable now. For a pidfd: whether the process has ended.
 pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    is_readable_within(fd, Duration::ZERO)
+}
+
+/// Whether a descriptor is readable, or becomes so within this time.
+pub fn is_readable_within(fd: BorrowedFd<'_>, limit: Duration) -> bool {
     let mut poll = [PollFd::new(fd, PollFlags::POLLIN)];
-    nix::poll::poll(&mut poll, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    nix::poll::poll(&mut poll, poll_timeout(limit)).is_ok_and(|ready| ready > 0)
+}
+
+/// A limit for poll(2), rounded up to milliseconds.
+pub fn poll_timeout(limit: Duration) -> PollTimeout {
+    PollTimeout::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
 }
 
 fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal, flags: u32) -> io::Result<()> {

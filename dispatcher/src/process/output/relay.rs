@@ -16,6 +16,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use xfan_shm::clock::thread_cpu_time;
 
 use super::lines::{Bucket, Line, Lines};
+use crate::host::sys;
 use crate::log::{self, CAPACITY, Writer};
 use crate::text::escaped;
 
@@ -134,7 +135,7 @@ impl Relay {
         loop {
             let unreported = self.unreported() > 0;
             let ready = self.wait(unreported.then_some(PERIOD));
-            if is_readable(&self.end, Some(Duration::ZERO)) {
+            if sys::is_readable(self.end.as_fd()) {
                 return self.end();
             }
             let begun = Instant::now();
@@ -148,7 +149,7 @@ impl Relay {
             if kernel >= SLOW {
                 pause = pause.max(kernel * SLOW_PAUSES);
             }
-            let ended = is_readable(&self.end, Some(pause));
+            let ended = sys::is_readable_within(self.end.as_fd(), pause);
             self.active.fetch_sub(1, Ordering::Relaxed);
             if ended {
                 return self.end();
@@ -161,7 +162,7 @@ impl Relay {
         let mut polled = vec![PollFd::new(self.end.as_fd(), PollFlags::POLLIN)];
         polled
             .extend(self.streams.iter().map(|stream| PollFd::new(stream.socket.as_fd(), PollFlags::POLLIN)));
-        if poll(&mut polled, poll_timeout(timeout)).is_err() {
+        if poll(&mut polled, timeout.map_or(PollTimeout::NONE, sys::poll_timeout)).is_err() {
             // A signal, or no memory. The next turn finds the output.
             std::thread::sleep(PAUSE);
             return Vec::new();
@@ -266,19 +267,6 @@ impl Relay {
             self.reported = (self.reported.0 + dropped, now);
         }
     }
-}
-
-/// Waits until a descriptor is readable. `None`: without limit.
-fn is_readable(fd: &EventFd, limit: Option<Duration>) -> bool {
-    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut polled, poll_timeout(limit)).is_ok_and(|ready| ready > 0)
-}
-
-/// A limit for poll(2), rounded up to milliseconds. `None`: without limit.
-fn poll_timeout(limit: Option<Duration>) -> PollTimeout {
-    limit.map_or(PollTimeout::NONE, |limit| {
-        PollTimeout::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
-    })
 }
 
 /// Passes the lines of one read on to their destination.
