@@ -11,8 +11,10 @@ use xfan_xdp::AttachError;
 use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes, UserError, WorkerUser};
 use crate::control::access::Access;
 use crate::control::error::PrimaryError;
-use crate::control::members::Member;
+use crate::control::groups::GroupParts;
+use crate::control::ports::PortParts;
 use crate::control::primary::{Parts, Primary};
+use crate::control::resources::Resources;
 use crate::control::server::{ControlError, Listener};
 use crate::control::shutdown::Outcome;
 use crate::group::policy::Policy;
@@ -215,7 +217,7 @@ impl Start<'_> {
             let last = modes.peek().is_none();
             // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
             block_signals(true)?;
-            let primary = match self.primary(mode) {
+            let primary = match self.primary(mode, workers) {
                 Err(error) if !last && next_may_do(&error) => {
                     tracing::warn!(
                         "zero-copy is not available: {error}. Trying copy mode, in which the kernel \
@@ -229,7 +231,7 @@ impl Start<'_> {
                 Some(listener) => listener,
                 none => none.insert(Listener::bind(&self.config.primary.socket, access.clone())?),
             };
-            let outcome = Primary::run(primary, listener, workers)?;
+            let outcome = Primary::run(primary, listener)?;
             match outcome.error {
                 Some(PrimaryError::Port(PortError::Attach(error @ AttachError::NoNativeMode { .. })))
                     if !last && !outcome.interrupted =>
@@ -243,7 +245,7 @@ impl Start<'_> {
 
     /// Creates a primary in one mode. Its sockets are bound, and its lanes run and have posted
     /// frames, but no packets arrive yet.
-    fn primary(&self, mode: Mode) -> Result<Parts, RunError> {
+    fn primary(&self, mode: Mode, workers: Option<&WorkerCommand>) -> Result<Parts, RunError> {
         let Start { config, interface, queues, machine, placement, key } = self;
         let nic_ring = match mode.bind {
             CopyMode::ZeroCopy => interface.rx_ring,
@@ -296,30 +298,29 @@ impl Start<'_> {
             .map(|number| {
                 let slot = placement.workers.get(number).or_else(|| later.get(number - config.group.workers));
                 let spin = spin(slot.is_none() || workers_share);
-                Member::new(member_id(number), slot.map(|slot| slot.cpu), spin, lanes.len())
+                Resources::new(member_id(number), slot.map(|slot| slot.cpu), spin, lanes.len())
             })
             .collect();
         let geometry =
             Geometry { lanes: u32::try_from(queues.len()).unwrap_or(u32::MAX), slots: budget.ring_slots };
-        Ok(Parts {
-            name: config.port.interface.clone(),
-            port: Some(port),
-            memory,
-            geometry,
-            lanes,
-            group: GROUP.to_owned(),
+        let policy = Policy {
+            restart: config.group.restart_policy(),
+            hang_timeout: config.group.hang_timeout,
+            hold: (config.group.on_loss == OnLoss::Hold).then_some(config.group.hold_timeout),
+            on_empty: config.group.on_empty,
+            start_timeout: config.group.start_timeout,
+            stop_timeout: config.group.stop_timeout,
+        };
+        let group = GroupParts {
+            name: GROUP.to_owned(),
             members,
-            places: config.group.workers,
-            yields: config.idle.r#yield,
-            policy: Policy {
-                restart: config.group.restart_policy(),
-                hang_timeout: config.group.hang_timeout,
-                hold: (config.group.on_loss == OnLoss::Hold).then_some(config.group.hold_timeout),
-                on_empty: config.group.on_empty,
-                start_timeout: config.group.start_timeout,
-                stop_timeout: config.group.stop_timeout,
-            },
-        })
+            initial: config.group.workers,
+            policy,
+            command: workers.cloned(),
+        };
+        let port = PortParts { name: config.port.interface.clone(), port: Some(port) };
+        let (ports, groups) = (vec![port], vec![group]);
+        Ok(Parts { ports, groups, memory, geometry, lanes, yields: config.idle.r#yield })
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use xfan::cli::{EventsFlags, PrimaryFlags, StatsFlags, WorkersAction};
-use xfan::control::{client, journal};
+use xfan::control::{client, history};
 use xfan::exit::Exit;
 use xfan::print::say;
 use xfan::text::escaped_json;
@@ -93,12 +93,12 @@ fn wait_for(primary: &PrimaryFlags, id: &str, before: u32, starts: bool) -> Ende
     }
 }
 
-/// Prints the journal, and new entries as they come if asked to follow.
+/// Prints the event history, and new entries as they come if asked to follow.
 pub fn events(flags: &EventsFlags) -> Ended {
     let socket = flags.primary.socket();
     let mut last = 0;
     loop {
-        let page: journal::Page = match client::ask(&socket, &Request::Events(last)) {
+        let page: history::Page = match client::ask(&socket, &Request::Events(last)) {
             Ok(Reply::Events(page)) => {
                 serde_json::from_value(page).map_err(|error| (Exit::Failure, error.to_string()))?
             }

@@ -78,7 +78,7 @@ pub enum Request {
     Detach,
     /// Asks for the report.
     Stats,
-    /// Asks for the journal entries after the one with this number; 0 for all that are kept.
+    /// Asks for the entries of the event history after the one with this number; 0 for all that are kept.
     Events(u64),
     /// Starts, drains, restarts or removes workers. For root only.
     Workers(WorkersOrder),
@@ -131,7 +131,7 @@ pub enum Reply {
     Refused(Refusal),
     /// The report, as `xfan stats --json` documents it.
     Stats(serde_json::Value),
-    /// Journal entries, as `xfan events --json` documents them.
+    /// Entries of the event history, as `xfan events --json` documents them.
     Events(serde_json::Value),
     /// The order is being carried out on these members.
     Ordered(Vec<String>),

@@ -84,7 +84,8 @@ impl Hierarchy {
     /// # Panics
     /// The primary has no cgroups.
     pub fn folder(&self, report: &Report, primary: &Primary) -> PathBuf {
-        let seen = PathBuf::from(report.confinement.cgroups.clone().expect("the primary has cgroups"));
+        let seen =
+            PathBuf::from(report.groups[0].confinement.cgroups.clone().expect("the primary has cgroups"));
         let folder = self.path.join(seen.strip_prefix(primary.folder().join("cgroup")).unwrap());
         self.seen.borrow_mut().push(folder.clone());
         folder

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::Pid;
 use xfan::control::client::{ask, ask_for_report};
-use xfan::control::journal::Page;
+use xfan::control::history::Page;
 use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 

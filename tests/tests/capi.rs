@@ -64,7 +64,7 @@ fn a_worker_in_c_runs_in_the_sandbox() {
     let frames = traffic::synthetic(60, 600, 6).frames;
     namespace.run(|| Replay::onto("tx0").run(&frames)).unwrap();
     let report = primary.report_after(PACKETS, true);
-    assert!(report.confinement.sandbox);
+    assert!(report.groups[0].confinement.sandbox);
     assert_balanced(&report, PACKETS);
     let exit = primary.stop().0;
     assert_eq!((exit.code, exit.totals_of("default/0")), (Some(0), (PACKETS, bytes(&frames))));

@@ -123,7 +123,7 @@ fn limits_apply_where_cgroup_controllers_exist() {
     let primary = start("swarm 100");
     let report = primary.report();
     let folder = hierarchy.folder(&report, &primary).join("default-0");
-    let confinement = &report.confinement;
+    let confinement = &report.groups[0].confinement;
     for (controller, setting, file, value) in [
         ("memory", "worker_memory", "memory.max", (64 << 20).to_string()),
         ("pids", "worker_processes", "pids.max", "20".to_owned()),
@@ -195,7 +195,11 @@ fn a_primary_uses_a_cgroup_that_is_delegated_to_it() {
         ("../cgroup.procs", "worker_memory (for each process)")
     };
     assert_eq!(read(folder.join(inside)), primary.process.pid().to_string());
-    assert!(report.confinement.limits.iter().any(|limit| limit == expected), "{:?}", report.confinement);
+    assert!(
+        report.groups[0].confinement.limits.iter().any(|limit| limit == expected),
+        "{:?}",
+        report.groups[0].confinement
+    );
     let exit = primary.stop().0;
     assert_eq!(exit.code, Some(0));
     assert!(subfolders(&unit).is_empty(), "{exit:#?}");

@@ -390,7 +390,7 @@ fn a_workers_children_are_killed_without_cgroups() {
         let launch = Launch::on(&namespace).unwrap().config("restart = 'no'").unwrap().with("-n 2");
         let way = format!("brood {disguise}");
         let primary = launch.hostile_worker(&way).unwrap().start().unwrap();
-        assert_eq!(primary.report().confinement.cgroups, None);
+        assert_eq!(primary.report().groups[0].confinement.cgroups, None);
         let daemons = daemons(&primary, count);
         if stays {
             // In the worker's own process group, the worker may keep it as long as it lives.
@@ -435,7 +435,7 @@ fn unneeded_system_calls_are_refused() {
     for sandbox in [false, true] {
         let primary = start(&sandbox.to_string());
         let report = primary.report();
-        assert_eq!(report.confinement.sandbox, sandbox);
+        assert_eq!(report.groups[0].confinement.sandbox, sandbox);
         for task in fs::read_dir(format!("/proc/{}/task", primary.process.pid())).unwrap().flatten() {
             let task = task.path().strip_prefix("/proc").unwrap().display().to_string();
             assert_eq!((status(&task, "Seccomp"), status(&task, "NoNewPrivs")), ("2".into(), "1".into()));

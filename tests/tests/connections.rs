@@ -5,7 +5,7 @@ use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xfan::control::journal::Entry;
+use xfan::control::history::Entry;
 use xfan::report::{Member, Report};
 use xfan_shm::layout::{Up, VERSION};
 use xfan_shm::protocol::{self, Attach, ENV_SOCKET, MAX_REPLY, ProtocolError, Reply, Request};
@@ -165,7 +165,9 @@ fn a_worker_that_is_never_ready_gets_no_packets() {
     let report = primary.report_after(PACKETS, true);
     assert_eq!((report.totals(), members(&report)[0].committed), ((PACKETS, PACKETS, 0), PACKETS));
     let (reply, _) = protocol::ask(primary.dial(), &Request::Attach(attach.clone())).unwrap();
-    assert!(matches!(&reply, Reply::Refused(refusal) if refusal.message.contains("all 2 places are taken")));
+    assert!(
+        matches!(&reply, Reply::Refused(refusal) if refusal.message.contains("all 2 members have a worker"))
+    );
     assert!(matches!(protocol::receive::<Reply>(&guest, MAX_REPLY), Err(ProtocolError::Closed)));
     primary
         .process

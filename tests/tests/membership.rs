@@ -120,7 +120,7 @@ fn workers_are_added_drained_restarted_and_removed() {
     assert_eq!(shares().iter().sum::<usize>(), 4096);
     assert!(shares().iter().all(|&share| share >= 1365));
     let answer = refused(&primary, "add");
-    assert!(answer.contains("0 of 3 places are vacant") && answer.contains("max_workers"), "{answer}");
+    assert!(answer.contains("0 of 3 members are vacant") && answer.contains("max_workers"), "{answer}");
     send_synthetic(&namespace, 7);
     let before = primary.report_after(PACKETS, true);
     assert!(before.groups[0].members.iter().all(|member| member.committed > 0));
@@ -357,7 +357,7 @@ fn the_journal_records_every_event() {
 
     let shown = events(false).wait();
     assert_eq!(shown.code, Some(0), "{shown:#?}");
-    let parse = |line: &String| serde_json::from_str::<xfan::control::journal::Entry>(line).unwrap();
+    let parse = |line: &String| serde_json::from_str::<xfan::control::history::Entry>(line).unwrap();
     let entries: Vec<_> = shown.stdout.iter().map(parse).collect();
     assert!(entries.iter().map(|entry| entry.number).eq(1..=entries.len() as u64));
     assert!(entries.is_sorted_by_key(|entry| entry.time_ns));

@@ -1,7 +1,7 @@
 //! Who may use the control socket.
 //!
-//! The permissions of the socket's file keep out most users. Each connection is checked again, by the
-//! user and the groups of the connecting process, as the kernel tells them.
+//! The permissions of the socket's file keep out most users. Each connection is checked again, by
+//! the user and the groups of the connecting process, as the kernel tells them.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -17,7 +17,8 @@ use crate::host::sys;
 pub enum Standing {
     /// Root, or whom the configuration names.
     Named,
-    /// The workers' user: a compromised worker may run as it, and must not take more than its member.
+    /// The workers' user: a compromised worker may run as it, and must not take more than its
+    /// member.
     Worker,
 }
 

@@ -1,9 +1,10 @@
 //! Workers that an earlier primary started: adopted if this primary would start the same, or ended.
 
-use xfan_shm::ids::MemberId;
+use xfan_shm::ids::GroupId;
 use xfan_shm::limits::explained;
 
 use crate::control::error::PrimaryError;
+use crate::control::groups::{GroupState, MemberKey};
 use crate::control::primary::Primary;
 use crate::control::processes::Child;
 use crate::group::Event;
@@ -14,15 +15,15 @@ impl Primary {
     /// Starts a process for each member that has one from the start, unless a worker of an earlier
     /// primary is adopted for it.
     pub(super) fn start_workers(&mut self) -> Result<(), PrimaryError> {
-        if self.spawner.as_ref().is_some_and(|spawner| spawner.command.user.is_root()) {
+        if self.commands().any(|command| command.user.is_root()) {
             tracing::warn!(
                 "workers run as root, as configured: nothing keeps them from writing to packets and segments that are not theirs"
             );
         }
         self.adopt_survivors()?;
-        for member in self.initial() {
-            if self.group.members()[member.index()].process().is_none() {
-                self.apply(Event::Start(member));
+        for key in self.initial() {
+            if self.life(key).process().is_none() {
+                self.apply(key.group, Event::Start(key.member));
                 self.check_failure()?;
             }
         }
@@ -30,13 +31,14 @@ impl Primary {
     }
 
     /// The members that have a process from the start.
-    fn initial(&self) -> impl Iterator<Item = MemberId> + use<> {
-        (0..u8::MAX).map(MemberId).take(self.places)
+    fn initial(&self) -> Vec<MemberKey> {
+        let started = self.groups.iter().filter(|group| group.workers.is_some());
+        started.flat_map(GroupState::initial).collect()
     }
 
     fn adopt_survivors(&mut self) -> Result<(), PrimaryError> {
         let Some(spawner) = &self.spawner else { return Ok(()) };
-        let (command, note) = (spawner.command.clone(), spawner.note.clone());
+        let note = spawner.note.clone();
         let survivors = note.read().unwrap_or_else(|error| {
             tracing::warn!(
                 path = format!("{}.workers", spawner.socket.display()),
@@ -47,54 +49,70 @@ impl Primary {
         });
         note.remove();
         for survivor in survivors {
-            let Some(pidfd) = survivor.find(&command) else { continue };
-            let cgroup = self.cgroups().and_then(|cgroups| cgroups.of(survivor.pid));
+            // A worker whose group is no longer configured is looked for as one of the first group.
+            let group = self.group_of(&survivor.member);
+            let Some(workers) = &self.group(group).workers else { continue };
+            let command = &workers.command;
+            let Some(pidfd) = survivor.find(command) else { continue };
+            let wanted = command.survive && command.command == survivor.command;
+            let program = command.command.first().cloned().unwrap_or_default();
+            let cgroup = self.cgroups.as_ref().and_then(|cgroups| cgroups.of(survivor.pid));
             let process = Process::adopt(survivor.pid, pidfd, cgroup);
             let (id, pid) = (survivor.member, survivor.pid);
-            let free = |member: &MemberId| {
-                self.members[member.index()].id == id
-                    && self.group.members()[member.index()].process().is_none()
-            };
-            let member = self.initial().find(free);
-            let child = Child { process, channel: None, token: Some(survivor.token) };
-            match member {
-                Some(member) if command.survive && command.command == survivor.command => {
-                    tracing::info!(member = id, pid, "adopting a worker of the previous primary");
-                    self.members[member.index()].program =
-                        command.command.first().cloned().unwrap_or_default();
-                    let process = self.watch_process(child)?;
-                    self.apply(Event::Adopted(member, process));
-                }
-                _ => {
-                    tracing::info!(member = id, pid, "terminating a worker of the previous primary");
-                    let process = self.watch_process(Child { token: None, ..child })?;
-                    self.apply(Event::Unwanted(process));
-                }
+            let is_free =
+                |key: &MemberKey| self.resources(*key).id == id && self.life(*key).process().is_none();
+            let key = self.group(group).initial().find(is_free).filter(|_| wanted);
+            let child = Child { group, process, channel: None, token: Some(survivor.token) };
+            if let Some(key) = key {
+                tracing::info!(member = id, pid, "adopting a worker of the previous primary");
+                self.resources_mut(key).program = program;
+                let process = self.watch_process(child)?;
+                self.apply(group, Event::Adopted(key.member, process));
+            } else {
+                tracing::info!(member = id, pid, "terminating a worker of the previous primary");
+                let process = self.watch_process(Child { token: None, ..child })?;
+                self.apply(group, Event::Unwanted(process));
             }
         }
-        if let Some(cgroups) = self.cgroups() {
+        if let Some(cgroups) = &self.cgroups {
             let kept: Vec<_> = self.processes.values().filter_map(|child| child.process.cgroup()).collect();
             cgroups.clear(&kept);
         }
         Ok(())
     }
 
+    /// The group of a member's id; the first if there is none of that name.
+    fn group_of(&self, id: &str) -> GroupId {
+        let name = id.rsplit_once('/').map(|(name, _)| name);
+        self.groups
+            .iter()
+            .find(|group| Some(group.name.as_str()) == name)
+            .map_or(GroupId(0), |group| group.id)
+    }
+
     /// Writes the list of workers that the next primary is to find.
     pub(super) fn write_note(&self) {
-        let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) else { return };
-        let survivor = |(number, member): (MemberId, &crate::control::members::Member)| {
-            let child = self.child_of(number)?;
-            let survivor = Survivor::of(&child.process, &member.id, child.token.as_ref()?, &spawner.command);
+        let Some(spawner) = &self.spawner else { return };
+        let surviving =
+            |group: &&GroupState| group.workers.as_ref().is_some_and(|workers| workers.command.survive);
+        let surviving: Vec<_> = self.groups.iter().filter(surviving).collect();
+        if surviving.is_empty() {
+            return;
+        }
+        let survivor = |key: MemberKey| {
+            let (child, resources) = (self.child_of(key)?, self.resources(key));
+            let command = &self.group(key.group).workers.as_ref()?.command;
+            let survivor = Survivor::of(&child.process, &resources.id, child.token.as_ref()?, command);
             if survivor.is_none() {
                 tracing::warn!(
-                    member = member.id,
+                    member = resources.id,
                     "the kernel does not tell when the process began: the next primary will not find it"
                 );
             }
             survivor
         };
-        let members = (0..u8::MAX).map(MemberId).zip(&self.members);
-        let survivors: Vec<_> = members.filter_map(survivor).collect();
+        let survivors: Vec<_> =
+            surviving.into_iter().flat_map(GroupState::keys).filter_map(survivor).collect();
         if let Err(error) = spawner.note.write(&survivors) {
             tracing::warn!(
                 path = format!("{}.workers", spawner.socket.display()),

@@ -24,7 +24,9 @@ impl Primary {
             Request::Attach(attach) => self.attach(connection, peer, attach),
             Request::Ready => self.ready(&connection, &peer),
             Request::Detach => {
-                self.apply(Event::Detach(connection.id));
+                if let Some(key) = self.member_of(connection.id) {
+                    self.apply(key.group, Event::Detach(connection.id));
+                }
                 Answer::default()
             }
             Request::Events(after) => self.events_after(after),
@@ -36,11 +38,11 @@ impl Primary {
         let _ = answer.send(reply);
     }
 
-    /// Answers users but root: at once if nobody was answered for a while, else with the next tick.
-    /// One report is made for all that want one, so whoever asks without a pause costs one report
-    /// per tick.
+    /// Answers users other than root: at once if none was answered for a while, else with the next
+    /// tick. One report is made for all that want one, so whoever asks without a pause costs one
+    /// report per tick.
     pub(super) fn tell_those_who_wait(&mut self) {
-        /// Most parts of the journal at a time.
+        /// Most pages of the event history at a time.
         const PAGES: usize = 16;
         if self.waiting.is_empty() {
             return;
@@ -69,7 +71,7 @@ impl Primary {
         for (uid, refusals) in self.limit.suppressed(now) {
             let who = uid.map_or("several users".into(), |uid| format!("user id {uid}"));
             tracing::warn!("refused: {refusals} more requests of {who}");
-            self.journal.write(None, 0, "refused", format!("{refusals} more requests of {who}"));
+            self.history.write(None, 0, "refused", format!("{refusals} more requests of {who}"));
         }
     }
 
@@ -81,7 +83,7 @@ impl Primary {
     }
 
     fn events_after(&self, number: u64) -> Answer {
-        match serde_json::to_value(self.journal.page(number)) {
+        match serde_json::to_value(self.history.page(number)) {
             Ok(page) => Reply::Events(page).into(),
             Err(_) => Answer::default(),
         }

@@ -1,19 +1,21 @@
-//! A worker takes a place: it is given segments, maps them, seals its own, and says that it is
-//! ready. Only then a lane knows it.
+//! A worker attaches: it is given segments, maps them, seals its own, and says that it is ready.
+//! Only then do the lanes know it.
 
 use std::time::Instant;
 
 use nix::sys::socket::UnixCredentials;
-use xfan_shm::ids::MemberId;
+use xfan_shm::ids::GroupId;
 use xfan_shm::layout::VERSION;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
 use crate::control::access::Standing;
+use crate::control::groups::MemberKey;
 use crate::control::inbox::Answer;
 use crate::control::peer::Connection;
 use crate::control::primary::Primary;
-use crate::group::Event;
+use crate::group::admission::{Candidate, Inherited, NotAdmitted, Proof};
+use crate::group::{Event, ProcessId};
 use crate::text::excerpt;
 
 impl Primary {
@@ -31,9 +33,9 @@ impl Primary {
                 self.refused += 1;
                 let name = attach.member.as_deref().map(excerpt);
                 self.tell_refusal(&peer, Some(&attach.program), name.as_deref(), &refusal.message);
-                if let Some(member) = member.filter(|_| refusal.code == RefusalCode::Version) {
-                    self.members[member.index()].trouble.clone_from(&refusal.message);
-                    self.apply(Event::Incompatible(member));
+                if let Some(key) = member.filter(|_| refusal.code == RefusalCode::Version) {
+                    self.resources_mut(key).trouble.clone_from(&refusal.message);
+                    self.apply(key.group, Event::Incompatible(key.member));
                 }
                 Reply::Refused(refusal).into()
             }
@@ -55,7 +57,7 @@ impl Primary {
         };
         tracing::warn!(pid = peer.pid(), uid = peer.uid(), program, "refused: {message}{more}");
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
-        self.journal.write(member, pid, "refused", format!("{message}{more}"));
+        self.history.write(member, pid, "refused", format!("{message}{more}"));
     }
 
     /// Makes the segments of a worker.
@@ -64,11 +66,10 @@ impl Primary {
         connection: Connection,
         peer: UnixCredentials,
         attach: &Attach,
-    ) -> Result<Answer, (Option<MemberId>, Refusal)> {
-        let place = self
-            .choose(&connection, u32::try_from(peer.pid()).unwrap_or(0), attach)
-            .map_err(|refusal| (None, refusal))?;
-        let refused = |code, message: String| (Some(place), Refusal { code, message });
+    ) -> Result<Answer, (Option<MemberKey>, Refusal)> {
+        let pid = u32::try_from(peer.pid()).unwrap_or(0);
+        let key = self.choose(&connection, pid, attach).map_err(|refusal| (None, refusal))?;
+        let refused = |code, message: String| (Some(key), Refusal { code, message });
         if attach.version != VERSION {
             return Err(refused(
                 RefusalCode::Version,
@@ -78,29 +79,29 @@ impl Primary {
                 ),
             ));
         }
-        if !self.group.members()[place.index()].is_supervised() {
-            self.count_guest(peer.uid()).map_err(|message| refused(RefusalCode::Occupied, message))?;
+        if !self.life(key).is_supervised() {
+            self.count_guest(key.group, peer.uid())
+                .map_err(|message| refused(RefusalCode::Occupied, message))?;
         }
         let fail = |error: &dyn std::fmt::Display| refused(RefusalCode::Closing, explained(error));
         let memory = self.memory.read_only_fd().try_clone_to_owned().map_err(|error| fail(&error))?;
-        let pid = u32::try_from(peer.pid()).unwrap_or(0);
-        let id = connection.id;
-        let member = &mut self.members[place.index()];
-        let handover = member
-            .begin_joining(connection, pid, attach.program.clone(), self.geometry)
+        let (id, geometry) = (connection.id, self.geometry);
+        let handover = self
+            .resources_mut(key)
+            .begin_joining(connection, pid, attach.program.clone(), geometry)
             .map_err(|error| fail(&error))?;
-        if let Err(error) = self.try_apply(Event::Attaching(place, id)) {
-            self.members[place.index()].joining = None;
+        if let Err(error) = self.try_apply(key.group, Event::Attaching(key.member, id)) {
+            self.resources_mut(key).joining = None;
             return Err(refused(RefusalCode::Occupied, error.to_string()));
         }
-        let member = &self.members[place.index()];
+        let resources = self.resources(key);
         let attached = Attached {
-            member: member.id.clone(),
-            ports: vec![self.name.clone()],
-            geometry: self.geometry,
+            member: resources.id.clone(),
+            ports: self.ports.iter().map(|port| port.name.clone()).collect(),
+            geometry,
             umem_bytes: self.memory.length() as u64,
-            core: member.core,
-            spin_ns: u64::try_from(member.spin.as_nanos()).unwrap_or(u64::MAX),
+            core: resources.core,
+            spin_ns: u64::try_from(resources.spin.as_nanos()).unwrap_or(u64::MAX),
             yield_ns: u64::try_from(self.yields.as_nanos()).unwrap_or(u64::MAX),
         };
         Ok(Answer {
@@ -110,10 +111,10 @@ impl Primary {
     }
 
     /// Counts a worker that the primary did not start.
-    fn count_guest(&mut self, uid: u32) -> Result<(), String> {
-        let policy = self.group.policy().restart;
-        let members = self.members.len();
-        self.group.count_guest(uid, Instant::now()).map_err(|limit| {
+    fn count_guest(&mut self, group: GroupId, uid: u32) -> Result<(), String> {
+        let life = &mut self.group_mut(group).life;
+        let (policy, members) = (life.policy().restart, life.members().len());
+        life.count_guest(uid, Instant::now()).map_err(|limit| {
             format!(
                 "workers of user id {uid} have attached {limit} times within {:?}, which is the limit: {} (start_limit_burst) \
                  for each of {members} members; try again later",
@@ -128,10 +129,10 @@ impl Primary {
             Ok(()) => Reply::Joined.into(),
             Err((member, refusal)) => {
                 self.refused += 1;
-                let name = member.map(|member| self.members[member.index()].id.clone());
+                let name = member.map(|key| self.resources(key).id.clone());
                 self.tell_refusal(peer, None, name.as_deref(), &refusal.message);
-                if member.is_some() {
-                    self.apply(Event::HungUp(connection.id));
+                if let Some(key) = member {
+                    self.apply(key.group, Event::HungUp(connection.id));
                 }
                 Reply::Refused(refusal).into()
             }
@@ -139,23 +140,23 @@ impl Primary {
     }
 
     /// Has the lanes serve a worker that has mapped its segments.
-    fn join(&mut self, connection: &Connection) -> Result<(), (Option<MemberId>, Refusal)> {
-        let number = self.group.member_of(connection.id);
-        let joining = number.and_then(|number| self.members[number.index()].joining.take());
-        let (Some(number), Some(joining)) = (number, joining) else {
-            let message = match number {
+    fn join(&mut self, connection: &Connection) -> Result<(), (Option<MemberKey>, Refusal)> {
+        let key = self.member_of(connection.id);
+        let joining = key.and_then(|key| self.resources_mut(key).joining.take());
+        let (Some(key), Some(joining)) = (key, joining) else {
+            let message = match key {
                 Some(_) => "the worker of this connection has been ready before",
                 None => "this connection has no worker",
             };
             return Err((None, Refusal { code: RefusalCode::Malformed, message: message.into() }));
         };
-        let member = &mut self.members[number.index()];
-        let refused = |code, message: String| (Some(number), Refusal { code, message });
-        let locked = member
+        let refused = |code, message: String| (Some(key), Refusal { code, message });
+        let locked = self
+            .resources_mut(key)
             .begin_session(joining)
             .map_err(|error| refused(RefusalCode::Impossible, error.to_string()))?;
-        if let Err(error) = self.try_apply(Event::Joined(connection.id)) {
-            self.members[number.index()].session = None;
+        if let Err(error) = self.try_apply(key.group, Event::Joined(connection.id)) {
+            self.resources_mut(key).session = None;
             return Err(refused(RefusalCode::Occupied, error.to_string()));
         }
         if let Err(error) = locked
@@ -169,105 +170,92 @@ impl Primary {
         Ok(())
     }
 
-    /// The place a worker may take.
-    fn choose(&self, connection: &Connection, peer: u32, attach: &Attach) -> Result<MemberId, Refusal> {
-        let refuse = |code, message: String| Err(Refusal { code, message });
-        if self.group.member_of(connection.id).is_some() {
-            return refuse(RefusalCode::Malformed, "this connection has a worker already".into());
+    /// The member that a worker becomes.
+    fn choose(&self, connection: &Connection, pid: u32, attach: &Attach) -> Result<MemberKey, Refusal> {
+        let refusal = |code, message: String| Refusal { code, message };
+        let group = self.group_named(attach.group.as_deref())?;
+        let state = self.group(group);
+        let named = attach.member.as_deref().map(|id| self.find(id)).transpose()?;
+        if let Some(named) = named.filter(|named| named.group != group) {
+            let message = format!("member {} is not one of group {}", self.resources(named).id, state.name);
+            return Err(refusal(RefusalCode::UnknownMember, message));
         }
-        if let Some(group) = attach.group.as_ref().filter(|group| **group != self.group_name) {
-            return refuse(
-                RefusalCode::UnknownGroup,
-                format!("there is no group {}: the only one is {}", excerpt(group), self.group_name),
-            );
-        }
-        // Who has inherited the connection of a place needs no other proof, and gets no other
-        // place.
-        let its = |(number, _): &(MemberId, _)| {
-            let child = self.child_of(*number)?;
-            child.channel.as_ref().map(|channel| channel.id)
-        };
-        let own = match connection.channel {
-            None => None,
-            inherited => {
-                match self.group.numbered().find(|found| its(found) == inherited).map(|(it, _)| it) {
-                    None => {
-                        return refuse(
-                            RefusalCode::Forbidden,
-                            "this connection is for a process that has ended, or that may not attach again"
-                                .into(),
-                        );
-                    }
-                    own => own,
-                }
+        let inherited = match connection.channel {
+            None => Inherited::No,
+            channel => {
+                let its = |key: &MemberKey| {
+                    let child = self.child_of(*key);
+                    child.and_then(|child| child.channel.as_ref().map(|channel| channel.id)) == channel
+                };
+                state.keys().find(its).map_or(Inherited::Stale, |key| Inherited::From(key.member))
             }
         };
-        let place = match &attach.member {
-            Some(id) => self.find(id)?,
-            None => match own.or_else(|| self.group.vacant()) {
-                Some(place) => place,
-                None => {
-                    return refuse(
+        let candidate = Candidate {
+            connection: connection.id,
+            named: named.map(|key| key.member),
+            inherited,
+            as_worker: connection.standing == Standing::Worker,
+        };
+        let proof = |member| {
+            let child = self.child_of(MemberKey { group, member });
+            let token = child.and_then(|child| child.token.as_ref());
+            Proof {
+                token: token.is_some() && token == attach.token.as_ref(),
+                descends: child.is_some_and(|child| descends(pid, child.process.pid())),
+            }
+        };
+        let id = |member| self.resources(MemberKey { group, member }).id.as_str();
+        match state.life.admit(&candidate, state.workers.is_some(), proof) {
+            Ok(member) => Ok(MemberKey { group, member }),
+            Err(why) => {
+                let members = state.members.len();
+                let (code, message) = match why {
+                    NotAdmitted::HasAttached => {
+                        (RefusalCode::Malformed, "this connection has a worker already".to_owned())
+                    }
+                    NotAdmitted::Stale => (
+                        RefusalCode::Forbidden,
+                        "this connection is for a process that has ended, or that may not attach again"
+                            .into(),
+                    ),
+                    NotAdmitted::NoneVacant => (
                         RefusalCode::Occupied,
                         format!(
-                            "all {} places are taken: remove a worker (`xfan workers remove`), or start the primary with a higher \
-                             max_workers",
-                            self.members.len()
+                            "all {members} members have a worker: remove one (`xfan workers remove`), or start the \
+                             primary with a higher max_workers"
                         ),
-                    );
-                }
-            },
-        };
-        let member = &self.members[place.index()];
-        let life = &self.group.members()[place.index()];
-        let token = self.child_of(place).and_then(|child| child.token.as_ref());
-        match own {
-            Some(own) if own != place => {
-                let message = format!("this connection is for member {}", self.members[own.index()].id);
-                return refuse(RefusalCode::Forbidden, message);
+                    ),
+                    NotAdmitted::ForMember(own) => {
+                        (RefusalCode::Forbidden, format!("this connection is for member {}", id(own)))
+                    }
+                    NotAdmitted::NoToken(member) => (
+                        RefusalCode::Forbidden,
+                        format!("member {} is for the process that the primary started for it", id(member)),
+                    ),
+                    NotAdmitted::NotNamed => (
+                        RefusalCode::Forbidden,
+                        "this primary starts its own workers: only root and the users in allow_users and \
+                         allow_groups in [control] of its configuration may attach others"
+                            .into(),
+                    ),
+                    NotAdmitted::Occupied(member) => {
+                        (RefusalCode::Occupied, format!("member {} has a worker", id(member)))
+                    }
+                    NotAdmitted::NoDescendant(member, ProcessId(process)) => (
+                        RefusalCode::Forbidden,
+                        format!("member {} is for process {process} and its children", id(member)),
+                    ),
+                    NotAdmitted::InState(member, shown) => {
+                        (RefusalCode::Occupied, format!("member {} is {}", id(member), shown.name()))
+                    }
+                };
+                Err(refusal(code, message))
             }
-            Some(_) => {}
-            None if life.is_supervised() && (token.is_none() || token != attach.token.as_ref()) => {
-                return refuse(
-                    RefusalCode::Forbidden,
-                    format!("member {} is for the process that the primary started for it", member.id),
-                );
-            }
-            // A worker that was started for its member must not take others.
-            None if !life.is_supervised()
-                && self.spawner.is_some()
-                && connection.standing == Standing::Worker =>
-            {
-                return refuse(
-                    RefusalCode::Forbidden,
-                    "this primary starts its own workers: only root and the users in allow_users and allow_groups in \
-                     [control] of its configuration may attach others"
-                        .into(),
-                );
-            }
-            None => {}
         }
-        if life.connection().is_some() {
-            return refuse(RefusalCode::Occupied, format!("member {} has a worker", member.id));
-        }
-        if own.is_none()
-            && let Some(process) = self.child_of(place).map(|child| child.process.pid())
-            && !descends(peer, process)
-        {
-            return refuse(
-                RefusalCode::Forbidden,
-                format!("member {} is for process {process} and its children", member.id),
-            );
-        }
-        if life.may_attach().is_err() {
-            return refuse(RefusalCode::Occupied, format!("member {} is {}", member.id, life.shown().name()));
-        }
-        Ok(place)
     }
 }
 
-/// Whether a process is `ancestor`, or a descendant of it. A token alone proves little: all processes
-/// of a user can read each other's environment.
+/// Whether a process is `ancestor`, or a descendant of it.
 fn descends(pid: u32, ancestor: u32) -> bool {
     /// Most generations looked at.
     const GENERATIONS: usize = 32;

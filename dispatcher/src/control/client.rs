@@ -26,8 +26,8 @@ pub fn ask_for_report(path: &Path) -> Result<crate::report::Report, ProtocolErro
 /// Asks the primary on `path` for something, as a tool does.
 ///
 /// # Errors
-/// [`ProtocolError`]; [`io::ErrorKind::NotFound`] or [`io::ErrorKind::ConnectionRefused`] if there is
-/// no primary. A refusal is an error with its message.
+/// [`ProtocolError`]; [`io::ErrorKind::NotFound`] or [`io::ErrorKind::ConnectionRefused`] if there
+/// is no primary. A refusal is an error with its message.
 pub fn ask(path: &Path, request: &Request) -> Result<Reply, ProtocolError> {
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     let patience = TimeVal::seconds(i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX));

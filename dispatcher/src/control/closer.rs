@@ -1,9 +1,10 @@
 //! Closes the primary's copies of descriptors that it has sent to a peer.
 //!
 //! A peer can close its copy first and hold a mutex that the last close takes: that of an epoll
-//! instance which watches the descriptor, while epoll_wait(2) copies its events to a page that never
-//! comes. So each batch of descriptors is closed by a thread that may stay in the kernel. One thread
-//! for all would not do: the connections of other peers would stay open behind one that blocks.
+//! instance which watches the descriptor, while epoll_wait(2) copies its events to a page that
+//! never comes. So each batch of descriptors is closed by a thread that may stay in the kernel. One
+//! thread for all would not do: the connections of other peers would stay open behind one that
+//! blocks.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

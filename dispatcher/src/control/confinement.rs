@@ -4,32 +4,25 @@ use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::control::connection::Connections;
+use crate::control::groups::Workers;
 use crate::control::primary::Primary;
-use crate::control::processes::Spawner;
 use crate::host::privileges::{empty_bounding_set, keep_capabilities, of_control};
 use crate::process::cgroup::Cgroups;
 use crate::process::inherit::Fresh;
 use crate::process::orphans;
 use crate::process::spawn::WorkerCommand;
-use crate::process::survivors::Note;
 use crate::report::Confinement;
 
-impl Spawner {
-    /// Prepares to start workers of the primary that listens on `socket`, and logs how they are
-    /// confined.
-    pub(super) fn new(command: &WorkerCommand, socket: &Path, note: Note, connections: Connections) -> Self {
+impl Workers {
+    /// Prepares to start workers with this command, and logs how they are confined.
+    pub(super) fn new(command: WorkerCommand, cgroups: &Result<Cgroups, String>) -> Self {
         let limits = &command.limits;
-        let (cgroups, why_not) = match Cgroups::begin(socket, limits.clone()) {
-            Ok(cgroups) => (Some(cgroups), String::new()),
-            Err(why) => (None, why),
+        let data = limits.memory.filter(|_| !cgroups.as_ref().is_ok_and(Cgroups::limits_memory));
+        let (mut have, mut lack) = match cgroups {
+            Ok(cgroups) => cgroups.in_force(limits),
+            Err(_) => (vec![], vec!["worker_processes"]),
         };
-        let data = limits.memory.filter(|_| !cgroups.as_ref().is_some_and(Cgroups::limits_memory));
-        let (mut have, mut lack) = match &cgroups {
-            Some(cgroups) => cgroups.in_force(),
-            None => (vec![], vec!["worker_processes"]),
-        };
-        if cgroups.is_none() && limits.cpu_weight != 100 {
+        if cgroups.is_err() && limits.cpu_weight != 100 {
             lack.push("worker_cpu_weight");
         }
         if data.is_some() {
@@ -45,12 +38,12 @@ impl Spawner {
         } else {
             "; to have all, run xfan alone in a cgroup v2 that is delegated to it (systemd: Delegate=yes)"
         };
-        match &cgroups {
-            Some(cgroups) => tracing::info!(
+        match cgroups {
+            Ok(cgroups) => tracing::info!(
                 cgroups = %cgroups.folder().display(), in_force, not_enforced, sandbox,
                 "workers are confined{advice}"
             ),
-            None => tracing::info!(
+            Err(why_not) => tracing::info!(
                 in_force,
                 not_enforced,
                 sandbox,
@@ -58,51 +51,40 @@ impl Spawner {
             ),
         }
         let owned = |list: Vec<&str>| list.into_iter().map(str::to_owned).collect();
-        Spawner {
-            command: command.clone(),
-            socket: socket.to_owned(),
-            note,
-            connections,
-            confinement: Confinement {
-                cgroups: cgroups.as_ref().map(|cgroups| cgroups.folder().display().to_string()),
-                limits: owned(have),
-                not_enforced: owned(lack),
-                sandbox,
-            },
-            cgroups,
-            fresh: Fresh::new(data),
-        }
+        let confinement = Confinement {
+            cgroups: cgroups.as_ref().ok().map(|cgroups| cgroups.folder().display().to_string()),
+            limits: owned(have),
+            not_enforced: owned(lack),
+            sandbox,
+        };
+        Workers { command, fresh: Fresh::new(data), confinement }
     }
 }
 
 impl Primary {
-    pub(super) fn cgroups(&self) -> Option<&Cgroups> {
-        self.spawner.as_ref()?.cgroups.as_ref()
-    }
-
     /// Ends what workers have left behind. `true`: nothing is left.
     pub(super) fn look_for_orphans(&mut self) -> bool {
-        let swept = self.cgroups().is_none_or(Cgroups::sweep);
+        let swept = self.cgroups.as_ref().is_none_or(Cgroups::sweep);
         if !orphans::are_adopted() {
             return swept;
         }
         let workers: HashSet<u32> = self.processes.values().map(|child| child.process.pid()).collect();
         // With cgroups, orphans end with the cgroup of their worker.
         let left =
-            if self.cgroups().is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
+            if self.cgroups.is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
         swept && left == 0
     }
 
     /// Gives up the capabilities that only the start needs: the interface has its program, and the
     /// workers run.
     pub(super) fn give_up_capabilities(&self, socket: &Path) {
-        if self.port.is_none() {
+        if self.ports.iter().all(|port| port.port.is_none()) {
             return; // packets come from memory: the process is not this primary's alone
         }
         let own = nix::unistd::geteuid().as_raw();
         // What is removed at the end: the socket, and the folder of the cgroups.
         let mut folders =
-            [socket, self.cgroups().map_or(socket, Cgroups::folder)].into_iter().map(Path::parent);
+            [socket, self.cgroups.as_ref().map_or(socket, Cgroups::folder)].into_iter().map(Path::parent);
         let may_write = |folder: &Path| {
             std::fs::metadata(folder).is_ok_and(|folder| folder.uid() == own && folder.mode() & 0o200 != 0)
         };

@@ -73,7 +73,8 @@ pub struct Channel {
 #[derive(Clone, Debug)]
 struct Origin {
     channel: ConnectionId,
-    room: Arc<Semaphore>,
+    /// Counts down the connections that can still be made through it.
+    left: Arc<Semaphore>,
     alive: watch::Receiver<()>,
 }
 
@@ -117,7 +118,8 @@ impl Connections {
     pub fn hand_over(&self, ours: OwnedFd, peer: UnixCredentials) -> Channel {
         let (alive, end) = watch::channel(());
         let id = self.shared.next_id();
-        let origin = Origin { channel: id, room: Arc::new(Semaphore::new(THROUGH_A_CHANNEL)), alive: end };
+        let left = Arc::new(Semaphore::new(THROUGH_A_CHANNEL));
+        let origin = Origin { channel: id, left, alive: end };
         let connection = self.shared.connection(id, Standing::Worker, Some(&origin));
         self.runtime.spawn(carry(self.shared.clone(), connection, peer, ours, Some(origin), Vec::new()));
         Channel { id, _alive: alive }
@@ -139,10 +141,10 @@ impl Shared {
         standing: Standing,
         peer: UnixCredentials,
         socket: OwnedFd,
-        place: Vec<OwnedSemaphorePermit>,
+        permits: Vec<OwnedSemaphorePermit>,
     ) {
         let connection = self.connection(self.next_id(), standing, None);
-        tokio::spawn(carry(self.clone(), connection, peer, socket, None, place));
+        tokio::spawn(carry(self.clone(), connection, peer, socket, None, permits));
     }
 
     /// Makes a connection through an inherited one. Returns the peer's end.
@@ -157,7 +159,7 @@ impl Shared {
             let message = "only the connection that a worker inherited makes others: connect to the socket";
             refusal(RefusalCode::Forbidden, message.into())
         })?;
-        let place = origin.room.clone().try_acquire_owned().map_err(|_| {
+        let permit = origin.left.clone().try_acquire_owned().map_err(|_| {
             let message =
                 format!("this worker has {THROUGH_A_CHANNEL} connections, which is the limit: close some");
             refusal(RefusalCode::Occupied, message)
@@ -167,7 +169,7 @@ impl Shared {
             refusal(RefusalCode::Occupied, message)
         })?;
         let connection = self.connection(self.next_id(), standing, Some(origin));
-        tokio::spawn(carry(self.clone(), connection, peer, ours, Some(origin.clone()), vec![place]));
+        tokio::spawn(carry(self.clone(), connection, peer, ours, Some(origin.clone()), vec![permit]));
         Ok(theirs)
     }
 }
@@ -179,7 +181,7 @@ async fn carry(
     peer: UnixCredentials,
     socket: OwnedFd,
     origin: Option<Origin>,
-    _place: Vec<OwnedSemaphorePermit>,
+    _permits: Vec<OwnedSemaphorePermit>,
 ) {
     let id = connection.id;
     let end = connection.end.clone();
@@ -267,7 +269,7 @@ fn timed<T>(spent: &mut Duration, what: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Sends a reply, once there is room for it. Adds the CPU time of sending.
+/// Sends a reply, once the socket's buffer takes it. Adds the CPU time of sending.
 async fn reply_on(
     socket: &AsyncFd<OwnedFd>,
     reply: &Reply,
@@ -280,8 +282,8 @@ async fn reply_on(
         let mut ready = socket.writable().await?;
         match timed(spent, || protocol::send(socket.get_ref(), reply, &fds)) {
             Err(error) if error.would_block() => ready.clear_ready(),
-            // A report of many members. No more room than that: whoever never reads fills all there
-            // is.
+            // A report of many members. The buffer grows to that size and no further: whoever never
+            // reads fills all of it.
             Err(error) if error.is_too_long() && !enlarged => {
                 enlarged = true;
                 let bytes = serde_json::to_vec(reply)?.len().min(MAX_REPLY);

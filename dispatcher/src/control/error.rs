@@ -18,7 +18,7 @@ pub enum PrimaryError {
          a worker must attach to the socket named in XFAN_SOCKET"
     )]
     EndedEarly {
-        /// Its place.
+        /// Its member, such as `default/0`.
         member: String,
         /// Its program.
         program: String,
@@ -31,7 +31,7 @@ pub enum PrimaryError {
          raise start_timeout"
     )]
     NotAttached {
-        /// Its place.
+        /// Its member, such as `default/0`.
         member: String,
         /// Its program.
         program: String,
@@ -41,7 +41,7 @@ pub enum PrimaryError {
     /// A worker was refused.
     #[error("worker {member} ({program}) was refused: {reason}")]
     Refused {
-        /// Its place.
+        /// Its member, such as `default/0`.
         member: String,
         /// Its program.
         program: String,
@@ -51,7 +51,7 @@ pub enum PrimaryError {
     /// No supervised worker is left.
     #[error("no worker is left: the last one, {member}, ended ({how})")]
     NoneLeft {
-        /// Its place.
+        /// Its member, such as `default/0`.
         member: String,
         /// Exit status or signal.
         how: String,

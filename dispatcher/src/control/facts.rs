@@ -1,16 +1,15 @@
-//! The words of the log and the journal for what happens to members.
+//! The words of the log and the event history for what happens to members.
 
-use xfan_shm::ids::MemberId;
-
+use crate::control::groups::MemberKey;
 use crate::control::primary::Primary;
 use crate::group::{Cause, Fact, Reason};
 
 impl Primary {
-    /// Writes a fact about a member to the log and the journal.
-    pub(super) fn record(&mut self, number: MemberId, fact: Fact) {
-        let pid = self.pid_of(number);
-        let policy = *self.group.policy();
-        let member = &self.members[number.index()];
+    /// Writes a fact about a member to the log and the event history.
+    pub(super) fn record(&mut self, key: MemberKey, fact: Fact) {
+        let pid = self.pid_of(key);
+        let policy = *self.group(key.group).life.policy();
+        let member = self.resources(key);
         let id = member.id.as_str();
         let how = member.last_exit.clone().unwrap_or_default();
         let (event, detail) = match fact {
@@ -29,7 +28,7 @@ impl Primary {
                 tracing::info!(member = id, pid, "worker left: {}", word(cause));
                 ("left", word(cause).to_owned())
             }
-            Fact::Died(cause) => ("died", self.tell_death(number, pid, cause)),
+            Fact::Died(cause) => ("died", self.tell_death(key, pid, cause)),
             Fact::GivenUp { too_often } => {
                 let why = if too_often {
                     format!(
@@ -82,13 +81,18 @@ impl Primary {
             }
             Fact::Restarting => return tracing::info!(member = id, "restarting worker"),
         };
-        let id = self.members[number.index()].id.as_str();
-        self.journal.write(Some(id), pid, event, detail);
+        self.write_about(key, pid, event, detail);
     }
 
-    /// Logs how a worker was lost. Returns the words for the journal.
-    fn tell_death(&self, number: MemberId, pid: u32, cause: Cause) -> String {
-        let member = &self.members[number.index()];
+    /// Writes to the event history what happened to a member now. `pid`: its worker's; 0: none.
+    pub(super) fn write_about(&mut self, key: MemberKey, pid: u32, event: &str, detail: String) {
+        let id = &self.groups[key.group.index()].members[key.member.index()].id;
+        self.history.write(Some(id), pid, event, detail);
+    }
+
+    /// Logs how a worker was lost. Returns the words for the event history.
+    fn tell_death(&self, key: MemberKey, pid: u32, cause: Cause) -> String {
+        let member = self.resources(key);
         let id = member.id.as_str();
         match cause {
             Cause::Exited => {

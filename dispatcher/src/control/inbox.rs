@@ -161,12 +161,12 @@ mod tests {
     fn a_death_comes_before_all_questions() {
         run(async {
             let (mut inbox, _waiting) = flooded();
-            for place in 0..3 {
-                inbox.outbox().event(Event::Exited(ProcessId(place)));
+            for process in 0..3 {
+                inbox.outbox().event(Event::Exited(ProcessId(process)));
             }
-            for place in 0..3 {
+            for process in 0..3 {
                 assert!(
-                    matches!(inbox.next().await, Next::Event(Event::Exited(ProcessId(dead))) if dead == place)
+                    matches!(inbox.next().await, Next::Event(Event::Exited(ProcessId(dead))) if dead == process)
                 );
             }
             for turn in 0..QUESTIONS {

@@ -1,21 +1,19 @@
-//! The lanes, as the group commands them. Each command goes to all lanes. What must not happen before
-//! all lanes have obeyed a command is kept here until they have.
+//! The lanes, as the group commands them. Each command goes to all lanes. What must not happen
+//! before all lanes have obeyed a command is kept here until they have.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
-use xfan_shm::ids::{GroupId, MemberId};
+use xfan_shm::ids::{GroupId, PortId};
 
+use crate::control::groups::MemberKey;
 use crate::control::inbox::{Event, Outbox};
-use crate::control::members::Session;
+use crate::control::resources::Session;
 use crate::group::Ticket;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::lane::{BucketTable, Command, MemberLink};
-
-/// The group of all workers.
-pub(super) const GROUP: GroupId = GroupId(0);
 
 /// After this time without an acknowledgement the log says that a lane gets no CPU time.
 const LATE: Duration = Duration::from_secs(1);
@@ -24,11 +22,11 @@ const LATE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) enum Then {
     /// The group hears of it.
-    Tell(Ticket),
-    /// The journal tells how many packets are held.
-    Held { member: MemberId, pid: u32 },
-    /// The journal tells how many packets were requeued and lost beyond these.
-    Retired { member: MemberId, pid: u32, requeued: u64, lost: u64 },
+    Tell(GroupId, Ticket),
+    /// The event history says how many packets are held.
+    Held { member: MemberKey, pid: u32 },
+    /// The event history says how many packets were requeued and lost beyond these.
+    Retired { member: MemberKey, pid: u32, requeued: u64, lost: u64 },
     /// The segments of a session are unmapped: not by a lane, which would wait for the kernel.
     Drop(#[expect(dead_code, reason = "it is dropped")] Box<Session>),
 }
@@ -66,27 +64,37 @@ impl Lanes {
         Ok(())
     }
 
-    pub(super) fn join(&mut self, member: MemberId, links: Vec<MemberLink>) {
+    /// The lanes of a port, in order.
+    pub(super) fn of(&self, port: PortId) -> impl Iterator<Item = &LaneHandle> {
+        self.handles.iter().filter(move |lane| lane.port == port)
+    }
+
+    /// The lanes of a port, in order.
+    pub(super) fn of_mut(&mut self, port: PortId) -> impl Iterator<Item = &mut LaneHandle> {
+        self.handles.iter_mut().filter(move |lane| lane.port == port)
+    }
+
+    pub(super) fn join(&mut self, MemberKey { group, member }: MemberKey, links: Vec<MemberLink>) {
         for (lane, link) in self.handles.iter_mut().zip(links) {
-            lane.command(Command::Join { group: GROUP, member, link: Box::new(link) });
+            lane.command(Command::Join { group, member, link: Box::new(link) });
         }
     }
 
-    pub(super) fn steer(&mut self, table: &BucketTable) {
+    pub(super) fn steer(&mut self, group: GroupId, table: &BucketTable) {
         for lane in &mut self.handles {
-            lane.command(Command::Steer { group: GROUP, table: Box::new(table.clone()) });
+            lane.command(Command::Steer { group, table: Box::new(table.clone()) });
         }
     }
 
-    pub(super) fn hold(&mut self, member: MemberId) {
+    pub(super) fn hold(&mut self, MemberKey { group, member }: MemberKey) {
         for lane in &mut self.handles {
-            lane.command(Command::Hold { group: GROUP, member });
+            lane.command(Command::Hold { group, member });
         }
     }
 
-    pub(super) fn retire(&mut self, member: MemberId, table: &BucketTable) {
+    pub(super) fn retire(&mut self, MemberKey { group, member }: MemberKey, table: &BucketTable) {
         for lane in &mut self.handles {
-            lane.command(Command::Retire { group: GROUP, member, table: Box::new(table.clone()) });
+            lane.command(Command::Retire { group, member, table: Box::new(table.clone()) });
         }
     }
 

@@ -1,7 +1,7 @@
 //! The primary's control thread: members, lanes and operators meet here.
 //!
 //! One thread owns all control state. Connections, processes, lanes and signals become events, and
-//! the thread deals with one at a time. The [group] decides what happens to members;
+//! the thread handles one at a time. The [groups](crate::group) decide what happens to members;
 //! this thread carries the actions out, and never waits for a lane or a process.
 
 use std::collections::BTreeMap;
@@ -10,31 +10,30 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use xfan_shm::ids::MemberId;
+use xfan_shm::ids::{GroupId, PortId};
 use xfan_shm::layout::Geometry;
 use xfan_shm::protocol::Request;
 
-use crate::config::OnEmpty;
 use crate::control::connection::ControlCounters;
 use crate::control::error::PrimaryError;
+use crate::control::groups::{GroupParts, GroupState, MemberKey};
+use crate::control::history::History;
 use crate::control::inbox::{self, Answer, Inbox, Next, Outbox};
-use crate::control::journal::Journal;
 use crate::control::lanes::Lanes;
-use crate::control::members::{Member, Session};
 use crate::control::peer::ConnectionId;
+use crate::control::ports::{PortParts, PortState};
 use crate::control::processes::{Child, Spawner};
 use crate::control::rate_limit::RateLimit;
+use crate::control::resources::Session;
 use crate::control::server::Listener;
 use crate::control::shutdown::Outcome;
-use crate::group::policy::Policy;
-use crate::group::{self, Event, Group, ProcessId};
+use crate::group::{Event, ProcessId};
 use crate::host::autogroup::Autogroup;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::memory::umem::PacketMemory;
-use crate::port::Port;
-use crate::port::watch::{Arrivals, Watch, has_carrier};
-use crate::process::spawn::{Ending, WorkerCommand};
+use crate::process::cgroup::Cgroups;
+use crate::process::spawn::Ending;
 use crate::process::survivors::Note;
 
 /// How often the control thread looks after what sends no event: vanished interfaces, lanes that
@@ -44,76 +43,54 @@ pub(super) const TICK: Duration = Duration::from_millis(50);
 /// What a primary is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// Interface name, for the report.
-    pub name: String,
-    /// The interface; none where packets come from memory.
-    pub port: Option<Port>,
+    /// Where packets come from, by [`PortId`].
+    pub ports: Vec<PortParts>,
+    /// Where packets go, by [`GroupId`].
+    pub groups: Vec<GroupParts>,
     /// Where packets lie.
     pub memory: Arc<PacketMemory>,
     /// Sizes of every worker's segments.
     pub geometry: Geometry,
-    /// One for each queue.
+    /// One for each queue of each port.
     pub lanes: Vec<LaneHandle>,
-    /// Name of the group.
-    pub group: String,
-    /// The group's members.
-    pub members: Vec<Member>,
-    /// The number of members that have a process from the start; the others show only once a worker
-    /// has taken them.
-    pub places: usize,
     /// How long workers yield after spinning.
     pub yields: Duration,
-    /// What decides about members.
-    pub policy: Policy,
 }
 
 /// A running primary.
 #[derive(Debug)]
 pub struct Primary {
-    pub(super) name: String,
-    pub(super) port: Option<Port>,
+    pub(super) ports: Vec<PortState>,
+    pub(super) groups: Vec<GroupState>,
+    pub(super) lanes: Lanes,
     pub(super) memory: Arc<PacketMemory>,
     pub(super) geometry: Geometry,
-    pub(super) lanes: Lanes,
-    /// Name of the group.
-    pub(super) group_name: String,
-    /// What happens to the members …
-    pub(super) group: Group,
-    /// … and what they have, by number.
-    pub(super) members: Vec<Member>,
-    pub(super) places: usize,
     pub(super) yields: Duration,
     pub(super) processes: BTreeMap<ProcessId, Child>,
-    /// The session that the action before ended, and its worker's pid.
-    pub(super) ended: Option<(u32, Box<Session>)>,
-    /// A session to drop once the lanes have obeyed.
-    pub(super) dropped: Option<(u32, Box<Session>)>,
-    /// Why the group cannot go on.
+    /// `None`: the system has none, or the primary starts no workers.
+    pub(super) cgroups: Option<Cgroups>,
+    /// `None` before [`run`](Self::run), and if the workers of all groups attach by themselves.
+    pub(super) spawner: Option<Spawner>,
+    /// Why no group can go on.
     pub(super) failure: Option<PrimaryError>,
     /// Why the last process could not be started.
     pub(super) spawn_error: Option<PrimaryError>,
-    pub(super) spawner: Option<Spawner>,
     pub(super) outbox: Outbox,
     pub(super) control: Arc<ControlCounters>,
-    pub(super) journal: Journal,
+    pub(super) history: History,
     /// Workers refused.
     pub(super) refused: u64,
     /// How often refusals and orders are logged.
     pub(super) limit: RateLimit,
-    /// Questions of users but root that have no answer yet, and when some were last answered.
+    /// Requests of users other than root that have no answer yet, and when some were last answered.
     pub(super) waiting: Vec<(Request, oneshot::Sender<Answer>)>,
     pub(super) told: Option<Instant>,
     /// Segments could not be locked in memory, and the log says so.
     pub(super) unlocked: bool,
-    /// The XDP program is attached.
+    /// The XDP programs are attached.
     attached: bool,
     /// The log says that the primary runs.
     announced: bool,
-    /// Watches the interface; `None` before [`run`](Self::run).
-    pub(super) watch: Option<Watch>,
-    /// For each lane, in order: whether redirected packets arrive.
-    pub(super) arrivals: Vec<Arrivals>,
-    pub(super) next_reading: Instant,
     pub(super) autogroup: Autogroup,
     /// Packets come: a member takes them, or they are to be dropped.
     flowing: bool,
@@ -121,29 +98,31 @@ pub struct Primary {
 }
 
 impl Primary {
-    /// A primary of these parts, and its inbox.
-    fn new(parts: Parts, outbox: Outbox, control: Arc<ControlCounters>) -> Self {
+    /// A primary of these parts.
+    fn new(parts: Parts, outbox: Outbox, listener: &Listener) -> Self {
         let now = Instant::now();
+        let mut commands = parts.groups.iter().filter_map(|group| group.command.as_ref()).peekable();
+        let cgroups = commands.peek().is_some().then(|| {
+            let cpuset = commands.any(|command| !command.limits.lanes.is_empty());
+            Cgroups::begin(listener.path(), cpuset)
+        });
+        let groups = (0..u8::MAX).map(GroupId).zip(parts.groups);
+        let ports = (0..u8::MAX).map(PortId).zip(parts.ports);
         Primary {
-            name: parts.name,
-            port: parts.port,
+            ports: ports.map(|(id, parts)| PortState::new(id, parts, now)).collect(),
+            groups: groups.map(|(id, parts)| GroupState::new(id, parts, cgroups.as_ref(), now)).collect(),
+            lanes: Lanes::new(parts.lanes),
             memory: parts.memory,
             geometry: parts.geometry,
-            lanes: Lanes::new(parts.lanes),
-            group_name: parts.group,
-            group: Group::new(parts.policy, parts.members.len(), now),
-            members: parts.members,
-            places: parts.places,
             yields: parts.yields,
             processes: BTreeMap::new(),
-            ended: None,
-            dropped: None,
+            cgroups: cgroups.and_then(Result::ok),
+            spawner: None,
             failure: None,
             spawn_error: None,
-            spawner: None,
             outbox,
-            control,
-            journal: Journal::default(),
+            control: listener.counters(),
+            history: History::default(),
             refused: 0,
             limit: RateLimit::default(),
             waiting: Vec::new(),
@@ -151,9 +130,6 @@ impl Primary {
             unlocked: false,
             attached: false,
             announced: false,
-            watch: None,
-            arrivals: Vec::new(),
-            next_reading: now,
             autogroup: Autogroup::begin(),
             flowing: false,
             started: now,
@@ -165,40 +141,32 @@ impl Primary {
     ///
     /// # Errors
     /// If the runtime cannot be made; what goes wrong later is part of the outcome.
-    pub fn run(
-        parts: Parts,
-        listener: &Listener,
-        workers: Option<&WorkerCommand>,
-    ) -> std::io::Result<Outcome> {
+    pub fn run(parts: Parts, listener: &Listener) -> std::io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let mut inbox = Inbox::default();
-            let mut primary = Self::new(parts, inbox.outbox(), listener.counters());
+            let mut primary = Self::new(parts, inbox.outbox(), listener);
             reopen_on_hangup(inbox.outbox())?;
             primary.lanes.watch(&primary.outbox)?;
-            let result = primary.serve(listener, workers, &mut inbox).await;
+            let result = primary.serve(listener, &mut inbox).await;
             Ok(primary.stop(result, &mut inbox).await)
         })
     }
 
     /// Runs from the start of the workers to the signal that ends it.
-    async fn serve(
-        &mut self,
-        listener: &Listener,
-        workers: Option<&WorkerCommand>,
-        inbox: &mut Inbox,
-    ) -> Result<(), PrimaryError> {
+    async fn serve(&mut self, listener: &Listener, inbox: &mut Inbox) -> Result<(), PrimaryError> {
         // A worker that survives its primary connects to the socket of the next one.
-        let inherited = workers.is_some_and(|workers| !workers.survive);
+        let starts_workers = self.commands().next().is_some();
+        let inherited = starts_workers && self.commands().all(|command| !command.survive);
         let connections = listener.serve(inbox.outbox(), inherited)?;
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
         // They were blocked until now.
         sys::block_signals(false)?;
-        let note = Note::beside(listener.place());
+        let note = Note::beside(listener.file());
         note.remove_unfinished();
-        if let Some(command) = workers {
-            self.spawner = Some(Spawner::new(command, listener.path(), note, connections));
+        if starts_workers {
+            self.spawner = Some(Spawner { socket: listener.path().to_owned(), note, connections });
             self.start_workers()?;
             self.write_note();
         }
@@ -206,7 +174,7 @@ impl Primary {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.open(listener)?;
-            let deadline = self.group.next_deadline().map(tokio::time::Instant::from_std);
+            let deadline = self.next_deadline().map(tokio::time::Instant::from_std);
             let deadline = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -218,40 +186,45 @@ impl Primary {
                 _ = interrupted.recv() => return Ok(()),
                 _ = terminated.recv() => return Ok(()),
                 _ = ticks.tick() => self.look_after()?,
-                () = deadline => self.apply(Event::Tick),
+                () = deadline => self.apply_to_all(Event::Tick),
                 next = inbox.next() => match next {
                     Next::Event(event) => self.handle(event),
                     Next::Question(question) => self.answer(question),
                 },
             }
             self.check_failure()?;
-            self.open_or_shut()?;
+            self.let_packets_in()?;
         }
     }
 
-    /// Lets packets in once every process that was started has attached. First the XDP program is
-    /// attached, and the lanes get the table; once they use it, packets come.
+    /// When the next group has something to do.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.groups.iter().filter_map(|group| group.life.next_deadline()).min()
+    }
+
+    /// Lets packets in once every process that was started has attached. First the XDP programs are
+    /// attached, and the lanes get the tables; once they use them, packets come.
     fn open(&mut self, listener: &Listener) -> Result<(), PrimaryError> {
-        if !self.attached && self.group.has_started() {
-            let mut had_carrier = false;
-            if let Some(port) = &mut self.port {
-                had_carrier = has_carrier(port.interface.index);
-                port.attach()?;
+        if !self.attached && self.groups.iter().all(|group| group.life.has_started()) {
+            for port in &mut self.ports {
+                let news = port.open(&self.lanes)?;
+                news.into_iter().for_each(|news| self.history.write_own(news.event, news.detail));
             }
-            self.begin_watching(had_carrier)?;
             self.lanes.handles.iter_mut().for_each(LaneHandle::packets_come);
             self.attached = true;
-            self.apply(Event::Opened);
+            self.apply_to_all(Event::Opened);
         }
-        if !self.announced && self.group.is_open() {
-            self.open_or_shut()?;
+        if !self.announced && self.groups.iter().all(|group| group.life.is_open()) {
+            self.let_packets_in()?;
             self.give_up_capabilities(listener.path());
             self.announced = true;
+            let names = self.ports.iter().map(|port| port.name.as_str()).collect::<Vec<_>>().join(", ");
+            let modes = self.ports.iter().map(PortState::mode).collect::<Vec<_>>().join("; ");
             tracing::info!(
-                interface = self.name,
-                mode = self.mode(),
+                interface = names,
+                mode = modes,
                 lanes = self.lanes.handles.len(),
-                workers = self.group.members().iter().filter(|member| member.has_flows()).count(),
+                workers = self.keys().into_iter().filter(|key| self.life(*key).has_flows()).count(),
                 socket = %listener.path().display(),
                 "running"
             );
@@ -259,15 +232,14 @@ impl Primary {
         Ok(())
     }
 
-    /// Packets come unless no member takes any and the settings pass them to the kernel then.
-    fn open_or_shut(&mut self) -> Result<(), PrimaryError> {
-        let wanted =
-            self.group.is_open() && (self.group.policy().on_empty == OnEmpty::Drop || self.group.has_flows());
+    /// Packets come while a group wants them; else they pass to the kernel.
+    fn let_packets_in(&mut self) -> Result<(), PrimaryError> {
+        let wanted = self.groups.iter().any(|group| group.life.wants_packets());
         if wanted == self.flowing {
             return Ok(());
         }
-        if let Some(port) = &self.port {
-            if wanted { port.open()? } else { port.shut()? }
+        for port in &self.ports {
+            port.let_in(wanted)?;
         }
         self.flowing = wanted;
         let (event, detail) = if wanted {
@@ -276,11 +248,11 @@ impl Primary {
             ("empty", "no worker takes packets: they pass to the kernel")
         };
         tracing::info!("{detail}");
-        self.journal.write(None, std::process::id(), event, detail);
+        self.history.write_own(event, detail);
         Ok(())
     }
 
-    /// Deals with one event.
+    /// Handles one event.
     pub(super) fn handle(&mut self, event: inbox::Event) {
         match event {
             inbox::Event::HangUp(connection) => self.hang_up(connection),
@@ -291,31 +263,25 @@ impl Primary {
     }
 
     fn hang_up(&mut self, connection: ConnectionId) {
-        self.apply(Event::HungUp(connection));
-        for member in &mut self.members {
-            member.joining.take_if(|joining| joining.connection.id == connection);
+        if let Some(key) = self.member_of(connection) {
+            self.apply(key.group, Event::HungUp(connection));
+            self.resources_mut(key).joining.take_if(|joining| joining.connection.id == connection);
         }
     }
 
     fn process_ended(&mut self, process: ProcessId) {
         let Some(child) = self.processes.get_mut(&process) else { return };
-        let Some(ending) = child.process.ended() else { return };
-        let its = |(_, member): &(MemberId, &group::member::Member)| member.process() == Some(process);
-        if let Some((number, _)) = self.group.numbered().find(its) {
-            let member = &mut self.members[number.index()];
-            member.last_exit = Some(ending.to_string());
-            member.trouble = ending.to_string();
+        let (group, Some(ending)) = (child.group, child.process.ended()) else { return };
+        if let Some(member) = self.group(group).life.member_of_process(process) {
+            let resources = self.resources_mut(MemberKey { group, member });
+            resources.last_exit = Some(ending.to_string());
+            resources.trouble = ending.to_string();
         }
         let success = match ending {
             Ending::Unknown => None,
             Ending::Status(status) => Some(status.success()),
         };
-        self.apply(Event::Exited(process, success));
-    }
-
-    /// The mode, for logs and reports.
-    pub(super) fn mode(&self) -> String {
-        self.port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode)
+        self.apply(group, Event::Exited(process, success));
     }
 
     /// Looks after what sends no event.
@@ -323,9 +289,7 @@ impl Primary {
         if let Some(lane) = self.lanes.handles.iter().find(|lane| lane.ended()) {
             return Err(PrimaryError::LaneEnded(lane.queue));
         }
-        self.look_for_interface()?;
-        self.look_for_lost_packets();
-        self.look_at_interface();
+        self.look_at_ports()?;
         self.look_at_autogroup();
         self.acknowledge();
         self.look_at_workers();
@@ -337,22 +301,26 @@ impl Primary {
         Ok(())
     }
 
-    /// Tells the group how far each worker has come, and which one lied.
+    /// Tells the groups how far each worker has come, and what lanes have found against it.
     pub(super) fn look_at_workers(&mut self) {
-        for number in (0..u8::MAX).map(MemberId).take(self.members.len()) {
-            let member = &mut self.members[number.index()];
-            if let Some((lane, error)) = member.session.as_ref().and_then(Session::lie) {
-                let queue = self.lanes.handles.get(lane.index()).map(|lane| lane.queue.0);
-                member.trouble = match queue {
+        for key in self.keys() {
+            let resources = self.resources(key);
+            let session = resources.session.as_ref();
+            let event = if let Some((lane, error)) = session.and_then(Session::impossible_index) {
+                let queue = self.lanes.handles.get(lane.index()).map(|lane| lane.queue);
+                self.resources_mut(key).trouble = match queue {
                     Some(queue) => format!("lane of queue {queue}: {error}"),
                     None => error.to_string(),
                 };
-                self.apply(Event::Lied(number));
-            } else if member.session.as_ref().is_some_and(Session::has_slow_bell) {
-                self.apply(Event::SlowedBell(number));
-            } else if let Some(reading) = member.read() {
-                self.apply(Event::Observed(number, reading));
-            }
+                Event::Lied(key.member)
+            } else if session.is_some_and(Session::has_slow_bell) {
+                Event::SlowedBell(key.member)
+            } else if let Some(reading) = resources.read() {
+                Event::Observed(key.member, reading)
+            } else {
+                continue;
+            };
+            self.apply(key.group, event);
         }
     }
 
@@ -366,7 +334,17 @@ impl Primary {
                 lane.queue
             );
             tracing::warn!("{detail}");
-            self.journal.write(None, std::process::id(), "cut", detail);
+            self.history.write_own("cut", detail);
+        }
+    }
+
+    /// Checks about once a second that no worker has changed the priority of the session that it
+    /// shares with the primary.
+    fn look_at_autogroup(&mut self) {
+        let shared = self.commands().any(|command| !command.own_session);
+        if let Some(changed) = shared.then(|| self.autogroup.check(Instant::now())).flatten() {
+            tracing::warn!("{changed}");
+            self.history.write_own("autogroup", changed.to_string());
         }
     }
 }

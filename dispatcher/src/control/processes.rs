@@ -4,45 +4,43 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
-use xfan_shm::ids::MemberId;
+use xfan_shm::ids::GroupId;
 
 use crate::control::connection::{Channel, Connections, pair};
 use crate::control::error::PrimaryError;
+use crate::control::groups::{MemberKey, Workers};
 use crate::control::inbox::Event;
 use crate::control::primary::Primary;
 use crate::group::ProcessId;
 use crate::host::random::random_bytes;
 use crate::host::sys;
 use crate::process::cgroup::Cgroups;
-use crate::process::inherit::Fresh;
-use crate::process::spawn::{Process, WorkerCommand};
+use crate::process::spawn::Process;
 use crate::process::survivors::Note;
-use crate::report::Confinement;
 
-/// What the primary needs to start a worker.
+/// What the primary needs to start workers, beside what their [groups](Workers) say.
 #[derive(Debug)]
 pub(super) struct Spawner {
-    pub(super) command: WorkerCommand,
     pub(super) socket: PathBuf,
     /// The list of workers for the next primary.
     pub(super) note: Note,
     pub(super) connections: Connections,
-    /// None: the system has none.
-    pub(super) cgroups: Option<Cgroups>,
-    /// The scheduling and limits that worker processes get.
-    pub(super) fresh: Fresh,
-    /// For the report.
-    pub(super) confinement: Confinement,
 }
 
 impl Spawner {
     /// Starts a process for a member. It inherits a connection.
-    fn spawn(&self, member: &str, token: &str) -> Result<(Process, Channel), PrimaryError> {
+    fn spawn(
+        &self,
+        workers: &Workers,
+        cgroups: Option<&Cgroups>,
+        member: &str,
+        token: &str,
+    ) -> Result<(Process, Channel), PrimaryError> {
+        let Workers { command, fresh, .. } = workers;
         let (ours, theirs) = pair()?;
-        let cgroup = self.cgroups.as_ref().map(|cgroups| cgroups.make(member)).transpose()?;
-        let process =
-            Process::spawn(&self.command, &self.socket, member, token, &theirs, cgroup, self.fresh)?;
-        let user = &self.command.user;
+        let cgroup = cgroups.map(|cgroups| cgroups.make(member, &command.limits)).transpose()?;
+        let process = Process::spawn(command, &self.socket, member, token, &theirs, cgroup, *fresh)?;
+        let user = &command.user;
         // The kernel would name the primary, which made both ends.
         let peer =
             libc::ucred { pid: process.pid().cast_signed(), uid: user.uid.as_raw(), gid: user.gid.as_raw() };
@@ -54,6 +52,8 @@ impl Spawner {
 /// A worker process, and its right to attach.
 #[derive(Debug)]
 pub(super) struct Child {
+    /// The group that it was started for.
+    pub(super) group: GroupId,
     pub(super) process: Process,
     /// The connection that it inherited.
     pub(super) channel: Option<Channel>,
@@ -69,14 +69,17 @@ fn random_token() -> std::io::Result<String> {
 
 impl Primary {
     /// Starts a process for a member.
-    pub(super) fn spawn(&mut self, member: MemberId) -> Result<ProcessId, PrimaryError> {
-        let Some(spawner) = &self.spawner else {
+    pub(super) fn spawn(&mut self, key: MemberKey) -> Result<ProcessId, PrimaryError> {
+        let group = self.group(key.group);
+        let (Some(spawner), Some(workers)) = (&self.spawner, &group.workers) else {
             return Err(std::io::Error::from(std::io::ErrorKind::Unsupported).into());
         };
         let token = random_token()?;
-        let (process, channel) = spawner.spawn(&self.members[member.index()].id, &token)?;
-        self.members[member.index()].program = spawner.command.command.first().cloned().unwrap_or_default();
-        self.watch_process(Child { process, channel: Some(channel), token: Some(token) })
+        let id = &self.resources(key).id;
+        let (process, channel) = spawner.spawn(workers, self.cgroups.as_ref(), id, &token)?;
+        let program = workers.command.command.first().cloned().unwrap_or_default();
+        self.resources_mut(key).program = program;
+        self.watch_process(Child { group: key.group, process, channel: Some(channel), token: Some(token) })
     }
 
     /// Has the end of a process become an event.
@@ -113,23 +116,21 @@ impl Primary {
     }
 
     /// The process that was started for a member.
-    pub(super) fn child_of(&self, member: MemberId) -> Option<&Child> {
-        self.processes.get(&self.group.member(member).ok()?.process()?)
+    pub(super) fn child_of(&self, key: MemberKey) -> Option<&Child> {
+        self.processes.get(&self.life(key).process()?)
     }
 
     /// Process id of a member's worker, as the kernel says; else of its process; 0: none.
-    pub(super) fn pid_of(&self, member: MemberId) -> u32 {
-        let session = self.members[member.index()].session.as_ref().map(|session| session.pid);
-        let process = self.child_of(member).map(|child| child.process.pid());
+    pub(super) fn pid_of(&self, key: MemberKey) -> u32 {
+        let session = self.resources(key).session.as_ref().map(|session| session.pid);
+        let process = self.child_of(key).map(|child| child.process.pid());
         session.or(process).unwrap_or(0)
     }
 
     /// Opens all files anew, as SIGHUP asks; workers that handle the signal open theirs.
     pub(super) fn reopen(&mut self) {
         crate::log::reopen();
-        if let Some(spawner) = &self.spawner {
-            spawner.command.output.reopen();
-        }
+        self.commands().for_each(|command| command.output.reopen());
         let mut told = 0;
         for child in self.processes.values() {
             if child.process.catches(Signal::SIGHUP) {

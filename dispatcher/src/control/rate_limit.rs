@@ -1,4 +1,4 @@
-//! How often something that a user can cause is told in the log and in the journal.
+//! How often something that a user can cause is told in the log and in the event history.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! The control socket: who connects, what they say, when they hang up.
 //!
 //! A connection is a task that only moves messages, on a thread of its own: what they mean is
-//! decided in one place, the primary, which gets them through its [inbox](crate::control::inbox), and which
-//! goes on whatever a peer makes its connection wait for.
+//! decided in one place, the primary, which gets them through its [inbox](crate::control::inbox),
+//! and which goes on whatever a peer makes its connection wait for.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -21,8 +21,8 @@ use xfan_shm::protocol::{self, Refusal, RefusalCode, Reply};
 
 use crate::control::access::{Access, peer_of};
 use crate::control::connection::{Connections, ControlCounters, Shared, count};
+use crate::control::connection_limits::{Admission, ConnectionLimits};
 use crate::control::inbox::Outbox;
-use crate::control::limits::{Limits, Room};
 use crate::host::directory::{Directory, DirectoryError, kind, set_mode};
 use crate::host::privileges::{OF_SOCKET, drop_capabilities_but};
 use crate::host::sys;
@@ -90,8 +90,8 @@ impl Listener {
         }
         let listening = || -> io::Result<Self> {
             let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
-            // Kernels before 6.16 cannot; there a peer can stop the thread of all connections, by a descriptor whose
-            // closing blocks.
+            // Kernels before 6.16 cannot; there a peer can stop the thread of all connections, by a
+            // descriptor whose closing blocks.
             let _ = sys::refuse_descriptors(fd.as_fd());
             // The file gets no more than this, whatever the umask.
             fchmod(&fd, Mode::from_bits_truncate(access.mode))?;
@@ -109,7 +109,7 @@ impl Listener {
     }
 
     /// The folder of the socket, and its name there.
-    pub fn place(&self) -> (&Directory, &OsStr) {
+    pub fn file(&self) -> (&Directory, &OsStr) {
         (&self.folder, &self.name)
     }
 
@@ -140,7 +140,7 @@ impl Listener {
             runtime.block_on(async {
                 tokio::select! {
                     () = shared.outbox.closed() => {}
-                    result = accept_all(fd, &access, Limits::new(inherited), &shared) => {
+                    result = accept_all(fd, &access, ConnectionLimits::new(inherited), &shared) => {
                         if let Err(error) = result {
                             tracing::error!("the control socket accepts no connections: {}", explained(error));
                         }
@@ -154,7 +154,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Not if somebody has put another in its place.
+        // Not if another process has replaced it.
         if self.folder.look(&self.name).is_ok_and(|found| found.st_ino == self.inode) {
             let _ = self.folder.remove(&self.name);
         }
@@ -167,7 +167,7 @@ fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()
     let file = folder.open_file(name, OFlag::O_PATH, 0)?;
     let found = fstat(&file)?;
     if kind(&found) != SFlag::S_IFSOCK || found.st_uid != geteuid().as_raw() {
-        return Err(io::Error::other("another file has taken the socket's place"));
+        return Err(io::Error::other("another file has replaced the socket"));
     }
     set_mode(&file, access.mode)?;
     fchownat(&file, "", Some(access.owner), access.group, AtFlags::AT_EMPTY_PATH)?;
@@ -175,10 +175,15 @@ fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()
 }
 
 /// Accepts connections for ever.
-async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: &Shared) -> io::Result<()> {
+async fn accept_all(
+    listener: OwnedFd,
+    access: &Access,
+    limits: ConnectionLimits,
+    shared: &Shared,
+) -> io::Result<()> {
     let counters = &shared.counters;
     let listener = sys::watched(listener, Interest::READABLE)?;
-    let mut room = Room::new(limits);
+    let mut admission = Admission::new(limits);
     let mut told = None;
     loop {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
@@ -212,8 +217,8 @@ async fn accept_all(listener: OwnedFd, access: &Access, limits: Limits, shared: 
             let _ = refuse(RefusalCode::Forbidden, message);
             continue;
         };
-        match room.take(peer.uid(), standing) {
-            Ok(place) => shared.serve(standing, peer, socket, place),
+        match admission.admit(peer.uid(), standing) {
+            Ok(permits) => shared.serve(standing, peer, socket, permits),
             Err(message) => {
                 count(&counters.too_many);
                 let _ = refuse(RefusalCode::Occupied, message);

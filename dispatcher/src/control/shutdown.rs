@@ -79,15 +79,9 @@ impl Primary {
     pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, inbox: &mut Inbox) -> Outcome {
         let mut again = Again::listen();
         self.tell_those_who_wait();
-        // Before the program is detached, since that resets the counters of some drivers.
-        if let Some(watch) = &mut self.watch {
-            watch.count_now(LOOK);
-        }
-        if let Some(port) = &mut self.port {
-            port.close();
-        }
+        self.ports.iter_mut().for_each(|port| port.close(LOOK));
         // No worker is started or joins any more.
-        self.apply(group::Event::Stop);
+        self.apply_to_all(group::Event::Stop);
         // Packets on the RX rings still go to the workers …
         self.lanes.drain();
         self.wait(inbox, &mut again, DRAIN, |primary| primary.lanes.handles.iter().all(LaneHandle::drained))
@@ -95,7 +89,7 @@ impl Primary {
         // If redirected packets are missing, the driver may still be handling them.
         self.wait(inbox, &mut again, DRAIN, Primary::all_arrived).await;
         // … which finish them, or are killed in the end.
-        self.apply(group::Event::Finish);
+        self.apply_to_all(group::Event::Finish);
         self.finish(inbox, &mut again).await;
         again.told = false;
         for child in self.processes.values() {
@@ -131,21 +125,22 @@ impl Primary {
                 }
             }
         }
-        if let Some(spawner) = self.spawner.as_ref().filter(|spawner| spawner.command.survive) {
+        if self.commands().any(|command| command.survive)
+            && let Some(spawner) = &self.spawner
+        {
             spawner.note.remove();
         }
-        if let Some(watch) = &mut self.watch {
-            watch.count_now(LOOK);
-        }
+        self.ports.iter_mut().for_each(|port| port.count_now(LOOK));
         let mut report = self.report();
         imbalances.extend(report.imbalances());
         let mut unaccounted = Vec::new();
-        if self.port.is_some() {
-            for lane in report.ports.iter_mut().flat_map(|port| &mut port.lanes) {
+        let of_interfaces = self.ports.iter().zip(&mut report.ports).filter(|(port, _)| port.port.is_some());
+        for (_, port) in of_interfaces {
+            for lane in &mut port.lanes {
                 lane.unaccounted = lane.missing();
                 if lane.unaccounted > 0 {
                     let notice = crate::port::watch::unaccounted(lane.queue, lane.unaccounted).to_string();
-                    tracing::error!(interface = self.name, queue = lane.queue.0, "{notice}");
+                    tracing::error!(interface = port.name, queue = lane.queue.0, "{notice}");
                     unaccounted.push(notice);
                 }
             }
@@ -157,7 +152,7 @@ impl Primary {
         Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: again.ever }
     }
 
-    /// Deals with events until the condition holds (`true`), the time is up, or patience is.
+    /// Handles events until the condition holds (`true`), the time is up, or patience is.
     async fn wait(
         &mut self,
         inbox: &mut Inbox,
@@ -178,27 +173,31 @@ impl Primary {
         }
     }
 
-    /// Deals with events until the group is over.
+    /// Handles events until all groups are over.
     async fn finish(&mut self, inbox: &mut Inbox, again: &mut Again) {
         let mut hurried = false;
-        while !self.group.is_over() {
+        while !self.is_over() {
             if again.told && !std::mem::replace(&mut hurried, true) {
-                self.apply(group::Event::Hurry);
+                self.apply_to_all(group::Event::Hurry);
                 continue;
             }
             self.lanes.handles.iter().for_each(LaneHandle::wake);
             self.look_at_workers();
-            if self.group.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
-                self.apply(group::Event::Tick);
+            if self.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+                self.apply_to_all(group::Event::Tick);
             }
-            if self.group.is_over() {
+            if self.is_over() {
                 return;
             }
             self.deal_with_next(inbox, again).await;
         }
     }
 
-    /// Deals with the next event, question or signal, and waits for it no longer than [`POLL`].
+    fn is_over(&self) -> bool {
+        self.groups.iter().all(|group| group.life.is_over())
+    }
+
+    /// Handles the next event, question or signal, and waits for it no longer than [`POLL`].
     async fn deal_with_next(&mut self, inbox: &mut Inbox, again: &mut Again) {
         tokio::select! {
             next = inbox.next() => match next {

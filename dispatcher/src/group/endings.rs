@@ -163,8 +163,7 @@ impl Group {
             self.out.push(Action::Forget(id));
             return;
         }
-        let its = |(number, member): (MemberId, &Member)| (member.process() == Some(id)).then_some(number);
-        let Some(member) = self.numbered().find_map(its) else { return };
+        let Some(member) = self.member_of_process(id) else { return };
         self.out.push(Action::Forget(id));
         let shown = self.members[member.index()].shown();
         let told = matches!(shown, Shown::Draining | Shown::Stopped);

@@ -119,7 +119,7 @@ pub enum Action {
     Hold(Ticket, MemberId),
     /// Have the lanes use a table, and requeue what the member's worker has not committed.
     Retire(Ticket, MemberId, Box<BucketTable>),
-    /// Write a fact to the log and the journal.
+    /// Write a fact to the log and the event history.
     Record(MemberId, Fact),
     /// End the primary.
     Fail(Failure),
@@ -165,7 +165,7 @@ pub enum Reason {
     Hurried,
 }
 
-/// Something that the log and the journal tell.
+/// Something that the log and the event history tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fact {
     /// A process was started, or adopted.

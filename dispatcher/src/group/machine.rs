@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use xfan_shm::ids::MemberId;
 
+use crate::config::OnEmpty;
 use crate::group::event::{
     Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Reading, Refused, Ticket,
 };
@@ -123,8 +124,18 @@ impl Group {
     }
 
     /// Whether a member takes packets.
-    pub fn has_flows(&self) -> bool {
+    pub(super) fn has_flows(&self) -> bool {
         self.members.iter().any(Member::has_flows)
+    }
+
+    /// Whether packets are to come: a member takes them, or they are to be dropped.
+    pub fn wants_packets(&self) -> bool {
+        self.is_open() && (self.policy.on_empty == OnEmpty::Drop || self.has_flows())
+    }
+
+    /// The member whose process this is.
+    pub fn member_of_process(&self, process: ProcessId) -> Option<MemberId> {
+        self.numbered().find(|(_, member)| member.process() == Some(process)).map(|(id, _)| id)
     }
 
     /// The member whose worker, joined or not, speaks through this connection.
@@ -132,10 +143,15 @@ impl Group {
         self.numbered().find(|(_, member)| member.connection() == Some(connection)).map(|(id, _)| id)
     }
 
+    /// The members that are vacant.
+    pub fn vacancies(&self) -> impl Iterator<Item = MemberId> {
+        self.numbered().filter(|(_, member)| member.is_vacant()).map(|(id, _)| id)
+    }
+
     /// The vacant member for a worker that names none; one whose packets are held comes first.
-    pub fn vacant(&self) -> Option<MemberId> {
-        let vacant = || self.numbered().filter(|(_, member)| member.is_vacant());
-        vacant().find(|(_, member)| member.is_held()).or_else(|| vacant().next()).map(|(id, _)| id)
+    pub(super) fn vacant(&self) -> Option<MemberId> {
+        let held = |id: &MemberId| self.members[id.index()].is_held();
+        self.vacancies().find(held).or_else(|| self.vacancies().next())
     }
 
     /// Counts a worker that the primary did not start: each costs the lanes some time when it

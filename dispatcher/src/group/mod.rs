@@ -2,9 +2,11 @@
 //!
 //! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
 //! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the machine:
-//! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`, and
-//! `stop`. [`policy`] holds the settings, [`restart`] counts starts.
+//! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`,
+//! and `stop`. [`admission`] decides which member a worker may become. [`policy`] holds the
+//! settings, [`restart`] counts starts.
 
+pub mod admission;
 mod attachment;
 mod deadlines;
 mod endings;

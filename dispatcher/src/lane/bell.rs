@@ -12,7 +12,7 @@ use std::time::Duration;
 use xfan_shm::bell;
 use xfan_shm::clock::{thread_cpu_time, ticks, ticks_per_ns, ticks_to_ns};
 
-use super::counters::{Lie, MemberCounters};
+use super::counters::{Evidence, MemberCounters};
 
 /// The time from which a ring is slow: a hundred times what it takes to wake one thread.
 const SLOW: Duration = Duration::from_micros(100);
@@ -39,7 +39,7 @@ pub(super) struct BellMeter {
 
 impl BellMeter {
     /// Rings, unless it has to be quiet.
-    pub(super) fn ring(&mut self, doorbell: impl AsFd, counters: &MemberCounters, lie: &Lie) {
+    pub(super) fn ring(&mut self, doorbell: impl AsFd, counters: &MemberCounters, evidence: &Evidence) {
         let start = ticks();
         if start.wrapping_sub(self.since) < self.quiet {
             return;
@@ -51,7 +51,7 @@ impl BellMeter {
         if self.suspected {
             let took = thread_cpu_time().saturating_sub(before);
             if self.took(took, end) {
-                lie.tell_slow_bell();
+                evidence.report_slow_bell();
             }
         } else if u128::from(ticks_to_ns(end.wrapping_sub(start))) >= SLOW.as_nanos() {
             self.suspected = true;
@@ -106,7 +106,7 @@ mod tests {
     #[ignore = "a measurement"]
     fn cost_of_a_ring() {
         let (ringer, sleeper) = bell::create().unwrap();
-        let (counters, lie, rings) = (MemberCounters::default(), Lie::default(), 200_000u32);
+        let (counters, evidence, rings) = (MemberCounters::default(), Evidence::default(), 200_000u32);
         let measure = |mut ring: Box<dyn FnMut() + '_>| {
             let start = std::time::Instant::now();
             for _ in 0..rings {
@@ -118,9 +118,9 @@ mod tests {
         for _ in 0..3 {
             let plain = measure(Box::new(|| bell::ring(&ringer)));
             let mut meter = BellMeter::default();
-            let metered = measure(Box::new(|| meter.ring(&ringer, &counters, &lie)));
+            let metered = measure(Box::new(|| meter.ring(&ringer, &counters, &evidence)));
             let mut meter = BellMeter { suspected: true, ..BellMeter::default() };
-            let suspected = measure(Box::new(|| meter.ring(&ringer, &counters, &lie)));
+            let suspected = measure(Box::new(|| meter.ring(&ringer, &counters, &evidence)));
             println!("plain {plain:?}, measured {metered:?}, suspected {suspected:?}");
         }
     }

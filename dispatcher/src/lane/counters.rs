@@ -92,20 +92,21 @@ pub struct GroupCounters {
     pub no_worker: Counter,
 }
 
-/// Where a lane reports that a worker's consumer index was impossible, or its bell slow. Each session has one per lane.
+/// What a lane has found against a worker: an impossible consumer index, or a slow bell. Each
+/// session has one per lane.
 #[derive(Debug, Default)]
-pub struct Lie {
+pub struct Evidence {
     consumed: AtomicU32,
     head: AtomicU32,
     seen: AtomicU32,
-    told: AtomicBool,
+    impossible_index: AtomicBool,
     slow_bell: AtomicBool,
 }
 
-impl Lie {
-    /// Reports that ringing the worker's bell was slow several times in a row; the lane does not
-    /// ring it any more.
-    pub(super) fn tell_slow_bell(&self) {
+impl Evidence {
+    /// Reports that ringing the worker's bell was slow several times in a row. The lane does not
+    /// ring it again.
+    pub(super) fn report_slow_bell(&self) {
         self.slow_bell.store(true, Ordering::Relaxed);
     }
 
@@ -114,19 +115,19 @@ impl Lie {
         self.slow_bell.load(Ordering::Relaxed)
     }
 
-    /// Reports it; the lane takes nothing back from the worker any more.
-    pub(super) fn tell(&self, error: IndexError) {
+    /// Reports an impossible index. The lane takes no more packets back from the worker.
+    pub(super) fn report_impossible_index(&self, error: IndexError) {
         self.consumed.store(error.consumed, Ordering::Relaxed);
         self.head.store(error.head, Ordering::Relaxed);
         self.seen.store(error.seen, Ordering::Relaxed);
-        // Pairs with the Acquire in `read`.
-        self.told.store(true, Ordering::Release);
+        // Pairs with the Acquire in `impossible_index`.
+        self.impossible_index.store(true, Ordering::Release);
     }
 
-    /// What the lane saw, if it saw an impossible index.
-    pub fn read(&self) -> Option<IndexError> {
-        // Pairs with the Release in `tell`.
-        self.told.load(Ordering::Acquire).then(|| IndexError {
+    /// The impossible index that the lane has read, if any.
+    pub fn impossible_index(&self) -> Option<IndexError> {
+        // Pairs with the Release in `report_impossible_index`.
+        self.impossible_index.load(Ordering::Acquire).then(|| IndexError {
             consumed: self.consumed.load(Ordering::Relaxed),
             head: self.head.load(Ordering::Relaxed),
             seen: self.seen.load(Ordering::Relaxed),

@@ -69,7 +69,7 @@ impl LaneGroup {
             let Some(link) = &mut self.links[member.index()] else { continue };
             link.ring.filled();
             if link.ringer.must_ring(link.up.epoch()) {
-                link.bell.ring(&link.doorbell, &link.counters, &link.lie);
+                link.bell.ring(&link.doorbell, &link.counters, &link.evidence);
             }
             link.count();
             if link.ring.lent() >= TAKE_BACK || link.ring.is_filling_up() {

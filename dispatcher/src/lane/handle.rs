@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use xfan_shm::ids::{GroupId, QueueId};
+use xfan_shm::ids::{GroupId, PortId, QueueId};
 
 use crate::host::privileges::drop_all_capabilities;
 use crate::lane::{Command, Lane, LaneParts, Shared};
@@ -24,6 +24,8 @@ const ROUND: u64 = 1024;
 /// A running lane.
 #[derive(Debug)]
 pub struct LaneHandle {
+    /// The port it belongs to.
+    pub port: PortId,
     /// RX queue.
     pub queue: QueueId,
     /// CPU it is pinned on.
@@ -63,7 +65,7 @@ impl LaneHandle {
     pub fn spawn<S: PacketSource + Send + 'static>(parts: LaneParts, source: S) -> io::Result<Self> {
         let lane = Lane::new(&parts, source)?;
         let shared = lane.shared().clone();
-        let LaneParts { queue, core, config, socket, .. } = parts;
+        let LaneParts { port, queue, core, config, socket, .. } = parts;
         let thread = std::thread::Builder::new().name(format!("lane-{queue}")).spawn(move || {
             if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
                 tracing::warn!(
@@ -76,6 +78,7 @@ impl LaneHandle {
             lane.run()
         })?;
         Ok(LaneHandle {
+            port,
             queue,
             core,
             shared,

@@ -9,7 +9,7 @@ use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{Producer, Reserved};
 
 use super::bell::BellMeter;
-use super::counters::{Lie, MemberCounters};
+use super::counters::{Evidence, MemberCounters};
 use crate::memory::frames::Frames;
 
 /// What the control thread hands a lane for a worker.
@@ -24,7 +24,7 @@ pub struct MemberLink {
     /// What this lane counts of it.
     pub counters: Arc<MemberCounters>,
     /// Where it reports an impossible index.
-    pub lie: Arc<Lie>,
+    pub evidence: Arc<Evidence>,
 }
 
 /// A [`MemberLink`] and what the lane remembers about it.
@@ -35,7 +35,7 @@ pub(super) struct Link {
     pub(super) up: Up,
     pub(super) doorbell: Arc<OwnedFd>,
     pub(super) counters: Arc<MemberCounters>,
-    pub(super) lie: Arc<Lie>,
+    pub(super) evidence: Arc<Evidence>,
     pub(super) ringer: Ringer,
     pub(super) bell: BellMeter,
     /// Position up to which pushed descriptors are counted.
@@ -51,14 +51,14 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(link: MemberLink) -> Self {
-        let MemberLink { ring, up, doorbell, counters, lie } = link;
+        let MemberLink { ring, up, doorbell, counters, evidence } = link;
         let counted = ring.head();
         Link {
             ring,
             up,
             doorbell,
             counters,
-            lie,
+            evidence,
             ringer: Ringer::default(),
             bell: BellMeter::default(),
             counted,
@@ -101,7 +101,7 @@ impl Link {
             Ok(committed) => self.counters.committed.add(u64::from(committed)),
             Err(error) => {
                 self.distrusted = true;
-                self.lie.tell(error);
+                self.evidence.report_impossible_index(error);
             }
         }
     }

@@ -90,7 +90,7 @@ pub struct LaneConfig {
 /// What a lane is made of, beside its source.
 #[derive(Debug)]
 pub struct LaneParts {
-    /// The port it belongs to, for descriptors.
+    /// The port it belongs to.
     pub port: PortId,
     /// RX queue of the port.
     pub queue: QueueId,

@@ -17,7 +17,7 @@ use xfan_shm::ring::{Consumer, Producer};
 use xfan_shm::segment::{self, Mapping};
 
 use super::*;
-use crate::lane::counters::{Lie, MemberCounters};
+use crate::lane::counters::{Evidence, MemberCounters};
 use crate::memory::frames::Tally;
 
 mod groups;
@@ -86,7 +86,7 @@ struct Peer {
     up: Up,
     doorbell: OwnedFd,
     counters: Arc<MemberCounters>,
-    lie: Arc<Lie>,
+    evidence: Arc<Evidence>,
 }
 
 /// A lane that serves one group.
@@ -154,18 +154,18 @@ impl Bench {
         let up_fd = segment::create("up", geometry.up_bytes()).unwrap();
         let (down, up) = (Down::create(&down_fd, geometry).unwrap(), Up::create(&up_fd, geometry).unwrap());
         let (ringer, doorbell) = bell::create().unwrap();
-        let lie = Arc::<Lie>::default();
+        let evidence = Arc::<Evidence>::default();
         let link = MemberLink {
             ring: Producer::new(SharedRing::new(&down, &up, LaneId(0))),
             up,
             doorbell: Arc::new(ringer),
             counters: counters.clone(),
-            lie: lie.clone(),
+            evidence: evidence.clone(),
         };
         self.command(Command::Join { group, member: MemberId(member), link: Box::new(link) });
         let up = Up::open(&up_fd, geometry).unwrap();
         let ring = Consumer::new(SharedRing::new(&Down::open(&down_fd, geometry).unwrap(), &up, LaneId(0)));
-        Peer { ring, up, doorbell, counters, lie }
+        Peer { ring, up, doorbell, counters, evidence }
     }
 
     fn retire(&mut self, member: u8, others: &[u8]) {
@@ -435,7 +435,7 @@ fn held_packets_reach_the_next_worker_in_order() {
     let counters = gone.counters.clone();
     assert_eq!((counters.committed.get(), counters.requeued.get(), counters.lost.get()), (1, 0, 0));
     let delivered = counters.delivered.get();
-    assert!(delivered > had && gone.lie.read().is_none());
+    assert!(delivered > had && gone.evidence.impossible_index().is_none());
     assert_eq!(u64::from(bench.lane.frames.tally().lent), delivered - 1 + (16 - delivered - own));
 
     let mut next = bench.join_as(0, counters.clone());
@@ -528,9 +528,9 @@ fn an_impossible_index_costs_only_its_worker() {
     liar.ring.commit(1000);
     bench.lane.settle();
     bench.balanced();
-    let lie = liar.lie.read().unwrap();
+    let lie = liar.evidence.impossible_index().unwrap();
     assert!((lie.consumed, lie.seen) == (0, 1000) && lie.head <= 16, "{lie}");
-    assert!(honest.lie.read().is_none());
+    assert!(honest.evidence.impossible_index().is_none());
     let count = honest.take().len() as u64;
     assert_eq!((count, honest.counters.delivered.get()), (16 - had, 16 - had));
     // Also if it tells the truth now: nothing is taken back until it is retired, and then all it

@@ -44,7 +44,6 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Cgroups {
     shared: Arc<Shared>,
-    limits: Limits,
     /// The controllers that are enabled for workers' cgroups.
     controllers: Vec<&'static str>,
     /// The cgroup that the primary left; `None`: it did not move.
@@ -164,16 +163,18 @@ impl Cgroups {
     /// The primary may therefore have to move into a child of its cgroup. If other processes share
     /// its cgroup, the limits that need controllers are not available.
     ///
+    /// `cpuset`: some worker's limits name CPUs of lanes.
+    ///
     /// # Errors
     /// A sentence that says why workers get no cgroups.
-    pub fn begin(socket: &Path, limits: Limits) -> Result<Self, String> {
+    pub fn begin(socket: &Path, cpuset: bool) -> Result<Self, String> {
         let own = own()?;
         let folder = own.join(name_of(socket));
         make(&folder).map_err(|error| format!("cannot create {}: {error}", folder.display()))?;
         let shared = Arc::new(Shared { folder, emptying: Mutex::default() });
-        let mut cgroups = Cgroups { shared, limits, controllers: Vec::new(), moved_from: None };
+        let mut cgroups = Cgroups { shared, controllers: Vec::new(), moved_from: None };
         let mut wanted = vec!["memory", "pids", "cpu"];
-        if !cgroups.limits.lanes.is_empty() {
+        if cpuset {
             wanted.push("cpuset");
         }
         let available = words(&own, "cgroup.controllers");
@@ -212,13 +213,13 @@ impl Cgroups {
         &self.shared.folder
     }
 
-    /// The configured limits that cgroups enforce, and those that they do not enforce.
-    pub fn in_force(&self) -> (Vec<&'static str>, Vec<&'static str>) {
+    /// Which of these limits cgroups enforce, and which they do not enforce.
+    pub fn in_force(&self, limits: &Limits) -> (Vec<&'static str>, Vec<&'static str>) {
         let wanted = [
-            ("worker_memory", "memory", self.limits.memory.is_some()),
+            ("worker_memory", "memory", limits.memory.is_some()),
             ("worker_processes", "pids", true),
-            ("worker_cpu_weight", "cpu", self.limits.cpu_weight != 100),
-            ("CPUs apart from lanes", "cpuset", !self.limits.lanes.is_empty()),
+            ("worker_cpu_weight", "cpu", limits.cpu_weight != 100),
+            ("CPUs apart from lanes", "cpuset", !limits.lanes.is_empty()),
         ];
         let wanted = wanted.into_iter().filter(|(.., wanted)| *wanted);
         let (have, lack): (Vec<_>, Vec<_>) =
@@ -232,11 +233,11 @@ impl Cgroups {
         self.controllers.contains(&"memory")
     }
 
-    /// Creates a cgroup for a new process of a member, such as `default/0`.
+    /// Creates a cgroup with these limits for a new process of a member, such as `default/0`.
     ///
     /// # Errors
     /// The errors of mkdir(2) and of write(2) to the cgroup's files.
-    pub fn make(&self, member: &str) -> io::Result<Cgroup> {
+    pub fn make(&self, member: &str, limits: &Limits) -> io::Result<Cgroup> {
         let name = member.replace('/', "-");
         // Processes of the previous worker may still be ending in a cgroup of that name.
         for number in 0.. {
@@ -247,14 +248,14 @@ impl Cgroups {
                 result => result?,
             }
             let cgroup = Cgroup { folder, shared: self.shared.clone() };
-            self.limit(&cgroup.folder)?;
+            self.limit(&cgroup.folder, limits)?;
             return Ok(cgroup);
         }
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
-    fn limit(&self, folder: &Path) -> io::Result<()> {
-        let Limits { memory, processes, cpu_weight, lanes } = &self.limits;
+    fn limit(&self, folder: &Path, limits: &Limits) -> io::Result<()> {
+        let Limits { memory, processes, cpu_weight, lanes } = limits;
         let has = |controller| self.controllers.contains(&controller);
         if has("memory")
             && let Some(bytes) = memory

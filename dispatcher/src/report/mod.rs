@@ -34,9 +34,6 @@ pub struct Report {
     pub groups: Vec<Group>,
     /// What came over the control socket.
     pub control: Control,
-    /// How workers are confined.
-    #[serde(default)]
-    pub confinement: Confinement,
     /// Lines of the primary's log that were not written.
     #[serde(default)]
     pub log_lines_lost: u64,
@@ -215,6 +212,9 @@ pub struct Group {
     pub lanes: Vec<GroupLane>,
     /// Its members.
     pub members: Vec<Member>,
+    /// How its workers are confined.
+    #[serde(default)]
+    pub confinement: Confinement,
 }
 
 /// What a lane counts of a group. Packets that the lane accepted are `delivered + Σ dropped`.

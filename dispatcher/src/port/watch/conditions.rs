@@ -186,7 +186,7 @@ const BURST: u32 = 6;
 const REFILL: Duration = Duration::from_secs(10);
 
 /// The conditions already reported. Limits the rate, so that a flapping link does not fill the log
-/// and the journal.
+/// and the event history.
 #[derive(Debug, Default)]
 pub struct Reported {
     topics: BTreeMap<String, Topic>,

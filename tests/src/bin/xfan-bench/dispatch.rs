@@ -13,8 +13,10 @@ use nix::unistd::Pid;
 use xfan::config::Restart;
 use xfan::config::{ControlAccess, OnEmpty, WorkerOutput, WorkerUser};
 use xfan::control::access::Access;
-use xfan::control::members::Member;
+use xfan::control::groups::GroupParts;
+use xfan::control::ports::PortParts;
 use xfan::control::primary::{Parts, Primary};
+use xfan::control::resources::Resources;
 use xfan::control::{client::ask_for_report, server::Listener};
 use xfan::group::policy::Policy;
 use xfan::host::random::random_bytes;
@@ -166,7 +168,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     };
     let lanes = vec![LaneHandle::spawn(parts, Endless::default())?];
     let members = (0..options.workers)
-        .map(|index| Member::new(format!("{GROUP}/{index}"), Some(worker_cpu), spin, 1))
+        .map(|index| Resources::new(format!("{GROUP}/{index}"), Some(worker_cpu), spin, 1))
         .collect();
     let folder = Folder::new()?;
     let user = WorkerUser::find(None)?;
@@ -175,24 +177,13 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let second = Duration::from_secs(1);
     let policy = xfan::config::Policy::No;
     let restart = Restart { policy, delay: second, limit_burst: 1, limit_interval: second };
-    let parts = Parts {
-        name: "memory".into(),
-        port: None,
-        memory,
-        geometry: Geometry { lanes: 1, slots },
-        lanes,
-        group: GROUP.into(),
-        members,
-        places: options.workers,
-        yields: Duration::from_secs(3600),
-        policy: Policy {
-            restart,
-            hang_timeout: Duration::ZERO,
-            hold: None,
-            on_empty: OnEmpty::Drop,
-            start_timeout: Duration::from_secs(10),
-            stop_timeout: Duration::from_secs(5),
-        },
+    let policy = Policy {
+        restart,
+        hang_timeout: Duration::ZERO,
+        hold: None,
+        on_empty: OnEmpty::Drop,
+        start_timeout: Duration::from_secs(10),
+        stop_timeout: Duration::from_secs(5),
     };
     // Copied to where the workers' user can execute it: the checkout may be closed to other users.
     let program = folder.join("xfan-count");
@@ -207,6 +198,16 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         sandbox: None,
         output: Output::begin(WorkerOutput::Null, false, &[])?,
     };
+    let group =
+        GroupParts { name: GROUP.into(), members, initial: options.workers, policy, command: Some(command) };
+    let parts = Parts {
+        ports: vec![PortParts { name: "memory".into(), port: None }],
+        groups: vec![group],
+        memory,
+        geometry: Geometry { lanes: 1, slots },
+        lanes,
+        yields: Duration::from_secs(3600),
+    };
 
     let socket = listener.path().to_owned();
     let seconds = Duration::try_from_secs_f64(options.seconds)?;
@@ -217,7 +218,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         let _ = kill(Pid::this(), Signal::SIGTERM);
         reports
     });
-    let outcome = Primary::run(parts, &listener, Some(&command))?;
+    let outcome = Primary::run(parts, &listener)?;
     if let Some(error) = outcome.error {
         return Err(error.into());
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xfan::control::client;
-use xfan::control::journal::{Entry, Page};
+use xfan::control::history::{Entry, Page};
 use xfan::report::Report;
 use xfan_shm::protocol::{Reply, Request};
 use xfan_tests::generator::{End, Generator, Load};

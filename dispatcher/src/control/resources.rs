@@ -1,4 +1,4 @@
-//! The resources of a member: segments, connections, counters. Its [group](crate::group) decides what
+//! What a member has: segments, connections, counters. Its [group](crate::group) decides what
 //! happens to it.
 
 use std::io;
@@ -17,12 +17,12 @@ use xfan_shm::segment;
 use crate::control::peer::Connection;
 use crate::group::{Group, Reading};
 use crate::lane::MemberLink;
-use crate::lane::counters::{Counter, Lie, MemberCounters};
+use crate::lane::counters::{Counter, Evidence, MemberCounters};
 use crate::report;
 
 /// What the primary keeps for a member. It outlives the workers, and so do the counters.
 #[derive(Debug)]
-pub struct Member {
+pub struct Resources {
     /// Such as `default/0`.
     pub id: String,
     /// CPU that its worker runs on.
@@ -33,7 +33,7 @@ pub struct Member {
     pub program: String,
     /// How its last process ended.
     pub last_exit: Option<String>,
-    /// The last error or lie of its worker, for log and journal.
+    /// The last error or impossible index of its worker, for the log and the event history.
     pub trouble: String,
     /// A worker that was given segments, and has not said that it mapped them.
     pub joining: Option<Joining>,
@@ -54,8 +54,9 @@ struct Past {
 }
 
 impl Past {
-    /// Adds what a session published. Names beyond as many as a worker can publish are left out: one that comes again and
-    /// again, under new names each time, must not fill the primary's memory.
+    /// Adds what a session published. Names beyond as many as a worker can publish are left out:
+    /// one that comes again and again, under new names each time, must not fill the primary's
+    /// memory.
     fn add(&mut self, published: impl Iterator<Item = (String, u64)>) {
         for (name, value) in published {
             if self.published.len() < COUNTERS || self.published.contains_key(&name) {
@@ -79,20 +80,20 @@ pub struct Session {
     down: Down,
     up: Up,
     doorbell: Arc<OwnedFd>,
-    /// One for each lane, in order.
-    lies: Vec<Arc<Lie>>,
+    /// What each lane has found against the worker, in order.
+    evidence: Vec<Arc<Evidence>>,
 }
 
 impl Session {
-    /// The first impossible index that a lane read, and the lane.
-    pub fn lie(&self) -> Option<(LaneId, IndexError)> {
-        let mut found = (0..).map(LaneId).zip(&self.lies);
-        found.find_map(|(lane, lie)| Some((lane, lie.read()?)))
+    /// The first impossible index that a lane has read, and the lane.
+    pub fn impossible_index(&self) -> Option<(LaneId, IndexError)> {
+        let mut found = (0..).map(LaneId).zip(&self.evidence);
+        found.find_map(|(lane, evidence)| Some((lane, evidence.impossible_index()?)))
     }
 
     /// Whether a lane found the worker's bell slow.
     pub fn has_slow_bell(&self) -> bool {
-        self.lies.iter().any(|lie| lie.has_slow_bell())
+        self.evidence.iter().any(|evidence| evidence.has_slow_bell())
     }
 
     /// Tells the worker that what is in its rings is the last.
@@ -146,10 +147,10 @@ pub enum SessionError {
     Unsealed,
 }
 
-impl Member {
+impl Resources {
     /// A member without a worker, in which a worker spins for `spin` when there is nothing to do.
     pub fn new(id: String, core: Option<usize>, spin: Duration, lanes: usize) -> Self {
-        Member {
+        Resources {
             id,
             core,
             spin,
@@ -191,11 +192,11 @@ impl Member {
         Ok(handover)
     }
 
-    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take pages of
-    /// it away from the lanes. Returns whether the segments could be locked in memory.
+    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take
+    /// pages of it away from the lanes. Returns whether the segments could be locked in memory.
     ///
-    /// Nothing here takes a lock that the worker can hold: the worker seals its segment, which is not
-    /// mapped here before.
+    /// Nothing here takes a lock that the worker can hold: the worker seals its segment, which is
+    /// not mapped here before.
     ///
     /// # Errors
     /// [`SessionError`]; then no worker is joining any more.
@@ -205,21 +206,22 @@ impl Member {
             return Err(SessionError::Unsealed);
         }
         let up = Up::watch(&up_fd, geometry)?;
-        let lies: Vec<Arc<Lie>> = (0..geometry.lanes).map(|_| Arc::default()).collect();
+        let evidence: Vec<Arc<Evidence>> = (0..geometry.lanes).map(|_| Arc::default()).collect();
         let links = (0..geometry.lanes)
             .zip(&self.counters)
-            .zip(&lies)
-            .map(|((lane, counters), lie)| MemberLink {
+            .zip(&evidence)
+            .map(|((lane, counters), evidence)| MemberLink {
                 ring: Producer::new(SharedRing::new(&down, &up, LaneId(lane))),
                 up: up.clone(),
                 doorbell: doorbell.clone(),
                 counters: counters.clone(),
-                lie: lie.clone(),
+                evidence: evidence.clone(),
             })
             .collect();
-        // Locking maps all pages: those that the worker took away before are back when this returns.
+        // Locking maps all pages: those that the worker took away before are back when this
+        // returns.
         let locked = [up.lock(), down.lock()].into_iter().collect();
-        self.session = Some(Session { connection, pid, links, down, up, doorbell, lies });
+        self.session = Some(Session { connection, pid, links, down, up, doorbell, evidence });
         self.program = program;
         self.taken = true;
         Ok(locked)
@@ -246,12 +248,12 @@ impl Member {
         })
     }
 
-    /// Ends the session; what it published is kept. `lost`: the worker may still hold packets, which
-    /// are others' from now on.
+    /// Ends the session; what it published is kept. `lost`: the worker may still hold packets,
+    /// which are others' from now on.
     pub fn end_session(&mut self, lost: bool) -> Option<Session> {
         let session = self.session.take()?;
-        // Before any of its packets goes to another worker: this one may have been stopped by a signal,
-        // and go on one day.
+        // Before any of its packets goes to another worker: this one may have been stopped by a
+        // signal, and go on one day.
         session.down.set_phase(if lost { Phase::Over } else { Phase::Closing });
         bell::ring(&session.doorbell);
         session.connection.end();

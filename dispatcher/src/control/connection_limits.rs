@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::control::access::Standing;
 
 /// Most connections of all users but root and the workers' user, of each of them, and of root. A
-/// user can have a worker in each of 64 places, and tools beside them.
+/// user can have 64 workers, and tools beside them.
 const ALL: usize = 256;
 const USER: usize = 80;
 const ROOT: usize = 64;
@@ -18,7 +18,7 @@ const WORKERS: usize = 16;
 
 /// Most connections of each kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limits {
+pub(super) struct ConnectionLimits {
     all: usize,
     user: usize,
     root: usize,
@@ -27,7 +27,7 @@ pub(super) struct Limits {
     descriptors: Option<usize>,
 }
 
-impl Limits {
+impl ConnectionLimits {
     /// For this process. `inherited`: all workers inherit their connections.
     pub fn new(inherited: bool) -> Self {
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
@@ -38,7 +38,7 @@ impl Limits {
     /// than connections.
     fn of(descriptors: usize, inherited: bool) -> Self {
         let part = |most: usize, divisor: usize| most.min(descriptors / divisor).max(1);
-        Limits {
+        ConnectionLimits {
             all: part(ALL, 4),
             user: part(USER, 8),
             root: part(ROOT, 16),
@@ -48,10 +48,10 @@ impl Limits {
     }
 }
 
-/// Who has how many connections.
+/// Counts the connections of each user.
 #[derive(Debug)]
-pub(super) struct Room {
-    limits: Limits,
+pub(super) struct Admission {
+    limits: ConnectionLimits,
     root: Arc<Semaphore>,
     workers: Arc<Semaphore>,
     others: Arc<Semaphore>,
@@ -59,9 +59,9 @@ pub(super) struct Room {
     users: HashMap<u32, Arc<Semaphore>>,
 }
 
-impl Room {
-    pub fn new(limits: Limits) -> Self {
-        Room {
+impl Admission {
+    pub fn new(limits: ConnectionLimits) -> Self {
+        Admission {
             root: Arc::new(Semaphore::new(limits.root)),
             workers: Arc::new(Semaphore::new(limits.workers)),
             others: Arc::new(Semaphore::new(limits.all)),
@@ -70,10 +70,12 @@ impl Room {
         }
     }
 
-    /// A connection's place, or why there is none. It is free again when what this returns is
-    /// dropped.
-    pub fn take(&mut self, uid: u32, standing: Standing) -> Result<Vec<OwnedSemaphorePermit>, String> {
-        let Limits { all, user, root, workers, descriptors } = self.limits;
+    /// Counts a connection until what this returns is dropped.
+    ///
+    /// # Errors
+    /// The limit that has been reached, as a sentence.
+    pub fn admit(&mut self, uid: u32, standing: Standing) -> Result<Vec<OwnedSemaphorePermit>, String> {
+        let ConnectionLimits { all, user, root, workers, descriptors } = self.limits;
         let wanted: &[_] = match (uid, standing) {
             (0, _) => &[(&self.root, root, "of root")],
             (_, Standing::Worker) => &[(&self.workers, workers, "of the workers' user")],
@@ -82,7 +84,7 @@ impl Room {
                 &[(&*own, user, "of this user"), (&self.others, all, "of all users")]
             }
         };
-        let take = |&(places, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
+        let acquire = |&(left, limit, whose): &(&Arc<Semaphore>, usize, &str)| {
             let message = || {
                 let more = descriptors.map_or_else(String::new, |descriptors| {
                     format!(
@@ -92,9 +94,9 @@ impl Room {
                 });
                 format!("there are {limit} connections {whose}, which is the limit: close some{more}")
             };
-            places.clone().try_acquire_owned().map_err(|_| message())
+            left.clone().try_acquire_owned().map_err(|_| message())
         };
-        wanted.iter().map(take).collect()
+        wanted.iter().map(acquire).collect()
     }
 }
 
@@ -102,23 +104,27 @@ impl Room {
 mod tests {
     use super::*;
 
-    /// Takes places until there is none. How many there were, and why there is no more.
-    fn fill(room: &mut Room, uid: u32, standing: Standing) -> (Vec<Vec<OwnedSemaphorePermit>>, String) {
-        let mut taken = Vec::new();
+    /// Opens connections until the limit. Returns them, and the error.
+    fn fill(
+        admission: &mut Admission,
+        uid: u32,
+        standing: Standing,
+    ) -> (Vec<Vec<OwnedSemaphorePermit>>, String) {
+        let mut open = Vec::new();
         loop {
-            match room.take(uid, standing) {
-                Ok(place) => taken.push(place),
-                Err(message) => return (taken, message),
+            match admission.admit(uid, standing) {
+                Ok(connection) => open.push(connection),
+                Err(message) => return (open, message),
             }
         }
     }
 
     #[test]
-    fn nobody_takes_the_connections_of_another() {
+    fn nobody_uses_up_the_connections_of_another() {
         use Standing::{Named, Worker};
-        let mut room = Room::new(Limits::of(1 << 20, true));
+        let mut admission = Admission::new(ConnectionLimits::of(1 << 20, true));
         let mut all = Vec::new();
-        for (uid, standing, places, whose) in [
+        for (uid, standing, limit, whose) in [
             (65534, Worker, 16, "16 connections of the workers' user"),
             (1000, Named, 80, "80 connections of this user"),
             (1001, Named, 80, "80 connections of this user"),
@@ -126,24 +132,25 @@ mod tests {
             (1003, Named, 16, "256 connections of all users"),
             (0, Named, 64, "64 connections of root"),
         ] {
-            let (taken, message) = fill(&mut room, uid, standing);
-            assert_eq!(taken.len(), places, "{uid}");
+            let (open, message) = fill(&mut admission, uid, standing);
+            assert_eq!(open.len(), limit, "{uid}");
             assert!(message.contains(whose), "{message}");
-            all.push(taken);
+            all.push(open);
         }
         all.remove(1);
-        assert_eq!(fill(&mut room, 1004, Named).0.len(), 80);
+        assert_eq!(fill(&mut admission, 1004, Named).0.len(), 80);
     }
 
     #[test]
     fn few_descriptors_are_not_all_for_connections() {
         for descriptors in [64, 256, 1024, 4096] {
             for inherited in [false, true] {
-                let Limits { all, user, root, workers, .. } = Limits::of(descriptors, inherited);
+                let ConnectionLimits { all, user, root, workers, .. } =
+                    ConnectionLimits::of(descriptors, inherited);
                 assert!(2 * (all + root + workers) <= descriptors && user <= all);
             }
         }
-        let usual = Limits::of(1024, false);
-        assert_eq!(usual, Limits { all: 256, user: 80, root: 64, workers: 80, descriptors: None });
+        let usual = ConnectionLimits::of(1024, false);
+        assert_eq!(usual, ConnectionLimits { all: 256, user: 80, root: 64, workers: 80, descriptors: None });
     }
 }

@@ -6,13 +6,9 @@ use nix::sys::socket::UnixCredentials;
 use xfan_shm::ids::MemberId;
 use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
 
+use crate::control::groups::MemberKey;
 use crate::control::primary::Primary;
 use crate::group::{Event, Purpose, Refused};
-use crate::text::excerpt;
-
-fn refuse<T>(code: RefusalCode, message: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal { code, message: message.into() })
-}
 
 fn impossible(message: impl Into<String>) -> Refusal {
     Refusal { code: RefusalCode::Impossible, message: message.into() }
@@ -23,7 +19,8 @@ fn still_starting() -> Refusal {
 }
 
 impl Primary {
-    /// Carries out an order. What takes time goes on when this returns: the members are starting or draining.
+    /// Carries out an order. What takes time goes on when this returns: the members are starting or
+    /// draining.
     pub(super) fn order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) -> Reply {
         if peer.uid() != 0 {
             let message = "only root may add, drain, restart or remove workers: use sudo".to_owned();
@@ -31,8 +28,7 @@ impl Primary {
             self.tell_refusal(peer, None, None, &refusal.message);
             return Reply::Refused(refusal);
         }
-        // What an order does is told whatever came before, an order that does nothing only so
-        // often.
+        // Every order that does something is logged; of those that do nothing, only so many.
         let told = self.limit.admit(peer.uid(), Instant::now()).is_some();
         if told {
             self.tell_order(peer, order);
@@ -56,7 +52,7 @@ impl Primary {
     fn tell_order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) {
         tracing::info!(pid = peer.pid(), ?order, "an operator's order");
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
-        self.journal.write(None, pid, "ordered", format!("{order:?}"));
+        self.history.write(None, pid, "ordered", format!("{order:?}"));
     }
 
     fn carry_out(&mut self, order: &WorkersOrder) -> Result<Vec<String>, Refusal> {
@@ -66,13 +62,13 @@ impl Primary {
             WorkersOrder::Restart(id) => (id, Purpose::StartAgain),
             WorkersOrder::Remove(id) => (id, Purpose::FreeMember),
         };
-        if !self.group.is_open() {
+        let key = self.find(id)?;
+        if !self.group(key.group).life.is_open() {
             return Err(still_starting());
         }
-        let number = self.find(id)?;
-        let id = self.members[number.index()].id.clone();
+        let id = self.resources(key).id.clone();
         self.spawn_error = None;
-        self.try_apply(Event::Order(number, purpose)).map_err(|refused| match refused {
+        self.try_apply(key.group, Event::Order(key.member, purpose)).map_err(|refused| match refused {
             Refused::Starting => still_starting(),
             Refused::Stopping => Refusal { code: RefusalCode::Closing, message: refused.to_string() },
             Refused::Foreign => impossible(format!(
@@ -90,55 +86,37 @@ impl Primary {
     }
 
     fn add(&mut self, count: usize) -> Result<Vec<String>, Refusal> {
-        if !self.group.is_open() {
+        let group = self.group_named(None)?;
+        let state = self.group(group);
+        if !state.life.is_open() {
             return Err(still_starting());
         }
-        if self.spawner.is_none() {
+        if state.workers.is_none() {
             return Err(impossible(
                 "this primary has no command to start workers with: give `xfan run` one, or start workers that attach by \
                  themselves, as `xfan-count --attach SOCKET` does",
             ));
         }
-        let vacant = self.group.numbered().filter(|(_, member)| member.is_vacant());
-        let vacant: Vec<MemberId> = vacant.map(|(number, _)| number).take(count).collect();
+        let vacant: Vec<MemberId> = state.life.vacancies().take(count).collect();
         if vacant.len() < count {
-            let members = self.members.len();
-            return refuse(
-                RefusalCode::Occupied,
-                format!(
-                    "{} of {members} places are vacant, which {count} more workers do not fit: remove some, or start the \
-                     primary with a higher max_workers",
-                    vacant.len()
-                ),
+            let message = format!(
+                "{} of {} members are vacant, which is too few for {count} more workers: remove some, or start the \
+                 primary with a higher max_workers",
+                vacant.len(),
+                state.members.len()
             );
+            return Err(Refusal { code: RefusalCode::Occupied, message });
         }
         let mut started = Vec::new();
-        for number in vacant {
+        for member in vacant {
             self.spawn_error = None;
-            let refused = self.try_apply(Event::Add(number)).err().map(|refused| refused.to_string());
+            let refused = self.try_apply(group, Event::Add(member)).err().map(|refused| refused.to_string());
             let error = self.spawn_error.take().map(|error| error.to_string());
             if let Some(error) = error.or(refused) {
                 return Err(impossible(format!("{error} ({} of {count} were started)", started.len())));
             }
-            started.push(self.members[number.index()].id.clone());
+            started.push(self.resources(MemberKey { group, member }).id.clone());
         }
         Ok(started)
-    }
-
-    /// The member of this name.
-    pub(super) fn find(&self, id: &str) -> Result<MemberId, Refusal> {
-        let found = (0..u8::MAX).map(MemberId).zip(&self.members).find(|(_, member)| member.id == id);
-        match found {
-            Some((number, _)) => Ok(number),
-            None => refuse(
-                RefusalCode::UnknownMember,
-                format!(
-                    "there is no member {}: they are {group}/0 to {group}/{}",
-                    excerpt(id),
-                    self.members.len().saturating_sub(1),
-                    group = self.group_name,
-                ),
-            ),
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! The journal: what happened to whom, and when. It holds the last [`LIMIT`] entries.
+//! The event history: what happened to whom, and when. It holds the last [`LIMIT`] entries.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,8 +23,8 @@ pub struct Entry {
     /// Process id of its worker; 0: none.
     pub pid: u32,
     /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`,
-    /// `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`, `held`,
-    /// `resumed`, `interface`, `cut`, `unaccounted`, `autogroup`.
+    /// `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`,
+    /// `held`, `resumed`, `interface`, `cut`, `unaccounted`, `autogroup`.
     pub event: String,
     /// More of it, for people.
     pub detail: String,
@@ -46,7 +46,7 @@ impl fmt::Display for Entry {
     }
 }
 
-/// A part of the journal, as it is sent.
+/// A part of the history, as it is sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page {
     /// In the order in which they happened.
@@ -55,14 +55,14 @@ pub struct Page {
     pub missed: u64,
 }
 
-/// The journal.
+/// The event history.
 #[derive(Debug, Default)]
-pub struct Journal {
+pub struct History {
     entries: VecDeque<Entry>,
     written: u64,
 }
 
-impl Journal {
+impl History {
     /// Writes down what happened now.
     pub fn write(&mut self, member: Option<&str>, pid: u32, event: &str, detail: impl Into<String>) {
         if self.entries.len() == LIMIT {
@@ -80,6 +80,11 @@ impl Journal {
         });
     }
 
+    /// Writes down what happened to the primary now.
+    pub fn write_own(&mut self, event: &str, detail: impl Into<String>) {
+        self.write(None, std::process::id(), event, detail);
+    }
+
     /// What was written after entry number `after`.
     pub fn page(&self, after: u64) -> Page {
         let kept_from = self.written - self.entries.len() as u64;
@@ -94,17 +99,17 @@ mod tests {
 
     #[test]
     fn it_keeps_the_last_and_says_what_it_lost() {
-        let mut journal = Journal::default();
-        assert_eq!(journal.page(0), Page::default());
+        let mut history = History::default();
+        assert_eq!(history.page(0), Page::default());
         for number in 1..=LIMIT + 10 {
-            journal.write(Some("default/0"), 7, "started", number.to_string());
+            history.write(Some("default/0"), 7, "started", number.to_string());
         }
-        let page = journal.page(0);
+        let page = history.page(0);
         assert_eq!((page.entries.len(), page.missed), (LIMIT, 10));
         assert_eq!((page.entries[0].number, &*page.entries[0].detail), (11, "11"));
-        let last = journal.page(LIMIT as u64 + 9);
+        let last = history.page(LIMIT as u64 + 9);
         assert_eq!((last.entries.len(), last.missed, last.entries[0].number), (1, 0, LIMIT as u64 + 10));
-        assert_eq!(journal.page(u64::MAX), Page::default());
+        assert_eq!(history.page(u64::MAX), Page::default());
     }
 
     #[test]
