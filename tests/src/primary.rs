@@ -285,15 +285,15 @@ impl Primary {
         ask_for_report(&self.socket()).expect("the primary answers")
     }
 
-    /// Its journal from the first event.
+    /// Its event history from the first event.
     ///
     /// # Panics
     /// The primary does not answer.
-    pub fn journal(&self) -> Page {
+    pub fn history(&self) -> Page {
         let Ok(Reply::Events(page)) = ask(&self.socket(), &Request::Events(0)) else {
-            panic!("the primary returns no journal")
+            panic!("the primary returns no event history")
         };
-        serde_json::from_value(page).expect("a journal")
+        serde_json::from_value(page).expect("an event history")
     }
 
     /// Waits until `ready` accepts its report, without limit (the test has a watchdog), and returns

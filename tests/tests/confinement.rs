@@ -254,7 +254,7 @@ fn a_lowered_priority_of_a_shared_session_is_restored() {
     assert!(shared, "a lane that yields a shared CPU has to yield it to the worker");
     wait_until(|| autogroup_of(&primary) == before);
     primary.process.wait_for_line("set its autogroup to nice 19 instead of 0: restored").unwrap();
-    assert!(primary.journal().entries.iter().any(|entry| entry.event == "autogroup"));
+    assert!(primary.history().entries.iter().any(|entry| entry.event == "autogroup"));
     assert_eq!(primary.stop().0.code, Some(0));
 }
 

@@ -45,7 +45,7 @@ fn pid(member: &Member) -> Pid {
 }
 
 fn journal(primary: &Primary) -> Vec<Entry> {
-    let page = primary.journal();
+    let page = primary.history();
     assert_eq!(page.missed, 0);
     page.entries
 }

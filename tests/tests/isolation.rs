@@ -268,8 +268,8 @@ fn control_socket_floods_are_counted_and_harmless() {
     let control = report.control;
     assert!((1900..=1999).contains(&control.too_many), "{control:?}");
     assert_eq!((control.malformed, control.refused, control.forbidden), (2000, 500, 0));
-    // They do not push other events out of the journal.
-    let page = primary.journal();
+    // They do not push other events out of the event history.
+    let page = primary.history();
     assert_eq!((page.missed, page.entries.iter().filter(|entry| entry.event == "attached").count()), (0, 2));
     assert_eq!(primary.stop().0.code, Some(0));
 }

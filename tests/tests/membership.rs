@@ -331,7 +331,7 @@ fn ten_thousand_joins_leave_nothing_behind() {
 }
 
 #[test]
-fn the_journal_records_every_event() {
+fn the_event_history_is_complete() {
     let _watchdog = e2e_or_skip!();
     let namespace = network(2);
     let config = "restart_delay = '1ms'\n[control]\nallow_users = ['daemon']";
@@ -390,7 +390,7 @@ fn without_workers_packets_pass_to_the_kernel() {
     launch.within_reach("xfan-count").unwrap();
     let primary = launch.start_until_it_answers().unwrap();
     let told = |event: &str, times: usize| {
-        let count = || primary.journal().entries.iter().filter(|entry| entry.event == event).count();
+        let count = || primary.history().entries.iter().filter(|entry| entry.event == event).count();
         while count() != times {
             std::thread::yield_now();
         }

@@ -34,7 +34,7 @@ fn member(report: &Report, index: usize) -> &Member {
 /// The events of the first member.
 fn life_of_the_first(primary: &Primary) -> Vec<String> {
     let its =
-        primary.journal().entries.into_iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
+        primary.history().entries.into_iter().filter(|entry| entry.member.as_deref() == Some("default/0"));
     its.map(|entry| entry.event).collect()
 }
 

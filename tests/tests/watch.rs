@@ -89,7 +89,7 @@ fn told_no_longer(primary: &Primary, topic: &str) {
 
 /// The details of an event in the journal.
 fn details(primary: &Primary, event: &str) -> Vec<String> {
-    let entries = primary.journal().entries.into_iter();
+    let entries = primary.history().entries.into_iter();
     entries.filter(|entry| entry.event == event).map(|entry| entry.detail).collect()
 }
 

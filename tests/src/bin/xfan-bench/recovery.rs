@@ -199,7 +199,7 @@ fn kill_one(primary: &Primary) -> Result<Round, Failure> {
     const ID: &str = "default/0";
     let victim = primary.report().member(ID).cloned().ok_or("no member")?;
     let pid = Pid::from_raw(victim.pid.cast_signed());
-    let last = journal(primary, 0)?.last().map_or(0, |entry| entry.number);
+    let last = history(primary, 0)?.last().map_or(0, |entry| entry.number);
     stop(victim.pid);
     primary.report_when(|report| report.member(ID).is_some_and(|member| member.backlog == SLOTS));
     let killed = SystemTime::now().duration_since(UNIX_EPOCH)?;
@@ -216,7 +216,7 @@ fn kill_one(primary: &Primary) -> Result<Round, Failure> {
     }
     // Once it commits, it runs on its CPU.
     primary.report_when(|report| report.member(ID).is_some_and(|later| later.committed > now.committed));
-    let entries = journal(primary, last)?;
+    let entries = history(primary, last)?;
     let since = |event: &str| -> Result<Duration, Failure> {
         let entry = entries.iter().find(|entry| entry.member.as_deref() == Some(ID) && entry.event == event);
         let entry = entry.ok_or_else(|| format!("no {event} in {entries:#?}"))?;
@@ -243,7 +243,7 @@ fn join_and_leave(primary: &Primary) -> Result<(Duration, Duration), Failure> {
     Ok((joined, leave(worker, primary)?))
 }
 
-fn journal(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
+fn history(primary: &Primary, after: u64) -> Result<Vec<Entry>, Failure> {
     match client::ask(&primary.socket(), &Request::Events(after))? {
         Reply::Events(page) => Ok(serde_json::from_value::<Page>(page)?.entries),
         other => Err(format!("{other:?}").into()),
