@@ -218,7 +218,7 @@ impl<M: RingMemory> Producer<M> {
             // Relaxed: only this producer writes the slots.
             returned(Descriptor::from_words(
                 slot.body.load(Ordering::Relaxed),
-                slot.mark.load(Ordering::Relaxed),
+                slot.mark.load(Ordering::Relaxed) & !LAP,
             ));
         }
         self.consumed = self.filled;
@@ -309,13 +309,13 @@ impl<M: RingMemory> Consumer<M> {
         }
         let position = self.position.wrapping_add(ahead);
         let slot = self.memory.slot(position);
-        let mark = slot.mark.load(Ordering::Relaxed);
-        if mark & LAP != lap_mark(position, self.slots) {
+        let word1 = slot.mark.load(Ordering::Relaxed);
+        if word1 & LAP != lap_mark(position, self.slots) {
             return None;
         }
         // Acquire: pairs with the Release in `Reserved::fill`.
         fence(Ordering::Acquire);
-        Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), mark))
+        Some(Descriptor::from_words(slot.body.load(Ordering::Relaxed), word1 & !LAP))
     }
 
     /// Passes the published descriptors to `found`, in order, each with its number from 0. Stops
@@ -336,6 +336,8 @@ impl<M: RingMemory> Consumer<M> {
             }
             // Acquire: pairs with the Release in `Reserved::fill`.
             fence(Ordering::Acquire);
+            // This clears the mark, which `mark` equals, with one instruction and no constant.
+            let word1 = word1 ^ mark;
             if !found(count as usize, Descriptor::from_words(slot.body.load(Ordering::Relaxed), word1)) {
                 break;
             }
