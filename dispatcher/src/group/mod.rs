@@ -2,8 +2,8 @@
 //!
 //! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
 //! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the machine:
-//! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`, and
-//! `stop`. [`policy`] holds the settings, [`restart`] counts starts.
+//! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`,
+//! and `stop`. [`policy`] holds the settings, [`restart`] counts starts.
 
 mod attachment;
 mod deadlines;

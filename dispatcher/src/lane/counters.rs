@@ -92,7 +92,8 @@ pub struct GroupCounters {
     pub no_worker: Counter,
 }
 
-/// Where a lane reports that a worker's consumer index was impossible, or its bell slow. Each session has one per lane.
+/// Where a lane reports that a worker's consumer index was impossible, or its bell slow. Each
+/// session has one per lane.
 #[derive(Debug, Default)]
 pub struct Lie {
     consumed: AtomicU32,
