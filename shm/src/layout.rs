@@ -2,13 +2,13 @@
 //! atomics.
 //!
 //! ```text
-//! down segment, written by the dispatcher     up segment, written by the worker
-//!      0  header: magic, version, geometry         0  header, written by the dispatcher at first
-//!    128  phase                                  128  sleep epoch
-//!   4096  ring of lane 0: slots × 16 bytes       256  heartbeat, busy time, wake-ups
-//!         ring of lane 1                         384  consumer index of lane 0
-//!         …                                      512  consumer index of lane 1, …
-//!                                                 …   published counters: 32 × (24-byte name, value)
+//! down segment, written by the dispatcher   up segment, written by the worker
+//!      0  header: magic, version, geometry       0  header, written by the dispatcher at first
+//!    128  phase                                128  sleep epoch
+//!   4096  ring of lane 0: slots × 16 bytes     256  heartbeat, busy time, wake-ups
+//!         ring of lane 1                       384  consumer index of lane 0
+//!         …                                    512  consumer index of lane 1, …
+//!                                               …   published counters: 32 × (24-byte name, value)
 //! ```
 //!
 //! Words with different writers or different readers are [`LINE`] bytes apart. The geometry is

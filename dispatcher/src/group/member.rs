@@ -1,20 +1,21 @@
 //! A member: one of the states below, each of which owns what is true only in it.
 //!
 //! ```text
-//!                        ┌── join ──► Running ──► Draining ──► Vacant        (no process)
+//!                        ┌── join ──► Running ──► Draining ──► Vacant     (no process)
 //!  any worker:  Vacant ──┤ add
-//!                        ▼                 spawned              join
-//!  supervised:  Down ─► Spawning ────────► Starting ─────────► Running ──┬─ detach, order ─► Draining
-//!                 ▲  restart                                      ▲      └─ hang up ─┐          │
-//!                 │                                          join │                  ▼          │
-//!                 │                                               └───────────── Detached ◄─────┤
-//!                 │  exit                                          order ┌──────────┘ hang up   │
-//!                 ├────────────────────────────────────────── Leaving ◄──┴── hang up, if told ──┤
-//!                 └────────────────────────────────────────── Killed ◄──── lie, hang, overdue ──┘
+//!                        ▼                 spawned           join
+//!  supervised:  Down ─► Spawning ────────► Starting ──────► Running ──┬─ detach, order ─► Draining
+//!                 ▲  restart                                   ▲      └─ hang up ─┐          │
+//!                 │                                       join │                  ▼          │
+//!                 │                                            └───────────── Detached ◄─────┤
+//!                 │  exit                                       order ┌──────────┘ hang up   │
+//!                 ├─────────────────────────────────────── Leaving ◄──┴── hang up, if told ──┤
+//!                 └─────────────────────────────────────── Killed ◄──── lie, hang, overdue ──┘
 //! ```
 //!
-//! The end of its process leads every supervised member to Down, and from there to Spawning (a restart)
-//! or, as an operator orders, to Vacant. Starting, Detached and Leaving lead to Killed by a deadline.
+//! The end of its process leads every supervised member to Down, and from there to Spawning (a
+//! restart) or, as an operator orders, to Vacant. Starting, Detached and Leaving lead to Killed by
+//! a deadline.
 
 use std::time::{Duration, Instant};
 

@@ -39,9 +39,9 @@ const NEEDED: [(&str, u8, &str); 10] = [
 
 /// The capabilities that the control thread keeps while packets arrive. It detaches the XDP program
 /// and restores offloads, changes the map of sockets, starts workers again as another user and with
-/// normal priority, and stops workers. With these, if they were granted: CAP_SYS_RESOURCE raises the
-/// minimum of their `oom_score_adj`, which they would inherit from the primary, and CAP_IPC_LOCK
-/// locks the segments of workers that attach later.
+/// normal priority, and stops workers. With these, if they were granted: CAP_SYS_RESOURCE raises
+/// the minimum of their `oom_score_adj`, which they would inherit from the primary, and
+/// CAP_IPC_LOCK locks the segments of workers that attach later.
 const OF_CONTROL: [u8; 8] =
     [CAP_NET_ADMIN, CAP_BPF, CAP_SETUID, CAP_SETGID, CAP_SYS_NICE, CAP_SYS_RESOURCE, CAP_IPC_LOCK, CAP_KILL];
 

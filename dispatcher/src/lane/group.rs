@@ -40,7 +40,8 @@ impl LaneGroup {
     }
 
     /// Pushes the packets of a batch to the group's workers, and drops those that no ring takes.
-    /// Reorders `descriptors`. `SHARED`: there are other groups. Returns whether a ring is filling up.
+    /// Reorders `descriptors`. `SHARED`: there are other groups. Returns whether a ring is filling
+    /// up.
     #[inline]
     pub(super) fn deliver<const SHARED: bool>(
         &mut self,

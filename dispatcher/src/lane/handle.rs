@@ -94,8 +94,8 @@ impl LaneHandle {
         })
     }
 
-    /// Hands the lane a command, which it carries out before the next batch. Commands that its queue
-    /// has no room for follow in order with [`flush`](Self::flush).
+    /// Hands the lane a command, which it carries out before the next batch. Commands that its
+    /// queue has no room for follow in order with [`flush`](Self::flush).
     pub fn command(&mut self, command: Command) {
         self.pending.push_back(command);
         self.issued += 1;

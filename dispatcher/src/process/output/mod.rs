@@ -1,9 +1,9 @@
 //! The output of workers: what they write to descriptors 1 and 2 (setting `worker_output`).
 //!
 //! ```text
-//!  worker 0 ══ 2 sockets ══► relay ──┐   ┌─► the log: escaped, tagged, rate-limited
-//!                           (thread)  ├───┤
-//!  worker 1 ══ 2 sockets ══► relay ──┘   └─► files, each with a thread: one per member, or one for all
+//!  worker 0 ═ 2 sockets ═► relay ─┐  ┌─► the log: escaped, tagged, rate-limited
+//!                        (thread) ├──┤
+//!  worker 1 ═ 2 sockets ═► relay ─┘  └─► files, each with a thread: one per member, or one for all
 //! ```
 //!
 //! Each worker has sockets and a relay of its own, so that it cannot disturb the output of another.
