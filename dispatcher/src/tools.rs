@@ -96,7 +96,7 @@ fn wait_for(primary: &PrimaryFlags, id: &str, before: u32, starts: bool) -> Ende
 /// Prints the event history, and new entries as they come if asked to follow.
 pub fn events(flags: &EventsFlags) -> Ended {
     let socket = flags.primary.socket();
-    let mut last = 0;
+    let (mut primary, mut last) = (None, 0);
     loop {
         let page: history::Page = match client::ask(&socket, &Request::Events(last)) {
             Ok(Reply::Events(page)) => {
@@ -104,11 +104,16 @@ pub fn events(flags: &EventsFlags) -> Ended {
             }
             Ok(_) => return Err(unexpected_answer(&socket)),
             // The primary answered before, and has ended since.
-            Err(error) if last > 0 && is_gone(&error) => return Ok(()),
+            Err(error) if primary.is_some() && is_gone(&error) => return Ok(()),
             Err(error) => return Err(no_answer(&socket, &error)),
         };
+        if primary.replace(page.primary).is_some_and(|before| before != page.primary) && last > 0 {
+            // The next primary has an event history of its own, which begins anew.
+            last = 0;
+            continue;
+        }
         if page.missed > 0 {
-            say(&format!("{} older entries are no longer kept", page.missed));
+            say(&format!("{} older events are no longer kept", page.missed));
         }
         for entry in &page.entries {
             print(&if flags.json { to_json(entry)? + "\n" } else { entry.to_string() + "\n" })?;

@@ -15,6 +15,7 @@
 //! An operator's tool sends [`Request::Stats`], [`Request::Events`] or [`Request::Workers`], and
 //! receives [`Reply::Stats`], [`Reply::Events`] or [`Reply::Ordered`].
 
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -97,6 +98,18 @@ pub enum WorkersOrder {
     Restart(String),
     /// Drains this member, then frees its slot, so that any worker may attach as this member.
     Remove(String),
+}
+
+impl fmt::Display for WorkersOrder {
+    /// As on the command line, such as `drain default/0`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WorkersOrder::Add(count) => write!(f, "add {count}"),
+            WorkersOrder::Drain(member) => write!(f, "drain {member}"),
+            WorkersOrder::Restart(member) => write!(f, "restart {member}"),
+            WorkersOrder::Remove(member) => write!(f, "remove {member}"),
+        }
+    }
 }
 
 /// The introduction of a worker.

@@ -49,6 +49,8 @@ impl fmt::Display for Entry {
 /// A part of the history, as it is sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page {
+    /// Process id of the primary: each has an event history of its own.
+    pub primary: u32,
     /// In the order in which they happened.
     pub entries: Vec<Entry>,
     /// Entries that were asked for and are no longer kept.
@@ -89,7 +91,7 @@ impl History {
     pub fn page(&self, after: u64) -> Page {
         let kept_from = self.written - self.entries.len() as u64;
         let entries = self.entries.iter().filter(|entry| entry.number > after).cloned().collect();
-        Page { entries, missed: kept_from.saturating_sub(after) }
+        Page { primary: std::process::id(), entries, missed: kept_from.saturating_sub(after) }
     }
 }
 
@@ -100,7 +102,8 @@ mod tests {
     #[test]
     fn it_keeps_the_last_and_says_what_it_lost() {
         let mut history = History::default();
-        assert_eq!(history.page(0), Page::default());
+        let empty = Page { primary: std::process::id(), ..Page::default() };
+        assert_eq!(history.page(0), empty);
         for number in 1..=LIMIT + 10 {
             history.write(Some("default/0"), 7, "started", number.to_string());
         }
@@ -109,7 +112,7 @@ mod tests {
         assert_eq!((page.entries[0].number, &*page.entries[0].detail), (11, "11"));
         let last = history.page(LIMIT as u64 + 9);
         assert_eq!((last.entries.len(), last.missed, last.entries[0].number), (1, 0, LIMIT as u64 + 10));
-        assert_eq!(history.page(u64::MAX), Page::default());
+        assert_eq!(history.page(u64::MAX), empty);
     }
 
     #[test]

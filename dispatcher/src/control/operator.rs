@@ -50,9 +50,9 @@ impl Primary {
     }
 
     fn tell_order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) {
-        tracing::info!(pid = peer.pid(), ?order, "an operator's order");
+        tracing::info!(pid = peer.pid(), %order, "an operator's order");
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
-        self.history.write(None, pid, "ordered", format!("{order:?}"));
+        self.history.write(None, pid, "ordered", order.to_string());
     }
 
     fn carry_out(&mut self, order: &WorkersOrder) -> Result<Vec<String>, Refusal> {
