@@ -13,8 +13,8 @@ use xfan::config::{Config, Flags, PlacementFlags};
 use xfan::exit::Exit;
 use xfan::host::interface::Interface;
 use xfan::host::placement::place;
+use xfan::host::show::show;
 use xfan::host::sys::block_terminal_signals;
-use xfan::host::topology;
 use xfan::host::topology::Machine;
 use xfan::print::{print_in_time, say};
 use xfan::process::inherit;
@@ -106,7 +106,7 @@ fn show_topology(PlacementFlags(flags): PlacementFlags) -> Ended {
     let queues = interface.select(&port.queues).map_err(failed)?;
     let machine = Machine::discover(Some(&interface)).map_err(failed)?;
     let placement = place(&machine, queues.len(), group.workers, primary.cores.as_deref()).map_err(failed)?;
-    print(&topology::show(&machine, &interface, &queues, &placement))
+    print(&show(&machine, &interface, &queues, &placement))
 }
 
 /// Prints to standard output. If the reader has closed the pipe, the program exits with status 0.

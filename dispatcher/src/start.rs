@@ -12,11 +12,11 @@ use crate::config::{BudgetError, Config, ConfigError, FrameBudget, OnLoss, Sizes
 use crate::control::access::Access;
 use crate::control::error::PrimaryError;
 use crate::control::groups::GroupParts;
+use crate::control::outcome::Outcome;
 use crate::control::ports::PortParts;
 use crate::control::primary::{Parts, Primary};
 use crate::control::resources::Resources;
 use crate::control::server::{ControlError, Listener};
-use crate::control::shutdown::Outcome;
 use crate::group::policy::Policy;
 use crate::host::interface::{Interface, InterfaceError};
 use crate::host::placement::{Placement, PlacementError, place};

@@ -6,7 +6,7 @@ use xfan_shm::limits::explained;
 use crate::control::error::PrimaryError;
 use crate::control::groups::{GroupState, MemberKey};
 use crate::control::primary::Primary;
-use crate::control::processes::Child;
+use crate::control::spawner::Child;
 use crate::group::Event;
 use crate::process::spawn::Process;
 use crate::process::survivors::Survivor;

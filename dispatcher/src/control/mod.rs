@@ -3,12 +3,13 @@
 //!
 //! [`primary`] owns all control state: the [`ports`], the [`groups`] and the [`lanes`].
 //! Connections, processes, lanes and signals reach it as events through the [`inbox`]. `executor`
-//! turns the groups' actions into calls: `processes` starts and kills workers, [`lanes`] commands
-//! the lanes and collects their acknowledgements, [`resources`] holds the segments and counters of
-//! a member, `facts` words the log and the [`history`]. `confinement` limits workers and the
-//! primary itself. `adoption` takes over the workers of an earlier primary. `attach` answers
-//! workers, `operator` operators' orders, and `answers` everyone else, with what `reporting`
-//! collects. [`shutdown`] ends it all; [`error`] says why.
+//! turns the groups' actions into calls: `processes` starts and kills workers, of which `spawner`
+//! holds what is kept; [`lanes`] commands the lanes and collects their acknowledgements;
+//! [`resources`] holds the segments and counters of a member; `facts` words the log and the
+//! [`history`]. `lookup` finds groups and members. `confinement` limits workers and the primary
+//! itself. `adoption` takes over the workers of an earlier primary. `attach` answers workers,
+//! `operator` operators, and `answers` everyone else, with what `reporting` collects. `shutdown`
+//! ends it all; [`outcome`] and [`error`] say how and why.
 //!
 //! [`server`] accepts connections on the control socket, [`connection`] carries the messages of a
 //! [`peer`], and `closer` closes what was sent. [`access`] decides who may connect,
@@ -31,7 +32,9 @@ pub mod groups;
 pub mod history;
 pub mod inbox;
 pub mod lanes;
+mod lookup;
 mod operator;
+pub mod outcome;
 pub mod peer;
 pub mod ports;
 pub mod primary;
@@ -40,4 +43,5 @@ pub mod rate_limit;
 mod reporting;
 pub mod resources;
 pub mod server;
-pub mod shutdown;
+mod shutdown;
+mod spawner;

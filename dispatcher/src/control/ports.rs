@@ -6,7 +6,6 @@ use xfan_shm::ids::PortId;
 
 use crate::control::error::PrimaryError;
 use crate::control::lanes::Lanes;
-use crate::control::primary::Primary;
 use crate::lane::handle::LaneHandle;
 use crate::port::watch::{Arrivals, ArrivalsChange, Change, Watch, has_carrier, unaccounted};
 use crate::port::{Port, PortError};
@@ -96,7 +95,7 @@ impl PortState {
     ///
     /// # Errors
     /// [`PrimaryError::Vanished`]
-    fn look_for_interface(&mut self) -> Result<Option<News>, PrimaryError> {
+    pub(super) fn look_for_interface(&mut self) -> Result<Option<News>, PrimaryError> {
         let (Some(watch), Some(port)) = (&mut self.watch, &mut self.port) else { return Ok(None) };
         let Some(name) = watch.name(&self.name) else {
             return Err(PrimaryError::Vanished(self.name.clone()));
@@ -112,7 +111,7 @@ impl PortState {
     }
 
     /// Checks about once a second whether redirected packets arrive.
-    fn look_for_lost_packets(&mut self, lanes: &mut Lanes) -> Vec<News> {
+    pub(super) fn look_for_lost_packets(&mut self, lanes: &mut Lanes) -> Vec<News> {
         let now = Instant::now();
         if self.arrivals.is_empty() || now < self.next_reading {
             return Vec::new();
@@ -144,7 +143,7 @@ impl PortState {
     }
 
     /// Looks at the interface about once a second. Returns what has changed.
-    fn look(&mut self) -> Vec<News> {
+    pub(super) fn look(&mut self) -> Vec<News> {
         if self.watch.as_mut().is_some_and(Watch::look) { self.changes(false) } else { Vec::new() }
     }
 
@@ -178,7 +177,7 @@ impl PortState {
 
     /// Whether all packets that were redirected have been received, counted as dropped, or are
     /// known to be lost.
-    fn all_arrived(&self, lanes: &mut Lanes) -> bool {
+    pub(super) fn all_arrived(&self, lanes: &mut Lanes) -> bool {
         if self.port.is_none() {
             return true;
         }
@@ -221,31 +220,5 @@ impl PortState {
         notices.extend(self.watch.as_ref().map(Watch::conditions).unwrap_or_default());
         notices.sort_by_key(|notice| std::cmp::Reverse(notice.level));
         notices
-    }
-}
-
-impl Primary {
-    /// Ends the primary if an interface is gone, and reports what has changed about the others.
-    pub(super) fn look_at_ports(&mut self) -> Result<(), PrimaryError> {
-        let mut news = Vec::new();
-        for port in &mut self.ports {
-            news.extend(port.look_for_interface()?);
-            news.extend(port.look_for_lost_packets(&mut self.lanes));
-            news.extend(port.look());
-        }
-        self.write_down(news);
-        Ok(())
-    }
-
-    /// Whether all redirected packets of all ports are accounted for.
-    pub(super) fn all_arrived(&mut self) -> bool {
-        self.ports.iter().all(|port| port.all_arrived(&mut self.lanes))
-    }
-
-    /// Writes news to the event history, which the log has already.
-    pub(super) fn write_down(&mut self, news: Vec<News>) {
-        for News { event, detail } in news {
-            self.history.write_own(event, detail);
-        }
     }
 }

@@ -20,13 +20,13 @@ use crate::control::groups::{GroupParts, GroupState, MemberKey};
 use crate::control::history::History;
 use crate::control::inbox::{self, Answer, Inbox, Next, Outbox};
 use crate::control::lanes::Lanes;
+use crate::control::outcome::Outcome;
 use crate::control::peer::ConnectionId;
-use crate::control::ports::{PortParts, PortState};
-use crate::control::processes::{Child, Spawner};
+use crate::control::ports::{News, PortParts, PortState};
 use crate::control::rate_limit::RateLimit;
 use crate::control::resources::Session;
 use crate::control::server::Listener;
-use crate::control::shutdown::Outcome;
+use crate::control::spawner::{Child, Spawner};
 use crate::group::{Event, ProcessId};
 use crate::host::autogroup::Autogroup;
 use crate::host::sys;
@@ -206,10 +206,11 @@ impl Primary {
     /// attached, and the lanes get the tables; once they use them, packets come.
     fn open(&mut self, listener: &Listener) -> Result<(), PrimaryError> {
         if !self.attached && self.groups.iter().all(|group| group.life.has_started()) {
+            let mut news = Vec::new();
             for port in &mut self.ports {
-                let news = port.open(&self.lanes)?;
-                news.into_iter().for_each(|news| self.history.write_own(news.event, news.detail));
+                news.extend(port.open(&self.lanes)?);
             }
+            self.write_down(news);
             self.lanes.handles.iter_mut().for_each(LaneHandle::packets_come);
             self.attached = true;
             self.apply_to_all(Event::Opened);
@@ -299,6 +300,25 @@ impl Primary {
         self.look_for_cut(now);
         self.look_for_orphans();
         Ok(())
+    }
+
+    /// Ends the primary if an interface is gone, and reports what has changed about the others.
+    fn look_at_ports(&mut self) -> Result<(), PrimaryError> {
+        let mut news = Vec::new();
+        for port in &mut self.ports {
+            news.extend(port.look_for_interface()?);
+            news.extend(port.look_for_lost_packets(&mut self.lanes));
+            news.extend(port.look());
+        }
+        self.write_down(news);
+        Ok(())
+    }
+
+    /// Writes news to the event history. The log has them already.
+    fn write_down(&mut self, news: Vec<News>) {
+        for News { event, detail } in news {
+            self.history.write_own(event, detail);
+        }
     }
 
     /// Tells the groups how far each worker has come, and what lanes have found against it.

@@ -10,11 +10,11 @@ use xfan_shm::protocol::{Refusal, RefusalCode, Reply, Request};
 
 use crate::control::error::PrimaryError;
 use crate::control::inbox::{Inbox, Next, Question};
+use crate::control::outcome::Outcome;
 use crate::control::primary::Primary;
 use crate::group;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
-use crate::report::Report;
 
 /// How often conditions are looked at while stopping.
 const POLL: Duration = Duration::from_millis(5);
@@ -24,22 +24,6 @@ const DRAIN: Duration = Duration::from_secs(1);
 
 /// How long a last look at the interface may take.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// How a primary ended.
-#[derive(Debug)]
-pub struct Outcome {
-    /// Why, unless it was asked to.
-    pub error: Option<PrimaryError>,
-    /// The last report.
-    pub report: Report,
-    /// What did not add up; nothing, unless there is a bug.
-    pub imbalances: Vec<String>,
-    /// A signal arrived while the primary stopped: it must not be started again.
-    pub interrupted: bool,
-    /// One sentence for each lane with redirected packets that did not arrive and are in no
-    /// counter.
-    pub unaccounted: Vec<String>,
-}
 
 /// Signals that arrive while the primary stops. Their sender does not want to wait for the workers.
 struct Again {
@@ -191,6 +175,11 @@ impl Primary {
             }
             self.deal_with_next(inbox, again).await;
         }
+    }
+
+    /// Whether all redirected packets of all ports are accounted for.
+    fn all_arrived(&mut self) -> bool {
+        self.ports.iter().all(|port| port.all_arrived(&mut self.lanes))
     }
 
     fn is_over(&self) -> bool {

@@ -4,7 +4,7 @@ use xfan_shm::ids::MemberId;
 
 use crate::group::event::{ConnectionId, ProcessId};
 use crate::group::machine::Group;
-use crate::group::member::Shown;
+use crate::group::shown::Shown;
 
 /// A worker that wants to attach.
 #[derive(Clone, Copy, Debug)]

@@ -5,8 +5,9 @@ use std::time::Instant;
 use xfan_shm::ids::MemberId;
 
 use crate::group::event::{Action, Fact, Failure, Reason};
-use crate::group::machine::{Group, Phase};
+use crate::group::machine::Group;
 use crate::group::member::{Down, Occasion, State};
+use crate::group::phase::Phase;
 
 impl Group {
     /// When [`Event::Tick`](super::Event::Tick) has something to do.

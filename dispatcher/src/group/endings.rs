@@ -9,9 +9,11 @@ use std::time::Instant;
 use xfan_shm::ids::MemberId;
 
 use crate::group::event::{Action, Cause, ConnectionId, Fact, Failure, ProcessId, Reason};
-use crate::group::machine::{Group, Phase};
-use crate::group::member::{Down, Member, Occasion, Overdue, Process, Rest, Shown, State};
+use crate::group::machine::Group;
+use crate::group::member::{Down, Member, Occasion, Overdue, Process, Rest, State};
+use crate::group::phase::Phase;
 use crate::group::restart::Verdict;
+use crate::group::shown::Shown;
 
 /// What a session leaves behind when it ends.
 pub(super) struct Lost {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use xfan_shm::ids::MemberId;
 
-use crate::group::member::Shown;
+use crate::group::shown::Shown;
 use crate::lane::BucketTable;
 
 /// Number of a connection, never used again.

@@ -13,27 +13,15 @@ use crate::config::OnEmpty;
 use crate::group::event::{
     Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Reading, Refused, Ticket,
 };
-use crate::group::member::{Closing, Down, Joining, Member, Occasion, Overdue, Process, Rest, Shown, State};
+use crate::group::member::{Closing, Down, Joining, Member, Occasion, Overdue, Process, Rest, State};
+use crate::group::phase::Phase;
 use crate::group::policy::Policy;
 use crate::group::restart::Starts;
-use crate::group::stop::Stopping;
+use crate::group::shown::Shown;
 use crate::lane::BucketTable;
 
 /// The shortest time between two attempts to end a process.
 const AGAIN: Duration = Duration::from_millis(100);
-
-/// How far the group has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// Workers are being started, and no packets come.
-    Starting,
-    /// Packets come once the lanes have carried out this change.
-    Opening(Ticket),
-    /// Packets come.
-    Open,
-    /// The primary stops.
-    Stopping(Stopping),
-}
 
 impl Default for State {
     fn default() -> Self {

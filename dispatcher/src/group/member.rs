@@ -19,46 +19,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::group::event::{ConnectionId, ProcessId, Purpose, Reading, Ticket};
+use crate::group::event::{ConnectionId, ProcessId, Purpose, Reading, Refused, Ticket};
 use crate::group::restart::Starts;
-
-/// The state of a member, as the report shows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shown {
-    /// Any worker that may attach can take the member.
-    Vacant,
-    /// Its process runs, and has not attached yet.
-    Starting,
-    /// Its worker gets packets.
-    Running,
-    /// Its worker gets packets, and has committed none for half of `hang_timeout`.
-    Unhealthy,
-    /// Its worker gets no new packets, and finishes those it has.
-    Draining,
-    /// Its worker left in good order.
-    Stopped,
-    /// Its worker disconnected unexpectedly, lied, or hung. It may be started again.
-    Crashed,
-    /// Its worker was started too often, and stays down.
-    Failed,
-}
-
-impl Shown {
-    /// Its name in the report.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Vacant => "vacant",
-            Self::Starting => "starting",
-            Self::Running => "running",
-            Self::Unhealthy => "unhealthy",
-            Self::Draining => "draining",
-            Self::Stopped => "stopped",
-            Self::Crashed => "crashed",
-            Self::Failed => "failed",
-        }
-    }
-}
+use crate::group::shown::Shown;
 
 /// The process that the primary started, or adopted, for a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -351,13 +314,13 @@ impl Member {
     ///
     /// # Errors
     /// Why not.
-    pub fn may_attach(&self) -> Result<(), super::Refused> {
+    pub fn may_attach(&self) -> Result<(), Refused> {
         match self.state {
             State::Vacant { joining: None, .. }
             | State::Starting { joining: None, .. }
             | State::Detached { joining: None, .. } => Ok(()),
-            _ if self.connection().is_some() => Err(super::Refused::Occupied),
-            _ => Err(super::Refused::Illegal(self.shown())),
+            _ if self.connection().is_some() => Err(Refused::Occupied),
+            _ => Err(Refused::Illegal(self.shown())),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Groups: what happens to their members. Everything here is decided without I/O.
 //!
 //! [`machine`] is the state machine: `step(event, now)` returns actions, which the control thread
-//! carries out. [`event`] defines both, [`member`] the states of a member. Parts of the machine:
+//! carries out. [`event`] defines both, [`member`] the states of a member, `phase` those of the
+//! group. Parts of the machine:
 //! `attachment` (workers join), `endings` (a worker is lost), `orders` (operators), `deadlines`,
 //! and `stop`. [`admission`] decides which member a worker may become. [`policy`] holds the
 //! settings, [`restart`] counts starts.
@@ -14,8 +15,10 @@ pub mod event;
 pub mod machine;
 pub mod member;
 mod orders;
+mod phase;
 pub mod policy;
 pub mod restart;
+pub mod shown;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -24,4 +27,4 @@ pub use event::{
     Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Purpose, Reading, Reason, Refused, Ticket,
 };
 pub use machine::Group;
-pub use member::Shown;
+pub use shown::Shown;

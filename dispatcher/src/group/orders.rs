@@ -10,8 +10,10 @@ use std::time::Instant;
 use xfan_shm::ids::MemberId;
 
 use crate::group::event::{Action, Cause, Fact, Purpose, Reason, Refused};
-use crate::group::machine::{Group, Phase};
-use crate::group::member::{Down, Occasion, Overdue, Rest, Shown, State};
+use crate::group::machine::Group;
+use crate::group::member::{Down, Occasion, Overdue, Rest, State};
+use crate::group::phase::Phase;
+use crate::group::shown::Shown;
 
 impl Group {
     /// Whether orders are taken now.

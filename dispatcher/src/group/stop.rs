@@ -7,26 +7,12 @@ use crate::group::endings::Lost;
 use xfan_shm::ids::MemberId;
 
 use crate::group::event::{Action, Cause, Fact, ProcessId, Reason};
-use crate::group::machine::{Group, Phase};
+use crate::group::machine::Group;
 use crate::group::member::{Closing, State};
+use crate::group::phase::{Phase, Stopping};
 
 /// How long a killed process may take to end.
 const KILLED: Duration = Duration::from_secs(1);
-
-/// How far the stop has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stopping {
-    /// The lanes hand out what is on the RX rings.
-    Emptying,
-    /// Workers finish their packets, until this time.
-    Finishing(Instant),
-    /// Processes have got SIGTERM, and may take until this time.
-    Terminating(Instant),
-    /// Processes were killed, and may take until this time.
-    Killing(Instant),
-    /// Nothing is left to wait for.
-    Over,
-}
 
 impl Group {
     /// Whether the stop is over.

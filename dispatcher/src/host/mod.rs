@@ -6,5 +6,6 @@ pub mod interface;
 pub mod placement;
 pub mod privileges;
 pub mod random;
+pub mod show;
 pub mod sys;
 pub mod topology;

@@ -1,7 +1,6 @@
 //! The CPUs of the machine as hwloc reports them, reduced to what placement needs.
 
 mod memory;
-mod show;
 
 use std::fmt;
 use std::fs;
@@ -17,7 +16,6 @@ use hwlocality::topology::builder::TypeFilter;
 use crate::host::interface::Interface;
 
 pub use memory::with_memory_bound_to;
-pub use show::show;
 
 /// The CPUs that this process may use, and the location of the interface.
 #[derive(Clone, Debug, PartialEq, Eq)]

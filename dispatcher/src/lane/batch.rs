@@ -14,8 +14,7 @@ use xfan_shm::Descriptor;
 use xfan_shm::ids::{PortId, UmemOffset};
 use xfan_shm::ring::Reserved;
 
-use super::group::bit;
-use super::link::Link;
+use super::link::{Link, bit};
 use super::{BucketTable, HashKey, MAX_BATCH};
 use crate::memory::frames::Frames;
 use crate::memory::umem::PacketMemory;

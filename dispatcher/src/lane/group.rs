@@ -9,7 +9,7 @@ use xfan_shm::ids::MemberId;
 use super::batch::{Pushed, push};
 use super::buckets::BucketTable;
 use super::counters::GroupCounters;
-use super::link::{Link, MemberLink};
+use super::link::{Link, MemberLink, bit};
 use crate::config::MAX_MEMBERS;
 use crate::memory::frames::Frames;
 
@@ -156,12 +156,6 @@ impl LaneGroup {
             self.retire(frames, member);
         }
     }
-}
-
-/// The bit of a member in a set.
-#[inline(always)]
-pub(super) fn bit(member: MemberId) -> u64 {
-    1u64.wrapping_shl(u32::from(member.0))
 }
 
 /// The members in a set of bits.

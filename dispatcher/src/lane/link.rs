@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use xfan_shm::Descriptor;
 use xfan_shm::doorbell::Ringer;
+use xfan_shm::ids::MemberId;
 use xfan_shm::layout::{SharedRing, Up};
 use xfan_shm::ring::{Producer, Reserved};
 
@@ -25,6 +26,12 @@ pub struct MemberLink {
     pub counters: Arc<MemberCounters>,
     /// Where it reports an impossible index.
     pub evidence: Arc<Evidence>,
+}
+
+/// The bit of a member in a set.
+#[inline(always)]
+pub(super) fn bit(member: MemberId) -> u64 {
+    1u64.wrapping_shl(u32::from(member.0))
 }
 
 /// A [`MemberLink`] and what the lane remembers about it.

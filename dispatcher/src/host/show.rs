@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 
 use xfan_shm::ids::QueueId;
 
-use super::Machine;
 use crate::config::format_list;
 use crate::host::interface::Interface;
 use crate::host::placement::{Placement, Slot};
+use crate::host::topology::{Core, Machine};
 
 /// Width of the output in columns.
 const COLUMNS: usize = 80;
@@ -36,7 +36,7 @@ pub fn show(machine: &Machine, interface: &Interface, queues: &[QueueId], placem
             },
         );
     }
-    let distinct = |what: fn(&super::Core) -> usize| {
+    let distinct = |what: fn(&Core) -> usize| {
         let mut all: Vec<_> = machine.cores.iter().map(what).collect();
         all.sort_unstable();
         all.dedup();
