@@ -126,6 +126,26 @@ impl Interface {
         names.sort();
         names
     }
+
+    /// All interfaces below this one that `/sys` shows, each before those below it.
+    #[must_use]
+    pub fn all_below(&self) -> Vec<Interface> {
+        let mut all = Vec::new();
+        self.add_below(&mut all);
+        all
+    }
+
+    fn add_below(&self, all: &mut Vec<Interface>) {
+        for name in self.lower() {
+            // One that is not an Ethernet device, or no longer exists, has nothing of interest.
+            if let Ok(lower) = Interface::find(&name)
+                && !all.iter().any(|known| known.index == lower.index)
+            {
+                all.push(lower.clone());
+                lower.add_below(all);
+            }
+        }
+    }
 }
 
 /// The names of all interfaces of this network namespace; empty if the query fails.

@@ -171,6 +171,10 @@ pub struct Nic {
     /// The driver's own drop counters, as in `ethtool -S`: those known for this driver, and others
     /// above 0.
     pub driver: BTreeMap<String, u64>,
+    /// The same of each interface below, by name: those that a VLAN, a bond or a bridge receives
+    /// its packets through. They also count packets that this interface does not get.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub below: BTreeMap<String, Nic>,
 }
 
 /// How the workers that xfan starts are confined, beyond what always holds.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::{Group, Lane, Level, Member, Port, Report, Xdp};
+use super::{Group, Lane, Level, Member, Nic, Port, Report, Xdp};
 
 /// Renders a report. Rates and utilisation are of the time since `earlier`, a report of the same
 /// primary; without one, of the time since its start.
@@ -249,16 +249,24 @@ fn write_packets(out: &mut String, report: &Report, group: &Group) -> std::fmt::
     Ok(())
 }
 
-/// Counters of the NIC that have counted something.
+/// Counters of the NIC, and of interfaces below, that have counted something.
 fn write_nic(out: &mut String, report: &Report) -> std::fmt::Result {
-    let counted = |(name, since): (&String, &u64)| (*since > 0).then(|| format!("{name:.40} {since}"));
+    let counters = |nic: &Nic, width: usize| -> Vec<String> {
+        let counted =
+            |(name, since): (&String, &u64)| (*since > 0).then(|| format!("{name:.width$} {since}"));
+        let interface = nic.interface.iter().filter(|(name, _)| *name != "rx_packets").filter_map(counted);
+        let driver = nic.driver.iter().filter_map(counted).map(|counter| format!("driver {counter}"));
+        interface.chain(driver).collect()
+    };
     let nics = || report.ports.iter().map(|port| &port.nic);
-    let nic =
-        nics().flat_map(|nic| &nic.interface).filter(|(name, _)| *name != "rx_packets").filter_map(counted);
-    let driver =
-        nics().flat_map(|nic| &nic.driver).filter_map(counted).map(|counter| format!("driver {counter}"));
-    for (number, counter) in nic.chain(driver).enumerate() {
+    for (number, counter) in nics().flat_map(|nic| counters(nic, 40)).enumerate() {
         writeln!(out, "{:<8} {counter}", if number == 0 { "nic" } else { "" })?;
+    }
+    for (name, nic) in nics().flat_map(|nic| &nic.below) {
+        for (number, counter) in counters(nic, 20).into_iter().enumerate() {
+            let (label, name) = if number == 0 { ("below", name.as_str()) } else { ("", "") };
+            writeln!(out, "{label:<8} {name:<15.15} {counter}")?;
+        }
     }
     Ok(())
 }
@@ -318,6 +326,11 @@ mod tests {
             last_exit: Some("signal: 11 (SIGSEGV) (core dumped)".into()),
             ..Member::default()
         };
+        let below = Nic {
+            interface: [("rx_missed_errors".into(), 7)].into(),
+            driver: [("d".repeat(60), u64::MAX)].into(),
+            ..Nic::default()
+        };
         let report = Report {
             pid: 4_194_304,
             uptime_ns: u64::MAX / 2,
@@ -333,6 +346,7 @@ mod tests {
                     ]
                     .into(),
                     driver: [("d".repeat(60), u64::MAX)].into(),
+                    below: [("i".repeat(15), below)].into(),
                 },
                 notices: vec![Notice {
                     topic: "link".into(),
@@ -355,6 +369,7 @@ mod tests {
         assert!(text.contains("default/63"));
         assert!(text.contains("\nerror: enp129s0f1np1 is down: no packet comes in until"), "{text}");
         assert!(text.contains("\nnic      rx_dropped 18446744073709551615\n"), "{text}");
+        assert!(text.contains("\nbelow    iiiiiiiiiiiiiii rx_missed_errors 7\n"), "{text}");
         assert!(!text.contains("rx_errors") && !text.contains("rx_packets"), "{text}");
         let text = render_members(&report);
         assert!(text.lines().all(|line| line.len() <= 80), "{text}");

@@ -89,9 +89,7 @@ impl NoMerging {
         let mut no_merging = NoMerging { done: Vec::new() };
         // The lowest interfaces come first: some interfaces keep an offload on while a lower one
         // has it on.
-        let mut all = Vec::new();
-        below(interface, &mut all);
-        for interface in all.iter().rev() {
+        for interface in interface.all_below().iter().rev() {
             for offload in [Offload::Gro, Offload::Lro] {
                 no_merging.turn_off(interface, offload, interface.name.clone())?;
             }
@@ -122,19 +120,6 @@ impl NoMerging {
     /// The offloads that were turned off, for messages.
     pub fn names(&self) -> Vec<&str> {
         self.done.iter().map(|done| done.what.as_str()).collect()
-    }
-}
-
-/// Adds all lower interfaces that `/sys` shows to `all`; each comes before those below it.
-fn below(interface: &Interface, all: &mut Vec<Interface>) {
-    for name in interface.lower() {
-        // An interface that is not an Ethernet device, or no longer exists, merges nothing.
-        if let Ok(lower) = Interface::find(&name)
-            && !all.iter().any(|known| known.index == lower.index)
-        {
-            all.push(lower.clone());
-            below(&lower, all);
-        }
     }
 }
 

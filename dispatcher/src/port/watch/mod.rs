@@ -50,7 +50,6 @@ pub fn has_carrier(index: u32) -> bool {
 #[derive(Debug)]
 pub struct Watch {
     presence: Presence,
-    driver: String,
     expected: Expected,
     orders: mpsc::Sender<()>,
     looks: mpsc::Receiver<Option<Look>>,
@@ -61,11 +60,53 @@ pub struct Watch {
     /// Until this time a missing carrier is not reported: the link may still be resetting.
     carrier_due: Option<Instant>,
     reported: conditions::Reported,
-    of_interface: Differences,
-    of_driver: Differences,
+    counters: Counters,
+    /// By the index of an interface below this one.
+    below: BTreeMap<u32, Counters>,
     unseen: Unseen,
     /// Failed queries that have been reported.
     unreadable: BTreeSet<&'static str>,
+}
+
+/// The increase of an interface's counters.
+#[derive(Debug)]
+struct Counters {
+    name: String,
+    driver: String,
+    of_interface: Differences,
+    of_driver: Differences,
+}
+
+impl Counters {
+    fn of(interface: &Interface) -> Self {
+        Counters {
+            name: interface.name.clone(),
+            driver: interface.driver.clone(),
+            of_interface: Differences::default(),
+            of_driver: Differences::default(),
+        }
+    }
+
+    /// Takes a reading of the driver's counters: only those of drops count.
+    fn update_driver(&mut self, mut counters: BTreeMap<String, u64>) {
+        counters.retain(|counter, _| {
+            drop_counters::is_one(&self.driver, counter) || drop_counters::may_be_one(counter)
+        });
+        self.of_driver.update(counters);
+    }
+
+    /// The increases since the start, for the report.
+    fn since_start(&self) -> report::Nic {
+        let driver = self.of_driver.since_start().iter();
+        report::Nic {
+            interface: self.of_interface.since_start().clone(),
+            driver: driver
+                .filter(|(name, since)| drop_counters::is_one(&self.driver, name) || **since > 0)
+                .map(|(name, since)| (name.clone(), *since))
+                .collect(),
+            below: BTreeMap::new(),
+        }
+    }
 }
 
 /// The result of one look.
@@ -76,6 +117,9 @@ struct Look {
     rx_queues: io::Result<Option<u32>>,
     offloads: io::Result<Offloads>,
     counters: io::Result<BTreeMap<String, u64>>,
+    /// By index: the counters of the interfaces below, of the kernel and of the driver. One that
+    /// cannot be read is missing.
+    below: Vec<(u32, BTreeMap<String, u64>, BTreeMap<String, u64>)>,
 }
 
 /// The descriptors that a look uses, on the thread that looks.
@@ -83,6 +127,8 @@ struct Looker {
     presence: Presence,
     link: LinkSocket,
     driver: Driver,
+    /// The interfaces below, with their indices.
+    below: Vec<(u32, Presence, LinkSocket)>,
 }
 
 impl Looker {
@@ -95,9 +141,19 @@ impl Looker {
             rx_queues: self.driver.rx_queues(&name),
             offloads: self.driver.offloads(&name),
             counters: self.driver.counters(&name),
+            below: self.look_below(),
             name,
         };
         (self.presence.name().ok()?? == look.name).then_some(look)
+    }
+
+    fn look_below(&mut self) -> Vec<(u32, BTreeMap<String, u64>, BTreeMap<String, u64>)> {
+        let driver = &self.driver;
+        let look = |(index, presence, link): &mut (u32, Presence, LinkSocket)| {
+            let name = presence.name().ok()??;
+            Some((*index, link.ask().ok()?.counters, driver.counters(&name).unwrap_or_default()))
+        };
+        self.below.iter_mut().filter_map(look).collect()
     }
 }
 
@@ -113,8 +169,15 @@ impl Watch {
     /// No descriptor or thread is left.
     pub fn begin(interface: &Interface, expected: Expected, had_carrier: bool) -> io::Result<Self> {
         let index = interface.index;
-        let mut looker =
-            Looker { presence: Presence::of(index)?, link: LinkSocket::of(index)?, driver: Driver::open()? };
+        let below = interface.all_below();
+        let open =
+            |below: &Interface| Ok((below.index, Presence::of(below.index)?, LinkSocket::of(below.index)?));
+        let mut looker = Looker {
+            presence: Presence::of(index)?,
+            link: LinkSocket::of(index)?,
+            driver: Driver::open()?,
+            below: below.iter().map(open).collect::<io::Result<_>>()?,
+        };
         let (orders, ordered) = mpsc::channel();
         let (answers, looks) = mpsc::channel();
         // The thread ends when `orders` is dropped; nothing joins it, since it may wait for RTNL.
@@ -124,7 +187,6 @@ impl Watch {
         })?;
         let mut watch = Watch {
             presence: Presence::of(index)?,
-            driver: interface.driver.clone(),
             expected,
             orders,
             looks,
@@ -133,8 +195,8 @@ impl Watch {
             seen: None,
             carrier_due: had_carrier.then(|| Instant::now() + RESET),
             reported: conditions::Reported::default(),
-            of_interface: Differences::default(),
-            of_driver: Differences::default(),
+            counters: Counters::of(interface),
+            below: below.iter().map(|below| (below.index, Counters::of(below))).collect(),
             unseen: Unseen::default(),
             unreadable: BTreeSet::new(),
         };
@@ -198,23 +260,24 @@ impl Watch {
 
     fn take(&mut self, look: Option<Look>) {
         self.waiting = false;
-        let Some(Look { name, link, rx_queues, offloads, counters }) = look else { return };
+        let Some(Look { name, link, rx_queues, offloads, counters, below }) = look else { return };
+        for (index, of_interface, of_driver) in below {
+            if let Some(counters) = self.below.get_mut(&index) {
+                counters.of_interface.update(of_interface);
+                counters.update_driver(of_driver);
+            }
+        }
         let mut seen = self.seen.take();
         match link {
             Ok(mut link) => {
-                self.of_interface.update(link.counters.clone());
+                self.counters.of_interface.update(link.counters.clone());
                 link.carrier |= self.carrier_due.is_some_and(|due| Instant::now() < due);
                 seen.get_or_insert_default().link = link;
             }
             Err(error) => self.cannot_read("flags and counters", &name, &error),
         }
         match counters {
-            Ok(mut counters) => {
-                counters.retain(|counter, _| {
-                    drop_counters::is_one(&self.driver, counter) || drop_counters::may_be_one(counter)
-                });
-                self.of_driver.update(counters);
-            }
+            Ok(counters) => self.counters.update_driver(counters),
             Err(error) => self.cannot_read("the driver's counters", &name, &error),
         }
         if let Some(seen) = &mut seen {
@@ -250,7 +313,7 @@ impl Watch {
 
     /// Takes the number of packets that the XDP program has seen so far.
     pub fn program_has_seen(&mut self, packets: u64) {
-        let counted = self.of_interface.since_start();
+        let counted = self.counters.of_interface.since_start();
         let count = |name: &str| counted.get(name).copied().unwrap_or_default();
         let received = ["rx_packets", "rx_dropped", "rx_missed_errors", "rx_over_errors", "rx_fifo_errors"];
         self.unseen.observe(received.into_iter().map(count).sum(), packets);
@@ -263,14 +326,8 @@ impl Watch {
 
     /// The counters of the kernel and the driver for dropped packets, since the start.
     pub fn nic(&self) -> report::Nic {
-        let driver = self.of_driver.since_start().iter();
-        report::Nic {
-            interface: self.of_interface.since_start().clone(),
-            driver: driver
-                .filter(|(name, since)| drop_counters::is_one(&self.driver, name) || **since > 0)
-                .map(|(name, since)| (name.clone(), *since))
-                .collect(),
-        }
+        let below = self.below.values().map(|below| (below.name.clone(), below.since_start())).collect();
+        report::Nic { below, ..self.counters.since_start() }
     }
 }
 
@@ -292,6 +349,7 @@ mod tests {
                     rx_queues: Ok(None),
                     offloads: Ok(Offloads::default()),
                     counters: Ok(BTreeMap::new()),
+                    below: Vec::new(),
                 }));
                 watch.conditions().iter().any(|notice| notice.topic == "carrier")
             };
