@@ -117,9 +117,16 @@ struct Look {
     rx_queues: io::Result<Option<u32>>,
     offloads: io::Result<Offloads>,
     counters: io::Result<BTreeMap<String, u64>>,
-    /// By index: the counters of the interfaces below, of the kernel and of the driver. One that
-    /// cannot be read is missing.
-    below: Vec<(u32, BTreeMap<String, u64>, BTreeMap<String, u64>)>,
+    /// The interfaces below, without those that cannot be read.
+    below: Vec<LookBelow>,
+}
+
+/// The counters of an interface below.
+#[derive(Debug)]
+struct LookBelow {
+    index: u32,
+    of_interface: BTreeMap<String, u64>,
+    of_driver: BTreeMap<String, u64>,
 }
 
 /// The descriptors that a look uses, on the thread that looks.
@@ -147,11 +154,12 @@ impl Looker {
         (self.presence.name().ok()?? == look.name).then_some(look)
     }
 
-    fn look_below(&mut self) -> Vec<(u32, BTreeMap<String, u64>, BTreeMap<String, u64>)> {
+    fn look_below(&mut self) -> Vec<LookBelow> {
         let driver = &self.driver;
         let look = |(index, presence, link): &mut (u32, Presence, LinkSocket)| {
             let name = presence.name().ok()??;
-            Some((*index, link.ask().ok()?.counters, driver.counters(&name).unwrap_or_default()))
+            let (of_interface, of_driver) = (link.ask().ok()?.counters, driver.counters(&name));
+            Some(LookBelow { index: *index, of_interface, of_driver: of_driver.unwrap_or_default() })
         };
         self.below.iter_mut().filter_map(look).collect()
     }
@@ -261,7 +269,7 @@ impl Watch {
     fn take(&mut self, look: Option<Look>) {
         self.waiting = false;
         let Some(Look { name, link, rx_queues, offloads, counters, below }) = look else { return };
-        for (index, of_interface, of_driver) in below {
+        for LookBelow { index, of_interface, of_driver } in below {
             if let Some(counters) = self.below.get_mut(&index) {
                 counters.of_interface.update(of_interface);
                 counters.update_driver(of_driver);
