@@ -112,7 +112,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         user.check_beside(nix::unistd::geteuid())?;
     }
     let access = Access::find(&config.control, &user)?;
-    if !config.group.command.is_empty() && !access.lets_connect(&user) {
+    if !config.group.command.is_empty() && !access.file_permits(&user) {
         return Err(UserError::LockedOut(user.name).into());
     }
     let machine = Machine::discover(Some(&interface))?;
@@ -177,7 +177,7 @@ fn confine() -> Result<(), RunError> {
              set OOMScoreAdjust=-900 in its systemd unit"
         );
     }
-    if let Err(error) = inherit::dump_no_packets() {
+    if let Err(error) = inherit::exclude_packets_from_core_dumps() {
         tracing::info!("core dumps may contain packets: cannot exclude shared memory from them: {error}");
     }
     Ok(())

@@ -125,7 +125,7 @@ impl LaneHandle {
     }
 
     /// Commands obeyed so far; a lane that has ended obeys no more, and keeps nobody waiting.
-    pub fn obeyed(&self) -> u64 {
+    pub fn acknowledged(&self) -> u64 {
         if self.ended() { u64::MAX } else { self.shared.counters.commands.get() }
     }
 
@@ -134,7 +134,7 @@ impl LaneHandle {
     /// # Errors
     /// If there are no descriptors left.
     pub fn watch(&self) -> io::Result<OwnedFd> {
-        self.shared.obeyed.try_clone()
+        self.shared.acknowledged.try_clone()
     }
 
     /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
