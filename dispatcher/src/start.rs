@@ -87,7 +87,7 @@ pub enum RunError {
     Unaccounted(Vec<String>),
 }
 
-/// Runs a primary until it is told to stop, and returns its last report.
+/// Runs a primary until a stop signal or an error, and returns its last report.
 ///
 /// Attaching the XDP program is the first step that affects traffic. Every step that can fail
 /// without it comes before: the sockets are bound, their FILL rings are full, and the workers are
@@ -170,7 +170,7 @@ fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
 /// process and everything it starts.
 fn confine() -> Result<(), RunError> {
     Filter::of_primary()?.install_for_all_threads().map_err(FilterError::from)?;
-    orphans::adopt_orphans()?;
+    orphans::become_subreaper()?;
     if let Err(error) = inherit::protect_from_oom() {
         tracing::info!(
             "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or \

@@ -66,13 +66,13 @@ impl Primary {
     /// left.
     pub(super) fn reap_orphans(&mut self) -> bool {
         let swept = self.cgroups.as_ref().is_none_or(Cgroups::sweep);
-        if !orphans::are_adopted() {
+        if !orphans::is_subreaper() {
             return swept;
         }
         let workers: HashSet<u32> = self.processes.values().map(|child| child.process.pid()).collect();
         // With cgroups, orphans end with the cgroup of their worker.
         let left =
-            if self.cgroups.is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
+            if self.cgroups.is_some() { orphans::reap(&workers).len() } else { orphans::kill_all(&workers) };
         swept && left == 0
     }
 

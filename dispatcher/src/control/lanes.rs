@@ -14,8 +14,8 @@ use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::lane::{BucketTable, Command, MemberLink};
 
-/// How long the lanes may take to acknowledge a command until the log has a warning. A lane that
-/// gets CPU time acknowledges a command after the batch at hand, within microseconds.
+/// How long the lanes may take to acknowledge a command before a warning is logged. A lane that
+/// gets CPU time acknowledges a command after its current batch, within microseconds.
 const LATE: Duration = Duration::from_secs(1);
 
 /// What to do once all lanes have acknowledged a command.
@@ -38,7 +38,7 @@ pub(super) enum AfterAck {
 pub struct Lanes {
     /// The lanes, by number.
     pub handles: Vec<LaneHandle>,
-    /// What to do once all lanes have acknowledged this number of commands, in order.
+    /// What to do once every lane has acknowledged this number of commands, in order.
     outstanding: VecDeque<(u64, AfterAck)>,
     /// Since when the oldest acknowledgement is outstanding.
     waiting_since: Instant,

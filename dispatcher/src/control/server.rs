@@ -214,8 +214,8 @@ async fn accept_all(
                 "connection refused: the user has no access to the control socket"
             );
             let message = format!(
-                "user id {} may not use this control socket: root and the workers' user may, and whom allow_users and \
-                 allow_groups in [control] of its configuration name",
+                "user id {} may not use this control socket: only root, the workers' user, and the users in allow_users and \
+                 allow_groups in [control] of its configuration may",
                 peer.uid()
             );
             let _ = refuse(RefusalCode::Forbidden, message);

@@ -259,6 +259,7 @@ impl Group {
         self.actions.push(Action::Record(member, fact));
     }
 
+    /// The ticket of the next change.
     pub(super) fn ticket(&mut self) -> Ticket {
         self.last_ticket += 1;
         Ticket(self.last_ticket)
@@ -310,12 +311,8 @@ impl Group {
 
     fn start(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
         let held = self.vacant_at_start(member)?;
-        self.spawn(
-            member,
-            SpawnReason::PrimaryStart,
-            Down { reason: DownReason::Stopped, restart: None, held },
-            now,
-        );
+        let down = Down { reason: DownReason::Stopped, restart: None, held };
+        self.spawn(member, SpawnReason::PrimaryStart, down, now);
         Ok(())
     }
 
@@ -377,7 +374,7 @@ impl Group {
                 self.actions.push(Action::Fail(Failure::Spawn(member)));
             }
             SpawnReason::AutoRestart | SpawnReason::ReplaceAdopted => {
-                self.decide_restart(member, down, false, now)
+                self.decide_restart(member, down, false, now);
             }
             // The member is as it was before.
             SpawnReason::OrderedStart => {}
@@ -395,6 +392,7 @@ impl Group {
         Ok(())
     }
 
+    /// Detects a worker that stalls or hangs, and during a stop a worker that has finished.
     fn observed(&mut self, member: MemberId, progress: Progress, now: Instant) -> Result<(), Refused> {
         self.member(member)?;
         let timeout = self.policy.hang_timeout;

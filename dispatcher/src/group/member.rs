@@ -5,12 +5,12 @@
 //!  any worker:  Vacant ──┤ add
 //!                        ▼                 spawned           join
 //!  supervised:  Down ─► Spawning ────────► Starting ──────► Running ──┬─ detach, order ─► Draining
-//!                 ▲  restart                                   ▲      └ disconnect ┐         │
-//!                 │                                       join │                   ▼         │
-//!                 │                                            └────────────── Detached ◄────┤
-//!                 │  exit                                      order ┌───────────┘ disconnect│
-//!                 ├─────────────────────────────────────── Leaving ◄─┴ disconnect on order ──┤
-//!                 └─────────────────────────────────────── Killed ◄──── evict, stop timeout ─┘
+//!                 ▲  restart                                   ▲      └─ disconnect ┐        │
+//!                 │                                       join │                    ▼        │
+//!                 │                                            └─────────────── Detached ◄───┤
+//!                 │  exit                                   order ┌────────────────┘         │
+//!                 ├─────────────────────────────────── Leaving ◄──┴── disconnect on order ───┤
+//!                 └─────────────────────────────────── Killed ◄────── evict, stop timeout ───┘
 //! ```
 //!
 //! When its process exits, a supervised member goes from any state to Down, and from there to

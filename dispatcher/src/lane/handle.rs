@@ -124,12 +124,13 @@ impl LaneHandle {
         let _ = nix::unistd::write(&self.shared.doorbell, &1u64.to_ne_bytes());
     }
 
-    /// Commands obeyed so far; a lane that has ended obeys no more, and keeps nobody waiting.
+    /// The number of commands that the lane has acknowledged. A lane that has ended counts as having
+    /// acknowledged all.
     pub fn acknowledged(&self) -> u64 {
         if self.ended() { u64::MAX } else { self.shared.counters.commands.get() }
     }
 
-    /// A descriptor that is readable once the lane has obeyed commands: an eventfd.
+    /// An eventfd that is readable once the lane has acknowledged commands.
     ///
     /// # Errors
     /// If there are no descriptors left.

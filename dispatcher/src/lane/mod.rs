@@ -65,7 +65,7 @@ use idle::{Idle, Turn};
 /// Most packets handled in one turn.
 pub const MAX_BATCH: usize = 64;
 
-/// Most commands in a lane's queue. The lane obeys between two batches, so it rarely holds more
+/// Most commands in a lane's queue. The lane runs them between two batches, so it rarely holds more
 /// than a few.
 const COMMANDS: usize = 256;
 
@@ -119,7 +119,7 @@ pub(crate) struct Shared {
     pub(crate) commands: ArrayQueue<Command>,
     /// Wakes the lane.
     pub(crate) doorbell: OwnedFd,
-    /// Readable once the lane has obeyed commands.
+    /// An eventfd that is readable once the lane has acknowledged commands.
     pub(crate) acknowledged: OwnedFd,
 }
 

@@ -39,7 +39,7 @@ fn read_limits() -> [libc::rlimit; LIMITS] {
     limits
 }
 
-/// Values that [`reset_attributes`] needs and cannot compute between fork and exec.
+/// The resource limits of a worker process. The primary computes them before fork(2).
 #[derive(Clone, Copy, Debug)]
 pub struct Rlimits {
     limits: [libc::rlimit; LIMITS],

@@ -58,7 +58,7 @@ impl Survivor {
     }
 }
 
-/// What the kernel reports about a process.
+/// The identity of a process, according to the kernel.
 struct Identity {
     began: u64,
     uid: u32,
@@ -137,16 +137,16 @@ impl Note {
 
     /// Removes the note, and an unfinished one.
     pub fn remove(&self) {
-        self.forget(&self.name);
+        self.remove_file(&self.name);
         self.remove_unfinished();
     }
 
     /// Removes the unfinished note of a primary that was killed while it wrote.
     pub fn remove_unfinished(&self) {
-        self.forget(&self.new);
+        self.remove_file(&self.new);
     }
 
-    fn forget(&self, name: &OsStr) {
+    fn remove_file(&self, name: &OsStr) {
         if let Err(error) = self.folder.remove(name) {
             tracing::warn!(file = %name.display(), "the note about workers cannot be removed: {error}");
         }
