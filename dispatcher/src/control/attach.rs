@@ -28,7 +28,7 @@ impl Primary {
     ) -> Response {
         attach.program = excerpt(&attach.program);
         match self.admit(connection, peer, &attach) {
-            Ok(answer) => answer,
+            Ok(response) => response,
             Err((member, refusal)) => {
                 self.refused += 1;
                 let name = attach.member.as_deref().map(excerpt);

@@ -38,7 +38,7 @@ impl Primary {
                 } else {
                     member.last_error.clone()
                 };
-                tracing::error!(member = id, "stays down: {why}");
+                tracing::error!(member = id, "worker stays down: {why}");
                 ("given_up", why)
             }
             Fact::Vacated(cause) => {
@@ -116,8 +116,8 @@ impl Primary {
                 format!("evicted: impossible consumer index: {}", member.last_error)
             }
             Cause::SlowBell => {
-                tracing::error!(member = id, "worker evicted: its bell was slow to ring");
-                "evicted: its bell was slow to ring".to_owned()
+                tracing::error!(member = id, "worker evicted: waking it took too long");
+                "evicted: waking it took too long".to_owned()
             }
             Cause::Hung => "evicted: it hung".to_owned(),
             Cause::StopTimeout => {
@@ -145,7 +145,7 @@ fn describe(cause: Cause) -> &'static str {
         Cause::Exited => "its process ended",
         Cause::Disconnected => "its connection ended",
         Cause::ImpossibleIndex => "impossible consumer index",
-        Cause::SlowBell => "its bell was slow to ring",
+        Cause::SlowBell => "waking it took too long",
         Cause::Hung => "it hung",
         Cause::StopTimeout => "it did not leave",
         Cause::NotReattached => "it has not attached to this primary",
