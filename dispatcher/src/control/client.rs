@@ -9,7 +9,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, set
 use nix::sys::time::{TimeVal, TimeValLike};
 use xfan_shm::protocol::{self, ProtocolError, Reply, Request};
 
-/// How long a tool waits for the reply. A primary under load replies within a second.
+/// How long a tool waits for the reply. Even a primary under load replies much sooner: one that
+/// takes longer hangs.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Requests the report of the primary on the control socket `path`.

@@ -22,8 +22,8 @@ use crate::control::inbox::{ClientRequest, Event, InboxSender};
 use crate::control::peer::{Connection, ConnectionId};
 use crate::host::sys;
 
-/// The most open connections made through one inherited connection. A worker needs one at a time;
-/// more serve workers of several processes.
+/// The most open connections made through one inherited connection. A worker needs one, and may
+/// make the next before the primary has noticed that the last is closed.
 const MAX_DERIVED: usize = 4;
 
 /// The CPU time from which a message counts as slow. A message takes some microseconds, unless its

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::printable;
 
-/// The number of entries kept. They take well below a megabyte.
+/// The number of entries kept. It bounds the memory and the size of a reply.
 pub const LIMIT: usize = 1024;
 
 /// An event.
@@ -65,7 +65,8 @@ pub struct History {
 }
 
 impl History {
-    /// Adds an event of a member, with the current time. `member` `None`: of the primary.
+    /// Adds an event with the current time. `member`: `None` for an event of the primary. `pid`: 0
+    /// for none.
     pub fn write(&mut self, member: Option<&str>, pid: u32, event: &str, detail: impl Into<String>) {
         if self.entries.len() == LIMIT {
             self.entries.pop_front();

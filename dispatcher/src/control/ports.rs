@@ -149,8 +149,8 @@ impl PortState {
         if self.watch.as_mut().is_some_and(Watch::look) { self.changes(false) } else { Vec::new() }
     }
 
-    /// Logs and returns the changes of conditions. A condition at the start may be intended, so its
-    /// level is lower.
+    /// Logs and returns the changes of conditions. A condition that begins after the start is at
+    /// least a warning; one that exists at the start may be intended.
     fn changes(&mut self, at_start: bool) -> Vec<PortEvent> {
         let changes = self.watch.as_mut().map(Watch::changes).unwrap_or_default();
         let (interface, mut events) = (&self.name, Vec::new());

@@ -36,8 +36,8 @@ use crate::process::cgroup::Cgroups;
 use crate::process::spawn::Ending;
 use crate::process::survivors::Note;
 
-/// The time between two checks of what sends no event, such as interfaces, the progress of workers,
-/// and ended lanes. It limits how long xfan takes to notice, and the checks cost little CPU time.
+/// The time between two checks of what sends no event: interfaces, the progress of workers, ended
+/// lanes. xfan notices changes within this time, and the checks still cost little CPU time.
 pub(super) const TICK: Duration = Duration::from_millis(50);
 
 /// The parts of a primary.
@@ -157,7 +157,7 @@ impl Primary {
 
     /// Runs until a stop signal or an error.
     async fn serve(&mut self, listener: &Listener, inbox: &mut Inbox) -> Result<(), PrimaryError> {
-        // A worker that survives its primary connects to the socket of the next one.
+        // Workers that survive their primary must connect to the socket of the next one.
         let starts_workers = self.commands().next().is_some();
         let inherited = starts_workers && self.commands().all(|command| !command.survive);
         let connections = listener.serve(inbox.sender(), inherited)?;
@@ -256,7 +256,7 @@ impl Primary {
         Ok(())
     }
 
-    /// Handles one event.
+    /// Handles one event of the inbox.
     pub(super) fn handle(&mut self, event: inbox::Event) {
         match event {
             inbox::Event::Disconnected(connection) => self.disconnected(connection),

@@ -66,7 +66,7 @@ impl Primary {
         let mut signals = StopSignals::listen();
         self.answer_waiting();
         self.ports.iter_mut().for_each(|port| port.close(READ_TIMEOUT));
-        // From now on no worker is started or joins.
+        // From now on, no worker is started or joins.
         self.apply_to_all(group::Event::Stop);
         // The lanes dispatch the packets that are left on their RX rings.
         self.lanes.drain();

@@ -124,8 +124,8 @@ impl LaneHandle {
         let _ = nix::unistd::write(&self.shared.doorbell, &1u64.to_ne_bytes());
     }
 
-    /// The number of commands that the lane has acknowledged. A lane that has ended counts as having
-    /// acknowledged all.
+    /// The number of commands that the lane has acknowledged. A lane that has ended counts as
+    /// having acknowledged all.
     pub fn acknowledged(&self) -> u64 {
         if self.ended() { u64::MAX } else { self.shared.counters.commands.get() }
     }

@@ -1,9 +1,9 @@
 //! Attributes that a worker process must not inherit from the primary or from what started it:
 //! scheduling, resource limits, signal settings, keyring.
 //!
-//! exec(2) preserves them. [`reset_attributes`] therefore runs between fork and exec, and gives each attribute
-//! the value that a new login would have. The worker keeps the working directory, the namespaces
-//! and the core-dump limit of the primary.
+//! exec(2) preserves them. [`reset_attributes`] therefore runs between fork and exec, and gives
+//! each attribute the value that a new login would have. The worker keeps the working directory,
+//! the namespaces and the core-dump limit of the primary.
 
 #![allow(unsafe_code, reason = "raw system calls between fork and exec")]
 
@@ -133,8 +133,8 @@ fn default_signals() -> io::Result<()> {
     const MASK_BYTES: usize = 8;
     for signal in (1..=64).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP)) {
         let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
-        // sigaction(3) would refuse the signals that the C library reserves.
-        // SAFETY: `new` is as long as the kernel reads, and a null `old` is not written to.
+        // sigaction(3) would refuse the signals that the C library reserves. SAFETY: `new` is as
+        // long as the kernel reads, and a null `old` is not written to.
         check(unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, MASK_BYTES) })?;
     }
     let (none, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());

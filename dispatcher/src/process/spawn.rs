@@ -200,8 +200,8 @@ impl Process {
             } else {
                 nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
             }
-            // First the steps that need the primary's capabilities and quotas. `reset_attributes` comes before
-            // the cgroup, since some cgroups refuse real-time processes.
+            // First the steps that need the primary's capabilities and quotas. `reset_attributes`
+            // comes before the cgroup, since some cgroups refuse real-time processes.
             inherit::reset_attributes(&rlimits)?;
             inherit::leave_keyring()?;
             if let Some(procs) = &procs {
