@@ -31,7 +31,7 @@ struct State {
 }
 
 impl Closer {
-    /// Has a thread close descriptors. Does not block.
+    /// Closes descriptors on another thread. Does not block.
     pub(super) fn close(self: &Arc<Self>, fds: Vec<OwnedFd>) {
         if fds.is_empty() {
             return;

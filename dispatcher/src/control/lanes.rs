@@ -1,4 +1,4 @@
-//! Sends commands to all lanes, and keeps what must happen after all of them have acknowledged.
+//! Sends commands to all lanes, and queues actions that must wait for their acknowledgements.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ pub(super) enum AfterAck {
 pub struct Lanes {
     /// The lanes, by number.
     pub handles: Vec<LaneHandle>,
-    /// What to do once every lane has acknowledged this number of commands, in order.
+    /// Actions, in order, and the number of commands that every lane must acknowledge before.
     outstanding: VecDeque<(u64, AfterAck)>,
     /// Since when the oldest acknowledgement is outstanding.
     waiting_since: Instant,

@@ -33,7 +33,7 @@ impl Default for State {
     }
 }
 
-/// All possible member numbers. There are at most [`MAX_MEMBERS`](crate::config::MAX_MEMBERS).
+/// The numbers of members, from 0. A group has at most [`MAX_MEMBERS`](crate::config::MAX_MEMBERS).
 fn ids() -> impl Iterator<Item = MemberId> {
     (0..u8::MAX).map(MemberId)
 }

@@ -133,8 +133,8 @@ fn default_signals() -> io::Result<()> {
     const MASK_BYTES: usize = 8;
     for signal in (1..=64).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP)) {
         let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
-        // sigaction(3) would refuse the signals that the C library reserves. SAFETY: `new` is as
-        // long as the kernel reads, and a null `old` is not written to.
+        // sigaction(3) would refuse the signals that the C library reserves.
+        // SAFETY: `new` is as long as the kernel reads, and a null `old` is not written to.
         check(unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, MASK_BYTES) })?;
     }
     let (none, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());

@@ -18,8 +18,8 @@ use procfs::process::all_processes;
 
 use crate::host::sys;
 
-/// The most rounds in one call of [`kill_all`]: each round may leave new orphans. They take some 10
-/// ms in all; the next call continues.
+/// The most rounds in one call of [`kill_all`]: each round may leave new orphans. All rounds take
+/// some 10 ms; the next call continues.
 const MAX_ROUNDS: usize = 256;
 
 /// Makes the kernel reparent orphaned descendants to this process.

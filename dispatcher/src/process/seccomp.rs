@@ -240,8 +240,8 @@ mod tests {
     fn listed_calls_are_refused_and_others_work() {
         under(vec![Filter::of_primary().unwrap()], || {
             for &call in REFUSED {
-                // No call accepts these arguments, so that a missing filter does no harm. SAFETY:
-                // no pointer is valid; the calls fail.
+                // No call accepts these arguments, so that a missing filter does no harm.
+                // SAFETY: no pointer is valid; the calls fail.
                 let result = unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) };
                 assert_eq!(answer(result), libc::EPERM, "{call}");
             }
