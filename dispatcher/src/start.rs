@@ -185,7 +185,7 @@ fn confine() -> Result<(), RunError> {
 
 /// Whether a mode failed because of something that the next mode does not need: zero-copy, larger
 /// frames, or enough frames for the ring of the NIC.
-fn next_may_do(error: &RunError) -> bool {
+fn next_mode_may_work(error: &RunError) -> bool {
     matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
 }
 
@@ -218,7 +218,7 @@ impl Start<'_> {
             // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
             block_signals(true)?;
             let primary = match self.primary(mode, workers) {
-                Err(error) if !last && next_may_do(&error) => {
+                Err(error) if !last && next_mode_may_work(&error) => {
                     tracing::warn!(
                         "zero-copy is not available: {error}. Trying copy mode, in which the kernel \
                          copies each packet"
@@ -364,12 +364,16 @@ mod tests {
         // mode needs neither.
         let of_ring = plan(4096, 16_384, 1).unwrap_err();
         let of_size = plan(4096, 4096, 100).unwrap_err();
-        assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");
+        assert!(next_mode_may_work(&of_ring) && next_mode_may_work(&of_size), "{of_ring} {of_size}");
         assert!(plan(2048, 0, 1).is_ok() && plan(2048, 0, 100).is_ok());
         let bind = |error| RunError::Port(PortError::Bind(error));
         let (interface, queue) = ("eth1".to_owned(), QueueId(0));
         let source = std::io::Error::from_raw_os_error(libc::EINVAL);
-        assert!(next_may_do(&bind(BindError::NoZeroCopy { interface: interface.clone(), queue, source })));
-        assert!(!next_may_do(&bind(BindError::Busy { interface, queue })));
+        assert!(next_mode_may_work(&bind(BindError::NoZeroCopy {
+            interface: interface.clone(),
+            queue,
+            source
+        })));
+        assert!(!next_mode_may_work(&bind(BindError::Busy { interface, queue })));
     }
 }

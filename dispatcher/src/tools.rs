@@ -14,9 +14,10 @@ use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrde
 
 use crate::{Ended, Failed, print, print_failed};
 
-/// How often `events --follow` asks for new entries.
+/// The time between two requests of `events --follow`: a person sees no delay, and the primary
+/// hardly notices.
 const FOLLOW: Duration = Duration::from_millis(200);
-/// How often `workers` asks whether an order is carried out.
+/// The time between two requests of `workers` while it waits for an order to be carried out.
 const WAIT: Duration = Duration::from_millis(20);
 
 /// Prints the counters, once or repeatedly.

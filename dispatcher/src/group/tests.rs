@@ -326,7 +326,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (0..8u64).prop_map(Op::Disconnect),
         4 => (0..8u32, success).prop_map(|(process, success)| Op::Exit(process, success)),
         1 => member().prop_map(Op::ImpossibleIndex),
-        6 => (member(), 0..2u64, 0..2u64).prop_map(|(member, sum, backlog)| Op::Observe(member, sum, backlog)),
+        6 => (member(), 0..2u64, 0..2u64)
+            .prop_map(|(member, sum, backlog)| Op::Observe(member, sum, backlog)),
         4 => (0..4u64).prop_map(Op::Acknowledge),
         3 => Just(Op::Open),
         3 => (member(), order).prop_map(|(member, order)| Op::Order(member, order)),
