@@ -214,7 +214,7 @@ impl Primary {
                 events.extend(port.open(&self.lanes)?);
             }
             self.record_port_events(events);
-            self.lanes.handles.iter_mut().for_each(LaneHandle::packets_come);
+            self.lanes.handles.iter_mut().for_each(LaneHandle::begin_receiving);
             self.attached = true;
             self.apply_to_all(Event::Opened);
         }
