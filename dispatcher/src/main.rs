@@ -60,7 +60,7 @@ fn failed(error: impl Into<RunError>) -> Failed {
 
 /// Runs a primary, and logs its error as well as printing it.
 fn run_primary(flags: &Flags) -> Ended {
-    inherit::note_limits();
+    inherit::save_limits();
     block_terminal_signals().map_err(failed)?;
     let config = Config::load(flags).map_err(failed)?;
     log::begin(config.log.level.into(), config.log.file.as_deref()).map_err(failed)?;

@@ -87,7 +87,7 @@ pub enum RunError {
     Unaccounted(Vec<String>),
 }
 
-/// Runs a primary until it is told to stop, and returns its last report.
+/// Runs a primary until a stop signal or an error, and returns its last report.
 ///
 /// Attaching the XDP program is the first step that affects traffic. Every step that can fail
 /// without it comes before: the sockets are bound, their FILL rings are full, and the workers are
@@ -112,7 +112,7 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
         user.check_beside(nix::unistd::geteuid())?;
     }
     let access = Access::find(&config.control, &user)?;
-    if !config.group.command.is_empty() && !access.lets_connect(&user) {
+    if !config.group.command.is_empty() && !access.file_permits(&user) {
         return Err(UserError::LockedOut(user.name).into());
     }
     let machine = Machine::discover(Some(&interface))?;
@@ -170,14 +170,14 @@ fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
 /// process and everything it starts.
 fn confine() -> Result<(), RunError> {
     Filter::of_primary()?.install_for_all_threads().map_err(FilterError::from)?;
-    orphans::adopt_orphans()?;
+    orphans::become_subreaper()?;
     if let Err(error) = inherit::protect_from_oom() {
         tracing::info!(
             "xfan cannot protect itself from the OOM killer ({error}): grant it CAP_SYS_RESOURCE, or \
              set OOMScoreAdjust=-900 in its systemd unit"
         );
     }
-    if let Err(error) = inherit::dump_no_packets() {
+    if let Err(error) = inherit::exclude_packets_from_core_dumps() {
         tracing::info!("core dumps may contain packets: cannot exclude shared memory from them: {error}");
     }
     Ok(())
@@ -185,7 +185,7 @@ fn confine() -> Result<(), RunError> {
 
 /// Whether a mode failed because of something that the next mode does not need: zero-copy, larger
 /// frames, or enough frames for the ring of the NIC.
-fn next_may_do(error: &RunError) -> bool {
+fn next_mode_may_work(error: &RunError) -> bool {
     matches!(error, RunError::Budget(_) | RunError::Port(PortError::Bind(BindError::NoZeroCopy { .. })))
 }
 
@@ -218,7 +218,7 @@ impl Start<'_> {
             // Signals stay blocked until the primary waits for them. The lanes inherit the mask.
             block_signals(true)?;
             let primary = match self.primary(mode, workers) {
-                Err(error) if !last && next_may_do(&error) => {
+                Err(error) if !last && next_mode_may_work(&error) => {
                     tracing::warn!(
                         "zero-copy is not available: {error}. Trying copy mode, in which the kernel \
                          copies each packet"
@@ -364,12 +364,16 @@ mod tests {
         // mode needs neither.
         let of_ring = plan(4096, 16_384, 1).unwrap_err();
         let of_size = plan(4096, 4096, 100).unwrap_err();
-        assert!(next_may_do(&of_ring) && next_may_do(&of_size), "{of_ring} {of_size}");
+        assert!(next_mode_may_work(&of_ring) && next_mode_may_work(&of_size), "{of_ring} {of_size}");
         assert!(plan(2048, 0, 1).is_ok() && plan(2048, 0, 100).is_ok());
         let bind = |error| RunError::Port(PortError::Bind(error));
         let (interface, queue) = ("eth1".to_owned(), QueueId(0));
         let source = std::io::Error::from_raw_os_error(libc::EINVAL);
-        assert!(next_may_do(&bind(BindError::NoZeroCopy { interface: interface.clone(), queue, source })));
-        assert!(!next_may_do(&bind(BindError::Busy { interface, queue })));
+        assert!(next_mode_may_work(&bind(BindError::NoZeroCopy {
+            interface: interface.clone(),
+            queue,
+            source
+        })));
+        assert!(!next_mode_may_work(&bind(BindError::Busy { interface, queue })));
     }
 }

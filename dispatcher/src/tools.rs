@@ -14,9 +14,10 @@ use xfan_shm::protocol::{ProtocolError, RefusalCode, Reply, Request, WorkersOrde
 
 use crate::{Ended, Failed, print, print_failed};
 
-/// How often `events --follow` asks for new entries.
+/// The time between two requests of `events --follow`: a person sees no delay, and the primary
+/// hardly notices.
 const FOLLOW: Duration = Duration::from_millis(200);
-/// How often `workers` asks whether an order is carried out.
+/// The time between two requests of `workers` while it waits for an order to be carried out.
 const WAIT: Duration = Duration::from_millis(20);
 
 /// Prints the counters, once or repeatedly.
@@ -52,7 +53,7 @@ pub fn workers(action: &WorkersAction) -> Ended {
     let request = Request::Workers(order.clone());
     let members = match client::ask(&socket, &request).map_err(|error| no_answer(&socket, &error))? {
         Reply::Ordered(members) => members,
-        _ => return Err(unexpected_answer(&socket)),
+        _ => return Err(unexpected_reply(&socket)),
     };
     let pid_before = |id: &str| before.member(id).map_or(0, |member| member.pid);
     let starts = matches!(order, WorkersOrder::Add(_) | WorkersOrder::Restart(_));
@@ -102,13 +103,13 @@ pub fn events(flags: &EventsFlags) -> Ended {
             Ok(Reply::Events(page)) => {
                 serde_json::from_value(page).map_err(|error| (Exit::Failure, error.to_string()))?
             }
-            Ok(_) => return Err(unexpected_answer(&socket)),
-            // The primary answered before, and has ended since.
+            Ok(_) => return Err(unexpected_reply(&socket)),
+            // The primary replied before, and has ended since.
             Err(error) if primary.is_some() && is_gone(&error) => return Ok(()),
             Err(error) => return Err(no_answer(&socket, &error)),
         };
         if primary.replace(page.primary).is_some_and(|before| before != page.primary) && last > 0 {
-            // The next primary has an event history of its own, which begins anew.
+            // Another primary has an event history of its own. Read it from its beginning.
             last = 0;
             continue;
         }
@@ -131,11 +132,11 @@ fn report_of(primary: &PrimaryFlags) -> Result<report::Report, Failed> {
     client::ask_for_report(&socket).map_err(|error| no_answer(&socket, &error))
 }
 
-fn unexpected_answer(socket: &Path) -> Failed {
-    (Exit::Failure, format!("{} answered something else", socket.display()))
+fn unexpected_reply(socket: &Path) -> Failed {
+    (Exit::Failure, format!("{} sent an unexpected reply", socket.display()))
 }
 
-/// Explains why a primary did not answer.
+/// Explains why a request failed.
 fn no_answer(socket: &Path, error: &ProtocolError) -> Failed {
     let socket = socket.display();
     match error {
@@ -146,8 +147,8 @@ fn no_answer(socket: &Path, error: &ProtocolError) -> Failed {
         ProtocolError::Io(io) if io.kind() == io::ErrorKind::PermissionDenied => (
             Exit::Permission,
             format!(
-                "no permission to use {socket}: root and the workers' user may, and whom [control] in its \
-                 configuration names"
+                "no permission to use {socket}: only root, the workers' user, and the users that [control] in \
+                 its configuration names may"
             ),
         ),
         ProtocolError::Refused(refusal) if refusal.code == RefusalCode::Forbidden => {

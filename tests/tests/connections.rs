@@ -171,7 +171,7 @@ fn a_worker_that_is_never_ready_gets_no_packets() {
     assert!(matches!(protocol::receive::<Reply>(&guest, MAX_REPLY), Err(ProtocolError::Closed)));
     primary
         .process
-        .wait_for_line("was not ready within 2s (start_timeout): its connection is ended")
+        .wait_for_line("was not ready within 2s (start_timeout): its connection is closed")
         .unwrap();
     // The member is vacant again.
     let next = primary.dial();

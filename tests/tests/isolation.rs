@@ -201,7 +201,7 @@ fn a_worker_with_a_slow_bell_is_evicted() {
     primary.unleash();
     primary.printed(" waiters");
     let mut sent = 0;
-    let evicted = |line: &String| line.contains("worker evicted: its bell was slow to ring");
+    let evicted = |line: &String| line.contains("worker evicted: waking it took too long");
     while !primary.process.stderr().iter().any(evicted) {
         send_synthetic(&namespace, 6);
         sent += PACKETS;

@@ -195,7 +195,7 @@ fn a_second_signal_kills_remaining_workers() {
     let (exit, folder) = primary.end(Signal::SIGINT);
     assert_ended_well(&exit);
     let stderr = exit.stderr.join("\n");
-    assert!(stderr.contains("worker killed: the primary was told to stop again"), "{stderr}");
+    assert!(stderr.contains("worker killed: the primary got a second stop signal"), "{stderr}");
     assert_eq!(exit.packets(), other.committed);
     assert_nothing_is_left(&namespace, &folder);
 }

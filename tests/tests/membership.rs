@@ -211,8 +211,8 @@ fn unauthorized_requests_are_refused_and_counted() {
 
     let stranger = attach(&primary, (STRANGER, STRANGER), &[]).wait();
     assert_eq!(stranger.code, Some(1), "{stranger:#?}");
-    let why = "user id 54321 may not use this control socket: root and the workers' user may, and whom allow_users and \
-               allow_groups in [control] of its configuration name";
+    let why = "user id 54321 may not use this control socket: only root, the workers' user, and the users in allow_users and \
+               allow_groups in [control] of its configuration may";
     assert!(stranger.stderr.concat().contains(why), "{stranger:#?}");
     let control = primary.report().control;
     assert_eq!((control.forbidden, control.too_many, control.malformed), (1, 0, 0));

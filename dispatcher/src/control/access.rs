@@ -1,7 +1,8 @@
-//! Who may use the control socket.
+//! Access to the control socket.
 //!
-//! The permissions of the socket's file keep out most users. Each connection is checked again, by
-//! the user and the groups of the connecting process, as the kernel tells them.
+//! The permissions of the socket's file exclude most users. The primary also checks each
+//! connection: by the user and the groups of the process, as the kernel recorded them when it
+//! connected.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,17 +13,17 @@ use nix::unistd::{Gid, Group, Uid, User};
 use crate::config::{ControlAccess, UserError, WorkerUser};
 use crate::host::sys;
 
-/// Whom a peer is admitted as.
+/// The role of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// Root, or whom the configuration names.
-    Named,
-    /// The workers' user: a compromised worker may run as it, and must not take more than its
+pub enum Role {
+    /// Root, or a user that `allow_users` or `allow_groups` names.
+    Allowed,
+    /// The workers' user. The peer may be a compromised worker, which must not take a second
     /// member.
     Worker,
 }
 
-/// Who may connect, and whose the socket's file is.
+/// The users that may connect, and the owner and permissions of the socket's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Access {
     worker: Uid,
@@ -30,17 +31,18 @@ pub struct Access {
     groups: Vec<Gid>,
     /// The file's owner.
     pub owner: Uid,
-    /// The file's group; none: as it is made.
+    /// The file's group; `None`: the group that the kernel gives it.
     pub group: Option<Gid>,
     /// The file's permissions.
     pub mode: u32,
 }
 
 impl Access {
-    /// Looks up all names of a configuration. The workers' user always has access, and root.
+    /// Looks up the users and groups that a configuration names. The workers' user and root always
+    /// have access.
     ///
     /// # Errors
-    /// A user or group that the system does not know.
+    /// A user or group does not exist.
     pub fn find(config: &ControlAccess, workers: &WorkerUser) -> Result<Self, UserError> {
         let users = config.allow_users.iter().map(|name| user(name)).collect::<Result<Vec<_>, _>>()?;
         let groups = config.allow_groups.iter().map(|name| group(name)).collect::<Result<Vec<_>, _>>()?;
@@ -56,8 +58,8 @@ impl Access {
         })
     }
 
-    /// Whether the file's permissions let this user connect.
-    pub fn lets_connect(&self, user: &WorkerUser) -> bool {
+    /// Whether the file's permissions allow this user to connect.
+    pub fn file_permits(&self, user: &WorkerUser) -> bool {
         let write = if user.uid == self.owner {
             0o200
         } else if self.group == Some(user.gid) {
@@ -68,30 +70,30 @@ impl Access {
         user.is_root() || self.mode & write != 0
     }
 
-    /// Whom this peer may connect as; `None`: it may not.
+    /// The role of this peer; `None`: it has no access.
     ///
     /// # Errors
-    /// If the kernel does not tell its groups.
-    pub fn admits(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<Option<Standing>> {
+    /// The errors of getsockopt(2) for its groups.
+    pub fn role_of(&self, socket: impl AsFd, peer: &UnixCredentials) -> io::Result<Option<Role>> {
         let uid = Uid::from_raw(peer.uid());
         if uid == self.worker && !uid.is_root() {
-            return Ok(Some(Standing::Worker));
+            return Ok(Some(Role::Worker));
         }
         let named = |gid: u32| self.groups.contains(&Gid::from_raw(gid));
         if self.users.contains(&uid)
             || !self.groups.is_empty()
                 && (named(peer.gid()) || sys::peer_groups(socket.as_fd())?.into_iter().any(named))
         {
-            return Ok(Some(Standing::Named));
+            return Ok(Some(Role::Allowed));
         }
         Ok(None)
     }
 }
 
-/// Who connected, as the kernel noted it then.
+/// The credentials of the process that connected, as the kernel recorded them then.
 ///
 /// # Errors
-/// Whatever the kernel says.
+/// The errors of getsockopt(2).
 pub fn peer_of(socket: &impl AsFd) -> io::Result<UnixCredentials> {
     Ok(getsockopt(socket, sockopt::PeerCredentials)?)
 }
@@ -127,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_workers_user_and_root_are_always_among_them() {
+    fn the_workers_user_and_root_always_have_access() {
         let access = Access::find(&ControlAccess::default(), &workers()).unwrap();
         assert_eq!((access.owner.as_raw(), access.group, access.mode), (4711, None, 0o600));
         assert_eq!((access.users, access.worker), (vec![Uid::from_raw(0)], Uid::from_raw(4711)));
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_files_permissions_count_as_the_kernel_counts_them() {
+    fn permissions_are_checked_as_by_the_kernel() {
         let access = |mode, owner, group: Option<u32>| Access {
             worker: Uid::from_raw(4711),
             users: vec![],
@@ -151,18 +153,18 @@ mod tests {
             group: group.map(Gid::from_raw),
             mode,
         };
-        assert!(access(0o600, 4711, None).lets_connect(&workers()));
-        assert!(access(0o660, 0, Some(4711)).lets_connect(&workers()));
-        assert!(access(0o666, 0, None).lets_connect(&workers()));
-        assert!(!access(0o660, 0, Some(4)).lets_connect(&workers()));
+        assert!(access(0o600, 4711, None).file_permits(&workers()));
+        assert!(access(0o660, 0, Some(4711)).file_permits(&workers()));
+        assert!(access(0o666, 0, None).file_permits(&workers()));
+        assert!(!access(0o660, 0, Some(4)).file_permits(&workers()));
         assert!(
-            !access(0o066, 4711, Some(4711)).lets_connect(&workers()),
-            "the first class that fits decides"
+            !access(0o066, 4711, Some(4711)).file_permits(&workers()),
+            "the first class that matches decides"
         );
     }
 
     #[test]
-    fn who_is_not_there_is_named() {
+    fn an_unknown_group_is_named() {
         let config = ControlAccess { allow_groups: vec!["no-such-group".into()], ..Default::default() };
         let error = Access::find(&config, &workers()).unwrap_err().to_string();
         assert_eq!(
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_who_the_kernel_says() {
+    fn a_role_follows_from_the_kernels_credentials() {
         let (a, _b) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let peer = peer_of(&a).unwrap();
@@ -185,15 +187,15 @@ mod tests {
             group: None,
             mode: 0,
         };
-        let admits = |access: Access| access.admits(&a, &peer).unwrap();
-        assert_eq!(admits(none.clone()), None);
+        let role_of = |access: Access| access.role_of(&a, &peer).unwrap();
+        assert_eq!(role_of(none.clone()), None);
         let uid = Uid::from_raw(peer.uid());
-        let worker = admits(Access { worker: uid, users: vec![uid], ..none.clone() });
-        assert_eq!(worker, Some(if uid.is_root() { Standing::Named } else { Standing::Worker }));
-        assert_eq!(admits(Access { users: vec![uid], ..none.clone() }), Some(Standing::Named));
+        let worker = role_of(Access { worker: uid, users: vec![uid], ..none.clone() });
+        assert_eq!(worker, Some(if uid.is_root() { Role::Allowed } else { Role::Worker }));
+        assert_eq!(role_of(Access { users: vec![uid], ..none.clone() }), Some(Role::Allowed));
         for gid in nix::unistd::getgroups().unwrap().into_iter().chain([Gid::from_raw(peer.gid())]) {
-            assert_eq!(admits(Access { groups: vec![gid], ..none.clone() }), Some(Standing::Named), "{gid}");
+            assert_eq!(role_of(Access { groups: vec![gid], ..none.clone() }), Some(Role::Allowed), "{gid}");
         }
-        assert_eq!(admits(Access { groups: vec![Gid::from_raw(54321)], ..none }), None);
+        assert_eq!(role_of(Access { groups: vec![Gid::from_raw(54321)], ..none }), None);
     }
 }

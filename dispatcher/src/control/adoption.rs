@@ -1,4 +1,5 @@
-//! Workers that an earlier primary started: adopted if this primary would start the same, or ended.
+//! Workers that an earlier primary started. This primary adopts those that it would start itself,
+//! and terminates the others.
 
 use xfan_shm::ids::GroupId;
 use xfan_shm::limits::explained;
@@ -12,17 +13,16 @@ use crate::process::spawn::Process;
 use crate::process::survivors::Survivor;
 
 impl Primary {
-    /// Starts a process for each member that has one from the start, unless a worker of an earlier
-    /// primary is adopted for it.
+    /// Adopts workers of an earlier primary, and starts a process for every other initial member.
     pub(super) fn start_workers(&mut self) -> Result<(), PrimaryError> {
         if self.commands().any(|command| command.user.is_root()) {
             tracing::warn!(
-                "workers run as root, as configured: nothing keeps them from writing to packets and segments that are not theirs"
+                "workers run as root, as configured: nothing prevents them from writing to packet memory and to segments of others"
             );
         }
         self.adopt_survivors()?;
         for key in self.initial() {
-            if self.life(key).process().is_none() {
+            if self.member(key).process().is_none() {
                 self.apply(key.group, Event::Start(key.member));
                 self.check_failure()?;
             }
@@ -36,6 +36,7 @@ impl Primary {
         started.flat_map(GroupState::initial).collect()
     }
 
+    /// Adopts or terminates the workers in the note of an earlier primary.
     fn adopt_survivors(&mut self) -> Result<(), PrimaryError> {
         let Some(spawner) = &self.spawner else { return Ok(()) };
         let note = spawner.note.clone();
@@ -49,7 +50,8 @@ impl Primary {
         });
         note.remove();
         for survivor in survivors {
-            // A worker whose group is no longer configured is looked for as one of the first group.
+            // If the group of a worker is no longer configured, the first group's user and command
+            // apply.
             let group = self.group_of(&survivor.member);
             let Some(workers) = &self.group(group).workers else { continue };
             let command = &workers.command;
@@ -60,9 +62,9 @@ impl Primary {
             let process = Process::adopt(survivor.pid, pidfd, cgroup);
             let (id, pid) = (survivor.member, survivor.pid);
             let is_free =
-                |key: &MemberKey| self.resources(*key).id == id && self.life(*key).process().is_none();
+                |key: &MemberKey| self.resources(*key).id == id && self.member(*key).process().is_none();
             let key = self.group(group).initial().find(is_free).filter(|_| wanted);
-            let child = Child { group, process, channel: None, token: Some(survivor.token) };
+            let child = Child { group, process, connection: None, token: Some(survivor.token) };
             if let Some(key) = key {
                 tracing::info!(member = id, pid, "adopting a worker of the previous primary");
                 self.resources_mut(key).program = program;
@@ -81,7 +83,7 @@ impl Primary {
         Ok(())
     }
 
-    /// The group of a member's id; the first if there is none of that name.
+    /// The group of a member's id; the first group if none has that name.
     fn group_of(&self, id: &str) -> GroupId {
         let name = id.rsplit_once('/').map(|(name, _)| name);
         self.groups
@@ -90,7 +92,7 @@ impl Primary {
             .map_or(GroupId(0), |group| group.id)
     }
 
-    /// Writes the list of workers that the next primary is to find.
+    /// Writes the note about workers for the next primary.
     pub(super) fn write_note(&self) {
         let Some(spawner) = &self.spawner else { return };
         let surviving =
@@ -106,7 +108,7 @@ impl Primary {
             if survivor.is_none() {
                 tracing::warn!(
                     member = resources.id,
-                    "the kernel does not tell when the process began: the next primary will not find it"
+                    "cannot read the start time of the process: the next primary will not find it"
                 );
             }
             survivor

@@ -1,5 +1,5 @@
-//! A worker attaches: it is given segments, maps them, seals its own, and says that it is ready.
-//! Only then do the lanes know it.
+//! Attaching a worker. It gets segments, maps them, seals its up segment, and sends `ready`. Only
+//! then do the lanes serve it.
 
 use std::time::Instant;
 
@@ -9,9 +9,9 @@ use xfan_shm::layout::VERSION;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{Attach, Attached, Refusal, RefusalCode, Reply};
 
-use crate::control::access::Standing;
+use crate::control::access::Role;
 use crate::control::groups::MemberKey;
-use crate::control::inbox::Answer;
+use crate::control::inbox::Response;
 use crate::control::peer::Connection;
 use crate::control::primary::Primary;
 use crate::group::admission::{Candidate, Inherited, NotAdmitted, Proof};
@@ -19,22 +19,22 @@ use crate::group::{Event, ProcessId};
 use crate::text::excerpt;
 
 impl Primary {
-    /// Answers a worker that wants to attach.
+    /// Handles a worker's request to attach.
     pub(super) fn attach(
         &mut self,
         connection: Connection,
         peer: UnixCredentials,
         mut attach: Attach,
-    ) -> Answer {
+    ) -> Response {
         attach.program = excerpt(&attach.program);
         match self.admit(connection, peer, &attach) {
-            Ok(answer) => answer,
+            Ok(response) => response,
             Err((member, refusal)) => {
                 self.refused += 1;
                 let name = attach.member.as_deref().map(excerpt);
-                self.tell_refusal(&peer, Some(&attach.program), name.as_deref(), &refusal.message);
+                self.report_refusal(&peer, Some(&attach.program), name.as_deref(), &refusal.message);
                 if let Some(key) = member.filter(|_| refusal.code == RefusalCode::Version) {
-                    self.resources_mut(key).trouble.clone_from(&refusal.message);
+                    self.resources_mut(key).last_error.clone_from(&refusal.message);
                     self.apply(key.group, Event::Incompatible(key.member));
                 }
                 Reply::Refused(refusal).into()
@@ -42,8 +42,9 @@ impl Primary {
         }
     }
 
-    /// Tells of a refusal, unless there were too many of this user.
-    pub(super) fn tell_refusal(
+    /// Reports a refusal in the log and the event history, unless there were too many for this
+    /// user.
+    pub(super) fn report_refusal(
         &mut self,
         peer: &UnixCredentials,
         program: Option<&str>,
@@ -60,15 +61,15 @@ impl Primary {
         self.history.write(member, pid, "refused", format!("{message}{more}"));
     }
 
-    /// Makes the segments of a worker.
+    /// Chooses the member for a worker, and makes its segments.
     fn admit(
         &mut self,
         connection: Connection,
         peer: UnixCredentials,
         attach: &Attach,
-    ) -> Result<Answer, (Option<MemberKey>, Refusal)> {
+    ) -> Result<Response, (Option<MemberKey>, Refusal)> {
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
-        let key = self.choose(&connection, pid, attach).map_err(|refusal| (None, refusal))?;
+        let key = self.choose_member(&connection, pid, attach).map_err(|refusal| (None, refusal))?;
         let refused = |code, message: String| (Some(key), Refusal { code, message });
         if attach.version != VERSION {
             return Err(refused(
@@ -79,8 +80,8 @@ impl Primary {
                 ),
             ));
         }
-        if !self.life(key).is_supervised() {
-            self.count_guest(key.group, peer.uid())
+        if !self.member(key).is_supervised() {
+            self.count_unsupervised(key.group, peer.uid())
                 .map_err(|message| refused(RefusalCode::Occupied, message))?;
         }
         let fail = |error: &dyn std::fmt::Display| refused(RefusalCode::Closing, explained(error));
@@ -104,17 +105,17 @@ impl Primary {
             spin_ns: u64::try_from(resources.spin.as_nanos()).unwrap_or(u64::MAX),
             yield_ns: u64::try_from(self.yields.as_nanos()).unwrap_or(u64::MAX),
         };
-        Ok(Answer {
+        Ok(Response {
             reply: Some(Reply::Attached(attached).into()),
             fds: vec![memory, handover.down, handover.up, handover.doorbell],
         })
     }
 
-    /// Counts a worker that the primary did not start.
-    fn count_guest(&mut self, group: GroupId, uid: u32) -> Result<(), String> {
-        let life = &mut self.group_mut(group).life;
-        let (policy, members) = (life.policy().restart, life.members().len());
-        life.count_guest(uid, Instant::now()).map_err(|limit| {
+    /// Counts an attach of a worker that the primary did not start. The error is a sentence.
+    fn count_unsupervised(&mut self, group: GroupId, uid: u32) -> Result<(), String> {
+        let machine = &mut self.group_mut(group).machine;
+        let (policy, members) = (machine.policy().restart, machine.members().len());
+        machine.count_unsupervised(uid, Instant::now()).map_err(|limit| {
             format!(
                 "workers of user id {uid} have attached {limit} times within {:?}, which is the limit: {} (start_limit_burst) \
                  for each of {members} members; try again later",
@@ -123,23 +124,23 @@ impl Primary {
         })
     }
 
-    /// Answers a worker that has mapped its segments.
-    pub(super) fn ready(&mut self, connection: &Connection, peer: &UnixCredentials) -> Answer {
+    /// Handles `ready` from a worker that has mapped its segments.
+    pub(super) fn ready(&mut self, connection: &Connection, peer: &UnixCredentials) -> Response {
         match self.join(connection) {
             Ok(()) => Reply::Joined.into(),
             Err((member, refusal)) => {
                 self.refused += 1;
                 let name = member.map(|key| self.resources(key).id.clone());
-                self.tell_refusal(peer, None, name.as_deref(), &refusal.message);
+                self.report_refusal(peer, None, name.as_deref(), &refusal.message);
                 if let Some(key) = member {
-                    self.apply(key.group, Event::HungUp(connection.id));
+                    self.apply(key.group, Event::Disconnected(connection.id));
                 }
                 Reply::Refused(refusal).into()
             }
         }
     }
 
-    /// Has the lanes serve a worker that has mapped its segments.
+    /// Begins the session of a worker, and makes the lanes serve it.
     fn join(&mut self, connection: &Connection) -> Result<(), (Option<MemberKey>, Refusal)> {
         let key = self.member_of(connection.id);
         let joining = key.and_then(|key| self.resources_mut(key).joining.take());
@@ -160,18 +161,23 @@ impl Primary {
             return Err(refused(RefusalCode::Occupied, error.to_string()));
         }
         if let Err(error) = locked
-            && !std::mem::replace(&mut self.unlocked, true)
+            && !std::mem::replace(&mut self.mlock_warned, true)
         {
             tracing::warn!(
-                "cannot lock the workers' segments in memory: {error}. Should the kernel swap them out, lanes wait for it: \
+                "cannot lock the workers' segments in memory: {error}. If the kernel swaps them out, lanes wait for it: \
                  give xfan CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK"
             );
         }
         Ok(())
     }
 
-    /// The member that a worker becomes.
-    fn choose(&self, connection: &Connection, pid: u32, attach: &Attach) -> Result<MemberKey, Refusal> {
+    /// Chooses the member that a worker takes.
+    fn choose_member(
+        &self,
+        connection: &Connection,
+        pid: u32,
+        attach: &Attach,
+    ) -> Result<MemberKey, Refusal> {
         let refusal = |code, message: String| Refusal { code, message };
         let group = self.group_named(attach.group.as_deref())?;
         let state = self.group(group);
@@ -180,21 +186,21 @@ impl Primary {
             let message = format!("member {} is not one of group {}", self.resources(named).id, state.name);
             return Err(refusal(RefusalCode::UnknownMember, message));
         }
-        let inherited = match connection.channel {
+        let inherited = match connection.inherited {
             None => Inherited::No,
-            channel => {
-                let its = |key: &MemberKey| {
+            id => {
+                let owns_it = |key: &MemberKey| {
                     let child = self.child_of(*key);
-                    child.and_then(|child| child.channel.as_ref().map(|channel| channel.id)) == channel
+                    child.and_then(|child| child.connection.as_ref().map(|inherited| inherited.id)) == id
                 };
-                state.keys().find(its).map_or(Inherited::Stale, |key| Inherited::From(key.member))
+                state.keys().find(owns_it).map_or(Inherited::Stale, |key| Inherited::From(key.member))
             }
         };
         let candidate = Candidate {
             connection: connection.id,
             named: named.map(|key| key.member),
             inherited,
-            as_worker: connection.standing == Standing::Worker,
+            is_workers_user: connection.role == Role::Worker,
         };
         let proof = |member| {
             let child = self.child_of(MemberKey { group, member });
@@ -205,7 +211,7 @@ impl Primary {
             }
         };
         let id = |member| self.resources(MemberKey { group, member }).id.as_str();
-        match state.life.admit(&candidate, state.workers.is_some(), proof) {
+        match state.machine.admit(&candidate, state.workers.is_some(), proof) {
             Ok(member) => Ok(MemberKey { group, member }),
             Err(why) => {
                 let members = state.members.len();
@@ -228,11 +234,11 @@ impl Primary {
                     NotAdmitted::ForMember(own) => {
                         (RefusalCode::Forbidden, format!("this connection is for member {}", id(own)))
                     }
-                    NotAdmitted::NoToken(member) => (
+                    NotAdmitted::WrongToken(member) => (
                         RefusalCode::Forbidden,
                         format!("member {} is for the process that the primary started for it", id(member)),
                     ),
-                    NotAdmitted::NotNamed => (
+                    NotAdmitted::NotAllowed => (
                         RefusalCode::Forbidden,
                         "this primary starts its own workers: only root and the users in allow_users and \
                          allow_groups in [control] of its configuration may attach others"
@@ -241,12 +247,12 @@ impl Primary {
                     NotAdmitted::Occupied(member) => {
                         (RefusalCode::Occupied, format!("member {} has a worker", id(member)))
                     }
-                    NotAdmitted::NoDescendant(member, ProcessId(process)) => (
+                    NotAdmitted::NotDescendant(member, ProcessId(process)) => (
                         RefusalCode::Forbidden,
                         format!("member {} is for process {process} and its children", id(member)),
                     ),
-                    NotAdmitted::InState(member, shown) => {
-                        (RefusalCode::Occupied, format!("member {} is {}", id(member), shown.name()))
+                    NotAdmitted::InState(member, displayed) => {
+                        (RefusalCode::Occupied, format!("member {} is {}", id(member), displayed.name()))
                     }
                 };
                 Err(refusal(code, message))
@@ -255,9 +261,10 @@ impl Primary {
     }
 }
 
-/// Whether a process is `ancestor`, or a descendant of it.
+/// Whether a process is `ancestor` or a descendant of it.
 fn descends(pid: u32, ancestor: u32) -> bool {
-    /// Most generations looked at.
+    /// The most generations to check: more than any wrapper script needs, and a bound for a chain
+    /// of processes that changes while it is read.
     const GENERATIONS: usize = 32;
     let parent = |pid: &u32| {
         let process = procfs::process::Process::new(i32::try_from(*pid).ok()?).ok()?;

@@ -1,21 +1,21 @@
 //! Closes the primary's copies of descriptors that it has sent to a peer.
 //!
-//! A peer can close its copy first and hold a mutex that the last close takes: that of an epoll
-//! instance which watches the descriptor, while epoll_wait(2) copies its events to a page that
-//! never comes. So each batch of descriptors is closed by a thread that may stay in the kernel. One
-//! thread for all would not do: the connections of other peers would stay open behind one that
-//! blocks.
+//! A peer can make this close block: it closes its own copy first, and holds a mutex that the last
+//! close takes. (An epoll instance that watches the descriptor has such a mutex. epoll_wait(2)
+//! holds it while it copies events to a page of a file system that never answers.) So each batch of
+//! descriptors is closed by a thread of its own, which may stay in the kernel. With one thread for
+//! all batches, the connections of other peers would stay open behind one that blocks.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::host::privileges::drop_all_capabilities;
 
-/// The most threads, and the most batches that wait for one. A worker has only a handful of
+/// The most threads, and the most batches that wait for a thread. A worker has only a few
 /// connections, and each blocks at most one thread.
 const LIMIT: usize = 256;
 
-/// The stack of a thread, in bytes.
+/// The stack of a thread, in bytes. The threads only close descriptors.
 const STACK: usize = 64 << 10;
 
 /// Closes descriptors on other threads.
@@ -31,14 +31,14 @@ struct State {
 }
 
 impl Closer {
-    /// Closes descriptors without waiting for it.
+    /// Closes descriptors on another thread. Does not block.
     pub(super) fn close(self: &Arc<Self>, fds: Vec<OwnedFd>) {
         if fds.is_empty() {
             return;
         }
         let mut state = self.state();
         if state.waiting.len() >= LIMIT {
-            // Rather open for ever than closed by the caller, who must not block.
+            // The caller must not block, so the descriptors stay open.
             tracing::error!("descriptors cannot be closed: peers block {LIMIT} threads");
             std::mem::forget(fds);
             return;
@@ -49,7 +49,7 @@ impl Closer {
         }
         let closer = self.clone();
         let thread = std::thread::Builder::new().name("closer".into()).stack_size(STACK);
-        // If it cannot be started, the descriptors wait for the next.
+        // If the thread cannot be started, the next one closes these descriptors, too.
         if thread.spawn(move || closer.run()).is_ok() {
             state.threads += 1;
         }
@@ -85,8 +85,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_close_that_blocks_holds_up_no_other() {
-        // Nobody takes what is sent, and the close lingers for it.
+    fn a_close_that_blocks_does_not_delay_others() {
+        // The peer does not read, and the close lingers until it does.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, _) = listener.accept().unwrap();

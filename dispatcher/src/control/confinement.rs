@@ -1,4 +1,4 @@
-//! How the primary confines its workers and itself, and ends what workers leave behind.
+//! Confines the workers and the primary, and ends descendants that workers leave behind.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use crate::control::groups::Workers;
 use crate::control::primary::Primary;
 use crate::host::privileges::{empty_bounding_set, keep_capabilities, of_control};
 use crate::process::cgroup::Cgroups;
-use crate::process::inherit::Fresh;
+use crate::process::inherit::Rlimits;
 use crate::process::orphans;
 use crate::process::spawn::WorkerCommand;
 use crate::report::Confinement;
@@ -26,7 +26,7 @@ impl Workers {
             lack.push("worker_cpu_weight");
         }
         if data.is_some() {
-            // Each process of a worker may have as much.
+            // The limit applies to each process of a worker, not to all together.
             lack.retain(|name| *name != "worker_memory");
             have.push("worker_memory (for each process)");
         }
@@ -57,39 +57,41 @@ impl Workers {
             not_enforced: owned(lack),
             sandbox,
         };
-        Workers { command, fresh: Fresh::new(data), confinement }
+        Workers { command, rlimits: Rlimits::new(data), confinement }
     }
 }
 
 impl Primary {
-    /// Ends what workers have left behind. `true`: nothing is left.
-    pub(super) fn look_for_orphans(&mut self) -> bool {
+    /// Reaps orphans, ends those of workers, and removes empty cgroups. Returns whether nothing is
+    /// left.
+    pub(super) fn reap_orphans(&mut self) -> bool {
         let swept = self.cgroups.as_ref().is_none_or(Cgroups::sweep);
-        if !orphans::are_adopted() {
+        if !orphans::is_subreaper() {
             return swept;
         }
         let workers: HashSet<u32> = self.processes.values().map(|child| child.process.pid()).collect();
         // With cgroups, orphans end with the cgroup of their worker.
         let left =
-            if self.cgroups.is_some() { orphans::reap(&workers).len() } else { orphans::end(&workers) };
+            if self.cgroups.is_some() { orphans::reap(&workers).len() } else { orphans::kill_all(&workers) };
         swept && left == 0
     }
 
-    /// Gives up the capabilities that only the start needs: the interface has its program, and the
-    /// workers run.
-    pub(super) fn give_up_capabilities(&self, socket: &Path) {
+    /// Drops the capabilities that only the start needs.
+    pub(super) fn drop_startup_capabilities(&self, socket: &Path) {
         if self.ports.iter().all(|port| port.port.is_none()) {
-            return; // packets come from memory: the process is not this primary's alone
+            return; // The source of packets is memory: this process does not belong to the primary alone.
         }
         let own = nix::unistd::geteuid().as_raw();
-        // What is removed at the end: the socket, and the folder of the cgroups.
+        // The directories from which the primary removes files at the end: the socket and the
+        // cgroups.
         let mut folders =
             [socket, self.cgroups.as_ref().map_or(socket, Cgroups::folder)].into_iter().map(Path::parent);
         let may_write = |folder: &Path| {
             std::fs::metadata(folder).is_ok_and(|folder| folder.uid() == own && folder.mode() & 0o200 != 0)
         };
-        let overriding = !folders.all(|folder| folder.is_none_or(may_write));
-        if let Err(error) = empty_bounding_set().and_then(|()| keep_capabilities(of_control(overriding))) {
+        let needs_override = !folders.all(|folder| folder.is_none_or(may_write));
+        if let Err(error) = empty_bounding_set().and_then(|()| keep_capabilities(of_control(needs_override)))
+        {
             tracing::warn!("xfan cannot give up its capabilities: {error}");
         }
     }

@@ -1,4 +1,4 @@
-//! A connection, from its beginning to its end.
+//! The task of a connection: it passes requests to the control thread, and sends the replies.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,24 +16,26 @@ use xfan_shm::clock::thread_cpu_time;
 use xfan_shm::limits::explained;
 use xfan_shm::protocol::{self, MAX_REPLY, MAX_REQUEST, ProtocolError, Refusal, RefusalCode, Reply, Request};
 
-use crate::control::access::Standing;
+use crate::control::access::Role;
 use crate::control::closer::Closer;
-use crate::control::inbox::{Event, Outbox, Question};
+use crate::control::inbox::{ClientRequest, Event, InboxSender};
 use crate::control::peer::{Connection, ConnectionId};
 use crate::host::sys;
 
-/// Connections that can be made through an inherited one at a time.
-const THROUGH_A_CHANNEL: usize = 4;
+/// The most open connections made through one inherited connection. A worker needs one, and may
+/// make the next before the primary has noticed that the last is closed.
+const MAX_DERIVED: usize = 4;
 
-/// The CPU time from which a message is slow: it takes some microseconds, unless its peer has
-/// thousands of epoll entries wait for its end of the connection.
+/// The CPU time from which a message counts as slow. A message takes some microseconds, unless its
+/// peer has registered its end of the connection thousands of times with epoll.
 const SLOW: Duration = Duration::from_millis(1);
-/// The pause after a slow message, as a multiple of its CPU time …
+/// The pause after a slow message, as a multiple of its CPU time: such a peer uses at most one
+/// percent of the thread.
 const SLOW_PAUSES: u32 = 100;
-/// … and the longest.
+/// The longest pause after a slow message.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// What came over the control socket.
+/// Counters of the control socket.
 #[derive(Debug, Default)]
 pub struct ControlCounters {
     pub(super) connections: AtomicU64,
@@ -43,7 +45,7 @@ pub struct ControlCounters {
 }
 
 impl ControlCounters {
-    /// As in the report.
+    /// The counters for the report. The control thread counts `refused`.
     pub fn report(&self) -> crate::report::Control {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         crate::report::Control {
@@ -60,69 +62,78 @@ pub(super) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The connection that a worker's process inherits. Dropping it hangs up, and ends all connections
-/// that were made through it.
+/// The primary's handle to a connection that a worker's process inherited. Dropping it closes the
+/// connection, and all connections that were made through it.
 #[derive(Debug)]
-pub struct Channel {
-    /// Its number.
+pub struct InheritedConnection {
+    /// The number of the connection.
     pub id: ConnectionId,
     _alive: watch::Sender<()>,
 }
 
-/// The inherited connection that a connection is, or was made through.
+/// The inherited connection that a connection is or was made through.
 #[derive(Clone, Debug)]
 struct Origin {
-    channel: ConnectionId,
-    /// Counts down the connections that can still be made through it.
-    left: Arc<Semaphore>,
+    id: ConnectionId,
+    /// One permit for each connection that can still be made through it.
+    permits: Arc<Semaphore>,
+    /// Closed when the [`InheritedConnection`] is dropped.
     alive: watch::Receiver<()>,
 }
 
 impl Origin {
-    /// Waits until the channel is dropped.
-    async fn gone(mut self) {
+    /// Waits until the [`InheritedConnection`] is dropped.
+    async fn dropped(mut self) {
         while self.alive.changed().await.is_ok() {}
     }
 }
 
-/// The thread that serves all connections.
+/// A handle to the thread that serves all connections.
 #[derive(Clone, Debug)]
 pub struct Connections {
     pub(super) runtime: Handle,
     pub(super) shared: Shared,
 }
 
-/// What all connections have in common.
+/// The state that all connections share.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
+    /// The number of the next connection.
     pub next: Arc<AtomicU64>,
     pub counters: Arc<ControlCounters>,
-    pub outbox: Outbox,
+    pub sender: InboxSender,
     pub closer: Arc<Closer>,
 }
 
-/// Two connected sockets: the primary's end, and what a worker is given.
+/// Makes a pair of connected sockets: the primary's end, and the worker's.
 ///
 /// # Errors
-/// No descriptors left, most likely.
+/// The errors of socketpair(2): usually no descriptor is left.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    // As for the listener.
+    // See `Listener::bind`.
     let _ = sys::refuse_descriptors(ours.as_fd());
     Ok((ours, theirs))
 }
 
 impl Connections {
     /// Serves the primary's end of a connection that the worker process `peer` has inherited.
-    pub fn hand_over(&self, ours: OwnedFd, peer: UnixCredentials) -> Channel {
+    pub fn hand_over(&self, ours: OwnedFd, peer: UnixCredentials) -> InheritedConnection {
         let (alive, end) = watch::channel(());
         let id = self.shared.next_id();
-        let left = Arc::new(Semaphore::new(THROUGH_A_CHANNEL));
-        let origin = Origin { channel: id, left, alive: end };
-        let connection = self.shared.connection(id, Standing::Worker, Some(&origin));
-        self.runtime.spawn(carry(self.shared.clone(), connection, peer, ours, Some(origin), Vec::new()));
-        Channel { id, _alive: alive }
+        let permits = Arc::new(Semaphore::new(MAX_DERIVED));
+        let origin = Origin { id, permits, alive: end };
+        let connection = self.shared.connection(id, Role::Worker, Some(&origin));
+        self.runtime.spawn(run_connection(
+            self.shared.clone(),
+            connection,
+            peer,
+            ours,
+            Some(origin),
+            Vec::new(),
+        ));
+        InheritedConnection { id, _alive: alive }
     }
 }
 
@@ -131,26 +142,27 @@ impl Shared {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn connection(&self, id: ConnectionId, standing: Standing, origin: Option<&Origin>) -> Connection {
-        Connection::new(id, standing, origin.map(|origin| origin.channel))
+    fn connection(&self, id: ConnectionId, role: Role, origin: Option<&Origin>) -> Connection {
+        Connection::new(id, role, origin.map(|origin| origin.id))
     }
 
-    /// Serves a connection that was accepted.
+    /// Serves a connection that was accepted on the control socket. It holds `permits` until it is
+    /// closed.
     pub fn serve(
         &self,
-        standing: Standing,
+        role: Role,
         peer: UnixCredentials,
         socket: OwnedFd,
         permits: Vec<OwnedSemaphorePermit>,
     ) {
-        let connection = self.connection(self.next_id(), standing, None);
-        tokio::spawn(carry(self.clone(), connection, peer, socket, None, permits));
+        let connection = self.connection(self.next_id(), role, None);
+        tokio::spawn(run_connection(self.clone(), connection, peer, socket, None, permits));
     }
 
-    /// Makes a connection through an inherited one. Returns the peer's end.
+    /// Makes a connection through the inherited connection `origin`. Returns the peer's end.
     fn connect(
         &self,
-        standing: Standing,
+        role: Role,
         peer: UnixCredentials,
         origin: Option<&Origin>,
     ) -> Result<OwnedFd, Refusal> {
@@ -159,23 +171,30 @@ impl Shared {
             let message = "only the connection that a worker inherited makes others: connect to the socket";
             refusal(RefusalCode::Forbidden, message.into())
         })?;
-        let permit = origin.left.clone().try_acquire_owned().map_err(|_| {
+        let permit = origin.permits.clone().try_acquire_owned().map_err(|_| {
             let message =
-                format!("this worker has {THROUGH_A_CHANNEL} connections, which is the limit: close some");
+                format!("this worker has {MAX_DERIVED} connections, which is the limit: close some");
             refusal(RefusalCode::Occupied, message)
         })?;
         let (ours, theirs) = pair().map_err(|error| {
             let message = format!("the primary cannot make a connection: {}", explained(error));
             refusal(RefusalCode::Occupied, message)
         })?;
-        let connection = self.connection(self.next_id(), standing, Some(origin));
-        tokio::spawn(carry(self.clone(), connection, peer, ours, Some(origin.clone()), vec![permit]));
+        let connection = self.connection(self.next_id(), role, Some(origin));
+        tokio::spawn(run_connection(
+            self.clone(),
+            connection,
+            peer,
+            ours,
+            Some(origin.clone()),
+            vec![permit],
+        ));
         Ok(theirs)
     }
 }
 
-/// A connection from its beginning to its end.
-async fn carry(
+/// Serves a connection until the peer, the primary or the drop of its origin closes it.
+async fn run_connection(
     shared: Shared,
     connection: Connection,
     peer: UnixCredentials,
@@ -185,27 +204,27 @@ async fn carry(
 ) {
     let id = connection.id;
     let end = connection.end.clone();
-    let disowned = origin.clone();
-    let disowned = async {
-        match disowned {
-            Some(origin) => origin.gone().await,
+    let origin_dropped = origin.clone();
+    let origin_dropped = async {
+        match origin_dropped {
+            Some(origin) => origin.dropped().await,
             None => std::future::pending().await,
         }
     };
     tokio::select! {
         () = end.notified() => {}
-        () = disowned => {}
-        result = converse(&shared, connection, peer, socket, origin) => {
+        () = origin_dropped => {}
+        result = serve_messages(&shared, connection, peer, socket, origin) => {
             if let Err(error) = result {
                 tracing::debug!(connection = id, %error, "connection ended");
             }
         }
     }
-    shared.outbox.event(Event::HangUp(id));
+    shared.sender.send_event(Event::Disconnected(id));
 }
 
-/// Carries one connection's messages until it ends.
-async fn converse(
+/// Handles the requests of one connection until the peer closes it.
+async fn serve_messages(
     shared: &Shared,
     connection: Connection,
     peer: UnixCredentials,
@@ -215,7 +234,6 @@ async fn converse(
     let socket = sys::watched(socket, Interest::READABLE | Interest::WRITABLE)?;
     let mut spent = Duration::ZERO;
     loop {
-        // The peer takes at most one percent of the thread.
         if spent >= SLOW {
             tokio::time::sleep((spent * SLOW_PAUSES).min(LONGEST_PAUSE)).await;
         }
@@ -229,19 +247,19 @@ async fn converse(
             }
         };
         let (reply, fds) = match request {
-            Ok(Request::Connect) => match shared.connect(connection.standing, peer, origin.as_ref()) {
+            Ok(Request::Connect) => match shared.connect(connection.role, peer, origin.as_ref()) {
                 Ok(theirs) => (Reply::Connected.into(), vec![theirs]),
                 Err(refusal) => (Reply::Refused(refusal).into(), Vec::new()),
             },
             Ok(request) => {
-                let (answer, answered) = oneshot::channel();
+                let (reply_to, response) = oneshot::channel();
                 let connection = connection.clone();
-                if !shared.outbox.question(Question { connection, peer, request, answer }) {
+                if !shared.sender.send_request(ClientRequest { connection, peer, request, reply_to }) {
                     return Ok(());
                 }
-                let answer = answered.await.unwrap_or_default();
-                let Some(reply) = answer.reply else { continue };
-                (reply, answer.fds)
+                let response = response.await.unwrap_or_default();
+                let Some(reply) = response.reply else { continue };
+                (reply, response.fds)
             }
             Err(ProtocolError::Closed) => return Ok(()),
             Err(error) => {
@@ -251,26 +269,27 @@ async fn converse(
                 return Err(error);
             }
         };
-        let sent = reply_on(&socket, &reply, &fds, &mut spent).await;
+        let sent = send_reply(&socket, &reply, &fds, &mut spent).await;
         shared.closer.close(fds);
         sent?;
-        // An inherited connection is the only one that its worker has: it stays.
-        if matches!(*reply, Reply::Refused(_)) && connection.channel != Some(connection.id) {
+        // A refusal ends the connection, except an inherited one: its worker has no other way to
+        // connect.
+        if matches!(*reply, Reply::Refused(_)) && connection.inherited != Some(connection.id) {
             return Ok(());
         }
     }
 }
 
-/// Adds the CPU time that something takes.
-fn timed<T>(spent: &mut Duration, what: impl FnOnce() -> T) -> T {
+/// Adds the CPU time of `work` to `spent`.
+fn timed<T>(spent: &mut Duration, work: impl FnOnce() -> T) -> T {
     let before = thread_cpu_time();
-    let result = what();
+    let result = work();
     *spent += thread_cpu_time().saturating_sub(before);
     result
 }
 
-/// Sends a reply, once the socket's buffer takes it. Adds the CPU time of sending.
-async fn reply_on(
+/// Sends a reply as soon as the socket's buffer has room. Adds the CPU time to `spent`.
+async fn send_reply(
     socket: &AsyncFd<OwnedFd>,
     reply: &Reply,
     fds: &[OwnedFd],
@@ -282,8 +301,8 @@ async fn reply_on(
         let mut ready = socket.writable().await?;
         match timed(spent, || protocol::send(socket.get_ref(), reply, &fds)) {
             Err(error) if error.would_block() => ready.clear_ready(),
-            // A report of many members. The buffer grows to that size and no further: whoever never
-            // reads fills all of it.
+            // A report of many members. The buffer grows to its size and no further, since a peer
+            // that never reads fills all of it.
             Err(error) if error.is_too_long() && !enlarged => {
                 enlarged = true;
                 let bytes = serde_json::to_vec(reply)?.len().min(MAX_REPLY);

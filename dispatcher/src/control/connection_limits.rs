@@ -1,4 +1,4 @@
-//! How many connections there may be at a time, and whose.
+//! Limits the number of open connections, in all and for each user.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,36 +6,39 @@ use std::sync::Arc;
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::control::access::Standing;
+use crate::control::access::Role;
 
-/// Most connections of all users but root and the workers' user, of each of them, and of root. A
-/// user can have 64 workers, and tools beside them.
+/// The most connections of all users except root and the workers' user. They leave most of the
+/// usual 1,024 descriptors for other things.
 const ALL: usize = 256;
+/// The most connections of one user: 64 workers, the most of a group, and some tools.
 const USER: usize = 80;
+/// The most connections of root.
 const ROOT: usize = 64;
-/// Most connections of the workers' user where its workers inherit theirs, which do not count.
+/// The most connections of the workers' user if its workers inherit theirs, which do not count:
+/// only tools and workers that attach again need others.
 const WORKERS: usize = 16;
 
-/// Most connections of each kind.
+/// The most connections of each kind of peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ConnectionLimits {
     all: usize,
     user: usize,
     root: usize,
     workers: usize,
-    /// The limit of open files, if these are less for it.
+    /// `RLIMIT_NOFILE`, if it reduces the limits above.
     descriptors: Option<usize>,
 }
 
 impl ConnectionLimits {
-    /// For this process. `inherited`: all workers inherit their connections.
+    /// The limits for this process. `inherited`: all workers inherit their connections.
     pub fn new(inherited: bool) -> Self {
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
         Self::of(usize::try_from(descriptors).unwrap_or(usize::MAX), inherited)
     }
 
-    /// For a process that may have so many descriptors: more than half are kept for other things
-    /// than connections.
+    /// The limits for a process that may have this number of descriptors. Connections get less than
+    /// half of them.
     fn of(descriptors: usize, inherited: bool) -> Self {
         let part = |most: usize, divisor: usize| most.min(descriptors / divisor).max(1);
         ConnectionLimits {
@@ -55,7 +58,7 @@ pub(super) struct Admission {
     root: Arc<Semaphore>,
     workers: Arc<Semaphore>,
     others: Arc<Semaphore>,
-    /// Only of users who were admitted: there are no more than the system has.
+    /// Contains only users with access, so the number of users of the system bounds it.
     users: HashMap<u32, Arc<Semaphore>>,
 }
 
@@ -70,16 +73,16 @@ impl Admission {
         }
     }
 
-    /// Counts a connection until what this returns is dropped.
+    /// Admits a connection. It counts until the permits are dropped.
     ///
     /// # Errors
-    /// The limit that has been reached, as a sentence.
-    pub fn admit(&mut self, uid: u32, standing: Standing) -> Result<Vec<OwnedSemaphorePermit>, String> {
+    /// A sentence about the limit that is reached.
+    pub fn admit(&mut self, uid: u32, role: Role) -> Result<Vec<OwnedSemaphorePermit>, String> {
         let ConnectionLimits { all, user, root, workers, descriptors } = self.limits;
-        let wanted: &[_] = match (uid, standing) {
+        let wanted: &[_] = match (uid, role) {
             (0, _) => &[(&self.root, root, "of root")],
-            (_, Standing::Worker) => &[(&self.workers, workers, "of the workers' user")],
-            (_, Standing::Named) => {
+            (_, Role::Worker) => &[(&self.workers, workers, "of the workers' user")],
+            (_, Role::Allowed) => {
                 let own = self.users.entry(uid).or_insert_with(|| Arc::new(Semaphore::new(user)));
                 &[(&*own, user, "of this user"), (&self.others, all, "of all users")]
             }
@@ -104,15 +107,11 @@ impl Admission {
 mod tests {
     use super::*;
 
-    /// Opens connections until the limit. Returns them, and the error.
-    fn fill(
-        admission: &mut Admission,
-        uid: u32,
-        standing: Standing,
-    ) -> (Vec<Vec<OwnedSemaphorePermit>>, String) {
+    /// Opens connections until one is refused. Returns them and the error.
+    fn fill(admission: &mut Admission, uid: u32, role: Role) -> (Vec<Vec<OwnedSemaphorePermit>>, String) {
         let mut open = Vec::new();
         loop {
-            match admission.admit(uid, standing) {
+            match admission.admit(uid, role) {
                 Ok(connection) => open.push(connection),
                 Err(message) => return (open, message),
             }
@@ -121,24 +120,24 @@ mod tests {
 
     #[test]
     fn nobody_uses_up_the_connections_of_another() {
-        use Standing::{Named, Worker};
+        use Role::{Allowed, Worker};
         let mut admission = Admission::new(ConnectionLimits::of(1 << 20, true));
         let mut all = Vec::new();
-        for (uid, standing, limit, whose) in [
+        for (uid, role, limit, whose) in [
             (65534, Worker, 16, "16 connections of the workers' user"),
-            (1000, Named, 80, "80 connections of this user"),
-            (1001, Named, 80, "80 connections of this user"),
-            (1002, Named, 80, "80 connections of this user"),
-            (1003, Named, 16, "256 connections of all users"),
-            (0, Named, 64, "64 connections of root"),
+            (1000, Allowed, 80, "80 connections of this user"),
+            (1001, Allowed, 80, "80 connections of this user"),
+            (1002, Allowed, 80, "80 connections of this user"),
+            (1003, Allowed, 16, "256 connections of all users"),
+            (0, Allowed, 64, "64 connections of root"),
         ] {
-            let (open, message) = fill(&mut admission, uid, standing);
+            let (open, message) = fill(&mut admission, uid, role);
             assert_eq!(open.len(), limit, "{uid}");
             assert!(message.contains(whose), "{message}");
             all.push(open);
         }
         all.remove(1);
-        assert_eq!(fill(&mut admission, 1004, Named).0.len(), 80);
+        assert_eq!(fill(&mut admission, 1004, Allowed).0.len(), 80);
     }
 
     #[test]

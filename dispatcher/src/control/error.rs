@@ -1,4 +1,4 @@
-//! Why a primary ended, in sentences, and its exit code.
+//! The errors that end a primary.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub enum PrimaryError {
         member: String,
         /// Its program.
         program: String,
-        /// What it was told.
+        /// The sentence that the worker got.
         reason: String,
     },
     /// No supervised worker is left.
@@ -65,7 +65,7 @@ pub enum PrimaryError {
     /// A lane's thread ended by itself.
     #[error("the lane of queue {0} ended unexpectedly: this is a bug of xfan")]
     LaneEnded(xfan_shm::ids::QueueId),
-    /// Packets cannot be let in.
+    /// The port failed.
     #[error(transparent)]
     Port(#[from] crate::port::PortError),
     /// The runtime failed.

@@ -1,4 +1,4 @@
-//! Carries out what the groups decide. Everything here returns at once.
+//! Carries out the actions of the groups. Nothing here waits.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -7,43 +7,43 @@ use xfan_shm::ids::{GroupId, MemberId};
 
 use crate::control::error::PrimaryError;
 use crate::control::groups::MemberKey;
-use crate::control::lanes::Then;
+use crate::control::lanes::AfterAck;
 use crate::control::primary::Primary;
 use crate::control::resources::{Resources, Session};
 use crate::group::{Action, Event, Failure, Refused};
 
-/// What the actions of one step leave to each other.
+/// State that the actions of one step share.
 #[derive(Debug, Default)]
 struct Step {
-    /// Events that answer actions.
-    answers: VecDeque<Event>,
-    /// The session that has ended. The command that takes its links from the lanes follows.
+    /// The results of actions, as events for the group.
+    results: VecDeque<Event>,
+    /// The session that an action has ended. The next action removes its links from the lanes.
     ended: Option<Box<Session>>,
 }
 
 impl Primary {
-    /// Has all groups handle an event.
+    /// Passes an event to all groups.
     pub(super) fn apply_to_all(&mut self, event: Event) {
         self.group_ids().for_each(|group| self.apply(group, event));
     }
 
-    /// Has a group handle an event that it may refuse.
+    /// Passes an event to a group. A refusal is only logged.
     pub(super) fn apply(&mut self, group: GroupId, event: Event) {
         if let Err(refused) = self.try_apply(group, event) {
             tracing::debug!(?event, "refused: {refused}");
         }
     }
 
-    /// Has a group handle an event, and carries out what it decides.
+    /// Passes an event to a group, and carries out its actions.
     pub(super) fn try_apply(&mut self, group: GroupId, event: Event) -> Result<(), Refused> {
         let (mut step, mut next) = (Step::default(), Some(event));
         while let Some(event) = next {
-            let actions = self.group_mut(group).life.step(event, Instant::now())?;
+            let actions = self.group_mut(group).machine.step(event, Instant::now())?;
             actions.into_iter().for_each(|action| self.execute(group, action, &mut step));
             if matches!(event, Event::Spawned(..)) {
                 self.write_note();
             }
-            next = step.answers.pop_front();
+            next = step.results.pop_front();
         }
         Ok(())
     }
@@ -51,16 +51,16 @@ impl Primary {
     fn execute(&mut self, group: GroupId, action: Action, step: &mut Step) {
         let key = |member| MemberKey { group, member };
         match action {
-            Action::Spawn(member) => step.answers.push_back(match self.spawn(key(member)) {
+            Action::Spawn(member) => step.results.push_back(match self.spawn(key(member)) {
                 Ok(process) => Event::Spawned(member, process),
                 Err(error) => self.spawn_failed(key(member), error),
             }),
             Action::Terminate(process) => self.terminate(process),
             Action::Kill(process) => self.kill(process),
             Action::Forget(process) => self.forget(process),
-            Action::HangUp(member, _) => {
+            Action::Disconnect(member, _) => {
                 if let Some(joining) = self.resources_mut(key(member)).joining.take() {
-                    joining.connection.end();
+                    joining.connection.close();
                 }
             }
             Action::Join(member) => {
@@ -68,10 +68,10 @@ impl Primary {
                 let links = session.map(|session| std::mem::take(&mut session.links));
                 self.lanes.join(key(member), links.unwrap_or_default());
             }
-            Action::EndSession { member, lost } => {
+            Action::EndSession { member, revoke } => {
                 let resources = self.resources_mut(key(member));
-                let lost = lost || resources.backlog() > 0;
-                step.ended = resources.end_session(lost).map(Box::new);
+                let revoke = revoke || resources.backlog() > 0;
+                step.ended = resources.end_session(revoke).map(Box::new);
             }
             Action::Close(member) => {
                 if let Some(session) = &self.resources(key(member)).session {
@@ -80,13 +80,13 @@ impl Primary {
             }
             Action::Steer(ticket, table) => {
                 self.lanes.steer(group, &table);
-                self.lanes.when_obeyed(Then::Tell(group, ticket));
+                self.lanes.after_ack(AfterAck::Notify(group, ticket));
             }
             Action::Hold(ticket, member) => {
                 let (member, ended) = (key(member), step.ended.take());
                 self.lanes.hold(member);
-                self.lanes.when_obeyed(Then::Held { member, pid: pid_of(ended.as_deref()) });
-                self.lanes.when_obeyed(Then::Tell(group, ticket));
+                self.lanes.after_ack(AfterAck::LogHeld { member, pid: pid_of(ended.as_deref()) });
+                self.lanes.after_ack(AfterAck::Notify(group, ticket));
                 self.drop_later(ended);
             }
             Action::Retire(ticket, member, table) => {
@@ -95,8 +95,8 @@ impl Primary {
                 let (requeued, lost) = (resources.requeued(), resources.lost());
                 self.lanes.retire(member, &table);
                 let pid = pid_of(ended.as_deref());
-                self.lanes.when_obeyed(Then::Retired { member, pid, requeued, lost });
-                self.lanes.when_obeyed(Then::Tell(group, ticket));
+                self.lanes.after_ack(AfterAck::LogRetired { member, pid, requeued, lost });
+                self.lanes.after_ack(AfterAck::Notify(group, ticket));
                 self.drop_later(ended);
             }
             Action::Record(member, fact) => self.record(key(member), fact),
@@ -108,49 +108,49 @@ impl Primary {
     }
 
     fn spawn_failed(&mut self, key: MemberKey, error: PrimaryError) -> Event {
-        // At the start, and for an operator, the error is the answer.
-        if self.group(key.group).life.is_open() {
+        // While the primary starts, the error ends it, and is printed then.
+        if self.group(key.group).machine.is_open() {
             tracing::error!(member = self.resources(key).id, "{error}");
         }
-        self.resources_mut(key).trouble = error.to_string();
+        self.resources_mut(key).last_error = error.to_string();
         self.spawn_error = Some(error);
         Event::SpawnFailed(key.member)
     }
 
-    /// Drops a session once the lanes have let go of its links.
+    /// Drops a session once the lanes have dropped its links.
     fn drop_later(&mut self, ended: Option<Box<Session>>) {
         if let Some(session) = ended {
-            self.lanes.when_obeyed(Then::Drop(session));
+            self.lanes.after_ack(AfterAck::Drop(session));
         }
     }
 
-    /// Does what has waited for the lanes.
-    pub(super) fn acknowledge(&mut self) {
-        while let Some(then) = self.lanes.next_obeyed() {
-            match then {
-                Then::Tell(group, ticket) => self.apply(group, Event::Obeyed(ticket)),
-                Then::Held { member, pid } => {
-                    let timeout = self.group(member.group).life.policy().hold.unwrap_or_default();
+    /// Does what had to wait until the lanes acknowledged their commands.
+    pub(super) fn run_acknowledged(&mut self) {
+        while let Some(action) = self.lanes.next_acknowledged() {
+            match action {
+                AfterAck::Notify(group, ticket) => self.apply(group, Event::Acknowledged(ticket)),
+                AfterAck::LogHeld { member, pid } => {
+                    let timeout = self.group(member.group).machine.policy().hold.unwrap_or_default();
                     let resources = self.resources(member);
                     let detail = format!("{} packets, for {timeout:?}", resources.backlog());
-                    self.write_about(member, pid, "held", detail);
+                    self.write_member_event(member, pid, "held", detail);
                 }
-                Then::Retired { member, pid, requeued, lost } => {
+                AfterAck::LogRetired { member, pid, requeued, lost } => {
                     let resources = self.resources(member);
                     let (requeued, lost) = (resources.requeued() - requeued, resources.lost() - lost);
                     if requeued + lost > 0 {
                         tracing::info!(member = resources.id, requeued, lost, "uncommitted packets");
                         let detail = format!("requeued {requeued}, lost {lost}");
-                        self.write_about(member, pid, "uncommitted", detail);
+                        self.write_member_event(member, pid, "uncommitted", detail);
                     }
                 }
-                Then::Drop(_) => {}
+                AfterAck::Drop(_) => {}
             }
         }
-        self.lanes.look_for_late();
+        self.lanes.warn_if_late();
     }
 
-    /// The first failure, if a group cannot go on.
+    /// Returns the first failure of a group as an error.
     pub(super) fn check_failure(&mut self) -> Result<(), PrimaryError> {
         self.failure.take().map_or(Ok(()), Err)
     }
@@ -158,8 +158,8 @@ impl Primary {
     fn explain(&mut self, group: GroupId, failure: Failure) -> PrimaryError {
         let of = |member: MemberId| {
             let resources = self.resources(MemberKey { group, member });
-            let Resources { id, program, trouble, .. } = resources;
-            (id.clone(), program.clone(), resources.last_exit.clone().unwrap_or_default(), trouble.clone())
+            let Resources { id, program, last_error, .. } = resources;
+            (id.clone(), program.clone(), resources.last_exit.clone().unwrap_or_default(), last_error.clone())
         };
         match failure {
             Failure::Spawn(_) => {
@@ -172,7 +172,7 @@ impl Primary {
             }
             Failure::NotAttached(member) => {
                 let (member, program, ..) = of(member);
-                let timeout = self.group(group).life.policy().start_timeout;
+                let timeout = self.group(group).machine.policy().start_timeout;
                 PrimaryError::NotAttached { member, program, timeout }
             }
             Failure::Incompatible(member) => {
@@ -187,7 +187,7 @@ impl Primary {
     }
 }
 
-/// Process id of the session's worker; 0: no session.
+/// The process id of a session's worker; 0: there is no session.
 fn pid_of(session: Option<&Session>) -> u32 {
     session.map_or(0, |session| session.pid)
 }

@@ -1,14 +1,14 @@
-//! The words of the log and the event history for what happens to members.
+//! Writes facts about members to the log and the event history.
 
 use crate::control::groups::MemberKey;
 use crate::control::primary::Primary;
-use crate::group::{Cause, Fact, Reason};
+use crate::group::{Cause, Fact, KillReason};
 
 impl Primary {
     /// Writes a fact about a member to the log and the event history.
     pub(super) fn record(&mut self, key: MemberKey, fact: Fact) {
         let pid = self.pid_of(key);
-        let policy = *self.group(key.group).life.policy();
+        let policy = *self.group(key.group).machine.policy();
         let member = self.resources(key);
         let id = member.id.as_str();
         let how = member.last_exit.clone().unwrap_or_default();
@@ -22,13 +22,13 @@ impl Primary {
             Fact::Resumed => ("resumed", format!("{} packets that were held", member.backlog())),
             Fact::Stalled(time) => ("stalled", format!("has packets and has committed none for {time:?}")),
             Fact::Recovered => ("recovered", "commits packets again".to_owned()),
-            Fact::Draining(cause) => ("draining", word(cause).to_owned()),
+            Fact::Draining(cause) => ("draining", describe(cause).to_owned()),
             Fact::Left(Cause::Exited) => ("left", how),
             Fact::Left(cause) => {
-                tracing::info!(member = id, pid, "worker left: {}", word(cause));
-                ("left", word(cause).to_owned())
+                tracing::info!(member = id, pid, "worker left: {}", describe(cause));
+                ("left", describe(cause).to_owned())
             }
-            Fact::Died(cause) => ("died", self.tell_death(key, pid, cause)),
+            Fact::Died(cause) => ("died", self.log_death(key, pid, cause)),
             Fact::GivenUp { too_often } => {
                 let why = if too_often {
                     format!(
@@ -36,14 +36,14 @@ impl Primary {
                         policy.restart.limit_burst, policy.restart.limit_interval
                     )
                 } else {
-                    member.trouble.clone()
+                    member.last_error.clone()
                 };
-                tracing::error!(member = id, "stays down: {why}");
+                tracing::error!(member = id, "worker stays down: {why}");
                 ("given_up", why)
             }
             Fact::Vacated(cause) => {
-                tracing::info!(member = id, pid, "member vacated: {}", word(cause));
-                ("vacated", word(cause).to_owned())
+                tracing::info!(member = id, pid, "member vacated: {}", describe(cause));
+                ("vacated", describe(cause).to_owned())
             }
             Fact::Hung(time) => {
                 let backlog = member.backlog();
@@ -57,12 +57,14 @@ impl Primary {
             }
             Fact::Killed(reason) => {
                 let why = match reason {
-                    Reason::AttachesAgain => "attaches again and again".to_owned(),
-                    Reason::NotAttached => {
+                    KillReason::AttachedTooOften => "attached too often (start_limit_burst)".to_owned(),
+                    KillReason::NotAttached => {
                         format!("has not attached within {:?} (start_timeout)", policy.start_timeout)
                     }
-                    Reason::Deaf => format!("did not end within {:?} of SIGTERM", policy.stop_timeout),
-                    Reason::Hurried => "the primary was told to stop again".to_owned(),
+                    KillReason::IgnoredSigterm => {
+                        format!("did not end within {:?} of SIGTERM", policy.stop_timeout)
+                    }
+                    KillReason::ForcedStop => "the primary got a second stop signal".to_owned(),
                 };
                 tracing::warn!(member = id, pid, "worker killed: {why}");
                 ("killed", why)
@@ -70,10 +72,10 @@ impl Primary {
             Fact::NotReady => {
                 let why = format!("was not ready within {:?} (start_timeout)", policy.start_timeout);
                 let pid = member.joining.as_ref().map_or(pid, |joining| joining.pid);
-                tracing::warn!(member = id, pid, "{why}: its connection is ended");
+                tracing::warn!(member = id, pid, "worker {why}: its connection is closed");
                 ("refused", why)
             }
-            Fact::GoneEarly => {
+            Fact::DisconnectedEarly => {
                 return tracing::warn!(member = id, pid, "worker disconnected before it was ready");
             }
             Fact::HoldExpired => {
@@ -81,17 +83,17 @@ impl Primary {
             }
             Fact::Restarting => return tracing::info!(member = id, "restarting worker"),
         };
-        self.write_about(key, pid, event, detail);
+        self.write_member_event(key, pid, event, detail);
     }
 
-    /// Writes to the event history what happened to a member now. `pid`: its worker's; 0: none.
-    pub(super) fn write_about(&mut self, key: MemberKey, pid: u32, event: &str, detail: String) {
+    /// Writes an event of a member to the event history. `pid`: its worker's process; 0: none.
+    pub(super) fn write_member_event(&mut self, key: MemberKey, pid: u32, event: &str, detail: String) {
         let id = &self.groups[key.group.index()].members[key.member.index()].id;
         self.history.write(Some(id), pid, event, detail);
     }
 
-    /// Logs how a worker was lost. Returns the words for the event history.
-    fn tell_death(&self, key: MemberKey, pid: u32, cause: Cause) -> String {
+    /// Logs why a worker was lost. Returns the detail for the event history.
+    fn log_death(&self, key: MemberKey, pid: u32, cause: Cause) -> String {
         let member = self.resources(key);
         let id = member.id.as_str();
         match cause {
@@ -100,49 +102,52 @@ impl Primary {
                 tracing::warn!(member = id, how, "worker process ended");
                 how
             }
-            Cause::HungUp => {
+            Cause::Disconnected => {
                 tracing::warn!(member = id, pid, "worker disconnected unexpectedly");
                 "its connection ended".to_owned()
             }
-            Cause::Lied => {
+            Cause::ImpossibleIndex => {
                 tracing::error!(
                     member = id,
                     pid,
                     "worker evicted: impossible consumer index: {}",
-                    member.trouble
+                    member.last_error
                 );
-                format!("evicted: impossible consumer index: {}", member.trouble)
+                format!("evicted: impossible consumer index: {}", member.last_error)
             }
             Cause::SlowBell => {
-                tracing::error!(member = id, "worker evicted: its bell was slow to ring");
-                "evicted: its bell was slow to ring".to_owned()
+                tracing::error!(member = id, "worker evicted: waking it took too long");
+                "evicted: waking it took too long".to_owned()
             }
             Cause::Hung => "evicted: it hung".to_owned(),
-            Cause::Overdue => {
+            Cause::StopTimeout => {
                 tracing::warn!(member = id, pid, "worker evicted: it did not leave within stop_timeout");
                 "evicted: it did not leave within stop_timeout".to_owned()
             }
-            Cause::NotFound => {
+            Cause::NotReattached => {
                 tracing::warn!(member = id, "worker of the previous primary has not attached to this one");
                 "has not attached to this primary".to_owned()
             }
-            Cause::Asked | Cause::Ordered | Cause::Restart | Cause::Stopping => word(cause).to_owned(),
+            Cause::Requested | Cause::Ordered | Cause::Restart | Cause::Stopping => {
+                describe(cause).to_owned()
+            }
         }
     }
 }
 
-fn word(cause: Cause) -> &'static str {
+/// Describes a cause, in words that also fit after "worker left: ".
+fn describe(cause: Cause) -> &'static str {
     match cause {
-        Cause::Asked => "as it asked",
+        Cause::Requested => "at its own request",
         Cause::Ordered => "as ordered",
         Cause::Restart => "to be started again",
         Cause::Stopping => "the primary stops",
         Cause::Exited => "its process ended",
-        Cause::HungUp => "its connection ended",
-        Cause::Lied => "impossible consumer index",
-        Cause::SlowBell => "its bell was slow to ring",
+        Cause::Disconnected => "its connection ended",
+        Cause::ImpossibleIndex => "impossible consumer index",
+        Cause::SlowBell => "waking it took too long",
         Cause::Hung => "it hung",
-        Cause::Overdue => "it did not leave",
-        Cause::NotFound => "it has not attached to this primary",
+        Cause::StopTimeout => "it did not leave",
+        Cause::NotReattached => "it has not attached to this primary",
     }
 }

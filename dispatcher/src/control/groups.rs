@@ -1,4 +1,4 @@
-//! The groups of a primary: what decides about their members, and what the members have.
+//! The groups of a primary: their state machines, and the resources of their members.
 
 use std::time::Instant;
 
@@ -8,23 +8,23 @@ use crate::control::resources::Resources;
 use crate::group::Group;
 use crate::group::policy::Policy;
 use crate::process::cgroup::Cgroups;
-use crate::process::inherit::Fresh;
+use crate::process::inherit::Rlimits;
 use crate::process::spawn::WorkerCommand;
 use crate::report::Confinement;
 
-/// A group to be.
+/// The parts of a group.
 #[derive(Debug)]
 pub struct GroupParts {
-    /// Its name.
+    /// The name of the group.
     pub name: String,
-    /// What its members have, by number.
+    /// The resources of its members, by number.
     pub members: Vec<Resources>,
-    /// The number of members that have a worker from the start. The others are reported only once a
-    /// worker has attached as them.
+    /// The number of members that have a worker from the start. Reports show the others only once a
+    /// worker has taken them.
     pub initial: usize,
-    /// What decides about members.
+    /// The settings of its state machine.
     pub policy: Policy,
-    /// How the primary starts its workers. `None`: they attach by themselves.
+    /// How the primary starts its workers; `None`: it starts none.
     pub command: Option<WorkerCommand>,
 }
 
@@ -34,26 +34,26 @@ pub(super) struct GroupState {
     pub(super) id: GroupId,
     pub(super) name: String,
     /// Decides what happens to the members.
-    pub(super) life: Group,
-    /// What the members have, by number.
+    pub(super) machine: Group,
+    /// The resources of the members, by number.
     pub(super) members: Vec<Resources>,
-    /// As in [`GroupParts`].
+    /// See [`GroupParts::initial`].
     pub(super) initial: usize,
-    /// How the primary starts its workers. `None`: they attach by themselves.
+    /// How the primary starts its workers; `None`: it starts none.
     pub(super) workers: Option<Workers>,
 }
 
-/// How the workers of a group are started.
+/// How the primary starts the workers of a group.
 #[derive(Debug)]
 pub(super) struct Workers {
     pub(super) command: WorkerCommand,
-    /// The scheduling and limits that their processes get.
-    pub(super) fresh: Fresh,
-    /// For the report.
+    /// The resource limits of their processes.
+    pub(super) rlimits: Rlimits,
+    /// How they are confined, for the report.
     pub(super) confinement: Confinement,
 }
 
-/// A member of one of the primary's groups.
+/// The group and the number of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemberKey {
     pub(super) group: GroupId,
@@ -61,7 +61,8 @@ pub(super) struct MemberKey {
 }
 
 impl GroupState {
-    /// `cgroups`: those of the primary, or why there are none; `None` if it starts no workers.
+    /// Makes a group of vacant members. `cgroups`: those of the primary, or why it has none;
+    /// `None`: it starts no workers.
     pub(super) fn new(
         id: GroupId,
         parts: GroupParts,
@@ -70,7 +71,7 @@ impl GroupState {
     ) -> Self {
         let GroupParts { name, members, initial, policy, command } = parts;
         let workers = command.zip(cgroups).map(|(command, cgroups)| Workers::new(command, cgroups));
-        GroupState { id, name, life: Group::new(policy, members.len(), now), members, initial, workers }
+        GroupState { id, name, machine: Group::new(policy, members.len(), now), members, initial, workers }
     }
 
     /// The keys of its members.
@@ -84,7 +85,7 @@ impl GroupState {
         self.keys().take(self.initial)
     }
 
-    /// Its member of this id, such as `default/0`.
+    /// The member with this id, such as `default/0`.
     pub(super) fn find(&self, id: &str) -> Option<MemberKey> {
         self.keys().find(|key| self.members[key.member.index()].id == id)
     }

@@ -1,4 +1,4 @@
-//! The event history: what happened to whom, and when. It holds the last [`LIMIT`] entries.
+//! The event history: the last [`LIMIT`] events of the primary and its members.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,32 +8,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::printable;
 
-/// Entries kept.
+/// The number of entries kept. It bounds the memory and the size of a reply.
 pub const LIMIT: usize = 1024;
 
-/// One thing that happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Counts from 1; without a gap.
+    /// The number of the entry, counted from 1 without gaps.
     pub number: u64,
-    /// Nanoseconds since 1970.
+    /// The time, in nanoseconds since 1970-01-01 UTC.
     pub time_ns: u64,
-    /// The member, such as `default/0`; none: the primary.
+    /// The member, such as `default/0`; `None`: the primary.
     pub member: Option<String>,
-    /// Process id of its worker; 0: none.
+    /// The process id of its worker; 0: none.
     pub pid: u32,
-    /// What: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`, `died`, `given_up`,
-    /// `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`, `uncommitted`,
-    /// `held`, `resumed`, `interface`, `cut`, `unaccounted`, `autogroup`.
+    /// The kind of event: `started`, `attached`, `stalled`, `recovered`, `draining`, `left`,
+    /// `died`, `given_up`, `vacated`, `hung`, `killed`, `refused`, `ordered`, `running`, `empty`,
+    /// `uncommitted`, `held`, `resumed`, `interface`, `cut`, `unaccounted`, `autogroup`.
     pub event: String,
-    /// More of it, for people.
+    /// Details, as text for people.
     pub detail: String,
 }
 
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_nanos(self.time_ns));
-        // It may come from whoever listens on a socket.
+        // Any process may listen on the socket that a tool asks, and send such an entry.
         let member = printable(self.member.as_deref().unwrap_or("primary"));
         write!(f, "{time} {member:<12} {:<9}", printable(&self.event))?;
         if self.pid != 0 {
@@ -46,14 +46,14 @@ impl fmt::Display for Entry {
     }
 }
 
-/// A part of the history, as it is sent.
+/// A part of the event history, as the primary sends it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page {
-    /// Process id of the primary: each has an event history of its own.
+    /// The process id of the primary. Each primary has an event history of its own.
     pub primary: u32,
-    /// In the order in which they happened.
+    /// The entries, oldest first.
     pub entries: Vec<Entry>,
-    /// Entries that were asked for and are no longer kept.
+    /// The number of requested entries that are no longer kept.
     pub missed: u64,
 }
 
@@ -65,7 +65,8 @@ pub struct History {
 }
 
 impl History {
-    /// Writes down what happened now.
+    /// Adds an event with the current time. `member`: `None` for an event of the primary. `pid`: 0
+    /// for none.
     pub fn write(&mut self, member: Option<&str>, pid: u32, event: &str, detail: impl Into<String>) {
         if self.entries.len() == LIMIT {
             self.entries.pop_front();
@@ -82,12 +83,12 @@ impl History {
         });
     }
 
-    /// Writes down what happened to the primary now.
+    /// Adds an event of the primary, with the current time.
     pub fn write_own(&mut self, event: &str, detail: impl Into<String>) {
         self.write(None, std::process::id(), event, detail);
     }
 
-    /// What was written after entry number `after`.
+    /// The entries with numbers above `after`.
     pub fn page(&self, after: u64) -> Page {
         let kept_from = self.written - self.entries.len() as u64;
         let entries = self.entries.iter().filter(|entry| entry.number > after).cloned().collect();
@@ -100,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_keeps_the_last_and_says_what_it_lost() {
+    fn it_keeps_the_last_entries_and_counts_missed_ones() {
         let mut history = History::default();
         let empty = Page { primary: std::process::id(), ..Page::default() };
         assert_eq!(history.page(0), empty);

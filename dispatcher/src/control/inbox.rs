@@ -1,8 +1,9 @@
-//! What the primary has to deal with: events first, then questions, one at a time.
+//! The inbox of the control thread: events first, then requests, one at a time.
 //!
-//! A peer can ask as often as it likes, and the answer may be a whole report. Deaths, hang-ups and
-//! timers do not wait behind questions: those of which there are only as many as there are
-//! connections, since each waits for its answer before it asks again.
+//! A client can send requests without a pause, and each reply may be a whole report. Exits,
+//! disconnects and timers must not wait behind them. The number of queued requests is bounded by
+//! the number of connections, since a connection reads its next request only after it has sent the
+//! reply to the last one.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,113 +15,114 @@ use xfan_shm::protocol::{Reply, Request};
 use crate::control::peer::{Connection, ConnectionId};
 use crate::group::ProcessId;
 
-/// Something happened.
+/// An event outside the control thread.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A connection ended.
-    HangUp(ConnectionId),
-    /// A process ended.
+    /// A connection was closed.
+    Disconnected(ConnectionId),
+    /// A process exited.
     Exited(ProcessId),
-    /// A lane has obeyed commands.
-    Obeyed,
-    /// Files are to be opened anew.
+    /// A lane acknowledged commands.
+    Acknowledged,
+    /// SIGHUP: all files must be reopened.
     Reopen,
 }
 
-/// A message arrived.
+/// A request that waits for its reply.
 #[derive(Debug)]
-pub struct Question {
-    /// From where.
+pub struct ClientRequest {
+    /// The connection that it came through.
     pub connection: Connection,
-    /// From whom.
+    /// The credentials of the client.
     pub peer: UnixCredentials,
-    /// What they want.
+    /// The request.
     pub request: Request,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Answer>,
+    /// Where to send the response.
+    pub reply_to: oneshot::Sender<Response>,
 }
 
-/// An answer, and the descriptors that go with it. `None`: nothing to say.
+/// The response to a request: a message and its descriptors.
 #[derive(Debug, Default)]
-pub struct Answer {
-    /// The message; several may be told the same.
+pub struct Response {
+    /// The message; `None`: the request has no reply. Several clients may share one.
     pub reply: Option<Arc<Reply>>,
-    /// Descriptors.
+    /// The descriptors to send with it.
     pub fds: Vec<OwnedFd>,
 }
 
-impl From<Reply> for Answer {
+impl From<Reply> for Response {
     fn from(reply: Reply) -> Self {
-        Answer { reply: Some(reply.into()), fds: Vec::new() }
+        Response { reply: Some(reply.into()), fds: Vec::new() }
     }
 }
 
-/// What is to be dealt with next.
+/// What the control thread handles next.
 #[derive(Debug)]
 pub enum Next {
-    /// Something happened.
+    /// An event.
     Event(Event),
-    /// Somebody waits for an answer.
-    Question(Question),
+    /// A request.
+    Request(ClientRequest),
 }
 
-/// Where events and questions go.
+/// Sends events and requests to the inbox.
 #[derive(Clone, Debug)]
-pub struct Outbox {
+pub struct InboxSender {
     events: mpsc::UnboundedSender<Event>,
-    questions: mpsc::UnboundedSender<Question>,
+    requests: mpsc::UnboundedSender<ClientRequest>,
 }
 
-impl Outbox {
-    /// Tells the primary, if it still is there.
-    pub fn event(&self, event: Event) {
+impl InboxSender {
+    /// Sends an event, unless the primary has ended.
+    pub fn send_event(&self, event: Event) {
         let _ = self.events.send(event);
     }
 
-    /// Asks the primary; `false` if it is gone.
-    pub fn question(&self, question: Question) -> bool {
-        self.questions.send(question).is_ok()
+    /// Sends a request. Returns `false` if the primary has ended.
+    pub fn send_request(&self, request: ClientRequest) -> bool {
+        self.requests.send(request).is_ok()
     }
 
-    /// Waits until the primary is gone.
+    /// Waits until the primary has ended.
     pub async fn closed(&self) {
         self.events.closed().await;
     }
 }
 
-/// Where they come from.
+/// Receives events and requests.
 #[derive(Debug)]
 pub struct Inbox {
     events: mpsc::UnboundedReceiver<Event>,
-    questions: mpsc::UnboundedReceiver<Question>,
-    outbox: Outbox,
+    requests: mpsc::UnboundedReceiver<ClientRequest>,
+    /// Keeps both channels open.
+    sender: InboxSender,
 }
 
 impl Default for Inbox {
     fn default() -> Self {
-        let (to_events, events) = mpsc::unbounded_channel();
-        let (to_questions, questions) = mpsc::unbounded_channel();
-        Inbox { events, questions, outbox: Outbox { events: to_events, questions: to_questions } }
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let (request_sender, requests) = mpsc::unbounded_channel();
+        Inbox { events, requests, sender: InboxSender { events: event_sender, requests: request_sender } }
     }
 }
 
 impl Inbox {
-    /// What leads here.
-    pub fn outbox(&self) -> Outbox {
-        self.outbox.clone()
+    /// A sender to this inbox.
+    pub fn sender(&self) -> InboxSender {
+        self.sender.clone()
     }
 
-    /// What is to be dealt with next: events before questions. Nothing is lost if this is dropped
-    /// before it is done.
+    /// Receives the next event, or the next request if there is no event. Cancel-safe: if the
+    /// future is dropped, nothing is lost.
     pub async fn next(&mut self) -> Next {
-        // The runtime looks at descriptors and timers only when nobody is busy: without this pause,
-        // as long as there is something to do, no task would learn that a process has ended.
+        // The runtime polls descriptors and timers only when a task yields. Without this, no task
+        // would learn that a process has exited as long as there are requests.
         tokio::task::yield_now().await;
         tokio::select! {
             biased;
             Some(event) = self.events.recv() => Next::Event(event),
-            Some(question) = self.questions.recv() => Next::Question(question),
-            // Both have a sender here.
+            Some(request) = self.requests.recv() => Next::Request(request),
+            // Not reached: `sender` keeps both channels open.
             else => std::future::pending().await,
         }
     }
@@ -135,21 +137,22 @@ mod tests {
 
     use super::*;
 
-    const QUESTIONS: usize = 500;
+    const REQUESTS: usize = 500;
 
-    /// An inbox with questions in it.
-    fn flooded() -> (Inbox, Vec<oneshot::Receiver<Answer>>) {
+    /// An inbox with many requests.
+    fn flooded() -> (Inbox, Vec<oneshot::Receiver<Response>>) {
         let inbox = Inbox::default();
         let (a, _b) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let peer = getsockopt(&a, sockopt::PeerCredentials).unwrap();
         let ask = |_| {
-            let (answer, answered) = oneshot::channel();
-            let question = Question { connection: Connection::of(7), peer, request: Request::Stats, answer };
-            assert!(inbox.outbox().question(question));
-            answered
+            let (reply_to, response) = oneshot::channel();
+            let request =
+                ClientRequest { connection: Connection::of(7), peer, request: Request::Stats, reply_to };
+            assert!(inbox.sender().send_request(request));
+            response
         };
-        let waiting = (0..QUESTIONS).map(ask).collect();
+        let waiting = (0..REQUESTS).map(ask).collect();
         (inbox, waiting)
     }
 
@@ -158,44 +161,46 @@ mod tests {
     }
 
     #[test]
-    fn a_death_comes_before_all_questions() {
+    fn exits_come_before_requests() {
         run(async {
             let (mut inbox, _waiting) = flooded();
             for process in 0..3 {
-                inbox.outbox().event(Event::Exited(ProcessId(process)));
+                inbox.sender().send_event(Event::Exited(ProcessId(process)));
             }
             for process in 0..3 {
                 assert!(
                     matches!(inbox.next().await, Next::Event(Event::Exited(ProcessId(dead))) if dead == process)
                 );
             }
-            for turn in 0..QUESTIONS {
-                assert!(matches!(inbox.next().await, Next::Question(_)), "{turn}");
-                inbox.outbox().event(Event::HangUp(turn as u64));
-                assert!(matches!(inbox.next().await, Next::Event(Event::HangUp(id)) if id == turn as u64));
+            for turn in 0..REQUESTS {
+                assert!(matches!(inbox.next().await, Next::Request(_)), "{turn}");
+                inbox.sender().send_event(Event::Disconnected(turn as u64));
+                assert!(
+                    matches!(inbox.next().await, Next::Event(Event::Disconnected(id)) if id == turn as u64)
+                );
             }
         });
     }
 
     #[test]
-    fn questions_do_not_keep_the_runtime_from_its_descriptors() {
+    fn requests_do_not_keep_the_runtime_from_its_descriptors() {
         run(async {
             let (mut inbox, _waiting) = flooded();
             let (reader, writer) = std::io::pipe().unwrap();
             let ended = crate::host::sys::watched(reader.into(), Interest::READABLE).unwrap();
-            let outbox = inbox.outbox();
+            let sender = inbox.sender();
             tokio::spawn(async move {
                 let _ = ended.readable().await;
-                outbox.event(Event::Exited(ProcessId(1)));
+                sender.send_event(Event::Exited(ProcessId(1)));
             });
-            // The task waits.
-            assert!(matches!(inbox.next().await, Next::Question(_)));
+            // From now on the task waits for the descriptor.
+            assert!(matches!(inbox.next().await, Next::Request(_)));
             nix::unistd::write(writer.as_fd(), b"x").unwrap();
             let mut before = 0;
-            while let Next::Question(_) = inbox.next().await {
+            while let Next::Request(_) = inbox.next().await {
                 before += 1;
             }
-            assert!(before <= 2, "{before} questions before the event");
+            assert!(before <= 2, "{before} requests before the event");
         });
     }
 }

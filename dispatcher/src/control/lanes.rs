@@ -1,5 +1,4 @@
-//! The lanes, as the group commands them. Each command goes to all lanes. What must not happen
-//! before all lanes have obeyed a command is kept here until they have.
+//! Sends commands to all lanes, and queues actions that must wait for their acknowledgements.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -8,56 +7,61 @@ use tokio::io::Interest;
 use xfan_shm::ids::{GroupId, PortId};
 
 use crate::control::groups::MemberKey;
-use crate::control::inbox::{Event, Outbox};
+use crate::control::inbox::{Event, InboxSender};
 use crate::control::resources::Session;
 use crate::group::Ticket;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 use crate::lane::{BucketTable, Command, MemberLink};
 
-/// After this time without an acknowledgement the log says that a lane gets no CPU time.
+/// How long the lanes may take to acknowledge a command before a warning is logged. A lane that
+/// gets CPU time acknowledges a command after its current batch, within microseconds.
 const LATE: Duration = Duration::from_secs(1);
 
-/// What is done once all lanes have obeyed a command.
+/// What to do once all lanes have acknowledged a command.
 #[derive(Debug)]
-pub(super) enum Then {
-    /// The group hears of it.
-    Tell(GroupId, Ticket),
-    /// The event history says how many packets are held.
-    Held { member: MemberKey, pid: u32 },
-    /// The event history says how many packets were requeued and lost beyond these.
-    Retired { member: MemberKey, pid: u32, requeued: u64, lost: u64 },
-    /// The segments of a session are unmapped: not by a lane, which would wait for the kernel.
+pub(super) enum AfterAck {
+    /// Report the acknowledgement to the group.
+    Notify(GroupId, Ticket),
+    /// Record how many packets the lanes hold for a member.
+    LogHeld { member: MemberKey, pid: u32 },
+    /// Record how many packets of a member were requeued and lost. `requeued` and `lost` are its
+    /// counters before the command.
+    LogRetired { member: MemberKey, pid: u32, requeued: u64, lost: u64 },
+    /// Drop a session, which unmaps its segments. A lane must not drop it last: it would wait for
+    /// the kernel.
     Drop(#[expect(dead_code, reason = "it is dropped")] Box<Session>),
 }
 
 /// The lanes of all ports.
 #[derive(Debug)]
 pub struct Lanes {
-    /// In the order of their numbers.
+    /// The lanes, by number.
     pub handles: Vec<LaneHandle>,
-    outstanding: VecDeque<(u64, Then)>,
-    /// When the oldest of them was due, and whether the log has told that it is late.
-    since: Instant,
-    told: bool,
+    /// Actions, in order, and the number of commands that every lane must acknowledge before.
+    outstanding: VecDeque<(u64, AfterAck)>,
+    /// Since when the oldest acknowledgement is outstanding.
+    waiting_since: Instant,
+    /// The log has a warning about it.
+    warned: bool,
 }
 
 impl Lanes {
     pub(super) fn new(handles: Vec<LaneHandle>) -> Self {
-        Lanes { handles, outstanding: VecDeque::new(), since: Instant::now(), told: false }
+        Lanes { handles, outstanding: VecDeque::new(), waiting_since: Instant::now(), warned: false }
     }
 
-    /// Has every acknowledgement of a lane become an event.
-    pub(super) fn watch(&self, outbox: &Outbox) -> std::io::Result<()> {
+    /// Sends an event to the inbox for every acknowledgement of a lane.
+    pub(super) fn watch(&self, sender: &InboxSender) -> std::io::Result<()> {
         for lane in &self.handles {
-            let obeyed = sys::watched(lane.watch()?, Interest::READABLE)?;
-            let outbox = outbox.clone();
+            let eventfd = sys::watched(lane.watch()?, Interest::READABLE)?;
+            let sender = sender.clone();
             tokio::spawn(async move {
-                while let Ok(mut ready) = obeyed.readable().await {
+                while let Ok(mut ready) = eventfd.readable().await {
                     let mut count = [0; 8];
-                    let _ = nix::unistd::read(obeyed.get_ref(), &mut count);
+                    let _ = nix::unistd::read(eventfd.get_ref(), &mut count);
                     ready.clear_ready();
-                    outbox.event(Event::Obeyed);
+                    sender.send_event(Event::Acknowledged);
                 }
             });
         }
@@ -74,59 +78,64 @@ impl Lanes {
         self.handles.iter_mut().filter(move |lane| lane.port == port)
     }
 
+    /// Makes the lanes serve a member's worker. `links`: one for each lane, in order.
     pub(super) fn join(&mut self, MemberKey { group, member }: MemberKey, links: Vec<MemberLink>) {
         for (lane, link) in self.handles.iter_mut().zip(links) {
             lane.command(Command::Join { group, member, link: Box::new(link) });
         }
     }
 
+    /// Makes the lanes use a table.
     pub(super) fn steer(&mut self, group: GroupId, table: &BucketTable) {
         for lane in &mut self.handles {
             lane.command(Command::Steer { group, table: Box::new(table.clone()) });
         }
     }
 
+    /// Makes the lanes hold a member's uncommitted packets, and new packets of its flows.
     pub(super) fn hold(&mut self, MemberKey { group, member }: MemberKey) {
         for lane in &mut self.handles {
             lane.command(Command::Hold { group, member });
         }
     }
 
+    /// Makes the lanes use a table, and requeue a member's uncommitted packets.
     pub(super) fn retire(&mut self, MemberKey { group, member }: MemberKey, table: &BucketTable) {
         for lane in &mut self.handles {
             lane.command(Command::Retire { group, member, table: Box::new(table.clone()) });
         }
     }
 
+    /// Makes each lane report when it has found its RX ring empty.
     pub(super) fn drain(&mut self) {
         for lane in &mut self.handles {
             lane.command(Command::Drain);
         }
     }
 
-    /// Has something done once all lanes have obeyed every command so far.
-    pub(super) fn when_obeyed(&mut self, then: Then) {
+    /// Does `action` once all lanes have acknowledged every command so far.
+    pub(super) fn after_ack(&mut self, action: AfterAck) {
         if self.outstanding.is_empty() {
-            (self.since, self.told) = (Instant::now(), false);
+            (self.waiting_since, self.warned) = (Instant::now(), false);
         }
         let issued = self.handles.iter().map(LaneHandle::issued).max().unwrap_or(0);
-        self.outstanding.push_back((issued, then));
+        self.outstanding.push_back((issued, action));
     }
 
-    /// The next thing to do, now that all lanes have obeyed. Never waits.
-    pub(super) fn next_obeyed(&mut self) -> Option<Then> {
+    /// Returns the next action whose commands all lanes have acknowledged. Does not wait.
+    pub(super) fn next_acknowledged(&mut self) -> Option<AfterAck> {
         self.handles.iter_mut().for_each(LaneHandle::flush);
-        let obeyed = self.handles.iter().map(LaneHandle::obeyed).min().unwrap_or(u64::MAX);
-        let (_, then) = self.outstanding.pop_front_if(|(issued, _)| *issued <= obeyed)?;
-        (self.since, self.told) = (Instant::now(), false);
-        Some(then)
+        let acknowledged = self.handles.iter().map(LaneHandle::acknowledged).min().unwrap_or(u64::MAX);
+        let (_, action) = self.outstanding.pop_front_if(|(issued, _)| *issued <= acknowledged)?;
+        (self.waiting_since, self.warned) = (Instant::now(), false);
+        Some(action)
     }
 
-    /// Tells once if a lane has not obeyed for a second.
-    pub(super) fn look_for_late(&mut self) {
-        if !self.outstanding.is_empty() && !self.told && self.since.elapsed() >= LATE {
-            self.told = true;
-            tracing::warn!("a lane has not obeyed within {LATE:?}: it gets no CPU time");
+    /// Logs a warning, once, if a lane has not acknowledged for a second.
+    pub(super) fn warn_if_late(&mut self) {
+        if !self.outstanding.is_empty() && !self.warned && self.waiting_since.elapsed() >= LATE {
+            self.warned = true;
+            tracing::warn!("a lane has not acknowledged a command within {LATE:?}: it gets no CPU time");
         }
     }
 }

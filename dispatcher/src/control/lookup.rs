@@ -20,7 +20,7 @@ impl Primary {
         &mut self.groups[group.index()]
     }
 
-    /// What a member has.
+    /// The resources of a member.
     pub(super) fn resources(&self, key: MemberKey) -> &Resources {
         &self.group(key.group).members[key.member.index()]
     }
@@ -29,9 +29,9 @@ impl Primary {
         &mut self.group_mut(key.group).members[key.member.index()]
     }
 
-    /// The state of a member.
-    pub(super) fn life(&self, key: MemberKey) -> &Member {
-        &self.group(key.group).life.members()[key.member.index()]
+    /// A member of a group's state machine.
+    pub(super) fn member(&self, key: MemberKey) -> &Member {
+        &self.group(key.group).machine.members()[key.member.index()]
     }
 
     /// The commands of all groups whose workers the primary starts.
@@ -49,7 +49,7 @@ impl Primary {
         self.groups.iter().flat_map(GroupState::keys).collect()
     }
 
-    /// The group of this name; without a name, the first.
+    /// The group with this name; without a name, the first group.
     pub(super) fn group_named(&self, name: Option<&str>) -> Result<GroupId, Refusal> {
         let found = self.groups.iter().find(|group| name.is_none_or(|name| group.name == name));
         found.map(|group| group.id).ok_or_else(|| {
@@ -66,7 +66,7 @@ impl Primary {
         })
     }
 
-    /// The member of this id, such as `default/0`.
+    /// The member with this id, such as `default/0`.
     pub(super) fn find(&self, id: &str) -> Result<MemberKey, Refusal> {
         self.groups.iter().find_map(|group| group.find(id)).ok_or_else(|| {
             let last = |group: &GroupState| group.members.len().saturating_sub(1);
@@ -79,10 +79,10 @@ impl Primary {
         })
     }
 
-    /// The member whose worker, joined or not, has this connection.
+    /// The member whose worker, joined or not, uses this connection.
     pub(super) fn member_of(&self, connection: ConnectionId) -> Option<MemberKey> {
         self.groups.iter().find_map(|group| {
-            let member = group.life.member_of(connection)?;
+            let member = group.machine.member_of(connection)?;
             Some(MemberKey { group: group.id, member })
         })
     }

@@ -1,24 +1,25 @@
-//! The control thread: it carries out what the [groups](crate::group) decide, and answers operators
-//! and workers.
+//! The control thread. It carries out what the [groups](crate::group) decide, and serves workers
+//! and operators.
 //!
-//! [`primary`] owns all control state: the [`ports`], the [`groups`] and the [`lanes`].
-//! Connections, processes, lanes and signals reach it as events through the [`inbox`]. `executor`
-//! turns the groups' actions into calls: `processes` starts and kills workers, of which `spawner`
-//! holds what is kept; [`lanes`] commands the lanes and collects their acknowledgements;
-//! [`resources`] holds the segments and counters of a member; `facts` words the log and the
-//! [`history`]. `lookup` finds groups and members. `confinement` limits workers and the primary
-//! itself. `adoption` takes over the workers of an earlier primary. `attach` answers workers,
-//! `operator` operators, and `answers` everyone else, with what `reporting` collects. `shutdown`
-//! ends it all; [`outcome`] and [`error`] say how and why.
+//! [`primary`] owns all control state: [`ports`], [`groups`] and [`lanes`]. Connections, processes,
+//! lanes and signals send it events through the [`inbox`].
 //!
-//! [`server`] accepts connections on the control socket, [`connection`] carries the messages of a
-//! [`peer`], and `closer` closes what was sent. [`access`] decides who may connect,
-//! [`connection_limits`] how often at a time, and [`rate_limit`] how often refusals are logged.
-//! [`client`] is the tools' end of the socket.
+//! - `executor` carries out the actions of the groups. It uses `processes` and `spawner` to start
+//!   and kill workers, [`lanes`] to send commands and await acknowledgements, [`resources`] for the
+//!   segments and counters of members, and `facts` to write to the log and the [`history`].
+//! - `requests` handles requests: those of workers in `attach`, orders in `operator`, and reports
+//!   in `reporting`.
+//! - `adoption` takes over the workers of an earlier primary. `confinement` restricts the workers
+//!   and the primary. `lookup` finds groups and members.
+//! - `shutdown` stops the primary. [`outcome`] and [`error`] describe the result.
+//!
+//! A separate thread serves the control socket. [`server`] accepts connections, [`connection`]
+//! passes the messages of a [`peer`] on, and `closer` closes descriptors that were sent. [`access`]
+//! decides who may connect, [`connection_limits`] limits the number of connections, and
+//! [`rate_limit`] the number of reported refusals. [`client`] is the other end, for the tools.
 
 pub mod access;
 mod adoption;
-mod answers;
 mod attach;
 pub mod client;
 mod closer;
@@ -41,6 +42,7 @@ pub mod primary;
 mod processes;
 pub mod rate_limit;
 mod reporting;
+mod requests;
 pub mod resources;
 pub mod server;
 mod shutdown;

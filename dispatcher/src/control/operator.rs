@@ -1,4 +1,4 @@
-//! Answers to operators' orders: workers are added, drained, restarted, removed.
+//! Operators' orders: to add, drain, restart and remove workers.
 
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use xfan_shm::protocol::{Refusal, RefusalCode, Reply, WorkersOrder};
 
 use crate::control::groups::MemberKey;
 use crate::control::primary::Primary;
-use crate::group::{Event, Purpose, Refused};
+use crate::group::{Event, Order, Refused};
 
 fn impossible(message: impl Into<String>) -> Refusal {
     Refusal { code: RefusalCode::Impossible, message: message.into() }
@@ -19,29 +19,29 @@ fn still_starting() -> Refusal {
 }
 
 impl Primary {
-    /// Carries out an order. What takes time goes on when this returns: the members are starting or
-    /// draining.
+    /// Handles an order. It returns while members are still starting or draining.
     pub(super) fn order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) -> Reply {
         if peer.uid() != 0 {
             let message = "only root may add, drain, restart or remove workers: use sudo".to_owned();
             let refusal = Refusal { code: RefusalCode::Forbidden, message };
-            self.tell_refusal(peer, None, None, &refusal.message);
+            self.report_refusal(peer, None, None, &refusal.message);
             return Reply::Refused(refusal);
         }
-        // Every order that does something is logged; of those that do nothing, only so many.
-        let told = self.limit.admit(peer.uid(), Instant::now()).is_some();
-        if told {
-            self.tell_order(peer, order);
+        // Every order that has an effect is reported. Others are reported unless there are too
+        // many.
+        let reported = self.limit.admit(peer.uid(), Instant::now()).is_some();
+        if reported {
+            self.report_order(peer, order);
         }
         match self.carry_out(order) {
             Ok(members) => {
-                if !told {
-                    self.tell_order(peer, order);
+                if !reported {
+                    self.report_order(peer, order);
                 }
                 Reply::Ordered(members)
             }
             Err(refusal) => {
-                if told {
+                if reported {
                     tracing::warn!(pid = peer.pid(), uid = peer.uid(), "refused: {}", refusal.message);
                 }
                 Reply::Refused(refusal)
@@ -49,36 +49,36 @@ impl Primary {
         }
     }
 
-    fn tell_order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) {
-        tracing::info!(pid = peer.pid(), %order, "an operator's order");
+    fn report_order(&mut self, peer: &UnixCredentials, order: &WorkersOrder) {
+        tracing::info!(pid = peer.pid(), %order, "operator's order");
         let pid = u32::try_from(peer.pid()).unwrap_or(0);
         self.history.write(None, pid, "ordered", order.to_string());
     }
 
     fn carry_out(&mut self, order: &WorkersOrder) -> Result<Vec<String>, Refusal> {
-        let (id, purpose) = match order {
+        let (id, order) = match order {
             WorkersOrder::Add(count) => return self.add(*count),
-            WorkersOrder::Drain(id) => (id, Purpose::StayDown),
-            WorkersOrder::Restart(id) => (id, Purpose::StartAgain),
-            WorkersOrder::Remove(id) => (id, Purpose::FreeMember),
+            WorkersOrder::Drain(id) => (id, Order::Drain),
+            WorkersOrder::Restart(id) => (id, Order::Restart),
+            WorkersOrder::Remove(id) => (id, Order::Remove),
         };
         let key = self.find(id)?;
-        if !self.group(key.group).life.is_open() {
+        if !self.group(key.group).machine.is_open() {
             return Err(still_starting());
         }
         let id = self.resources(key).id.clone();
         self.spawn_error = None;
-        self.try_apply(key.group, Event::Order(key.member, purpose)).map_err(|refused| match refused {
+        self.try_apply(key.group, Event::Order(key.member, order)).map_err(|refused| match refused {
             Refused::Starting => still_starting(),
             Refused::Stopping => Refusal { code: RefusalCode::Closing, message: refused.to_string() },
-            Refused::Foreign => impossible(format!(
-                "member {id} was not started by xfan: restart it where it was started; `xfan workers drain` has it leave"
+            Refused::Unsupervised => impossible(format!(
+                "member {id} was not started by xfan: restart it where it was started; `xfan workers drain` makes it leave"
             )),
             Refused::NoWorker => impossible(format!("member {id} has no worker")),
             Refused::Leaving => impossible(format!("member {id} is leaving already")),
             other => impossible(format!("member {id}: {other}")),
         })?;
-        // A process that was to be started at once could not be.
+        // A restart of a worker that was down starts its process at once. That may have failed.
         match self.spawn_error.take() {
             Some(error) => Err(impossible(error.to_string())),
             None => Ok(vec![id]),
@@ -88,7 +88,7 @@ impl Primary {
     fn add(&mut self, count: usize) -> Result<Vec<String>, Refusal> {
         let group = self.group_named(None)?;
         let state = self.group(group);
-        if !state.life.is_open() {
+        if !state.machine.is_open() {
             return Err(still_starting());
         }
         if state.workers.is_none() {
@@ -97,7 +97,7 @@ impl Primary {
                  themselves, as `xfan-count --attach SOCKET` does",
             ));
         }
-        let vacant: Vec<MemberId> = state.life.vacancies().take(count).collect();
+        let vacant: Vec<MemberId> = state.machine.vacancies().take(count).collect();
         if vacant.len() < count {
             let message = format!(
                 "{} of {} members are vacant, which is too few for {count} more workers: remove some, or start the \

@@ -6,15 +6,14 @@ use crate::report::Report;
 /// How a primary ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Why, unless it was asked to.
+    /// The error that ended it; `None`: a stop signal did.
     pub error: Option<PrimaryError>,
     /// The last report.
     pub report: Report,
-    /// What did not add up; nothing, unless there is a bug.
+    /// One sentence for each equation of counters that does not hold: a bug of xfan.
     pub imbalances: Vec<String>,
-    /// A signal arrived while the primary stopped: it must not be started again.
+    /// A stop signal arrived while the primary stopped, so it must not start again in another mode.
     pub interrupted: bool,
-    /// One sentence for each lane with redirected packets that did not arrive and are in no
-    /// counter.
+    /// One sentence for each lane that lost redirected packets which no counter contains.
     pub unaccounted: Vec<String>,
 }

@@ -1,39 +1,40 @@
-//! Who is at the other end of a connection.
+//! A connection to a worker or a tool, as the control thread knows it.
 
 use std::sync::Arc;
 
 use tokio::sync::Notify;
 
-use crate::control::access::Standing;
+use crate::control::access::Role;
 
 pub use crate::group::ConnectionId;
 
-/// A connection, as the primary knows it.
+/// A connection, as the control thread knows it.
 #[derive(Clone, Debug)]
 pub struct Connection {
     /// Its number.
     pub id: ConnectionId,
-    /// Whom it was admitted as.
-    pub standing: Standing,
-    /// The inherited connection that it is, or was made through.
-    pub channel: Option<ConnectionId>,
+    /// The role of its peer.
+    pub role: Role,
+    /// The number of the inherited connection that this is, or that it was made through; `None`: it
+    /// was accepted on the control socket.
+    pub inherited: Option<ConnectionId>,
     pub(super) end: Arc<Notify>,
 }
 
 impl Connection {
-    /// One of this number, which leads nowhere.
+    /// A connection without a socket.
     #[cfg(test)]
     pub fn of(id: ConnectionId) -> Self {
-        Connection::new(id, Standing::Named, None)
+        Connection::new(id, Role::Allowed, None)
     }
 
-    /// A connection of this number.
-    pub fn new(id: ConnectionId, standing: Standing, channel: Option<ConnectionId>) -> Self {
-        Connection { id, standing, channel, end: Arc::default() }
+    /// A connection with this number.
+    pub fn new(id: ConnectionId, role: Role, inherited: Option<ConnectionId>) -> Self {
+        Connection { id, role, inherited, end: Arc::default() }
     }
 
-    /// Hangs up.
-    pub fn end(&self) {
+    /// Closes the connection.
+    pub fn close(&self) {
         self.end.notify_one();
     }
 }

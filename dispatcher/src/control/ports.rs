@@ -1,4 +1,4 @@
-//! The ports of a primary, and how it watches their interfaces.
+//! The ports of a primary, and the monitoring of their interfaces.
 
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,15 @@ use crate::port::watch::{Arrivals, ArrivalsChange, Change, Watch, has_carrier, u
 use crate::port::{Port, PortError};
 use crate::report::{self, Level, Notice, Xdp};
 
-/// The time from one check for lost packets to the next.
-const PERIOD: Duration = Duration::from_secs(1);
+/// The time between two checks for lost packets.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A port to be.
+/// The parts of a port.
 #[derive(Debug)]
 pub struct PortParts {
-    /// Interface name, for the report.
+    /// The name of the interface, for the report.
     pub name: String,
-    /// The interface. `None`: packets come from memory.
+    /// The interface; `None`: the source of packets is memory.
     pub port: Option<Port>,
 }
 
@@ -28,18 +28,19 @@ pub struct PortParts {
 pub(super) struct PortState {
     id: PortId,
     pub(super) name: String,
-    /// The interface. `None`: packets come from memory.
+    /// The interface; `None`: the source of packets is memory.
     pub(super) port: Option<Port>,
-    /// Watches the interface; `None` before [`open`](Self::open).
+    /// Monitors the interface; `None` before [`open`](Self::open).
     watch: Option<Watch>,
-    /// For each of its lanes, in order: whether redirected packets arrive.
+    /// The accounting of redirected packets, by lane of the port.
     arrivals: Vec<Arrivals>,
-    next_reading: Instant,
+    /// When to check for lost packets next.
+    next_check: Instant,
 }
 
-/// Something to log and to write to the event history.
+/// An event of a port, for the event history. The log has it already.
 #[derive(Debug)]
-pub(super) struct News {
+pub(super) struct PortEvent {
     pub(super) event: &'static str,
     pub(super) detail: String,
 }
@@ -47,17 +48,17 @@ pub(super) struct News {
 impl PortState {
     pub(super) fn new(id: PortId, parts: PortParts, now: Instant) -> Self {
         let PortParts { name, port } = parts;
-        PortState { id, name, port, watch: None, arrivals: Vec::new(), next_reading: now }
+        PortState { id, name, port, watch: None, arrivals: Vec::new(), next_check: now }
     }
 
-    /// How packets come in, for logs and reports.
+    /// The mode in which packets are received, for logs and reports.
     pub(super) fn mode(&self) -> String {
         self.port.as_ref().map_or_else(|| "memory".to_owned(), Port::mode)
     }
 
-    /// Attaches the XDP program, and opens all descriptors for watching the interface, so that none
-    /// has to be opened later. Packets come with [`let_in`](Self::let_in).
-    pub(super) fn open(&mut self, lanes: &Lanes) -> Result<Vec<News>, PrimaryError> {
+    /// Attaches the XDP program, and opens all descriptors that monitoring needs. Packets pass to
+    /// the kernel until [`set_redirection`](Self::set_redirection).
+    pub(super) fn open(&mut self, lanes: &Lanes) -> Result<Vec<PortEvent>, PrimaryError> {
         let Some(port) = &mut self.port else { return Ok(Vec::new()) };
         let had_carrier = has_carrier(port.interface.index);
         port.attach()?;
@@ -66,36 +67,36 @@ impl PortState {
         Ok(self.changes(true))
     }
 
-    /// Lets packets in, or has them pass to the kernel.
-    pub(super) fn let_in(&self, wanted: bool) -> Result<(), PortError> {
+    /// Redirects packets to the lanes (`true`), or lets them pass to the kernel.
+    pub(super) fn set_redirection(&self, enabled: bool) -> Result<(), PortError> {
         match &self.port {
-            Some(port) if wanted => port.open(),
+            Some(port) if enabled => port.open(),
             Some(port) => port.shut(),
             None => Ok(()),
         }
     }
 
-    /// Detaches the XDP program, after a last look at the counters: detaching resets those of some
-    /// drivers.
-    pub(super) fn close(&mut self, patience: Duration) {
-        self.count_now(patience);
+    /// Reads the counters of the interface, and then detaches the XDP program: in some drivers,
+    /// detaching resets counters. `timeout`: for the counters.
+    pub(super) fn close(&mut self, timeout: Duration) {
+        self.count_now(timeout);
         if let Some(port) = &mut self.port {
             port.close();
         }
     }
 
-    /// Reads the counters of the interface once more.
-    pub(super) fn count_now(&mut self, patience: Duration) {
+    /// Reads the counters of the interface. `timeout`: how long this may take.
+    pub(super) fn count_now(&mut self, timeout: Duration) {
         if let Some(watch) = &mut self.watch {
-            watch.count_now(patience);
+            watch.count_now(timeout);
         }
     }
 
-    /// Takes over a new name of the interface.
+    /// Checks that the interface exists, and adopts its name if that has changed.
     ///
     /// # Errors
     /// [`PrimaryError::Vanished`]
-    pub(super) fn look_for_interface(&mut self) -> Result<Option<News>, PrimaryError> {
+    pub(super) fn check_name(&mut self) -> Result<Option<PortEvent>, PrimaryError> {
         let (Some(watch), Some(port)) = (&mut self.watch, &mut self.port) else { return Ok(None) };
         let Some(name) = watch.name(&self.name) else {
             return Err(PrimaryError::Vanished(self.name.clone()));
@@ -107,22 +108,23 @@ impl PortState {
         port.interface.name.clone_from(&name);
         self.name = name;
         tracing::warn!(interface = self.name, "{detail}; the control socket keeps its path");
-        Ok(Some(News { event: "interface", detail }))
+        Ok(Some(PortEvent { event: "interface", detail }))
     }
 
-    /// Checks about once a second whether redirected packets arrive.
-    pub(super) fn look_for_lost_packets(&mut self, lanes: &mut Lanes) -> Vec<News> {
+    /// Checks about once a second whether redirected packets arrive. Returns changes.
+    pub(super) fn check_arrivals(&mut self, lanes: &mut Lanes) -> Vec<PortEvent> {
         let now = Instant::now();
-        if self.arrivals.is_empty() || now < self.next_reading {
+        if self.arrivals.is_empty() || now < self.next_check {
             return Vec::new();
         }
-        self.next_reading = now + PERIOD;
-        // Read before the lanes' counters, so that packets redirected in between do not seem lost.
+        self.next_check = now + CHECK_INTERVAL;
+        // These are read before the lanes' counters, so that packets redirected in between do not
+        // seem lost.
         let (served, unserved) = self.counters();
         if let Some(watch) = &mut self.watch {
             watch.program_has_seen(served.iter().map(Xdp::seen).sum::<u64>() + unserved.seen());
         }
-        let (interface, mut news) = (&self.name, Vec::new());
+        let (interface, mut events) = (&self.name, Vec::new());
         for ((lane, arrivals), xdp) in lanes.of_mut(self.id).zip(&mut self.arrivals).zip(served) {
             let queue = lane.queue;
             let detail = match arrivals.observe(now, lane.read(xdp.redirect)) {
@@ -137,20 +139,21 @@ impl PortState {
                     format!("packets of queue {queue} arrive again; {lost} were lost")
                 }
             };
-            news.push(News { event: "unaccounted", detail });
+            events.push(PortEvent { event: "unaccounted", detail });
         }
-        news
+        events
     }
 
-    /// Looks at the interface about once a second. Returns what has changed.
-    pub(super) fn look(&mut self) -> Vec<News> {
+    /// Checks the conditions of the interface about once a second. Returns changes.
+    pub(super) fn poll_conditions(&mut self) -> Vec<PortEvent> {
         if self.watch.as_mut().is_some_and(Watch::look) { self.changes(false) } else { Vec::new() }
     }
 
-    /// Logs new conditions. Those found at the start may be intended.
-    fn changes(&mut self, at_start: bool) -> Vec<News> {
+    /// Logs and returns the changes of conditions. A condition that begins after the start is at
+    /// least a warning; one that exists at the start may be intended.
+    fn changes(&mut self, at_start: bool) -> Vec<PortEvent> {
         let changes = self.watch.as_mut().map(Watch::changes).unwrap_or_default();
-        let (interface, mut news) = (&self.name, Vec::new());
+        let (interface, mut events) = (&self.name, Vec::new());
         for change in changes {
             let detail = match change {
                 Change::Begins(notice) => {
@@ -170,13 +173,13 @@ impl PortState {
                     format!("over: {what}")
                 }
             };
-            news.push(News { event: "interface", detail });
+            events.push(PortEvent { event: "interface", detail });
         }
-        news
+        events
     }
 
-    /// Whether all packets that were redirected have been received, counted as dropped, or are
-    /// known to be lost.
+    /// Whether all redirected packets have been received, were counted as dropped, or are known to
+    /// be lost.
     pub(super) fn all_arrived(&self, lanes: &mut Lanes) -> bool {
         if self.port.is_none() {
             return true;
@@ -188,12 +191,12 @@ impl PortState {
         })
     }
 
-    /// The XDP program's counters: of each lane's queue, and of all other queues.
+    /// The counters of the XDP program: for each lane's queue, and for all other queues.
     fn counters(&self) -> (Vec<Xdp>, Xdp) {
         self.port.as_ref().map(Port::counters).unwrap_or_default()
     }
 
-    /// What is known of it.
+    /// Makes the report of the port.
     pub(super) fn report(&self, lanes: &mut Lanes) -> report::Port {
         let (served, unserved) = self.counters();
         let mut served = served.into_iter();
@@ -212,7 +215,7 @@ impl PortState {
         }
     }
 
-    /// All conditions that affect packets now, most important first.
+    /// All conditions that affect packets now, the most important first.
     fn notices(&self, lanes: &Lanes) -> Vec<Notice> {
         let lossy = lanes.of(self.id).zip(&self.arrivals).filter(|(_, arrivals)| arrivals.is_lossy());
         let mut notices: Vec<_> =

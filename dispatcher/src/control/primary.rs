@@ -1,8 +1,8 @@
-//! The primary's control thread: members, lanes and operators meet here.
+//! The control thread and its state.
 //!
-//! One thread owns all control state. Connections, processes, lanes and signals become events, and
-//! the thread handles one at a time. The [groups](crate::group) decide what happens to members;
-//! this thread carries the actions out, and never waits for a lane or a process.
+//! One thread owns all control state. Connections, processes, lanes and signals send it events,
+//! which it handles one at a time. The [groups](crate::group) decide what happens to members. This
+//! thread carries out their actions, and never waits for a lane or a process.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,11 +18,11 @@ use crate::control::connection::ControlCounters;
 use crate::control::error::PrimaryError;
 use crate::control::groups::{GroupParts, GroupState, MemberKey};
 use crate::control::history::History;
-use crate::control::inbox::{self, Answer, Inbox, Next, Outbox};
+use crate::control::inbox::{self, Inbox, InboxSender, Next, Response};
 use crate::control::lanes::Lanes;
 use crate::control::outcome::Outcome;
 use crate::control::peer::ConnectionId;
-use crate::control::ports::{News, PortParts, PortState};
+use crate::control::ports::{PortEvent, PortParts, PortState};
 use crate::control::rate_limit::RateLimit;
 use crate::control::resources::Session;
 use crate::control::server::Listener;
@@ -36,24 +36,24 @@ use crate::process::cgroup::Cgroups;
 use crate::process::spawn::Ending;
 use crate::process::survivors::Note;
 
-/// How often the control thread looks after what sends no event: vanished interfaces, lanes that
-/// ended, workers that lie or hang.
+/// The time between two checks of what sends no event: interfaces, the progress of workers, ended
+/// lanes. xfan notices changes within this time, and the checks still cost little CPU time.
 pub(super) const TICK: Duration = Duration::from_millis(50);
 
-/// What a primary is made of.
+/// The parts of a primary.
 #[derive(Debug)]
 pub struct Parts {
-    /// Where packets come from, by [`PortId`].
+    /// The ports, by [`PortId`].
     pub ports: Vec<PortParts>,
-    /// Where packets go, by [`GroupId`].
+    /// The groups, by [`GroupId`].
     pub groups: Vec<GroupParts>,
-    /// Where packets lie.
+    /// The packet memory.
     pub memory: Arc<PacketMemory>,
-    /// Sizes of every worker's segments.
+    /// The sizes of every worker's segments.
     pub geometry: Geometry,
-    /// One for each queue of each port.
+    /// The lanes: one for each queue of each port.
     pub lanes: Vec<LaneHandle>,
-    /// How long workers yield after spinning.
+    /// How long workers yield after spinning, before they sleep.
     pub yields: Duration,
 }
 
@@ -67,39 +67,41 @@ pub struct Primary {
     pub(super) geometry: Geometry,
     pub(super) yields: Duration,
     pub(super) processes: BTreeMap<ProcessId, Child>,
-    /// `None`: the system has none, or the primary starts no workers.
+    /// `None`: xfan cannot make cgroups here, or the primary starts no workers.
     pub(super) cgroups: Option<Cgroups>,
-    /// `None` before [`run`](Self::run), and if the workers of all groups attach by themselves.
+    /// `None` before the primary serves connections, or if it starts no workers.
     pub(super) spawner: Option<Spawner>,
-    /// Why no group can go on.
+    /// Why the primary must end.
     pub(super) failure: Option<PrimaryError>,
     /// Why the last process could not be started.
     pub(super) spawn_error: Option<PrimaryError>,
-    pub(super) outbox: Outbox,
+    /// Sends events to this thread.
+    pub(super) sender: InboxSender,
     pub(super) control: Arc<ControlCounters>,
     pub(super) history: History,
-    /// Workers refused.
+    /// The number of refused workers.
     pub(super) refused: u64,
-    /// How often refusals and orders are logged.
+    /// Limits how often refusals and orders are logged.
     pub(super) limit: RateLimit,
-    /// Requests of users other than root that have no answer yet, and when some were last answered.
-    pub(super) waiting: Vec<(Request, oneshot::Sender<Answer>)>,
-    pub(super) told: Option<Instant>,
-    /// Segments could not be locked in memory, and the log says so.
-    pub(super) unlocked: bool,
+    /// Requests for reports and events that wait for their replies. Root's requests never wait.
+    pub(super) waiting: Vec<(Request, oneshot::Sender<Response>)>,
+    /// When some of these were last answered.
+    pub(super) last_answered: Option<Instant>,
+    /// The log has a warning that segments could not be locked in memory.
+    pub(super) mlock_warned: bool,
     /// The XDP programs are attached.
     attached: bool,
-    /// The log says that the primary runs.
+    /// The log says that the primary is running.
     announced: bool,
     pub(super) autogroup: Autogroup,
-    /// Packets come: a member takes them, or they are to be dropped.
-    flowing: bool,
+    /// The XDP programs redirect packets to the lanes.
+    redirecting: bool,
     pub(super) started: Instant,
 }
 
 impl Primary {
-    /// A primary of these parts.
-    fn new(parts: Parts, outbox: Outbox, listener: &Listener) -> Self {
+    /// Makes a primary that has not started yet.
+    fn new(parts: Parts, sender: InboxSender, listener: &Listener) -> Self {
         let now = Instant::now();
         let mut commands = parts.groups.iter().filter_map(|group| group.command.as_ref()).peekable();
         let cgroups = commands.peek().is_some().then(|| {
@@ -120,48 +122,48 @@ impl Primary {
             spawner: None,
             failure: None,
             spawn_error: None,
-            outbox,
+            sender,
             control: listener.counters(),
             history: History::default(),
             refused: 0,
             limit: RateLimit::default(),
             waiting: Vec::new(),
-            told: None,
-            unlocked: false,
+            last_answered: None,
+            mlock_warned: false,
             attached: false,
             announced: false,
             autogroup: Autogroup::begin(),
-            flowing: false,
+            redirecting: false,
             started: now,
         }
     }
 
-    /// Starts the workers, lets packets in once all have attached, and serves until a signal or an
-    /// error ends it. Everything is taken down again before this returns.
+    /// Starts the workers, redirects packets to the lanes once all workers have attached, and
+    /// serves until a signal or an error. Undoes everything before it returns.
     ///
     /// # Errors
-    /// If the runtime cannot be made; what goes wrong later is part of the outcome.
+    /// The runtime or its descriptors cannot be made. Later errors are part of the outcome.
     pub fn run(parts: Parts, listener: &Listener) -> std::io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let mut inbox = Inbox::default();
-            let mut primary = Self::new(parts, inbox.outbox(), listener);
-            reopen_on_hangup(inbox.outbox())?;
-            primary.lanes.watch(&primary.outbox)?;
+            let mut primary = Self::new(parts, inbox.sender(), listener);
+            reopen_on_sighup(inbox.sender())?;
+            primary.lanes.watch(&primary.sender)?;
             let result = primary.serve(listener, &mut inbox).await;
             Ok(primary.stop(result, &mut inbox).await)
         })
     }
 
-    /// Runs from the start of the workers to the signal that ends it.
+    /// Runs until a stop signal or an error.
     async fn serve(&mut self, listener: &Listener, inbox: &mut Inbox) -> Result<(), PrimaryError> {
-        // A worker that survives its primary connects to the socket of the next one.
+        // Workers that survive their primary must connect to the socket of the next one.
         let starts_workers = self.commands().next().is_some();
         let inherited = starts_workers && self.commands().all(|command| !command.survive);
-        let connections = listener.serve(inbox.outbox(), inherited)?;
+        let connections = listener.serve(inbox.sender(), inherited)?;
         let mut interrupted = signal(SignalKind::interrupt())?;
         let mut terminated = signal(SignalKind::terminate())?;
-        // They were blocked until now.
+        // The signals were blocked until now.
         sys::block_signals(false)?;
         let note = Note::beside(listener.file());
         note.remove_unfinished();
@@ -185,39 +187,40 @@ impl Primary {
                 biased;
                 _ = interrupted.recv() => return Ok(()),
                 _ = terminated.recv() => return Ok(()),
-                _ = ticks.tick() => self.look_after()?,
+                _ = ticks.tick() => self.on_tick()?,
                 () = deadline => self.apply_to_all(Event::Tick),
                 next = inbox.next() => match next {
                     Next::Event(event) => self.handle(event),
-                    Next::Question(question) => self.answer(question),
+                    Next::Request(request) => self.handle_request(request),
                 },
             }
             self.check_failure()?;
-            self.let_packets_in()?;
+            self.update_redirection()?;
         }
     }
 
-    /// When the next group has something to do.
+    /// The earliest deadline of a group.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.groups.iter().filter_map(|group| group.life.next_deadline()).min()
+        self.groups.iter().filter_map(|group| group.machine.next_deadline()).min()
     }
 
-    /// Lets packets in once every process that was started has attached. First the XDP programs are
-    /// attached, and the lanes get the tables; once they use them, packets come.
+    /// Attaches the XDP programs and sends the tables to the lanes, once every process that was
+    /// started has attached. Redirects packets to the lanes once these have acknowledged the
+    /// tables.
     fn open(&mut self, listener: &Listener) -> Result<(), PrimaryError> {
-        if !self.attached && self.groups.iter().all(|group| group.life.has_started()) {
-            let mut news = Vec::new();
+        if !self.attached && self.groups.iter().all(|group| group.machine.has_started()) {
+            let mut events = Vec::new();
             for port in &mut self.ports {
-                news.extend(port.open(&self.lanes)?);
+                events.extend(port.open(&self.lanes)?);
             }
-            self.write_down(news);
-            self.lanes.handles.iter_mut().for_each(LaneHandle::packets_come);
+            self.record_port_events(events);
+            self.lanes.handles.iter_mut().for_each(LaneHandle::begin_receiving);
             self.attached = true;
             self.apply_to_all(Event::Opened);
         }
-        if !self.announced && self.groups.iter().all(|group| group.life.is_open()) {
-            self.let_packets_in()?;
-            self.give_up_capabilities(listener.path());
+        if !self.announced && self.groups.iter().all(|group| group.machine.is_open()) {
+            self.update_redirection()?;
+            self.drop_startup_capabilities(listener.path());
             self.announced = true;
             let names = self.ports.iter().map(|port| port.name.as_str()).collect::<Vec<_>>().join(", ");
             let modes = self.ports.iter().map(PortState::mode).collect::<Vec<_>>().join("; ");
@@ -225,7 +228,7 @@ impl Primary {
                 interface = names,
                 mode = modes,
                 lanes = self.lanes.handles.len(),
-                workers = self.keys().into_iter().filter(|key| self.life(*key).has_flows()).count(),
+                workers = self.keys().into_iter().filter(|key| self.member(*key).has_flows()).count(),
                 socket = %listener.path().display(),
                 "running"
             );
@@ -233,18 +236,18 @@ impl Primary {
         Ok(())
     }
 
-    /// Packets come while a group wants them; else they pass to the kernel.
-    fn let_packets_in(&mut self) -> Result<(), PrimaryError> {
-        let wanted = self.groups.iter().any(|group| group.life.wants_packets());
-        if wanted == self.flowing {
+    /// Redirects packets to the lanes while a group wants them. Otherwise they pass to the kernel.
+    fn update_redirection(&mut self) -> Result<(), PrimaryError> {
+        let wanted = self.groups.iter().any(|group| group.machine.wants_packets());
+        if wanted == self.redirecting {
             return Ok(());
         }
         for port in &self.ports {
-            port.let_in(wanted)?;
+            port.set_redirection(wanted)?;
         }
-        self.flowing = wanted;
+        self.redirecting = wanted;
         let (event, detail) = if wanted {
-            ("running", "packets come")
+            ("running", "packets are redirected to the lanes")
         } else {
             ("empty", "no worker takes packets: they pass to the kernel")
         };
@@ -253,19 +256,19 @@ impl Primary {
         Ok(())
     }
 
-    /// Handles one event.
+    /// Handles one event of the inbox.
     pub(super) fn handle(&mut self, event: inbox::Event) {
         match event {
-            inbox::Event::HangUp(connection) => self.hang_up(connection),
+            inbox::Event::Disconnected(connection) => self.disconnected(connection),
             inbox::Event::Exited(process) => self.process_ended(process),
-            inbox::Event::Obeyed => self.acknowledge(),
+            inbox::Event::Acknowledged => self.run_acknowledged(),
             inbox::Event::Reopen => self.reopen(),
         }
     }
 
-    fn hang_up(&mut self, connection: ConnectionId) {
+    fn disconnected(&mut self, connection: ConnectionId) {
         if let Some(key) = self.member_of(connection) {
-            self.apply(key.group, Event::HungUp(connection));
+            self.apply(key.group, Event::Disconnected(connection));
             self.resources_mut(key).joining.take_if(|joining| joining.connection.id == connection);
         }
     }
@@ -273,10 +276,10 @@ impl Primary {
     fn process_ended(&mut self, process: ProcessId) {
         let Some(child) = self.processes.get_mut(&process) else { return };
         let (group, Some(ending)) = (child.group, child.process.ended()) else { return };
-        if let Some(member) = self.group(group).life.member_of_process(process) {
+        if let Some(member) = self.group(group).machine.member_of_process(process) {
             let resources = self.resources_mut(MemberKey { group, member });
             resources.last_exit = Some(ending.to_string());
-            resources.trouble = ending.to_string();
+            resources.last_error = ending.to_string();
         }
         let success = match ending {
             Ending::Unknown => None,
@@ -285,58 +288,61 @@ impl Primary {
         self.apply(group, Event::Exited(process, success));
     }
 
-    /// Looks after what sends no event.
-    fn look_after(&mut self) -> Result<(), PrimaryError> {
+    /// Checks what sends no event.
+    fn on_tick(&mut self) -> Result<(), PrimaryError> {
         if let Some(lane) = self.lanes.handles.iter().find(|lane| lane.ended()) {
             return Err(PrimaryError::LaneEnded(lane.queue));
         }
-        self.look_at_ports()?;
-        self.look_at_autogroup();
-        self.acknowledge();
-        self.look_at_workers();
+        self.check_ports()?;
+        self.check_autogroup();
+        self.run_acknowledged();
+        self.check_workers();
         let now = Instant::now();
-        self.tell_suppressed(now);
-        self.tell_those_who_wait();
-        self.look_for_cut(now);
-        self.look_for_orphans();
+        self.report_suppressed(now);
+        self.answer_waiting();
+        self.report_cut(now);
+        self.reap_orphans();
         Ok(())
     }
 
-    /// Ends the primary if an interface is gone, and reports what has changed about the others.
-    fn look_at_ports(&mut self) -> Result<(), PrimaryError> {
-        let mut news = Vec::new();
+    /// Reports changes of the interfaces.
+    ///
+    /// # Errors
+    /// [`PrimaryError::Vanished`]
+    fn check_ports(&mut self) -> Result<(), PrimaryError> {
+        let mut events = Vec::new();
         for port in &mut self.ports {
-            news.extend(port.look_for_interface()?);
-            news.extend(port.look_for_lost_packets(&mut self.lanes));
-            news.extend(port.look());
+            events.extend(port.check_name()?);
+            events.extend(port.check_arrivals(&mut self.lanes));
+            events.extend(port.poll_conditions());
         }
-        self.write_down(news);
+        self.record_port_events(events);
         Ok(())
     }
 
-    /// Writes news to the event history. The log has them already.
-    fn write_down(&mut self, news: Vec<News>) {
-        for News { event, detail } in news {
+    /// Writes events of ports, which are in the log already, to the event history.
+    fn record_port_events(&mut self, events: Vec<PortEvent>) {
+        for PortEvent { event, detail } in events {
             self.history.write_own(event, detail);
         }
     }
 
-    /// Tells the groups how far each worker has come, and what lanes have found against it.
-    pub(super) fn look_at_workers(&mut self) {
+    /// Reports to the groups the progress of each worker, and the violations that lanes have found.
+    pub(super) fn check_workers(&mut self) {
         for key in self.keys() {
             let resources = self.resources(key);
             let session = resources.session.as_ref();
             let event = if let Some((lane, error)) = session.and_then(Session::impossible_index) {
                 let queue = self.lanes.handles.get(lane.index()).map(|lane| lane.queue);
-                self.resources_mut(key).trouble = match queue {
+                self.resources_mut(key).last_error = match queue {
                     Some(queue) => format!("lane of queue {queue}: {error}"),
                     None => error.to_string(),
                 };
-                Event::Lied(key.member)
+                Event::ImpossibleIndex(key.member)
             } else if session.is_some_and(Session::has_slow_bell) {
-                Event::SlowedBell(key.member)
-            } else if let Some(reading) = resources.read() {
-                Event::Observed(key.member, reading)
+                Event::SlowBell(key.member)
+            } else if let Some(progress) = resources.progress() {
+                Event::Observed(key.member, progress)
             } else {
                 continue;
             };
@@ -344,8 +350,8 @@ impl Primary {
         }
     }
 
-    /// Reports packets that arrive cut: nothing else shows that a driver cuts them.
-    fn look_for_cut(&mut self, now: Instant) {
+    /// Reports packets that arrived cut: no other counter shows that a driver cuts them.
+    fn report_cut(&mut self, now: Instant) {
         for lane in &mut self.lanes.handles {
             let Some(packets) = lane.newly_cut(now) else { continue };
             let detail = format!(
@@ -360,7 +366,7 @@ impl Primary {
 
     /// Checks about once a second that no worker has changed the priority of the session that it
     /// shares with the primary.
-    fn look_at_autogroup(&mut self) {
+    fn check_autogroup(&mut self) {
         let shared = self.commands().any(|command| !command.own_session);
         if let Some(changed) = shared.then(|| self.autogroup.check(Instant::now())).flatten() {
             tracing::warn!("{changed}");
@@ -369,13 +375,13 @@ impl Primary {
     }
 }
 
-/// Has every SIGHUP become an event, while the primary starts, runs and stops.
-fn reopen_on_hangup(outbox: Outbox) -> std::io::Result<()> {
+/// Sends an event for every SIGHUP, also while the primary starts and stops.
+fn reopen_on_sighup(sender: InboxSender) -> std::io::Result<()> {
     let mut hangups = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
-            outbox.event(inbox::Event::Reopen);
-            // However many come, ten times a second is often enough.
+            sender.send_event(inbox::Event::Reopen);
+            // Files are reopened at most ten times a second.
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     });

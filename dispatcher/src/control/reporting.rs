@@ -1,4 +1,4 @@
-//! The report: what is known of everything.
+//! Makes the report.
 
 use crate::control::groups::{GroupState, MemberKey};
 use crate::control::primary::Primary;
@@ -7,7 +7,7 @@ use crate::lane::handle::LaneHandle;
 use crate::report::{self, Report};
 
 impl Primary {
-    /// What is known of everything.
+    /// Makes the report of the primary.
     pub fn report(&mut self) -> Report {
         Report {
             version: report::VERSION,
@@ -20,17 +20,17 @@ impl Primary {
         }
     }
 
-    /// What is known of a group.
+    /// Makes the report of a group.
     fn report_of(&self, group: &GroupState) -> report::Group {
         let is_shown = |key: &MemberKey| {
-            let untouched = self.resources(*key).is_untouched() && self.life(*key).is_vacant();
+            let untouched = self.resources(*key).is_unused() && self.member(*key).is_vacant();
             key.member.index() < group.initial || !untouched
         };
         let report_of = |key: MemberKey| {
             let resources = self.resources(key);
             let output = group.workers.as_ref().map(|workers| &workers.command.output);
             let dropped = output.map_or(0, |output| output.dropped(&resources.id));
-            resources.report(&group.life, key.member, self.pid_of(key), dropped)
+            resources.report(&group.machine, key.member, self.pid_of(key), dropped)
         };
         let port_of = |lane: &LaneHandle| self.ports[lane.port.index()].name.as_str();
         report::Group {

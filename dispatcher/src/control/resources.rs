@@ -1,5 +1,5 @@
-//! What a member has: segments, connections, counters. Its [group](crate::group) decides what
-//! happens to it.
+//! The resources of a member: segments, connections and counters. Its [group](crate::group) decides
+//! what happens to it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,111 +15,112 @@ use xfan_shm::ring::{IndexError, Producer};
 use xfan_shm::segment;
 
 use crate::control::peer::Connection;
-use crate::group::{Group, Reading};
+use crate::group::{Group, Progress};
 use crate::lane::MemberLink;
 use crate::lane::counters::{Counter, Evidence, MemberCounters};
 use crate::report;
 
-/// What the primary keeps for a member. It outlives the workers, and so do the counters.
+/// The resources of a member. They outlive its workers, as do its counters.
 #[derive(Debug)]
 pub struct Resources {
-    /// Such as `default/0`.
+    /// The id, such as `default/0`.
     pub id: String,
-    /// CPU that its worker runs on.
+    /// The CPU that its worker is pinned to; `None`: none.
     pub core: Option<usize>,
-    /// How long its worker spins when there is nothing to do.
+    /// How long its worker spins when its rings are empty, before it yields.
     pub spin: Duration,
-    /// Name of its program, once known.
+    /// The name of its worker's program; empty before the first worker.
     pub program: String,
-    /// How its last process ended.
+    /// The exit status of its last process.
     pub last_exit: Option<String>,
-    /// The last error or impossible index of its worker, for the log and the event history.
-    pub trouble: String,
-    /// A worker that was given segments, and has not said that it mapped them.
+    /// The last error of its worker, for the log and the event history.
+    pub last_error: String,
+    /// A worker that has its segments, and has not reported yet that it mapped them.
     pub joining: Option<Joining>,
     /// The worker that the lanes serve.
     pub session: Option<Session>,
-    /// Some worker had it.
-    taken: bool,
-    /// One for each lane, in order.
+    /// A worker has joined as this member.
+    used: bool,
+    /// The lanes' counters of the member, by lane.
     counters: Vec<Arc<MemberCounters>>,
-    /// What its former sessions published.
-    past: Past,
+    /// The counters of its ended sessions.
+    past: PastSessions,
 }
 
+/// Sums of the counters that ended sessions published.
 #[derive(Debug, Default)]
-struct Past {
+struct PastSessions {
     busy_ticks: u64,
     published: std::collections::BTreeMap<String, u64>,
 }
 
-impl Past {
-    /// Adds what a session published. Names beyond as many as a worker can publish are left out:
-    /// one that comes again and again, under new names each time, must not fill the primary's
-    /// memory.
+impl PastSessions {
+    /// Adds the counters that a session published. Keeps at most as many names as one worker can
+    /// publish: a worker that attaches repeatedly, with new names each time, must not fill the
+    /// primary's memory.
     fn add(&mut self, published: impl Iterator<Item = (String, u64)>) {
         for (name, value) in published {
             if self.published.len() < COUNTERS || self.published.contains_key(&name) {
                 let sum = self.published.entry(name).or_default();
-                // What a worker publishes may be any number.
+                // A worker may publish any number.
                 *sum = sum.wrapping_add(value);
             }
         }
     }
 }
 
-/// A worker that the lanes serve, or are about to.
+/// A worker that the lanes serve, or will serve soon.
 #[derive(Debug)]
 pub struct Session {
-    /// Its connection.
+    /// The worker's connection.
     pub connection: Connection,
-    /// Process id, as the kernel says.
+    /// Its process id, according to the kernel.
     pub pid: u32,
-    /// What the lanes get of it, in order, until they have it.
+    /// The lanes' ends of its rings, by lane, until the lanes get them.
     pub links: Vec<MemberLink>,
     down: Down,
     up: Up,
     doorbell: Arc<OwnedFd>,
-    /// What each lane has found against the worker, in order.
+    /// The violations that each lane has found, by lane.
     evidence: Vec<Arc<Evidence>>,
 }
 
 impl Session {
-    /// The first impossible index that a lane has read, and the lane.
+    /// An impossible index that a lane has read, and the lane.
     pub fn impossible_index(&self) -> Option<(LaneId, IndexError)> {
         let mut found = (0..).map(LaneId).zip(&self.evidence);
         found.find_map(|(lane, evidence)| Some((lane, evidence.impossible_index()?)))
     }
 
-    /// Whether a lane found the worker's bell slow.
+    /// Whether waking the worker took a lane too long.
     pub fn has_slow_bell(&self) -> bool {
         self.evidence.iter().any(|evidence| evidence.has_slow_bell())
     }
 
-    /// Tells the worker that what is in its rings is the last.
+    /// Tells the worker that its rings hold its last packets.
     pub fn close(&self) {
         self.down.set_phase(Phase::Closing);
         bell::ring(&self.doorbell);
     }
 }
 
-/// A worker that was given segments, and has yet to map them.
+/// A worker that has its segments, and has not reported yet that it mapped them.
 #[derive(Debug)]
 pub struct Joining {
-    /// Its connection.
+    /// The worker's connection.
     pub connection: Connection,
-    /// Process id, as the kernel says.
+    /// Its process id, according to the kernel.
     pub pid: u32,
-    /// Name of its program.
+    /// The name of its program.
     pub program: String,
     geometry: Geometry,
     down: Down,
-    /// Its own segment. Not mapped here before it is sealed.
+    /// Its up segment. The primary maps it only after the worker has sealed it.
     up_fd: OwnedFd,
     doorbell: Arc<OwnedFd>,
 }
 
-/// What a worker is handed, beside the packet memory.
+/// The descriptors that a worker gets, beside the packet memory.
 #[derive(Debug)]
 pub struct Handover {
     /// Its down segment, read-only.
@@ -130,16 +131,16 @@ pub struct Handover {
     pub doorbell: OwnedFd,
 }
 
-/// A session could not be made.
+/// Why a session cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// No memory or descriptors.
+    /// No memory or descriptor is left.
     #[error("cannot make a worker's segments: {0}")]
     Io(#[from] io::Error),
-    /// They are not as they should be.
+    /// A segment is malformed.
     #[error("cannot make a worker's segments: {0}")]
     Layout(#[from] LayoutError),
-    /// The worker has not sealed its segment.
+    /// The worker has not sealed its up segment.
     #[error(
         "the worker has not sealed its own segment: it must add F_SEAL_FUTURE_WRITE and F_SEAL_SEAL once it has mapped it \
          (fcntl(2)), as the worker library does; the kernel must be Linux 5.1 or later"
@@ -148,7 +149,7 @@ pub enum SessionError {
 }
 
 impl Resources {
-    /// A member without a worker, in which a worker spins for `spin` when there is nothing to do.
+    /// The resources of a member without a worker.
     pub fn new(id: String, core: Option<usize>, spin: Duration, lanes: usize) -> Self {
         Resources {
             id,
@@ -156,16 +157,16 @@ impl Resources {
             spin,
             program: String::new(),
             last_exit: None,
-            trouble: String::new(),
+            last_error: String::new(),
             joining: None,
             session: None,
-            taken: false,
+            used: false,
             counters: (0..lanes).map(|_| Arc::default()).collect(),
-            past: Past::default(),
+            past: PastSessions::default(),
         }
     }
 
-    /// Makes the segments of a session to come. Returns what the worker is handed.
+    /// Makes the segments for a worker. Returns the descriptors that it gets.
     ///
     /// # Errors
     /// [`SessionError`]
@@ -192,14 +193,15 @@ impl Resources {
         Ok(handover)
     }
 
-    /// The worker that was joining has mapped its segments, and sealed its own: it cannot take
-    /// pages of it away from the lanes. Returns whether the segments could be locked in memory.
+    /// Begins the session of a worker that has mapped its segments and sealed its up segment, so
+    /// that it cannot take pages away from the lanes. Returns whether the segments could be locked
+    /// in memory.
     ///
-    /// Nothing here takes a lock that the worker can hold: the worker seals its segment, which is
-    /// not mapped here before.
+    /// The worker seals the segment before the primary maps it. So nothing here takes a lock that
+    /// the worker can hold.
     ///
     /// # Errors
-    /// [`SessionError`]; then no worker is joining any more.
+    /// [`SessionError`]. The worker must attach again.
     pub fn begin_session(&mut self, joining: Joining) -> Result<io::Result<()>, SessionError> {
         let Joining { connection, pid, geometry, down, up_fd, doorbell, program } = joining;
         if !segment::is_sealed_against_further_writers(&up_fd)? {
@@ -218,45 +220,45 @@ impl Resources {
                 evidence: evidence.clone(),
             })
             .collect();
-        // Locking maps all pages: those that the worker took away before are back when this
-        // returns.
+        // Locking maps all pages, including those that the worker removed before it sealed the
+        // segment.
         let locked = [up.lock(), down.lock()].into_iter().collect();
         self.session = Some(Session { connection, pid, links, down, up, doorbell, evidence });
         self.program = program;
-        self.taken = true;
+        self.used = true;
         Ok(locked)
     }
 
-    /// The connection of its worker, joined or not.
+    /// The connection of the member's worker, joined or not.
     pub fn connection(&self) -> Option<&Connection> {
         let session = self.session.as_ref().map(|session| &session.connection);
         session.or_else(|| self.joining.as_ref().map(|joining| &joining.connection))
     }
 
-    /// Whether no worker ever had it.
-    pub fn is_untouched(&self) -> bool {
-        !self.taken
+    /// Whether no worker ever joined as this member.
+    pub fn is_unused(&self) -> bool {
+        !self.used
     }
 
-    /// How far its worker has come.
-    pub fn read(&self) -> Option<Reading> {
+    /// The progress of the worker; `None`: there is no session.
+    pub fn progress(&self) -> Option<Progress> {
         let session = self.session.as_ref()?;
-        Some(Reading {
+        Some(Progress {
             committed: self.sum(|lane| &lane.committed),
             heartbeat: session.up.heartbeat().load(Ordering::Relaxed),
             backlog: self.backlog(),
         })
     }
 
-    /// Ends the session; what it published is kept. `lost`: the worker may still hold packets,
-    /// which are others' from now on.
-    pub fn end_session(&mut self, lost: bool) -> Option<Session> {
+    /// Ends the session, and keeps the counters that it published. `revoke`: other workers get its
+    /// uncommitted packets, so it must not access them any more.
+    pub fn end_session(&mut self, revoke: bool) -> Option<Session> {
         let session = self.session.take()?;
-        // Before any of its packets goes to another worker: this one may have been stopped by a
-        // signal, and go on one day.
-        session.down.set_phase(if lost { Phase::Over } else { Phase::Closing });
+        // This comes before any of its packets goes to another worker: a worker that SIGSTOP has
+        // stopped checks the phase when it continues.
+        session.down.set_phase(if revoke { Phase::Over } else { Phase::Closing });
         bell::ring(&session.doorbell);
-        session.connection.end();
+        session.connection.close();
         let busy_ticks = session.up.busy_ticks().load(Ordering::Relaxed);
         // A worker can publish any number.
         self.past.busy_ticks = self.past.busy_ticks.wrapping_add(busy_ticks);
@@ -268,24 +270,26 @@ impl Resources {
         self.counters.iter().map(|lane| field(lane).get()).sum()
     }
 
-    /// Packets in its rings.
+    /// The number of packets in its rings. While packets flow, it may be too high.
     pub fn backlog(&self) -> u64 {
-        // Read in this order, a sum can only be too high while packets flow.
+        // `delivered` must be read last: the difference cannot be too low then.
         let gone = self.sum(|lane| &lane.committed) + self.requeued() + self.lost();
         self.sum(|lane| &lane.delivered).saturating_sub(gone)
     }
 
-    /// Packets that were in its rings when its worker left, and went to others.
+    /// The number of packets that were in its rings when its worker left, and that others got.
     pub fn requeued(&self) -> u64 {
         self.sum(|lane| &lane.requeued)
     }
 
-    /// Packets that were in its rings when its worker left, and that no other ring had room for.
+    /// The number of packets that were in its rings when its worker left, and that no other ring
+    /// had room for.
     pub fn lost(&self) -> u64 {
         self.sum(|lane| &lane.lost)
     }
 
-    /// What is known of it. `pid` is its process; `output_dropped` is counted elsewhere.
+    /// The report of the member. `pid`: its worker's process; 0: none. `output_dropped`: the number
+    /// of lines of its output that were dropped.
     pub fn report(
         &self,
         group: &Group,
@@ -303,21 +307,21 @@ impl Resources {
             }
         }
         let usage = Usage::of(pid);
-        let life = &group.members()[number.index()];
-        let age = life.age(std::time::Instant::now());
+        let member = &group.members()[number.index()];
+        let age = member.age(std::time::Instant::now());
         report::Member {
             id: self.id.clone(),
             program: self.program.clone(),
             pid,
             core: self.core,
-            state: life.shown().name().to_owned(),
+            state: member.display_state().name().to_owned(),
             in_state_ns: u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
             cpu_ns: usage.cpu_ns,
             resident_bytes: usage.resident_bytes,
-            restarts: life.restarts(),
-            hangs: life.hangs(),
-            held: life.is_held(),
-            supervised: life.is_supervised(),
+            restarts: member.restarts(),
+            hangs: member.hangs(),
+            held: member.is_held(),
+            supervised: member.is_supervised(),
             last_exit: self.last_exit.clone(),
             buckets: group.table().share(number),
             backlog: self.backlog(),
@@ -334,7 +338,7 @@ impl Resources {
     }
 }
 
-/// What a process uses, as the kernel says (proc(5)).
+/// The resource usage of a process, according to proc(5).
 #[derive(Default)]
 struct Usage {
     cpu_ns: u64,
@@ -342,7 +346,7 @@ struct Usage {
 }
 
 impl Usage {
-    /// Nothing for a process that is not there, or in another PID namespace.
+    /// Zero for a process that does not exist, or is in another PID namespace.
     fn of(pid: u32) -> Self {
         let Some(pid) = i32::try_from(pid).ok().filter(|pid| *pid > 0) else { return Usage::default() };
         let Ok(stat) = procfs::process::Process::new(pid).and_then(|process| process.stat()) else {
@@ -362,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_process_uses_is_what_the_kernel_says() {
+    fn usage_comes_from_the_kernel() {
         let own = Usage::of(std::process::id());
         assert!(own.resident_bytes > 100_000, "{}", own.resident_bytes);
         assert!(own.cpu_ns < 3_600_000_000_000);
@@ -370,8 +374,8 @@ mod tests {
     }
 
     #[test]
-    fn new_names_at_every_session_do_not_pile_up() {
-        let mut past = Past::default();
+    fn new_names_in_every_session_do_not_accumulate() {
+        let mut past = PastSessions::default();
         for session in 0..100 {
             past.add((0..COUNTERS).map(|number| (format!("n{session}_{number}"), u64::MAX)));
             past.add([("n0_0".to_owned(), 1)].into_iter());

@@ -1,8 +1,8 @@
-//! The control socket: who connects, what they say, when they hang up.
+//! The control socket and the thread that serves its connections.
 //!
-//! A connection is a task that only moves messages, on a thread of its own: what they mean is
-//! decided in one place, the primary, which gets them through its [inbox](crate::control::inbox),
-//! and which goes on whatever a peer makes its connection wait for.
+//! Each connection is a task on that thread. It only passes messages on: the control thread gets
+//! requests through its [inbox](crate::control::inbox) and handles them. So a peer that makes its
+//! connection slow does not delay the control thread.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -22,29 +22,29 @@ use xfan_shm::protocol::{self, Refusal, RefusalCode, Reply};
 use crate::control::access::{Access, peer_of};
 use crate::control::connection::{Connections, ControlCounters, Shared, count};
 use crate::control::connection_limits::{Admission, ConnectionLimits};
-use crate::control::inbox::Outbox;
+use crate::control::inbox::InboxSender;
 use crate::host::directory::{Directory, DirectoryError, kind, set_mode};
 use crate::host::privileges::{OF_SOCKET, drop_capabilities_but};
 use crate::host::sys;
 
-/// The socket cannot be had.
+/// Why the control socket cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Somebody listens there.
+    /// Another primary listens on the socket.
     #[error("another primary answers on {0}: stop it, or choose another control socket with --socket")]
     Occupied(PathBuf),
-    /// Something else is there.
+    /// The path exists and is not a socket.
     #[error("{0} exists and is no socket: remove it, or choose another control socket with --socket")]
     NotASocket(PathBuf),
-    /// Its folder is not to be trusted, or not to be had.
+    /// Its directory is not trustworthy, or cannot be opened.
     #[error("no control socket: {0}")]
     Directory(#[from] DirectoryError),
-    /// Anything else.
+    /// Any other error.
     #[error("cannot listen on {path}: {source}")]
     Io {
-        /// Path of the socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// What failed.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -66,7 +66,7 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
 }
 
 impl Listener {
-    /// Listens on `path`. The socket of a primary that was killed is replaced.
+    /// Listens on `path`. Replaces the socket of a primary that was killed.
     ///
     /// # Errors
     /// [`ControlError`]
@@ -90,56 +90,56 @@ impl Listener {
         }
         let listening = || -> io::Result<Self> {
             let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
-            // Kernels before 6.16 cannot; there a peer can stop the thread of all connections, by a
-            // descriptor whose closing blocks.
+            // Before Linux 6.16 this fails, and a peer can block the thread of all connections by
+            // sending a descriptor whose close blocks.
             let _ = sys::refuse_descriptors(fd.as_fd());
-            // The file gets no more than this, whatever the umask.
+            // bind(2) makes the file with this mode, reduced by the umask.
             fchmod(&fd, Mode::from_bits_truncate(access.mode))?;
             bind(fd.as_raw_fd(), &address)?;
             let inode = folder.look(name)?.st_ino;
-            // From here on, a failure removes the file.
+            // From here on, an error drops the listener, which removes the file.
             let (path, name, counters) = (path.to_owned(), name.to_owned(), Arc::default());
             let listener = Listener { fd, path, folder, name, inode, access, counters };
-            // Nobody can connect before `listen`.
-            hand_over(&listener.folder, &listener.name, &listener.access)?;
+            // No process can connect before listen(2).
+            set_permissions(&listener.folder, &listener.name, &listener.access)?;
             listen(&listener.fd, Backlog::MAXCONN)?;
             Ok(listener)
         };
         listening().map_err(fail)
     }
 
-    /// The folder of the socket, and its name there.
+    /// The directory of the socket, and its name there.
     pub fn file(&self) -> (&Directory, &OsStr) {
         (&self.folder, &self.name)
     }
 
-    /// Path of the socket.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What came over it.
+    /// The counters of the socket.
     pub fn counters(&self) -> Arc<ControlCounters> {
         self.counters.clone()
     }
 
-    /// Accepts connections, on a thread of their own, and reports what happens on them, until the
-    /// inbox is gone. `inherited`: all workers inherit their connections.
+    /// Starts the thread that accepts and serves connections until the inbox is dropped.
+    /// `inherited`: all workers inherit their connections.
     ///
     /// # Errors
-    /// If the thread cannot be made.
-    pub fn serve(&self, outbox: Outbox, inherited: bool) -> io::Result<Connections> {
+    /// The thread or its runtime cannot be made.
+    pub fn serve(&self, sender: InboxSender, inherited: bool) -> io::Result<Connections> {
         let fd = self.fd.try_clone()?;
         let access = self.access.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (counters, closer) = (self.counters.clone(), Arc::default());
-        let shared = Shared { next: Arc::default(), counters, outbox, closer };
+        let shared = Shared { next: Arc::default(), counters, sender, closer };
         let connections = Connections { runtime: runtime.handle().clone(), shared: shared.clone() };
         std::thread::Builder::new().name("control".into()).spawn(move || {
             drop_capabilities_but(OF_SOCKET);
             runtime.block_on(async {
                 tokio::select! {
-                    () = shared.outbox.closed() => {}
+                    () = shared.sender.closed() => {}
                     result = accept_all(fd, &access, ConnectionLimits::new(inherited), &shared) => {
                         if let Err(error) = result {
                             tracing::error!("the control socket accepts no connections: {}", explained(error));
@@ -154,16 +154,16 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Not if another process has replaced it.
+        // Another process may have replaced the file.
         if self.folder.look(&self.name).is_ok_and(|found| found.st_ino == self.inode) {
             let _ = self.folder.remove(&self.name);
         }
     }
 }
 
-/// Gives the file of a socket that this process has just bound its mode and owner, and no other
-/// file, should one be there by now.
-fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()> {
+/// Sets the mode and the owner of the socket's file. Fails if another file has replaced it since
+/// bind(2).
+fn set_permissions(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()> {
     let file = folder.open_file(name, OFlag::O_PATH, 0)?;
     let found = fstat(&file)?;
     if kind(&found) != SFlag::S_IFSOCK || found.st_uid != geteuid().as_raw() {
@@ -174,7 +174,7 @@ fn hand_over(folder: &Directory, name: &OsStr, access: &Access) -> io::Result<()
     Ok(())
 }
 
-/// Accepts connections for ever.
+/// Accepts connections until the task is dropped.
 async fn accept_all(
     listener: OwnedFd,
     access: &Access,
@@ -184,7 +184,7 @@ async fn accept_all(
     let counters = &shared.counters;
     let listener = sys::watched(listener, Interest::READABLE)?;
     let mut admission = Admission::new(limits);
-    let mut told = None;
+    let mut last_warning = None;
     loop {
         let accepted = listener.async_io(Interest::READABLE, |listener| {
             let socket = sys::accept(listener)?;
@@ -194,9 +194,9 @@ async fn accept_all(
         let (socket, peer) = match accepted.await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // No descriptors left, most likely: others will be closed.
-                if told.is_none_or(|told: Instant| told.elapsed() >= Duration::from_secs(60)) {
-                    told = Some(Instant::now());
+                // Usually no descriptor is left, until another connection is closed.
+                if last_warning.is_none_or(|last: Instant| last.elapsed() >= Duration::from_secs(60)) {
+                    last_warning = Some(Instant::now());
                     tracing::warn!("the control socket cannot accept a connection: {}", explained(error));
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -204,21 +204,25 @@ async fn accept_all(
             }
         };
         count(&counters.connections);
-        // Whoever it is hears of it or sees the end.
+        // If this fails, the peer only sees that the connection is closed.
         let refuse = |code, message| protocol::send(&socket, &Reply::Refused(Refusal { code, message }), &[]);
-        let Some(standing) = access.admits(&socket, &peer).unwrap_or(None) else {
+        let Some(role) = access.role_of(&socket, &peer).unwrap_or(None) else {
             count(&counters.forbidden);
-            tracing::debug!(uid = peer.uid(), pid = peer.pid(), "may not use the control socket");
+            tracing::debug!(
+                uid = peer.uid(),
+                pid = peer.pid(),
+                "connection refused: the user has no access to the control socket"
+            );
             let message = format!(
-                "user id {} may not use this control socket: root and the workers' user may, and whom allow_users and \
-                 allow_groups in [control] of its configuration name",
+                "user id {} may not use this control socket: only root, the workers' user, and the users in allow_users and \
+                 allow_groups in [control] of its configuration may",
                 peer.uid()
             );
             let _ = refuse(RefusalCode::Forbidden, message);
             continue;
         };
-        match admission.admit(peer.uid(), standing) {
-            Ok(permits) => shared.serve(standing, peer, socket, permits),
+        match admission.admit(peer.uid(), role) {
+            Ok(permits) => shared.serve(role, peer, socket, permits),
             Err(message) => {
                 count(&counters.too_many);
                 let _ = refuse(RefusalCode::Occupied, message);
@@ -245,11 +249,11 @@ mod tests {
         std::fs::write(&target, "root's alone").unwrap();
         std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o600)).unwrap();
         let before = std::fs::metadata(&target).unwrap();
-        // Before the start …
+        // The link exists before the start.
         symlink(&target, &path).unwrap();
         assert!(matches!(Listener::bind(&path, access.clone()), Err(ControlError::NotASocket(_))));
-        // … and at the worst time, between bind and what follows.
-        assert!(hand_over(&folder, OsStr::new("x.sock"), &access).is_err());
+        // The link replaces the socket between bind(2) and the next step.
+        assert!(set_permissions(&folder, OsStr::new("x.sock"), &access).is_err());
         let after = std::fs::metadata(&target).unwrap();
         assert_eq!((after.mode(), after.uid()), (before.mode(), before.uid()));
     }

@@ -1,5 +1,5 @@
-//! The end of a primary: it gives the traffic back to the kernel, then ends the workers, then the
-//! lanes, and leaves nothing behind.
+//! The stop of a primary: it returns the traffic to the kernel, and ends the workers and then the
+//! lanes.
 
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -9,47 +9,49 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use xfan_shm::protocol::{Refusal, RefusalCode, Reply, Request};
 
 use crate::control::error::PrimaryError;
-use crate::control::inbox::{Inbox, Next, Question};
+use crate::control::inbox::{ClientRequest, Inbox, Next};
 use crate::control::outcome::Outcome;
 use crate::control::primary::Primary;
 use crate::group;
 use crate::host::sys;
 use crate::lane::handle::LaneHandle;
 
-/// How often conditions are looked at while stopping.
-const POLL: Duration = Duration::from_millis(5);
+/// The time between two checks of a condition while the primary stops. Some conditions have no
+/// event, such as a lane's empty RX ring.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How long lanes may take to find their RX rings empty, which nothing is put on any more.
-const DRAIN: Duration = Duration::from_secs(1);
+/// How long lanes may take to empty their RX rings. The rings get no new packets, so a lane needs
+/// milliseconds if it gets CPU time.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a last look at the interface may take.
-const LOOK: Duration = Duration::from_millis(200);
+/// How long the last reading of the interface's counters may take: another process may hold RTNL.
+const READ_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Signals that arrive while the primary stops. Their sender does not want to wait for the workers.
-struct Again {
+/// Further stop signals, which arrive while the primary stops. They cut the current wait short.
+struct StopSignals {
     signals: Vec<Signal>,
-    /// One has come, and the wait at hand was given up for it.
-    told: bool,
-    /// One has come.
-    ever: bool,
+    /// A signal has arrived during the current wait.
+    cut_short: bool,
+    /// A signal has arrived.
+    received: bool,
 }
 
-impl Again {
+impl StopSignals {
     fn listen() -> Self {
         let kinds = [SignalKind::interrupt(), SignalKind::terminate()];
-        // Where there is no way to listen, everything takes its time.
-        Again {
+        // If a signal cannot be listened to, no wait is cut short.
+        StopSignals {
             signals: kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect(),
-            told: false,
-            ever: false,
+            cut_short: false,
+            received: false,
         }
     }
 
     async fn wait(&mut self) {
-        let (told, ever) = (&mut self.told, &mut self.ever);
+        let (cut_short, received) = (&mut self.cut_short, &mut self.received);
         std::future::poll_fn(|context| {
             if self.signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
-                (*told, *ever) = (true, true);
+                (*cut_short, *received) = (true, true);
                 return Poll::Ready(());
             }
             Poll::Pending
@@ -59,38 +61,40 @@ impl Again {
 }
 
 impl Primary {
-    /// Takes everything down.
+    /// Stops the primary. `result`: why it stops.
     pub(super) async fn stop(mut self, result: Result<(), PrimaryError>, inbox: &mut Inbox) -> Outcome {
-        let mut again = Again::listen();
-        self.tell_those_who_wait();
-        self.ports.iter_mut().for_each(|port| port.close(LOOK));
-        // No worker is started or joins any more.
+        let mut signals = StopSignals::listen();
+        self.answer_waiting();
+        self.ports.iter_mut().for_each(|port| port.close(READ_TIMEOUT));
+        // From now on, no worker is started or joins.
         self.apply_to_all(group::Event::Stop);
-        // Packets on the RX rings still go to the workers …
+        // The lanes dispatch the packets that are left on their RX rings.
         self.lanes.drain();
-        self.wait(inbox, &mut again, DRAIN, |primary| primary.lanes.handles.iter().all(LaneHandle::drained))
-            .await;
-        // If redirected packets are missing, the driver may still be handling them.
-        self.wait(inbox, &mut again, DRAIN, Primary::all_arrived).await;
-        // … which finish them, or are killed in the end.
+        self.wait(inbox, &mut signals, DRAIN_TIMEOUT, |primary| {
+            primary.lanes.handles.iter().all(LaneHandle::drained)
+        })
+        .await;
+        // If redirected packets are missing, the driver may still be processing them.
+        self.wait(inbox, &mut signals, DRAIN_TIMEOUT, Primary::all_arrived).await;
+        // The workers finish their packets, and exit or are killed.
         self.apply_to_all(group::Event::Finish);
-        self.finish(inbox, &mut again).await;
-        again.told = false;
+        self.finish(inbox, &mut signals).await;
+        signals.cut_short = false;
         for child in self.processes.values() {
             tracing::error!(
                 pid = child.process.pid(),
-                "worker does not end though it was killed: it hangs in the kernel"
+                "worker did not exit after SIGKILL: it hangs in the kernel"
             );
         }
-        let all_ended = |primary: &mut Primary| primary.look_for_orphans();
-        if !self.wait(inbox, &mut again, Duration::from_secs(1), all_ended).await {
-            tracing::error!("processes of workers do not end though they were killed");
+        let all_ended = |primary: &mut Primary| primary.reap_orphans();
+        if !self.wait(inbox, &mut signals, Duration::from_secs(1), all_ended).await {
+            tracing::error!("descendants of workers did not exit after SIGKILL");
         }
         let lane_ended = |primary: &mut Primary| primary.lanes.handles.iter().all(LaneHandle::ended);
         self.lanes.handles.iter_mut().for_each(LaneHandle::begin_stop);
-        again.told = false;
-        self.wait(inbox, &mut again, Duration::from_secs(1), lane_ended).await;
-        self.acknowledge();
+        signals.cut_short = false;
+        self.wait(inbox, &mut signals, Duration::from_secs(1), lane_ended).await;
+        self.run_acknowledged();
         let mut imbalances = Vec::new();
         for lane in &mut self.lanes.handles {
             match lane.stop() {
@@ -114,7 +118,7 @@ impl Primary {
         {
             spawner.note.remove();
         }
-        self.ports.iter_mut().for_each(|port| port.count_now(LOOK));
+        self.ports.iter_mut().for_each(|port| port.count_now(READ_TIMEOUT));
         let mut report = self.report();
         imbalances.extend(report.imbalances());
         let mut unaccounted = Vec::new();
@@ -129,51 +133,52 @@ impl Primary {
                 }
             }
         }
-        // Block signals: one that arrives from here on stays pending for the next start, if there
-        // is one. One that has arrived may not have been delivered yet: wait for it.
+        // Block signals: one that arrives from now on stays pending for the start in the next mode,
+        // if there is one. One that arrived before may not have been delivered yet: wait for it.
         let _ = sys::block_signals(true);
-        let _ = tokio::time::timeout(Duration::from_millis(1), again.wait()).await;
-        Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: again.ever }
+        let _ = tokio::time::timeout(Duration::from_millis(1), signals.wait()).await;
+        Outcome { error: result.err(), report, imbalances, unaccounted, interrupted: signals.received }
     }
 
-    /// Handles events until the condition holds (`true`), the time is up, or patience is.
+    /// Handles events until `done` holds, the timeout expires, or a further stop signal arrives.
+    /// Returns whether `done` holds.
     async fn wait(
         &mut self,
         inbox: &mut Inbox,
-        again: &mut Again,
+        signals: &mut StopSignals,
         timeout: Duration,
         done: impl Fn(&mut Primary) -> bool,
     ) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
-            self.acknowledge();
+            self.run_acknowledged();
             if done(self) {
                 return true;
             }
-            if Instant::now() >= deadline || again.told {
+            if Instant::now() >= deadline || signals.cut_short {
                 return false;
             }
-            self.deal_with_next(inbox, again).await;
+            self.handle_next(inbox, signals).await;
         }
     }
 
-    /// Handles events until all groups are over.
-    async fn finish(&mut self, inbox: &mut Inbox, again: &mut Again) {
-        let mut hurried = false;
+    /// Handles events until the stop of all groups is complete.
+    async fn finish(&mut self, inbox: &mut Inbox, signals: &mut StopSignals) {
+        let mut forced = false;
         while !self.is_over() {
-            if again.told && !std::mem::replace(&mut hurried, true) {
-                self.apply_to_all(group::Event::Hurry);
+            if signals.cut_short && !std::mem::replace(&mut forced, true) {
+                self.apply_to_all(group::Event::ForceStop);
                 continue;
             }
             self.lanes.handles.iter().for_each(LaneHandle::wake);
-            self.look_at_workers();
+            self.check_workers();
             if self.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
                 self.apply_to_all(group::Event::Tick);
             }
             if self.is_over() {
                 return;
             }
-            self.deal_with_next(inbox, again).await;
+            self.handle_next(inbox, signals).await;
         }
     }
 
@@ -183,33 +188,33 @@ impl Primary {
     }
 
     fn is_over(&self) -> bool {
-        self.groups.iter().all(|group| group.life.is_over())
+        self.groups.iter().all(|group| group.machine.is_over())
     }
 
-    /// Handles the next event, question or signal, and waits for it no longer than [`POLL`].
-    async fn deal_with_next(&mut self, inbox: &mut Inbox, again: &mut Again) {
+    /// Handles the next event, request or signal. Waits for it no longer than [`POLL_INTERVAL`].
+    async fn handle_next(&mut self, inbox: &mut Inbox, signals: &mut StopSignals) {
         tokio::select! {
             next = inbox.next() => match next {
                 Next::Event(event) => self.handle(event),
-                Next::Question(question) => self.answer_while_stopping(question),
+                Next::Request(request) => self.handle_request_while_stopping(request),
             },
-            () = again.wait() => {}
-            () = tokio::time::sleep(POLL) => {}
+            () = signals.wait() => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
     }
 
-    /// Workers and orders are refused, and the rest is as always.
-    fn answer_while_stopping(&mut self, question: Question) {
-        match question.request {
+    /// Refuses workers and orders. Handles all other requests as usual.
+    fn handle_request_while_stopping(&mut self, request: ClientRequest) {
+        match request.request {
             Request::Attach(_) | Request::Ready | Request::Workers(_) => {
                 let refusal =
                     Refusal { code: RefusalCode::Closing, message: "this primary is stopping".into() };
-                let _ = question.answer.send(Reply::Refused(refusal).into());
+                let _ = request.reply_to.send(Reply::Refused(refusal).into());
             }
             _ => {
-                self.answer(question);
-                // There are no ticks any more.
-                self.tell_those_who_wait();
+                self.handle_request(request);
+                // No tick answers them any more.
+                self.answer_waiting();
             }
         }
     }

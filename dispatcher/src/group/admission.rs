@@ -1,43 +1,42 @@
-//! Which member a worker may become.
+//! Decides which member a worker may take.
 
 use xfan_shm::ids::MemberId;
 
+use crate::group::display_state::DisplayState;
 use crate::group::event::{ConnectionId, ProcessId};
 use crate::group::machine::Group;
-use crate::group::shown::Shown;
 
 /// A worker that wants to attach.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate {
-    /// Its connection.
+    /// The number of its connection.
     pub connection: ConnectionId,
-    /// The member that it names.
+    /// The member that it asks for; `None`: any.
     pub named: Option<MemberId>,
-    /// For which process its connection was made.
+    /// The process that inherited its connection.
     pub inherited: Inherited,
-    /// The configuration gives its user no access of its own: it may be any process of the workers'
-    /// user.
-    pub as_worker: bool,
+    /// Its user is the workers' user, so it may be any process of a worker.
+    pub is_workers_user: bool,
 }
 
-/// For which process a connection was made.
+/// The process that inherited a connection, or the one through which it was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inherited {
-    /// For none: it was accepted on the control socket.
+    /// None: the connection was accepted on the control socket.
     No,
-    /// For the process of this member.
+    /// The process of this member.
     From(MemberId),
-    /// For a process that has exited, or that may not attach again.
+    /// A process that has exited, or that may not attach again.
     Stale,
 }
 
-/// What a candidate proves about the process that was started for a member.
+/// The evidence that a candidate belongs to a member's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Proof {
-    /// It knows the token of the process.
+    /// It has the token of the process.
     pub token: bool,
-    /// It is the process, or a descendant of it. A token alone proves little: all processes of a
-    /// user can read each other's environment.
+    /// It is the process or a descendant of it. A token alone is weak evidence, since processes of
+    /// one user can read each other's environment.
     pub descends: bool,
 }
 
@@ -50,24 +49,24 @@ pub enum NotAdmitted {
     Stale,
     /// No member is vacant.
     NoneVacant,
-    /// Its connection was made for another member, this one.
+    /// Its connection belongs to another member, this one.
     ForMember(MemberId),
-    /// The primary has started a process for the member, and the worker does not know its token.
-    NoToken(MemberId),
-    /// The primary starts the group's workers, and only users that the configuration names may
-    /// attach others: a worker that was started for its member must not take a second one.
-    NotNamed,
+    /// The member is supervised, and the worker does not have the token of its process.
+    WrongToken(MemberId),
+    /// The primary starts the group's workers, and the workers' user may not attach others: a
+    /// worker must not take a second member.
+    NotAllowed,
     /// The member has a worker.
     Occupied(MemberId),
     /// The worker does not descend from the member's process.
-    NoDescendant(MemberId, ProcessId),
+    NotDescendant(MemberId, ProcessId),
     /// No worker may attach to a member in this state.
-    InState(MemberId, Shown),
+    InState(MemberId, DisplayState),
 }
 
 impl Group {
-    /// The member that a worker becomes. `starts_workers`: the primary starts the group's workers.
-    /// `proof` tells what the worker proves about a member that has a process.
+    /// Chooses the member that a worker takes. `starts_workers`: the primary starts the group's
+    /// workers. `proof` returns the evidence for a member that has a process.
     ///
     /// # Errors
     /// [`NotAdmitted`]
@@ -77,12 +76,12 @@ impl Group {
         starts_workers: bool,
         proof: impl FnOnce(MemberId) -> Proof,
     ) -> Result<MemberId, NotAdmitted> {
-        let Candidate { connection, named, inherited, as_worker } = *candidate;
+        let Candidate { connection, named, inherited, is_workers_user } = *candidate;
         if self.member_of(connection).is_some() {
             return Err(NotAdmitted::HasAttached);
         }
-        // A worker that has inherited the connection of a member needs no other proof, and becomes
-        // no other member.
+        // A worker with a member's inherited connection needs no other proof, and cannot take
+        // another member.
         let own = match inherited {
             Inherited::No => None,
             Inherited::From(member) => Some(member),
@@ -96,10 +95,10 @@ impl Group {
             Some(own) if own != id => return Err(NotAdmitted::ForMember(own)),
             Some(_) => {}
             None if member.is_supervised() && !proof.is_some_and(|proof| proof.token) => {
-                return Err(NotAdmitted::NoToken(id));
+                return Err(NotAdmitted::WrongToken(id));
             }
-            None if !member.is_supervised() && starts_workers && as_worker => {
-                return Err(NotAdmitted::NotNamed);
+            None if !member.is_supervised() && starts_workers && is_workers_user => {
+                return Err(NotAdmitted::NotAllowed);
             }
             None => {}
         }
@@ -109,11 +108,11 @@ impl Group {
         if let Some(process) = process
             && !proof.is_some_and(|proof| proof.descends)
         {
-            return Err(NotAdmitted::NoDescendant(id, process));
+            return Err(NotAdmitted::NotDescendant(id, process));
         }
         match member.may_attach() {
             Ok(()) => Ok(id),
-            Err(_) => Err(NotAdmitted::InState(id, member.shown())),
+            Err(_) => Err(NotAdmitted::InState(id, member.display_state())),
         }
     }
 }
@@ -152,7 +151,7 @@ mod tests {
     }
 
     fn stranger() -> Candidate {
-        Candidate { connection: 7, named: None, inherited: Inherited::No, as_worker: false }
+        Candidate { connection: 7, named: None, inherited: Inherited::No, is_workers_user: false }
     }
 
     fn admit(group: &Group, candidate: Candidate, proof: Proof) -> Result<MemberId, NotAdmitted> {
@@ -160,9 +159,9 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_connection_is_proof_of_its_member_alone() {
+    fn an_inherited_connection_is_for_one_member() {
         let (group, nothing) = (group(), Proof { token: false, descends: false });
-        let own = Candidate { inherited: Inherited::From(M0), as_worker: true, ..stranger() };
+        let own = Candidate { inherited: Inherited::From(M0), is_workers_user: true, ..stranger() };
         assert_eq!(admit(&group, own, nothing), Ok(M0));
         assert_eq!(admit(&group, Candidate { named: Some(M0), ..own }, nothing), Ok(M0));
         let other = Candidate { named: Some(M1), ..own };
@@ -172,23 +171,23 @@ mod tests {
     }
 
     #[test]
-    fn a_supervised_member_takes_its_process_and_no_other() {
+    fn a_supervised_member_accepts_only_its_process() {
         let group = group();
-        let named = Candidate { named: Some(M0), as_worker: true, ..stranger() };
+        let named = Candidate { named: Some(M0), is_workers_user: true, ..stranger() };
         assert_eq!(admit(&group, named, GOOD), Ok(M0));
         let guessed = Proof { token: false, ..GOOD };
-        assert_eq!(admit(&group, named, guessed), Err(NotAdmitted::NoToken(M0)));
+        assert_eq!(admit(&group, named, guessed), Err(NotAdmitted::WrongToken(M0)));
         let read = Proof { descends: false, ..GOOD };
-        assert_eq!(admit(&group, named, read), Err(NotAdmitted::NoDescendant(M0, ProcessId(100))));
+        assert_eq!(admit(&group, named, read), Err(NotAdmitted::NotDescendant(M0, ProcessId(100))));
     }
 
     #[test]
-    fn a_vacant_member_is_for_named_users() {
+    fn a_vacant_member_is_for_allowed_users() {
         let mut group = group();
         assert_eq!(admit(&group, stranger(), GOOD), Ok(M1));
-        let worker = Candidate { as_worker: true, ..stranger() };
-        assert_eq!(admit(&group, worker, GOOD), Err(NotAdmitted::NotNamed));
-        // Where all workers attach by themselves, the workers' user may, too.
+        let worker = Candidate { is_workers_user: true, ..stranger() };
+        assert_eq!(admit(&group, worker, GOOD), Err(NotAdmitted::NotAllowed));
+        // If the primary starts no workers, the workers' user may attach them.
         assert_eq!(group.admit(&worker, false, |_| GOOD), Ok(M1));
         group.step(Event::Attaching(M1, 7), Instant::now()).unwrap();
         assert_eq!(admit(&group, stranger(), GOOD), Err(NotAdmitted::HasAttached));

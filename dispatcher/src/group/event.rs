@@ -1,235 +1,240 @@
-//! What happens to a group, and what the group wants done about it.
+//! The input and the output of a group's state machine.
+//!
+//! The control thread reports each [`Event`] to the group, and carries out the [`Action`]s that the
+//! group returns.
 
 use std::time::Duration;
 
 use xfan_shm::ids::MemberId;
 
-use crate::group::shown::Shown;
+use crate::group::display_state::DisplayState;
 use crate::lane::BucketTable;
 
-/// Number of a connection, never used again.
+/// The number of a connection. No other connection of the primary gets the same number.
 pub type ConnectionId = u64;
 
-/// A worker process, by its process id.
+/// The process id of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProcessId(pub u32);
 
-/// Number of a change that the lanes acknowledge. It grows with each change.
+/// The sequence number of a change that the lanes acknowledge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
 
-/// What an operator wants a worker to leave for.
+/// An operator's order to a member's worker. In each case the worker leaves first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To stay down until an operator starts it again.
-    StayDown,
-    /// To be started again.
-    StartAgain,
-    /// To free the member for any worker.
-    FreeMember,
+pub enum Order {
+    /// The worker stays down until an operator starts it again.
+    Drain,
+    /// The primary starts the worker again.
+    Restart,
+    /// The member becomes vacant.
+    Remove,
 }
 
-/// What a worker has done so far, as its lanes and its segment say.
+/// How far a worker has come, according to its lanes and its up segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reading {
-    /// Packets that it has committed.
+pub struct Progress {
+    /// The number of packets that it has committed.
     pub committed: u64,
     /// Its heartbeat.
     pub heartbeat: u64,
-    /// Packets in its rings.
+    /// The number of packets in its rings.
     pub backlog: u64,
 }
 
-/// Something happened. An event about a connection or a process that is gone changes nothing.
+/// An input of the state machine. An event about a connection or a process that no longer exists
+/// changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The primary starts, and the member needs a process.
+    /// The primary is starting, and the member needs a process.
     Start(MemberId),
-    /// A process was started, as [`Action::Spawn`] asked.
+    /// The process that [`Action::Spawn`] asked for is running.
     Spawned(MemberId, ProcessId),
-    /// No process could be started.
+    /// The process that [`Action::Spawn`] asked for could not be started.
     SpawnFailed(MemberId),
-    /// A process that an earlier primary started is to be the member's.
+    /// The member takes over a process that an earlier primary started.
     Adopted(MemberId, ProcessId),
-    /// A process that an earlier primary started is not wanted.
+    /// An earlier primary started this process, and no member takes it over.
     Unwanted(ProcessId),
-    /// A worker was given segments through this connection.
+    /// The worker of this connection attached to the member, and got its segments.
     Attaching(MemberId, ConnectionId),
-    /// A worker of another protocol version wanted to attach.
+    /// A worker with another protocol version tried to attach to the member.
     Incompatible(MemberId),
     /// The worker of this connection has mapped its segments.
     Joined(ConnectionId),
-    /// The worker wants to leave.
+    /// The worker of this connection asked to leave.
     Detach(ConnectionId),
-    /// The connection ended, or its worker was refused.
-    HungUp(ConnectionId),
-    /// The process ended, with or without success; none: unknown.
+    /// The connection was closed, or its worker was refused.
+    Disconnected(ConnectionId),
+    /// The process exited; `Some(true)`: with status 0; `None`: its exit status is unknown.
     Exited(ProcessId, Option<bool>),
-    /// A lane read an index that no honest worker can have written.
-    Lied(MemberId),
-    /// Ringing the bell of the worker's session was slow several times in a row.
-    SlowedBell(MemberId),
-    /// How far the member's worker has come.
-    Observed(MemberId, Reading),
-    /// All lanes have carried out the changes up to this one.
-    Obeyed(Ticket),
-    /// The XDP program is attached: packets may come.
+    /// A lane read a consumer index that no correct worker can have written.
+    ImpossibleIndex(MemberId),
+    /// Several wake-ups of the member's worker in a row took too long.
+    SlowBell(MemberId),
+    /// The current progress of the member's worker.
+    Observed(MemberId, Progress),
+    /// All lanes have acknowledged this change and all earlier ones.
+    Acknowledged(Ticket),
+    /// The XDP program is attached.
     Opened,
-    /// An operator wants the member's worker to leave.
-    Order(MemberId, Purpose),
-    /// An operator wants a process for a vacant member.
+    /// An operator gave an order about the member's worker.
+    Order(MemberId, Order),
+    /// An operator wants the primary to start a process for a vacant member.
     Add(MemberId),
-    /// The primary stops: no worker is started or attached any more.
+    /// The primary is stopping. From now on no worker is started or attaches.
     Stop,
-    /// The RX rings are empty: workers get no more packets.
+    /// The lanes have emptied their RX rings: workers get no more packets.
     Finish,
-    /// A second signal: do not wait for the workers.
-    Hurry,
+    /// The primary got a second stop signal: it must not wait for the workers.
+    ForceStop,
     /// A deadline may have passed.
     Tick,
 }
 
-/// What the executor must do, in this order.
+/// An output of the state machine. The executor carries actions out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Start a process; the answer is [`Event::Spawned`] or [`Event::SpawnFailed`].
+    /// Start a process. The executor answers with [`Event::Spawned`] or [`Event::SpawnFailed`].
     Spawn(MemberId),
-    /// Send SIGTERM.
+    /// Send SIGTERM to the process.
     Terminate(ProcessId),
-    /// Kill the process, and take its right to attach away.
+    /// Send SIGKILL to the process, and revoke its right to attach.
     Kill(ProcessId),
-    /// The process has ended: let go of what belongs to it.
+    /// Release all resources of a process that has exited.
     Forget(ProcessId),
-    /// End the connection of a worker that has not joined.
-    HangUp(MemberId, ConnectionId),
-    /// Have the lanes serve the member's worker.
+    /// Close the connection of a worker that has not joined yet.
+    Disconnect(MemberId, ConnectionId),
+    /// Make the lanes serve the member's worker.
     Join(MemberId),
     /// End the session of the member's worker.
     EndSession {
-        /// Whose.
+        /// The member.
         member: MemberId,
-        /// The worker must not touch packets any more.
-        lost: bool,
+        /// The worker must not access packets any more. Otherwise it may finish those it has.
+        revoke: bool,
     },
-    /// Tell the worker that its rings get no more packets.
+    /// Tell the worker that its rings hold its last packets.
     Close(MemberId),
-    /// Have the lanes use a table.
+    /// Make the lanes use this table.
     Steer(Ticket, Box<BucketTable>),
-    /// Have the lanes keep what the member's worker has not committed, and what comes for it.
+    /// Make the lanes hold the uncommitted packets of the member's worker, and new packets of its
+    /// flows.
     Hold(Ticket, MemberId),
-    /// Have the lanes use a table, and requeue what the member's worker has not committed.
+    /// Make the lanes use this table, and requeue the uncommitted packets of the member's worker.
     Retire(Ticket, MemberId, Box<BucketTable>),
-    /// Write a fact to the log and the event history.
+    /// Write a fact to the log and to the event history.
     Record(MemberId, Fact),
-    /// End the primary.
+    /// End the primary with this failure.
     Fail(Failure),
 }
 
-/// Why something happened to a member.
+/// Why a worker left or was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// Its process ended.
+    /// Its process exited.
     Exited,
-    /// Its connection ended.
-    HungUp,
-    /// Its consumer index was impossible.
-    Lied,
-    /// Its bell was slow to ring.
+    /// Its connection was closed.
+    Disconnected,
+    /// It stored an impossible consumer index.
+    ImpossibleIndex,
+    /// Waking it took too long, several times in a row.
     SlowBell,
-    /// It committed no packet within `hang_timeout`.
+    /// It had packets, and committed none within `hang_timeout`.
     Hung,
     /// It did not leave within `stop_timeout`.
-    Overdue,
-    /// It was started by an earlier primary, and has not attached to this one.
-    NotFound,
-    /// The worker asked.
-    Asked,
-    /// An operator ordered it.
+    StopTimeout,
+    /// An earlier primary started it, and it did not attach to this one.
+    NotReattached,
+    /// It asked to leave.
+    Requested,
+    /// An operator ordered it to leave.
     Ordered,
     /// An operator ordered a restart.
     Restart,
-    /// The primary stops.
+    /// The primary is stopping.
     Stopping,
 }
 
 /// Why a process is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum KillReason {
     /// It attached too often.
-    AttachesAgain,
-    /// It has not attached within `start_timeout`.
+    AttachedTooOften,
+    /// It did not attach within `start_timeout`.
     NotAttached,
-    /// It has not ended after SIGTERM.
-    Deaf,
-    /// The primary was told to stop a second time.
-    Hurried,
+    /// It did not exit after SIGTERM.
+    IgnoredSigterm,
+    /// The primary got a second stop signal.
+    ForcedStop,
 }
 
-/// Something that the log and the event history tell.
+/// A fact about a member, for the log and the event history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fact {
-    /// A process was started, or adopted.
+    /// The primary started or adopted a process for the member.
     Started {
-        /// An earlier primary started it.
+        /// An earlier primary started the process.
         adopted: bool,
     },
-    /// A worker attached.
+    /// A worker attached and joined.
     Attached,
-    /// It gets the packets that were held.
+    /// The new worker gets the packets that were held for the member.
     Resumed,
-    /// It has packets, and has committed none for this time.
+    /// The worker has packets, and has committed none for this time.
     Stalled(Duration),
-    /// It commits packets again.
+    /// The worker commits packets again.
     Recovered,
-    /// It gets no new packets.
+    /// The worker gets no new packets.
     Draining(Cause),
-    /// It left in good order.
+    /// The worker left in good order.
     Left(Cause),
-    /// It was lost.
+    /// The worker was lost.
     Died(Cause),
-    /// It is not started again.
+    /// The worker is not started again.
     GivenUp {
-        /// It was started too often; else it could not be started.
+        /// It was started too often. Otherwise it could not be started.
         too_often: bool,
     },
-    /// The member is free for any worker.
+    /// The member is vacant: any worker may take it.
     Vacated(Cause),
-    /// It counts as hanging after this time.
+    /// The worker is evicted because it committed no packet for this time.
     Hung(Duration),
-    /// Its process is killed.
-    Killed(Reason),
-    /// It was not ready within `start_timeout`.
+    /// The worker's process is killed.
+    Killed(KillReason),
+    /// The worker was not ready within `start_timeout`.
     NotReady,
-    /// It disconnected before it was ready.
-    GoneEarly,
-    /// No worker came within `hold_timeout`.
+    /// The worker disconnected before it was ready.
+    DisconnectedEarly,
+    /// No worker attached within `hold_timeout`.
     HoldExpired,
-    /// Its process is started again.
+    /// The primary starts the worker's process again.
     Restarting,
 }
 
-/// Why the group cannot go on.
+/// Why the primary must end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No process could be started.
+    /// The member's process could not be started.
     Spawn(MemberId),
-    /// The process ended before it attached.
+    /// The member's process exited before it attached.
     EndedEarly(MemberId),
-    /// It has not attached within `start_timeout`.
+    /// The member's process did not attach within `start_timeout`.
     NotAttached(MemberId),
-    /// It speaks another protocol version.
+    /// The member's worker uses another protocol version.
     Incompatible(MemberId),
-    /// No worker is left, and none will be started.
+    /// No worker is left, and none will be started. The member's was the last.
     NoneLeft(MemberId),
 }
 
-/// The group does not do this now. Nothing has changed.
+/// The group refuses an event. Its state is unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// The primary has not opened yet.
+    /// The primary has not attached the XDP program yet.
     #[error("the group is still starting")]
     Starting,
-    /// The primary stops.
+    /// The primary is stopping.
     #[error("the group is stopping")]
     Stopping,
     /// The member has no worker.
@@ -238,16 +243,16 @@ pub enum Refused {
     /// The member has a worker.
     #[error("the member has a worker")]
     Occupied,
-    /// Its worker is leaving already.
+    /// The member's worker is already leaving.
     #[error("the member is leaving already")]
     Leaving,
-    /// Its worker was not started by the primary.
+    /// The primary did not start the member's worker.
     #[error("the primary did not start the worker")]
-    Foreign,
-    /// This cannot happen to a member in this state.
+    Unsupervised,
+    /// The event is not possible in the member's state.
     #[error("this cannot happen to a member that is {}", .0.name())]
-    Illegal(Shown),
-    /// There is no such member.
+    Illegal(DisplayState),
+    /// The member does not exist.
     #[error("there is no such member")]
     Unknown,
 }

@@ -1,7 +1,8 @@
 //! The state machine of a group: `step(event, now)` changes the members and returns actions.
 //!
-//! The flows belong to the running members and to those whose packets are held. Each change of that
-//! set deals the table anew, and the lanes get the new table with the change itself.
+//! The flows are distributed among the running members and those whose packets are held. Whenever
+//! this set changes, the group rebuilds the bucket table, and the command that tells the lanes of
+//! the change contains the new table.
 
 use std::collections::BTreeMap;
 use std::mem::{replace, take};
@@ -10,18 +11,21 @@ use std::time::{Duration, Instant};
 use xfan_shm::ids::MemberId;
 
 use crate::config::OnEmpty;
+use crate::group::display_state::DisplayState;
 use crate::group::event::{
-    Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Reading, Refused, Ticket,
+    Action, Cause, ConnectionId, Event, Fact, Failure, ProcessId, Progress, Refused, Ticket,
 };
-use crate::group::member::{Closing, Down, Joining, Member, Occasion, Overdue, Process, Rest, State};
+use crate::group::member::{
+    Closing, Down, DownReason, Joining, Member, Process, SpawnReason, State, StopDeadline,
+};
 use crate::group::phase::Phase;
 use crate::group::policy::Policy;
-use crate::group::restart::Starts;
-use crate::group::shown::Shown;
+use crate::group::starts::Starts;
 use crate::lane::BucketTable;
 
-/// The shortest time between two attempts to end a process.
-const AGAIN: Duration = Duration::from_millis(100);
+/// The shortest time from one SIGTERM or SIGKILL to the next, should `stop_timeout` be shorter: the
+/// kernel needs some time to end a process.
+const MIN_KILL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Default for State {
     fn default() -> Self {
@@ -29,25 +33,27 @@ impl Default for State {
     }
 }
 
-/// The numbers of members. There are at most [`MAX_MEMBERS`](crate::config::MAX_MEMBERS).
+/// The numbers of members, from 0. A group has at most [`MAX_MEMBERS`](crate::config::MAX_MEMBERS).
 fn ids() -> impl Iterator<Item = MemberId> {
     (0..u8::MAX).map(MemberId)
 }
 
-/// A group of members, and how their flows are dealt out.
+/// A group of members, and the table that distributes the flows among them.
 #[derive(Debug)]
 pub struct Group {
     pub(super) policy: Policy,
     pub(super) members: Vec<Member>,
     pub(super) table: BucketTable,
     pub(super) phase: Phase,
-    pub(super) hurried: bool,
-    pub(super) tickets: u64,
-    /// Processes of an earlier primary that have got SIGTERM.
-    pub(super) unwanted: Vec<(ProcessId, Overdue)>,
-    /// For each user but root: how often its workers have attached.
-    guests: BTreeMap<u32, Starts>,
-    pub(super) out: Vec<Action>,
+    /// The primary got a second stop signal.
+    pub(super) forced: bool,
+    pub(super) last_ticket: u64,
+    /// Processes of an earlier primary that were not adopted and have not exited yet.
+    pub(super) unwanted: Vec<(ProcessId, StopDeadline)>,
+    /// For each user except root: when its unsupervised workers attached.
+    unsupervised_attaches: BTreeMap<u32, Starts>,
+    /// The actions of the current step.
+    pub(super) actions: Vec<Action>,
 }
 
 impl Group {
@@ -58,25 +64,25 @@ impl Group {
             members: vec![Member::new(now); members],
             table: BucketTable::empty(),
             phase: Phase::Starting,
-            hurried: false,
-            tickets: 0,
+            forced: false,
+            last_ticket: 0,
             unwanted: Vec::new(),
-            guests: BTreeMap::new(),
-            out: Vec::new(),
+            unsupervised_attaches: BTreeMap::new(),
+            actions: Vec::new(),
         }
     }
 
-    /// Its settings.
+    /// The settings of the group.
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// Its members, by number.
+    /// The members, by number.
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// Its members with their numbers.
+    /// The members with their numbers.
     pub fn numbered(&self) -> impl Iterator<Item = (MemberId, &Member)> {
         ids().zip(&self.members)
     }
@@ -85,96 +91,97 @@ impl Group {
         ids().take(self.members.len())
     }
 
-    /// The member of this number.
+    /// The member with this number.
     ///
     /// # Errors
     /// [`Refused::Unknown`]
     pub fn member(&self, member: MemberId) -> Result<&Member, Refused> {
-        self.get(member)
+        self.members.get(member.index()).ok_or(Refused::Unknown)
     }
 
-    /// The table that the lanes use, or are about to.
+    /// The newest table. The lanes may still use an older one.
     pub fn table(&self) -> &BucketTable {
         &self.table
     }
 
-    /// Whether every process that was started has attached: packets may come.
+    /// Whether the group is starting, and every process that was started has attached. Then the XDP
+    /// program may be attached.
     pub fn has_started(&self) -> bool {
         let starting = |member: &Member| {
-            matches!(member.state, State::Spawning { .. }) || member.shown() == Shown::Starting
+            matches!(member.state, State::Spawning { .. }) || member.display_state() == DisplayState::Starting
         };
         self.phase == Phase::Starting && !self.members.iter().any(starting)
     }
 
-    /// Whether the start is over, and the stop has not begun.
+    /// Whether the start is complete, and no stop has begun.
     pub fn is_open(&self) -> bool {
         self.phase == Phase::Open
     }
 
-    /// Whether a member takes packets.
+    /// Whether some member has a share of the flows.
     pub(super) fn has_flows(&self) -> bool {
         self.members.iter().any(Member::has_flows)
     }
 
-    /// Whether packets are to come: a member takes them, or they are to be dropped.
+    /// Whether the group wants packets: a member gets them, or `on_empty` says to drop them.
     pub fn wants_packets(&self) -> bool {
         self.is_open() && (self.policy.on_empty == OnEmpty::Drop || self.has_flows())
     }
 
-    /// The member whose process this is.
+    /// The member that this process belongs to.
     pub fn member_of_process(&self, process: ProcessId) -> Option<MemberId> {
         self.numbered().find(|(_, member)| member.process() == Some(process)).map(|(id, _)| id)
     }
 
-    /// The member whose worker, joined or not, speaks through this connection.
+    /// The member whose worker, joined or not, uses this connection.
     pub fn member_of(&self, connection: ConnectionId) -> Option<MemberId> {
         self.numbered().find(|(_, member)| member.connection() == Some(connection)).map(|(id, _)| id)
     }
 
-    /// The members that are vacant.
+    /// The vacant members.
     pub fn vacancies(&self) -> impl Iterator<Item = MemberId> {
         self.numbered().filter(|(_, member)| member.is_vacant()).map(|(id, _)| id)
     }
 
-    /// The vacant member for a worker that names none; one whose packets are held comes first.
+    /// The vacant member for a worker that names none: preferably one whose packets are held.
     pub(super) fn vacant(&self) -> Option<MemberId> {
         let held = |id: &MemberId| self.members[id.index()].is_held();
         self.vacancies().find(held).or_else(|| self.vacancies().next())
     }
 
-    /// Counts a worker that the primary did not start: each costs the lanes some time when it
-    /// joins and when it leaves. Root may attach as often as it likes.
+    /// Counts an attach of an unsupervised worker. The number is limited for each user, since the
+    /// lanes spend time on each worker that joins or leaves. It is not limited for root.
     ///
     /// # Errors
-    /// The limit, if it has been reached.
-    pub fn count_guest(&mut self, uid: u32, now: Instant) -> Result<(), u32> {
+    /// The limit, if it is reached.
+    pub fn count_unsupervised(&mut self, uid: u32, now: Instant) -> Result<(), u32> {
         if uid == 0 {
             return Ok(());
         }
         let mut limit = self.policy.restart;
         let members = u32::try_from(self.members.len()).unwrap_or(u32::MAX);
         limit.limit_burst = limit.limit_burst.saturating_mul(members);
-        let guests = self.guests.entry(uid).or_default();
-        if guests.too_many(&limit, now) {
+        let attaches = self.unsupervised_attaches.entry(uid).or_default();
+        if attaches.limit_reached(&limit, now) {
             return Err(limit.limit_burst);
         }
-        guests.count(now);
+        attaches.count(now);
         Ok(())
     }
 
-    /// Deals with one event.
+    /// Handles one event. Returns the actions to carry out, in order.
     ///
     /// # Errors
-    /// [`Refused`]: the event cannot happen now. Nothing has changed.
+    /// [`Refused`]: the event is not possible now. The state is unchanged.
     pub fn step(&mut self, event: Event, now: Instant) -> Result<Vec<Action>, Refused> {
         let result = self.handle(event, now);
         for member in &mut self.members {
-            let shown = member.state.shown();
-            if shown != member.shown {
-                (member.shown, member.since) = (shown, now);
+            let displayed = member.state.display_state();
+            if displayed != member.displayed {
+                (member.displayed, member.since) = (displayed, now);
             }
         }
-        let actions = take(&mut self.out);
+        let actions = take(&mut self.actions);
         result.map(|()| actions)
     }
 
@@ -185,18 +192,18 @@ impl Group {
             Event::SpawnFailed(member) => self.spawn_failed(member, now),
             Event::Adopted(member, process) => self.adopted(member, process, now),
             Event::Unwanted(process) => {
-                let late = self.is_stopping();
-                self.out.push(if late { Action::Kill(process) } else { Action::Terminate(process) });
-                let overdue = Overdue { at: now + self.policy.stop_timeout, terminated: true };
-                self.unwanted.push((process, overdue));
+                let stopping = self.is_stopping();
+                self.actions.push(if stopping { Action::Kill(process) } else { Action::Terminate(process) });
+                let stop_deadline = StopDeadline { at: now + self.policy.stop_timeout, terminated: true };
+                self.unwanted.push((process, stop_deadline));
                 Ok(())
             }
             Event::Attaching(member, connection) => self.attaching(member, connection, now),
             Event::Incompatible(member) => {
-                let ours =
-                    matches!(self.get(member)?.state, State::Starting { process, .. } if !process.adopted);
-                if ours && self.phase == Phase::Starting {
-                    self.out.push(Action::Fail(Failure::Incompatible(member)));
+                let started_here =
+                    matches!(self.member(member)?.state, State::Starting { process, .. } if !process.adopted);
+                if started_here && self.phase == Phase::Starting {
+                    self.actions.push(Action::Fail(Failure::Incompatible(member)));
                 }
                 Ok(())
             }
@@ -205,24 +212,24 @@ impl Group {
                 self.detach(connection);
                 Ok(())
             }
-            Event::HungUp(connection) => {
-                self.hung_up(connection, now);
+            Event::Disconnected(connection) => {
+                self.disconnected(connection, now);
                 Ok(())
             }
             Event::Exited(process, success) => {
                 self.exited(process, success, now);
-                self.proceed(now);
+                self.advance_stop(now);
                 Ok(())
             }
-            Event::Lied(member) => self.condemn(member, Cause::Lied, now),
-            Event::SlowedBell(member) => self.condemn(member, Cause::SlowBell, now),
-            Event::Observed(member, reading) => self.observed(member, reading, now),
-            Event::Obeyed(ticket) => {
-                self.obeyed(ticket);
+            Event::ImpossibleIndex(member) => self.evict_misbehaving(member, Cause::ImpossibleIndex, now),
+            Event::SlowBell(member) => self.evict_misbehaving(member, Cause::SlowBell, now),
+            Event::Observed(member, progress) => self.observed(member, progress, now),
+            Event::Acknowledged(ticket) => {
+                self.acknowledged(ticket);
                 Ok(())
             }
             Event::Opened => self.opened(),
-            Event::Order(member, purpose) => self.order(member, purpose, now),
+            Event::Order(member, order) => self.order(member, order, now),
             Event::Add(member) => self.add(member, now),
             Event::Stop => {
                 self.stop();
@@ -232,9 +239,9 @@ impl Group {
                 self.finish(now);
                 Ok(())
             }
-            Event::Hurry => {
-                self.hurried = true;
-                self.proceed(now);
+            Event::ForceStop => {
+                self.forced = true;
+                self.advance_stop(now);
                 Ok(())
             }
             Event::Tick => {
@@ -244,46 +251,44 @@ impl Group {
         }
     }
 
-    pub(super) fn get(&self, member: MemberId) -> Result<&Member, Refused> {
-        self.members.get(member.index()).ok_or(Refused::Unknown)
-    }
-
     pub(super) fn is_stopping(&self) -> bool {
         matches!(self.phase, Phase::Stopping(_))
     }
 
     pub(super) fn record(&mut self, member: MemberId, fact: Fact) {
-        self.out.push(Action::Record(member, fact));
+        self.actions.push(Action::Record(member, fact));
     }
 
+    /// The ticket of the next change.
     pub(super) fn ticket(&mut self) -> Ticket {
-        self.tickets += 1;
-        Ticket(self.tickets)
+        self.last_ticket += 1;
+        Ticket(self.last_ticket)
     }
 
-    fn deal(&mut self) {
+    fn rebuild_table(&mut self) {
         let of = |wanted: fn(&Member) -> bool| -> Vec<MemberId> {
             self.numbered().filter(|(_, member)| wanted(member)).map(|(id, _)| id).collect()
         };
         self.table = self.table.with_members_and_fixed(&of(Member::has_flows), &of(Member::is_held));
     }
 
-    /// Deals the flows out anew, and has the lanes use the table.
+    /// Rebuilds the table, and makes the lanes use it.
     pub(super) fn steer(&mut self) -> Ticket {
-        self.deal();
+        self.rebuild_table();
         let ticket = self.ticket();
-        self.out.push(Action::Steer(ticket, Box::new(self.table.clone())));
+        self.actions.push(Action::Steer(ticket, Box::new(self.table.clone())));
         ticket
     }
 
+    /// Rebuilds the table, and makes the lanes use it and requeue the member's uncommitted packets.
     pub(super) fn retire(&mut self, member: MemberId) {
-        self.deal();
+        self.rebuild_table();
         let ticket = self.ticket();
-        self.out.push(Action::Retire(ticket, member, Box::new(self.table.clone())));
+        self.actions.push(Action::Retire(ticket, member, Box::new(self.table.clone())));
     }
 
-    /// Ends what is held for a member: its flows and packets go to the others. Whether there was
-    /// something.
+    /// Stops holding the flows and packets of a member: the other members get them. Returns whether
+    /// they were held.
     pub(super) fn release(&mut self, member: MemberId) -> bool {
         let held = self.members[member.index()].state.held().and_then(Option::take).is_some();
         if held {
@@ -292,43 +297,47 @@ impl Group {
         held
     }
 
-    pub(super) fn patience(&self) -> Duration {
-        self.policy.stop_timeout.max(AGAIN)
+    /// The time from one SIGTERM or SIGKILL to the next.
+    pub(super) fn kill_interval(&self) -> Duration {
+        self.policy.stop_timeout.max(MIN_KILL_INTERVAL)
     }
 
-    pub(super) fn hang_up(&mut self, member: MemberId, joining: Option<Joining>) {
+    /// Closes the connection of a worker that was joining.
+    pub(super) fn disconnect(&mut self, member: MemberId, joining: Option<Joining>) {
         if let Some(joining) = joining {
-            self.out.push(Action::HangUp(member, joining.connection));
+            self.actions.push(Action::Disconnect(member, joining.connection));
         }
     }
 
     fn start(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
         let held = self.vacant_at_start(member)?;
-        self.spawn(member, Occasion::Start, Down { rest: Rest::Stopped, restart: None, held }, now);
+        let down = Down { reason: DownReason::Stopped, restart: None, held };
+        self.spawn(member, SpawnReason::PrimaryStart, down, now);
         Ok(())
     }
 
-    /// Until when packets are held for a member that may get a process as the primary starts.
+    /// Checks that a member can get a process while the primary starts. Returns until when its
+    /// packets are held.
     fn vacant_at_start(&self, member: MemberId) -> Result<Option<Instant>, Refused> {
-        let found = self.get(member)?;
+        let found = self.member(member)?;
         match found.state {
             State::Vacant { joining: None, held, .. } if self.phase == Phase::Starting => Ok(held),
-            _ => Err(Refused::Illegal(found.shown())),
+            _ => Err(Refused::Illegal(found.display_state())),
         }
     }
 
-    pub(super) fn spawn(&mut self, member: MemberId, occasion: Occasion, down: Down, now: Instant) {
+    pub(super) fn spawn(&mut self, member: MemberId, reason: SpawnReason, down: Down, now: Instant) {
         self.members[member.index()].starts.count(now);
-        self.members[member.index()].state = State::Spawning { occasion, down };
-        self.out.push(Action::Spawn(member));
+        self.members[member.index()].state = State::Spawning { reason, down };
+        self.actions.push(Action::Spawn(member));
     }
 
     fn spawned(&mut self, member: MemberId, id: ProcessId, now: Instant) -> Result<(), Refused> {
-        let State::Spawning { down, .. } = self.get(member)?.state else {
-            return Err(Refused::Illegal(self.members[member.index()].shown()));
+        let State::Spawning { down, .. } = self.member(member)?.state else {
+            return Err(Refused::Illegal(self.members[member.index()].display_state()));
         };
         let process = Process { id, adopted: false, attached: 0 };
-        self.expect(member, process, down.held, now);
+        self.await_attach(member, process, down.held, now);
         if self.is_stopping() {
             self.release(member);
             self.end_late(id);
@@ -339,41 +348,43 @@ impl Group {
     fn adopted(&mut self, member: MemberId, id: ProcessId, now: Instant) -> Result<(), Refused> {
         let held = self.vacant_at_start(member)?;
         self.members[member.index()].starts.count(now);
-        self.expect(member, Process { id, adopted: true, attached: 0 }, held, now);
+        self.await_attach(member, Process { id, adopted: true, attached: 0 }, held, now);
         Ok(())
     }
 
-    /// Waits for a process to attach.
-    fn expect(&mut self, member: MemberId, process: Process, held: Option<Instant>, now: Instant) {
+    /// Gives a process to a member, and waits for it to attach.
+    fn await_attach(&mut self, member: MemberId, process: Process, held: Option<Instant>, now: Instant) {
         let until = now + self.policy.start_timeout;
         self.members[member.index()].state =
-            State::Starting { process, until, joining: None, overdue: None, held };
+            State::Starting { process, until, joining: None, stop_deadline: None, held };
         self.record(member, Fact::Started { adopted: process.adopted });
     }
 
     fn spawn_failed(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
-        let State::Spawning { occasion, down } = self.get(member)?.state else {
-            return Err(Refused::Illegal(self.members[member.index()].shown()));
+        let State::Spawning { reason, down } = self.member(member)?.state else {
+            return Err(Refused::Illegal(self.members[member.index()].display_state()));
         };
         self.members[member.index()].state = State::Down(down);
         if self.is_stopping() {
             return Ok(());
         }
-        match occasion {
-            Occasion::Start => self.out.push(Action::Fail(Failure::Spawn(member))),
-            Occasion::Replace if self.phase == Phase::Starting => {
-                self.out.push(Action::Fail(Failure::Spawn(member)));
+        match reason {
+            SpawnReason::PrimaryStart => self.actions.push(Action::Fail(Failure::Spawn(member))),
+            SpawnReason::ReplaceAdopted if self.phase == Phase::Starting => {
+                self.actions.push(Action::Fail(Failure::Spawn(member)));
             }
-            Occasion::Restart | Occasion::Replace => self.judge(member, down, false, now),
-            // As it was before.
-            Occasion::Order => {}
-            Occasion::Add => {
-                let crashed = down.rest == Rest::Crashed;
+            SpawnReason::AutoRestart | SpawnReason::ReplaceAdopted => {
+                self.decide_restart(member, down, false, now);
+            }
+            // The member is as it was before.
+            SpawnReason::OrderedStart => {}
+            SpawnReason::Add => {
+                let crashed = down.reason == DownReason::Crashed;
                 self.members[member.index()].state =
                     State::Vacant { crashed, joining: None, held: down.held };
             }
-            Occasion::Again => {
-                self.members[member.index()].state = State::Down(Down { rest: Rest::Failed, ..down });
+            SpawnReason::OrderedRestart => {
+                self.members[member.index()].state = State::Down(Down { reason: DownReason::Failed, ..down });
                 self.record(member, Fact::GivenUp { too_often: false });
                 self.release(member);
             }
@@ -381,16 +392,17 @@ impl Group {
         Ok(())
     }
 
-    fn observed(&mut self, member: MemberId, reading: Reading, now: Instant) -> Result<(), Refused> {
-        self.get(member)?;
+    /// Detects a worker that stalls or hangs, and during a stop a worker that has finished.
+    fn observed(&mut self, member: MemberId, progress: Progress, now: Instant) -> Result<(), Refused> {
+        self.member(member)?;
         let timeout = self.policy.hang_timeout;
         if self.is_stopping() {
-            if let State::Draining { closing: closing @ Closing::Told, .. } =
+            if let State::Draining { closing: closing @ Closing::Announced, .. } =
                 &mut self.members[member.index()].state
-                && reading.backlog == 0
+                && progress.backlog == 0
             {
                 *closing = Closing::Finished;
-                self.proceed(now);
+                self.advance_stop(now);
             }
             return Ok(());
         }
@@ -399,60 +411,60 @@ impl Group {
         else {
             return Ok(());
         };
-        let still = match worker.pulse {
+        let stalled_for = match worker.last_progress {
             Some((last, since))
-                if reading.backlog > 0
-                    && (last.committed, last.heartbeat) == (reading.committed, reading.heartbeat) =>
+                if progress.backlog > 0
+                    && (last.committed, last.heartbeat) == (progress.committed, progress.heartbeat) =>
             {
                 now.saturating_duration_since(since)
             }
             _ => {
-                worker.pulse = Some((reading, now));
+                worker.last_progress = Some((progress, now));
                 Duration::ZERO
             }
         };
         if timeout.is_zero() {
             return Ok(());
         }
-        let slow = still >= timeout / 2;
+        let slow = stalled_for >= timeout / 2;
         if let State::Running { stalled, .. } = &mut self.members[member.index()].state
             && replace(stalled, slow) != slow
         {
-            self.record(member, if slow { Fact::Stalled(still) } else { Fact::Recovered });
+            self.record(member, if slow { Fact::Stalled(stalled_for) } else { Fact::Recovered });
         }
-        if still >= timeout {
+        if stalled_for >= timeout {
             self.members[member.index()].hangs += 1;
-            self.record(member, Fact::Hung(still));
-            self.condemn(member, Cause::Hung, now)?;
+            self.record(member, Fact::Hung(stalled_for));
+            self.evict_misbehaving(member, Cause::Hung, now)?;
         }
         Ok(())
     }
 
-    /// Evicts a worker that did what no honest worker does.
-    fn condemn(&mut self, member: MemberId, cause: Cause, now: Instant) -> Result<(), Refused> {
-        if self.get(member)?.has_session() {
+    /// Evicts a worker that misbehaves.
+    fn evict_misbehaving(&mut self, member: MemberId, cause: Cause, now: Instant) -> Result<(), Refused> {
+        if self.member(member)?.has_session() {
             self.record(member, Fact::Died(cause));
-            self.evict(member, Shown::Crashed, now);
+            self.evict(member, DisplayState::Crashed, now);
         }
         Ok(())
     }
 
-    fn obeyed(&mut self, ticket: Ticket) {
+    fn acknowledged(&mut self, ticket: Ticket) {
         if matches!(self.phase, Phase::Opening(opening) if opening <= ticket) {
             self.phase = Phase::Open;
         }
         for (member, id) in self.members.iter_mut().zip(ids()) {
             if let State::Draining { closing, .. } = &mut member.state
-                && matches!(closing, Closing::When(when) if *when <= ticket)
+                && matches!(closing, Closing::AfterAck(change) if *change <= ticket)
             {
-                *closing = Closing::Told;
-                self.out.push(Action::Close(id));
+                *closing = Closing::Announced;
+                self.actions.push(Action::Close(id));
             }
         }
     }
 
-    /// Deals the flows out anew: at every start the same members get the same flows, though workers
-    /// attach in any order.
+    /// Builds the table from scratch, so that at every start the same members get the same flows:
+    /// before, the table depended on the order in which the workers attached.
     fn opened(&mut self) -> Result<(), Refused> {
         if !self.has_started() {
             return Err(Refused::Starting);

@@ -1,43 +1,43 @@
-//! A member: one of the states below, each of which owns what is true only in it.
+//! A member and its states. Each state owns the data that exists only in that state.
 //!
 //! ```text
 //!                        ┌── join ──► Running ──► Draining ──► Vacant     (no process)
 //!  any worker:  Vacant ──┤ add
 //!                        ▼                 spawned           join
 //!  supervised:  Down ─► Spawning ────────► Starting ──────► Running ──┬─ detach, order ─► Draining
-//!                 ▲  restart                                   ▲      └─ hang up ─┐          │
-//!                 │                                       join │                  ▼          │
-//!                 │                                            └───────────── Detached ◄─────┤
-//!                 │  exit                                       order ┌──────────┘ hang up   │
-//!                 ├─────────────────────────────────────── Leaving ◄──┴── hang up, if told ──┤
-//!                 └─────────────────────────────────────── Killed ◄──── lie, hang, overdue ──┘
+//!                 ▲  restart                                   ▲      └─ disconnect ┐        │
+//!                 │                                       join │                    ▼        │
+//!                 │                                            └─────────────── Detached ◄───┤
+//!                 │  exit                                   order ┌────────────────┘         │
+//!                 ├─────────────────────────────────── Leaving ◄──┴── disconnect on order ───┤
+//!                 └─────────────────────────────────── Killed ◄────── evict, stop timeout ───┘
 //! ```
 //!
-//! The end of its process leads every supervised member to Down, and from there to Spawning (a
-//! restart) or, as an operator orders, to Vacant. Starting, Detached and Leaving lead to Killed by
-//! a deadline.
+//! When its process exits, a supervised member goes from any state to Down, and from there to
+//! Spawning (a restart) or, if an operator ordered that, to Vacant. When a timeout expires,
+//! Starting, Detached and Leaving lead to Killed.
 
 use std::time::{Duration, Instant};
 
-use crate::group::event::{ConnectionId, ProcessId, Purpose, Reading, Refused, Ticket};
-use crate::group::restart::Starts;
-use crate::group::shown::Shown;
+use crate::group::display_state::DisplayState;
+use crate::group::event::{ConnectionId, Order, ProcessId, Progress, Refused, Ticket};
+use crate::group::starts::Starts;
 
-/// The process that the primary started, or adopted, for a member.
+/// A process that the primary started or adopted for a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Process {
     pub id: ProcessId,
     /// An earlier primary started it.
     pub adopted: bool,
-    /// Times it has attached.
+    /// How often it has attached.
     pub attached: u32,
 }
 
-/// A worker that was given segments, and has not said that it mapped them.
+/// A worker that has its segments, and has not reported yet that it mapped them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Joining {
     pub connection: ConnectionId,
-    /// When its connection is ended.
+    /// When its connection is closed if it is not ready.
     pub until: Instant,
 }
 
@@ -45,112 +45,115 @@ pub(super) struct Joining {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Worker {
     pub connection: ConnectionId,
-    /// Its process; none: the primary did not start it.
+    /// Its process; `None`: the primary did not start it.
     pub process: Option<Process>,
-    /// What it had done when it was last seen to do something.
-    pub pulse: Option<(Reading, Instant)>,
+    /// The last observed progress that differed from the one before, and when.
+    pub last_progress: Option<(Progress, Instant)>,
 }
 
-/// A process that ought to end.
+/// The time by which a worker must have left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Overdue {
-    /// When something is done about it.
+pub(super) struct StopDeadline {
+    /// When the group escalates: SIGTERM first, then SIGKILL.
     pub at: Instant,
-    /// It got SIGTERM.
+    /// The process got SIGTERM.
     pub terminated: bool,
 }
 
-impl Overdue {
-    pub fn after(now: Instant, patience: Duration) -> Self {
-        Overdue { at: now + patience, terminated: false }
+impl StopDeadline {
+    pub fn after(now: Instant, timeout: Duration) -> Self {
+        StopDeadline { at: now + timeout, terminated: false }
     }
 }
 
-/// How far a draining worker has been told.
+/// How far a draining worker has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Closing {
-    /// It is told once the lanes have carried out this change: until then packets may come.
-    When(Ticket),
-    /// It knows that no more packets come.
-    Told,
-    /// It knows, and its rings are empty.
+    /// Packets may still come until the lanes have acknowledged this change.
+    AfterAck(Ticket),
+    /// The worker was told that its rings hold its last packets.
+    Announced,
+    /// The worker was told so, and its rings are empty.
     Finished,
 }
 
-/// Why a member that the primary starts workers for has no process.
+/// Why a supervised member has no process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rest {
+pub(super) enum DownReason {
     Stopped,
     Crashed,
     Failed,
 }
 
-/// A member without a process, for which the primary starts workers.
+/// A supervised member without a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Down {
-    pub rest: Rest,
-    /// When its process is started again.
+    pub reason: DownReason,
+    /// When a process is started again; `None`: only on an operator's order.
     pub restart: Option<Instant>,
-    /// Until when its flows and packets are held.
+    /// Until when the lanes hold its flows and packets; `None`: they hold none.
     pub held: Option<Instant>,
 }
 
-/// What a process is started for.
+/// Why a process is started. It decides what happens if the start fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Occasion {
-    /// The start of the primary.
-    Start,
+pub(super) enum SpawnReason {
+    /// The primary is starting.
+    PrimaryStart,
     /// An operator added a worker to a vacant member.
     Add,
-    /// The time of a restart has come.
-    Restart,
-    /// An operator ordered the start of a worker that is down.
-    Order,
-    /// A worker left to be started again.
-    Again,
-    /// A worker of an earlier primary has not attached to this one.
-    Replace,
+    /// The delay of an automatic restart has passed.
+    AutoRestart,
+    /// An operator ordered a restart of a worker that was down.
+    OrderedStart,
+    /// An operator ordered a restart of a worker, and it has left.
+    OrderedRestart,
+    /// An adopted process exited before it attached to this primary.
+    ReplaceAdopted,
 }
 
-/// The state of a member.
+/// The state of a member. `held`: until when the lanes hold its flows and packets for its next
+/// worker; `None`: they hold none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// Any worker that may attach can take it.
+    /// Any worker that may attach can take it. `crashed`: its last worker was lost.
     Vacant { crashed: bool, joining: Option<Joining>, held: Option<Instant> },
-    /// The primary starts its workers, and none runs.
+    /// It is supervised, and has no process.
     Down(Down),
-    /// A process is being started.
-    Spawning { occasion: Occasion, down: Down },
-    /// The process has not attached yet.
+    /// The executor is starting a process. `down`: the state before.
+    Spawning { reason: SpawnReason, down: Down },
+    /// Its process runs, and has not attached yet.
     Starting {
         process: Process,
-        /// When it is killed.
+        /// When the process is killed.
         until: Instant,
         joining: Option<Joining>,
-        overdue: Option<Overdue>,
+        stop_deadline: Option<StopDeadline>,
         held: Option<Instant>,
     },
-    /// The process had attached, and may attach again.
+    /// Its process had attached, and may attach again. `crashed`: it did not ask to leave.
     Detached {
         process: Process,
         crashed: bool,
         joining: Option<Joining>,
-        overdue: Option<Overdue>,
+        stop_deadline: Option<StopDeadline>,
         held: Option<Instant>,
     },
-    /// The worker gets packets.
+    /// Its worker gets packets. `stalled`: it has committed none for half of `hang_timeout`.
     Running { worker: Worker, stalled: bool },
-    /// The worker gets no new packets.
-    Draining { worker: Worker, purpose: Option<Purpose>, overdue: Option<Overdue>, closing: Closing },
-    /// The process was told to end, and has no connection any more.
-    Leaving { process: Process, purpose: Purpose, overdue: Overdue, held: Option<Instant> },
-    /// The process was killed, and has not ended yet.
+    /// Its worker gets no new packets. `order`: the order that it follows; `None`: it asked to
+    /// leave, or the primary is stopping.
+    Draining { worker: Worker, order: Option<Order>, stop_deadline: Option<StopDeadline>, closing: Closing },
+    /// Its process must exit on an operator's order, and has no connection any more.
+    Leaving { process: Process, order: Order, stop_deadline: StopDeadline, held: Option<Instant> },
+    /// Its process got SIGKILL, and has not exited yet.
     Killed {
         process: Process,
-        shown: Shown,
-        purpose: Option<Purpose>,
-        /// When it is killed again.
-        again: Instant,
+        /// Its state before SIGKILL, or why it was evicted.
+        displayed: DisplayState,
+        order: Option<Order>,
+        /// When it gets SIGKILL again.
+        retry_at: Instant,
         held: Option<Instant>,
     },
 }
@@ -158,21 +161,23 @@ pub(super) enum State {
 impl State {
     pub const VACANT: Self = Self::Vacant { crashed: false, joining: None, held: None };
 
-    pub const fn shown(&self) -> Shown {
+    pub const fn display_state(&self) -> DisplayState {
         match self {
-            Self::Vacant { crashed: false, .. } => Shown::Vacant,
-            Self::Down(Down { rest: Rest::Failed, .. })
-            | Self::Spawning { down: Down { rest: Rest::Failed, .. }, .. } => Shown::Failed,
-            Self::Down(Down { rest: Rest::Crashed, .. })
-            | Self::Spawning { down: Down { rest: Rest::Crashed, .. }, .. }
+            Self::Vacant { crashed: false, .. } => DisplayState::Vacant,
+            Self::Down(Down { reason: DownReason::Failed, .. })
+            | Self::Spawning { down: Down { reason: DownReason::Failed, .. }, .. } => DisplayState::Failed,
+            Self::Down(Down { reason: DownReason::Crashed, .. })
+            | Self::Spawning { down: Down { reason: DownReason::Crashed, .. }, .. }
             | Self::Vacant { crashed: true, .. }
-            | Self::Detached { crashed: true, .. } => Shown::Crashed,
-            Self::Down(_) | Self::Spawning { .. } | Self::Detached { crashed: false, .. } => Shown::Stopped,
-            Self::Starting { .. } => Shown::Starting,
-            Self::Running { stalled: false, .. } => Shown::Running,
-            Self::Running { stalled: true, .. } => Shown::Unhealthy,
-            Self::Draining { .. } | Self::Leaving { .. } => Shown::Draining,
-            Self::Killed { shown, .. } => *shown,
+            | Self::Detached { crashed: true, .. } => DisplayState::Crashed,
+            Self::Down(_) | Self::Spawning { .. } | Self::Detached { crashed: false, .. } => {
+                DisplayState::Stopped
+            }
+            Self::Starting { .. } => DisplayState::Starting,
+            Self::Running { stalled: false, .. } => DisplayState::Running,
+            Self::Running { stalled: true, .. } => DisplayState::Unhealthy,
+            Self::Draining { .. } | Self::Leaving { .. } => DisplayState::Draining,
+            Self::Killed { displayed, .. } => *displayed,
         }
     }
 
@@ -216,22 +221,23 @@ impl State {
         }
     }
 
-    pub const fn overdue(&mut self) -> Option<&mut Overdue> {
+    pub const fn stop_deadline(&mut self) -> Option<&mut StopDeadline> {
         match self {
-            Self::Starting { overdue, .. }
-            | Self::Detached { overdue, .. }
-            | Self::Draining { overdue, .. } => overdue.as_mut(),
-            Self::Leaving { overdue, .. } => Some(overdue),
+            Self::Starting { stop_deadline, .. }
+            | Self::Detached { stop_deadline, .. }
+            | Self::Draining { stop_deadline, .. } => stop_deadline.as_mut(),
+            Self::Leaving { stop_deadline, .. } => Some(stop_deadline),
             _ => None,
         }
     }
 }
 
-/// A member and what outlives its states.
+/// A member: its state, and data that outlives its states.
 #[derive(Clone, Debug)]
 pub struct Member {
     pub(super) state: State,
-    pub(super) shown: Shown,
+    /// The state as of the last event, and when it changed.
+    pub(super) displayed: DisplayState,
     pub(super) since: Instant,
     pub(super) starts: Starts,
     pub(super) hangs: u64,
@@ -240,12 +246,12 @@ pub struct Member {
 impl Member {
     pub(super) fn new(now: Instant) -> Self {
         let state = State::VACANT;
-        Member { state, shown: state.shown(), since: now, starts: Starts::default(), hangs: 0 }
+        Member { state, displayed: state.display_state(), since: now, starts: Starts::default(), hangs: 0 }
     }
 
-    /// Its state, as in the report.
-    pub fn shown(&self) -> Shown {
-        self.state.shown()
+    /// Its state, as reports show it.
+    pub fn display_state(&self) -> DisplayState {
+        self.state.display_state()
     }
 
     /// How long it has been in that state.
@@ -253,23 +259,23 @@ impl Member {
         now.saturating_duration_since(self.since)
     }
 
-    /// Times that its process was started again.
+    /// How often its worker was started again.
     pub fn restarts(&self) -> u64 {
         self.starts.restarts
     }
 
-    /// Times that its worker hung.
+    /// How often its worker was evicted because it hung.
     pub fn hangs(&self) -> u64 {
         self.hangs
     }
 
-    /// Whether its flows and packets are held for the next worker.
+    /// Whether the lanes hold its flows and packets for its next worker.
     pub fn is_held(&self) -> bool {
         let mut state = self.state;
         state.held().is_some_and(|held| held.is_some())
     }
 
-    /// Whether it has a share of the flows: its worker gets them, or they are held.
+    /// Whether it has a share of the flows: its worker gets their packets, or the lanes hold them.
     pub fn has_flows(&self) -> bool {
         matches!(self.state, State::Running { .. }) || self.is_held()
     }
@@ -283,7 +289,7 @@ impl Member {
         }
     }
 
-    /// Whether no worker has it, and the primary starts none for it.
+    /// Whether it has no worker, and the primary starts none for it.
     pub fn is_vacant(&self) -> bool {
         matches!(self.state, State::Vacant { joining: None, .. })
     }
@@ -293,7 +299,7 @@ impl Member {
         self.state.worker().is_some()
     }
 
-    /// The process that was started for it.
+    /// The process that was started or adopted for it.
     pub fn process(&self) -> Option<ProcessId> {
         self.state.process().map(|process| process.id)
     }
@@ -313,14 +319,14 @@ impl Member {
     /// Whether a worker may attach to it now.
     ///
     /// # Errors
-    /// Why not.
+    /// Why none may.
     pub fn may_attach(&self) -> Result<(), Refused> {
         match self.state {
             State::Vacant { joining: None, .. }
             | State::Starting { joining: None, .. }
             | State::Detached { joining: None, .. } => Ok(()),
             _ if self.connection().is_some() => Err(Refused::Occupied),
-            _ => Err(Refused::Illegal(self.shown())),
+            _ => Err(Refused::Illegal(self.display_state())),
         }
     }
 }

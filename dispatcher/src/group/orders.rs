@@ -1,23 +1,23 @@
-//! What operators order: workers are added, drained, restarted, removed.
+//! Operators' orders: workers are added, drained, restarted and removed.
 //!
-//! A worker that is to leave gets no new packets, finishes those it has, and is told that there
-//! will be no more. A process that has not ended by `stop_timeout` gets SIGTERM, and SIGKILL after
-//! as much again; a worker that the primary did not start is evicted.
+//! A worker that must leave gets no new packets, and finishes those it has. If its process has not
+//! exited after `stop_timeout`, it gets SIGTERM, and SIGKILL after the same time again. A worker
+//! that the primary did not start is evicted after `stop_timeout`.
 
 use std::mem::take;
 use std::time::Instant;
 
 use xfan_shm::ids::MemberId;
 
-use crate::group::event::{Action, Cause, Fact, Purpose, Reason, Refused};
+use crate::group::display_state::DisplayState;
+use crate::group::event::{Action, Cause, Fact, KillReason, Order, Refused};
 use crate::group::machine::Group;
-use crate::group::member::{Down, Occasion, Overdue, Rest, State};
+use crate::group::member::{Down, DownReason, SpawnReason, State, StopDeadline};
 use crate::group::phase::Phase;
-use crate::group::shown::Shown;
 
 impl Group {
-    /// Whether orders are taken now.
-    fn takes_orders(&self) -> Result<(), Refused> {
+    /// Checks that the group accepts orders.
+    fn accepts_orders(&self) -> Result<(), Refused> {
         match self.phase {
             Phase::Open => Ok(()),
             Phase::Starting | Phase::Opening(_) => Err(Refused::Starting),
@@ -26,59 +26,63 @@ impl Group {
     }
 
     pub(super) fn add(&mut self, member: MemberId, now: Instant) -> Result<(), Refused> {
-        self.takes_orders()?;
-        let State::Vacant { crashed, joining: None, held } = self.get(member)?.state else {
+        self.accepts_orders()?;
+        let State::Vacant { crashed, joining: None, held } = self.member(member)?.state else {
             return Err(Refused::Occupied);
         };
-        self.members[member.index()].starts.forgive();
-        let rest = if crashed { Rest::Crashed } else { Rest::Stopped };
-        self.spawn(member, Occasion::Add, Down { rest, restart: None, held }, now);
+        self.members[member.index()].starts.reset();
+        let reason = if crashed { DownReason::Crashed } else { DownReason::Stopped };
+        self.spawn(member, SpawnReason::Add, Down { reason, restart: None, held }, now);
         Ok(())
     }
 
-    pub(super) fn order(&mut self, member: MemberId, purpose: Purpose, now: Instant) -> Result<(), Refused> {
-        self.takes_orders()?;
-        let state = self.get(member)?.state;
+    pub(super) fn order(&mut self, member: MemberId, order: Order, now: Instant) -> Result<(), Refused> {
+        self.accepts_orders()?;
+        let state = self.member(member)?.state;
         match state {
-            State::Draining { purpose: Some(_), .. }
+            State::Draining { order: Some(_), .. }
             | State::Leaving { .. }
-            | State::Killed { purpose: Some(_), .. } => return Err(Refused::Leaving),
+            | State::Killed { order: Some(_), .. } => return Err(Refused::Leaving),
             State::Running { worker, .. } | State::Draining { worker, .. }
-                if worker.process.is_none() && purpose == Purpose::StartAgain =>
+                if worker.process.is_none() && order == Order::Restart =>
             {
-                return Err(Refused::Foreign);
+                return Err(Refused::Unsupervised);
             }
-            State::Spawning { .. } => return Err(Refused::Illegal(self.members[member.index()].shown())),
+            State::Spawning { .. } => {
+                return Err(Refused::Illegal(self.members[member.index()].display_state()));
+            }
             _ => {}
         }
-        // No worker will come for what is held.
-        let released = purpose != Purpose::StartAgain && self.release(member);
-        let overdue = Overdue::after(now, self.policy.stop_timeout);
+        // No worker will come for the packets that are held.
+        let released = order != Order::Restart && self.release(member);
+        let stop_deadline = StopDeadline::after(now, self.policy.stop_timeout);
         match self.members[member.index()].state {
             State::Vacant { .. } if released => Ok(()),
             State::Vacant { .. } => Err(Refused::NoWorker),
-            State::Down(down) => self.order_down(member, down, purpose, released, now),
+            State::Down(down) => self.order_down(member, down, order, released, now),
             State::Starting { process, joining, held, .. }
             | State::Detached { process, joining, held, .. } => {
                 self.record(member, Fact::Draining(Cause::Ordered));
-                self.members[member.index()].state = State::Leaving { process, purpose, overdue, held };
-                self.hang_up(member, joining);
-                self.out.push(Action::Terminate(process.id));
+                self.members[member.index()].state = State::Leaving { process, order, stop_deadline, held };
+                self.disconnect(member, joining);
+                self.actions.push(Action::Terminate(process.id));
                 Ok(())
             }
             State::Running { worker, .. } => {
-                self.drain(member, worker, Some(purpose), Some(overdue), Cause::Ordered);
+                self.drain(member, worker, Some(order), Some(stop_deadline), Cause::Ordered);
                 self.steer();
                 Ok(())
             }
             State::Draining { worker, closing, .. } => {
-                let (purpose, overdue) = (Some(purpose), Some(overdue));
-                self.members[member.index()].state = State::Draining { worker, purpose, overdue, closing };
+                let (order, stop_deadline) = (Some(order), Some(stop_deadline));
+                self.members[member.index()].state =
+                    State::Draining { worker, order, stop_deadline, closing };
                 Ok(())
             }
-            State::Killed { process, shown, again, held, .. } => {
-                let purpose = Some(purpose);
-                self.members[member.index()].state = State::Killed { process, shown, purpose, again, held };
+            State::Killed { process, displayed, retry_at, held, .. } => {
+                let order = Some(order);
+                self.members[member.index()].state =
+                    State::Killed { process, displayed, order, retry_at, held };
                 Ok(())
             }
             State::Spawning { .. } | State::Leaving { .. } => Err(Refused::Leaving),
@@ -89,50 +93,51 @@ impl Group {
         &mut self,
         member: MemberId,
         down: Down,
-        purpose: Purpose,
+        order: Order,
         released: bool,
         now: Instant,
     ) -> Result<(), Refused> {
-        match purpose {
-            Purpose::StartAgain => {
-                self.members[member.index()].starts.forgive();
-                self.spawn(member, Occasion::Order, down, now);
+        match order {
+            Order::Restart => {
+                self.members[member.index()].starts.reset();
+                self.spawn(member, SpawnReason::OrderedStart, down, now);
             }
-            Purpose::FreeMember => {
+            Order::Remove => {
                 self.members[member.index()].state = State::VACANT;
                 self.record(member, Fact::Vacated(Cause::Ordered));
             }
-            Purpose::StayDown if down.restart.is_some() => {
-                let down = Down { rest: Rest::Stopped, restart: None, held: down.held };
+            Order::Drain if down.restart.is_some() => {
+                let down = Down { reason: DownReason::Stopped, restart: None, held: down.held };
                 self.members[member.index()].state = State::Down(down);
                 self.record(member, Fact::Left(Cause::Ordered));
             }
-            Purpose::StayDown if released => {}
-            Purpose::StayDown => return Err(Refused::NoWorker),
+            Order::Drain if released => {}
+            Order::Drain => return Err(Refused::NoWorker),
         }
         Ok(())
     }
 
-    /// A worker has left as it was told, and its process, if the primary started it, has ended.
-    pub(super) fn has_left(
+    /// Completes an order: the worker has left. `supervised`: the primary started it, and its
+    /// process has exited.
+    pub(super) fn complete_order(
         &mut self,
         member: MemberId,
-        purpose: Purpose,
+        order: Order,
         supervised: bool,
         held: Option<Instant>,
         now: Instant,
     ) {
-        let down = Down { rest: Rest::Stopped, restart: None, held };
-        match purpose {
-            Purpose::StayDown if supervised => {
+        let down = Down { reason: DownReason::Stopped, restart: None, held };
+        match order {
+            Order::Drain if supervised => {
                 self.members[member.index()].state = State::Down(down);
                 self.record(member, Fact::Left(Cause::Ordered));
             }
-            Purpose::StartAgain if supervised => {
+            Order::Restart if supervised => {
                 self.members[member.index()].state = State::Down(down);
                 self.record(member, Fact::Left(Cause::Restart));
-                self.members[member.index()].starts.forgive();
-                self.spawn(member, Occasion::Again, down, now);
+                self.members[member.index()].starts.reset();
+                self.spawn(member, SpawnReason::OrderedRestart, down, now);
             }
             _ => {
                 self.members[member.index()].state = State::Vacant { crashed: false, joining: None, held };
@@ -141,48 +146,50 @@ impl Group {
         }
     }
 
-    /// Does something about a worker that ought to have ended.
-    pub(super) fn overdue(&mut self, member: MemberId, now: Instant) {
-        let patience = self.patience();
+    /// Acts on a worker that has not left in time: SIGTERM first, then SIGKILL; a worker that the
+    /// primary did not start is evicted.
+    pub(super) fn escalate(&mut self, member: MemberId, now: Instant) {
+        let interval = self.kill_interval();
         let found = &mut self.members[member.index()];
         let process = found.state.process().map(|process| process.id);
-        let Some(overdue) = found.state.overdue() else { return };
-        let terminated = std::mem::replace(&mut overdue.terminated, true);
-        overdue.at = now + patience;
+        let Some(stop_deadline) = found.state.stop_deadline() else { return };
+        let terminated = std::mem::replace(&mut stop_deadline.terminated, true);
+        stop_deadline.at = now + interval;
         match process {
-            Some(_) if terminated => self.kill(member, Reason::Deaf, now),
-            Some(process) => self.out.push(Action::Terminate(process)),
+            Some(_) if terminated => self.kill(member, KillReason::IgnoredSigterm, now),
+            Some(process) => self.actions.push(Action::Terminate(process)),
             None => {
-                self.record(member, Fact::Died(Cause::Overdue));
-                self.evict(member, Shown::Crashed, now);
+                self.record(member, Fact::Died(Cause::StopTimeout));
+                self.evict(member, DisplayState::Crashed, now);
             }
         }
     }
 
-    /// Forgets what was ordered: the primary stops.
-    pub(super) fn forget_orders(&mut self, member: MemberId) {
+    /// Cancels the orders and restarts of a member, and closes the connection of a worker that is
+    /// joining: the primary is stopping.
+    pub(super) fn cancel_orders(&mut self, member: MemberId) {
         self.members[member.index()].state = match take(&mut self.members[member.index()].state) {
             State::Vacant { crashed, joining, held } => {
-                self.hang_up(member, joining);
+                self.disconnect(member, joining);
                 State::Vacant { crashed, joining: None, held }
             }
             State::Down(down) => State::Down(Down { restart: None, ..down }),
             State::Starting { process, until, joining, held, .. } => {
-                self.hang_up(member, joining);
-                State::Starting { process, until, joining: None, overdue: None, held }
+                self.disconnect(member, joining);
+                State::Starting { process, until, joining: None, stop_deadline: None, held }
             }
             State::Detached { process, crashed, joining, held, .. } => {
-                self.hang_up(member, joining);
-                State::Detached { process, crashed, joining: None, overdue: None, held }
+                self.disconnect(member, joining);
+                State::Detached { process, crashed, joining: None, stop_deadline: None, held }
             }
             State::Draining { worker, closing, .. } => {
-                State::Draining { worker, purpose: None, overdue: None, closing }
+                State::Draining { worker, order: None, stop_deadline: None, closing }
             }
             State::Leaving { process, held, .. } => {
-                State::Detached { process, crashed: false, joining: None, overdue: None, held }
+                State::Detached { process, crashed: false, joining: None, stop_deadline: None, held }
             }
-            State::Killed { process, shown, again, held, .. } => {
-                State::Killed { process, shown, purpose: None, again, held }
+            State::Killed { process, displayed, retry_at, held, .. } => {
+                State::Killed { process, displayed, order: None, retry_at, held }
             }
             other @ (State::Spawning { .. } | State::Running { .. }) => other,
         };

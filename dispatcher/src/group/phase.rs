@@ -1,33 +1,33 @@
-//! How far a group has come, from its start to its stop.
+//! The phases of a group, from its start to its stop.
 
 use std::time::Instant;
 
 use crate::group::event::Ticket;
 
-/// How far the group has come.
+/// The phase of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Workers are being started, and no packets come.
+    /// The first workers are starting. The XDP program is not attached yet.
     Starting,
-    /// Packets come once the lanes have carried out this change.
+    /// The XDP program is attached. The group opens once the lanes have acknowledged this change.
     Opening(Ticket),
-    /// Packets come.
+    /// The lanes use the group's table.
     Open,
-    /// The primary stops.
+    /// The primary is stopping.
     Stopping(Stopping),
 }
 
-/// How far the stop has come.
+/// The steps of a stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stopping {
-    /// The lanes hand out what is on the RX rings.
+    /// The lanes are dispatching the packets that are left on their RX rings.
     Emptying,
-    /// Workers finish their packets, until this time.
+    /// Workers may finish their packets until this time.
     Finishing(Instant),
-    /// Processes have got SIGTERM, and may take until this time.
+    /// Processes got SIGTERM, and may exit until this time.
     Terminating(Instant),
-    /// Processes were killed, and may take until this time.
+    /// Processes got SIGKILL, and may exit until this time.
     Killing(Instant),
-    /// Nothing is left to wait for.
+    /// The stop is complete.
     Over,
 }

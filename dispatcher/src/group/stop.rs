@@ -1,21 +1,22 @@
-//! The end of a group: workers finish their packets, get SIGTERM, and are killed, each step by a
-//! deadline.
+//! The stop of a group: workers finish their packets, get SIGTERM, and then SIGKILL. Each step has
+//! a deadline.
 
 use std::time::{Duration, Instant};
 
-use crate::group::endings::Lost;
 use xfan_shm::ids::MemberId;
 
-use crate::group::event::{Action, Cause, Fact, ProcessId, Reason};
+use crate::group::endings::SessionEnd;
+use crate::group::event::{Action, Cause, Fact, KillReason, ProcessId};
 use crate::group::machine::Group;
 use crate::group::member::{Closing, State};
 use crate::group::phase::{Phase, Stopping};
 
-/// How long a killed process may take to end.
-const KILLED: Duration = Duration::from_secs(1);
+/// How long a process may take to exit after SIGKILL. It takes longer only if it hangs in the
+/// kernel, and then waiting does not help.
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Group {
-    /// Whether the stop is over.
+    /// Whether the stop is complete.
     pub fn is_over(&self) -> bool {
         self.phase == Phase::Stopping(Stopping::Over)
     }
@@ -25,8 +26,8 @@ impl Group {
             return;
         }
         self.phase = Phase::Stopping(Stopping::Emptying);
-        self.ids().for_each(|member| self.forget_orders(member));
-        // What is held for workers that will not come goes to those that are there.
+        self.ids().for_each(|member| self.cancel_orders(member));
+        // The workers that are left get the packets that are held for workers that will not come.
         for member in self.ids() {
             self.release(member);
         }
@@ -43,30 +44,31 @@ impl Group {
         }
         self.steer();
         self.phase = Phase::Stopping(Stopping::Finishing(now + self.policy.stop_timeout));
-        self.proceed(now);
+        self.advance_stop(now);
     }
 
-    /// Goes on with the stop, as far as it can now.
-    pub(super) fn proceed(&mut self, now: Instant) {
-        let patience = self.policy.stop_timeout;
+    /// Advances the stop by all steps that are possible now.
+    pub(super) fn advance_stop(&mut self, now: Instant) {
+        let timeout = self.policy.stop_timeout;
         loop {
             let Phase::Stopping(stopping) = self.phase else { return };
             let next = match stopping {
                 Stopping::Emptying | Stopping::Over => return,
-                Stopping::Finishing(until) if self.has_finished() || self.hurried || now >= until => {
+                Stopping::Finishing(until) if self.has_finished() || self.forced || now >= until => {
                     let processes: Vec<_> = self.processes().collect();
-                    self.out.extend(processes.into_iter().map(|(_, process)| Action::Terminate(process)));
-                    Stopping::Terminating(now + patience)
+                    self.actions.extend(processes.into_iter().map(|(_, process)| Action::Terminate(process)));
+                    Stopping::Terminating(now + timeout)
                 }
                 Stopping::Terminating(_) | Stopping::Killing(_) if self.has_ended() => Stopping::Over,
                 Stopping::Terminating(until)
-                    if self.hurried || now >= until || self.processes().next().is_none() =>
+                    if self.forced || now >= until || self.processes().next().is_none() =>
                 {
-                    let reason = if self.hurried { Reason::Hurried } else { Reason::Deaf };
+                    let reason =
+                        if self.forced { KillReason::ForcedStop } else { KillReason::IgnoredSigterm };
                     let members: Vec<MemberId> = self.processes().map(|(member, _)| member).collect();
                     members.into_iter().for_each(|member| self.kill(member, reason, now));
-                    self.out.extend(self.unwanted.iter().map(|(process, _)| Action::Kill(*process)));
-                    Stopping::Killing(now + KILLED)
+                    self.actions.extend(self.unwanted.iter().map(|(process, _)| Action::Kill(*process)));
+                    Stopping::Killing(now + KILL_TIMEOUT)
                 }
                 Stopping::Killing(until) if now >= until => Stopping::Over,
                 Stopping::Finishing(_) | Stopping::Terminating(_) | Stopping::Killing(_) => return,
@@ -78,17 +80,19 @@ impl Group {
         }
     }
 
-    /// Ends a process that was started before the stop, and is there only now.
+    /// Ends a process whose start began before the stop and completed during it.
     pub(super) fn end_late(&mut self, process: ProcessId) {
         match self.phase {
-            Phase::Stopping(Stopping::Terminating(_)) => self.out.push(Action::Terminate(process)),
-            Phase::Stopping(Stopping::Killing(_) | Stopping::Over) => self.out.push(Action::Kill(process)),
+            Phase::Stopping(Stopping::Terminating(_)) => self.actions.push(Action::Terminate(process)),
+            Phase::Stopping(Stopping::Killing(_) | Stopping::Over) => {
+                self.actions.push(Action::Kill(process))
+            }
             _ => {}
         }
     }
 
-    /// When something must be done about the stop.
-    pub(super) fn stop_deadline(&self) -> Option<Instant> {
+    /// When the current step of the stop ends.
+    pub(super) fn phase_deadline(&self) -> Option<Instant> {
         match self.phase {
             Phase::Stopping(
                 Stopping::Finishing(until) | Stopping::Terminating(until) | Stopping::Killing(until),
@@ -112,7 +116,7 @@ impl Group {
         })
     }
 
-    /// Workers that the primary did not start see the end of their connection.
+    /// Ends the sessions of workers that the primary did not start: their connections are closed.
     fn end_sessions(&mut self, now: Instant) {
         for member in self.ids() {
             let (State::Running { worker, .. } | State::Draining { worker, .. }) =
@@ -120,11 +124,11 @@ impl Group {
             else {
                 continue;
             };
-            // A process that does not end though it was killed has lost its session by then.
+            // The sessions of supervised workers ended with the exit or SIGKILL of their processes.
             if worker.process.is_none() {
                 self.record(member, Fact::Left(Cause::Stopping));
-                let lost = Lost { flows: false, told: true, crashed: false };
-                self.lose(member, &lost, now, |_| State::VACANT);
+                let end = SessionEnd { had_flows: false, crashed: false };
+                self.end_session(member, &end, now, |_| State::VACANT);
             }
         }
     }

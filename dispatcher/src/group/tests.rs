@@ -1,4 +1,4 @@
-//! Random events drive a group; a model of the executor checks each action.
+//! Drives a group with random events. A model of the executor checks each action.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ fn policy(hold: bool, always: bool) -> Policy {
     }
 }
 
-/// What a lane has of a member.
+/// A lane's state of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
     None,
@@ -38,7 +38,7 @@ enum Link {
     Held,
 }
 
-/// The executor, the lanes, and the processes, as far as actions concern them.
+/// A model of the executor, the lanes and the processes.
 struct World {
     group: Group,
     now: Instant,
@@ -46,14 +46,14 @@ struct World {
     killed: BTreeSet<ProcessId>,
     processes: u32,
     connections: ConnectionId,
-    /// Connections that are open, and whether their workers have joined.
+    /// The open connections, their members, and whether their workers have joined.
     open: BTreeMap<ConnectionId, (MemberId, bool)>,
     links: [Link; MEMBERS as usize],
     spawning: Vec<MemberId>,
-    /// The change after which a member has had no flows.
+    /// The change since which a member has had no flows.
     drained: [Option<Ticket>; MEMBERS as usize],
     last: Ticket,
-    obeyed: Ticket,
+    acknowledged: Ticket,
     failed: bool,
 }
 
@@ -72,7 +72,7 @@ impl World {
             spawning: Vec::new(),
             drained: [None; MEMBERS as usize],
             last: Ticket(0),
-            obeyed: Ticket(0),
+            acknowledged: Ticket(0),
             failed: false,
         }
     }
@@ -83,7 +83,7 @@ impl World {
         ProcessId(self.processes)
     }
 
-    /// Has an event happen. Whether it was legal.
+    /// Passes an event to the group, and carries out its actions.
     fn step(&mut self, event: Event) -> Result<(), Refused> {
         let state = |group: &Group| (format!("{:?}", group.members()), group.table().clone());
         let before = state(&self.group);
@@ -117,7 +117,7 @@ impl World {
                 self.killed.insert(process);
             }
             Action::Forget(process) => assert!(!self.alive.contains(&process), "{context}"),
-            Action::HangUp(member, connection) => {
+            Action::Disconnect(member, connection) => {
                 assert_eq!(self.open.remove(&connection), Some((member, false)), "{context}");
             }
             Action::Join(member) => {
@@ -135,7 +135,7 @@ impl World {
             Action::Close(member) => {
                 assert!(worker(&self.open, member).is_some(), "{context}");
                 assert!(
-                    self.drained[member.index()].is_some_and(|ticket| ticket <= self.obeyed),
+                    self.drained[member.index()].is_some_and(|ticket| ticket <= self.acknowledged),
                     "{context}"
                 );
             }
@@ -172,8 +172,8 @@ impl World {
     fn check(&self, event: Event) {
         let table = self.group.table();
         let context = || format!("after {event:?}: {:#?}", self.group.members());
-        // Held flows do not move: while they are all there are, a running member gets none, and
-        // if it is lost then, none are held for it.
+        // Held flows do not move. While all flows are held, a running member gets none, and none
+        // are held for it if it is lost.
         let held = self.group.numbered().filter(|(_, member)| member.is_held());
         let all_held = held.map(|(number, _)| table.share(number)).sum::<usize>() == crate::lane::BUCKETS;
         for (number, member) in self.group.numbered() {
@@ -199,11 +199,11 @@ impl World {
                 assert_eq!(self.open.get(&connection), Some(&(number, joined)), "{}", context());
             }
         }
-        let nobody = if self.group.has_flows() { 0 } else { crate::lane::BUCKETS };
-        assert_eq!(table.share(NOBODY), nobody);
+        let unassigned = if self.group.has_flows() { 0 } else { crate::lane::BUCKETS };
+        assert_eq!(table.share(NOBODY), unassigned);
         let processes: Vec<_> = self.group.members().iter().filter_map(Member::process).collect();
         let distinct: BTreeSet<_> = processes.iter().collect();
-        assert_eq!(processes.len(), distinct.len(), "a process of two members");
+        assert_eq!(processes.len(), distinct.len(), "two members have the same process");
     }
 
     fn spawned(&mut self, success: bool) {
@@ -236,9 +236,9 @@ impl World {
         }
     }
 
-    fn hang_up(&mut self, connection: ConnectionId) {
+    fn disconnect(&mut self, connection: ConnectionId) {
         self.open.remove(&connection);
-        self.step(Event::HungUp(connection)).unwrap();
+        self.step(Event::Disconnected(connection)).unwrap();
     }
 
     fn exit(&mut self, process: ProcessId, success: Option<bool>) {
@@ -250,23 +250,23 @@ impl World {
         self.now += time;
         self.step(Event::Tick).unwrap();
         if let Some(at) = self.group.next_deadline().filter(|at| *at <= self.now) {
-            panic!("the deadline {:?} ago was not dealt with", self.now - at);
+            panic!("the deadline {:?} ago was not handled", self.now - at);
         }
     }
 
-    /// The primary stops, and no process ends unless it is killed, if then.
-    fn stop(&mut self, obey: bool, dead: bool) {
+    /// Stops the primary. Processes exit only if they are killed and `die_when_killed` is true.
+    fn stop(&mut self, acknowledge: bool, die_when_killed: bool) {
         self.step(Event::Stop).unwrap();
         self.step(Event::Finish).unwrap();
         while !self.spawning.is_empty() {
             self.spawned(true);
         }
         for _ in 0..100 {
-            if obey {
-                self.obeyed = self.last;
-                self.step(Event::Obeyed(self.last)).unwrap();
+            if acknowledge {
+                self.acknowledged = self.last;
+                self.step(Event::Acknowledged(self.last)).unwrap();
             }
-            if dead {
+            if die_when_killed {
                 for process in self.killed.intersection(&self.alive).copied().collect::<Vec<_>>() {
                     self.exit(process, Some(false));
                 }
@@ -282,13 +282,13 @@ impl World {
         let spared: Vec<_> = self.alive.difference(&self.killed).collect();
         assert!(spared.is_empty(), "{spared:?} were not killed");
         assert!(self.links.iter().all(|link| *link == Link::None));
-        assert!(!dead || self.alive.is_empty());
+        assert!(!die_when_killed || self.alive.is_empty());
     }
 }
 
 use super::member::Member;
 
-/// One thing that happens.
+/// A step of the test.
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Start(MemberId),
@@ -298,22 +298,22 @@ enum Op {
     Attach(MemberId),
     Join(u64),
     Detach(u64),
-    HangUp(u64),
+    Disconnect(u64),
     Exit(u32, Option<bool>),
-    Lie(MemberId),
+    ImpossibleIndex(MemberId),
     Observe(MemberId, u64, u64),
-    Obey(u64),
+    Acknowledge(u64),
     Open,
-    Order(MemberId, Purpose),
+    Order(MemberId, Order),
     Add(MemberId),
     Pass(u64),
-    /// Events that no executor sends then.
+    /// Events that the executor cannot send in this state.
     Stray(MemberId),
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let member = || (0..MEMBERS).prop_map(MemberId);
-    let purpose = prop_oneof![Just(Purpose::StayDown), Just(Purpose::StartAgain), Just(Purpose::FreeMember)];
+    let order = prop_oneof![Just(Order::Drain), Just(Order::Restart), Just(Order::Remove)];
     let success = prop_oneof![Just(None), Just(Some(true)), Just(Some(false))];
     prop_oneof![
         2 => member().prop_map(Op::Start),
@@ -323,13 +323,14 @@ fn op() -> impl Strategy<Value = Op> {
         6 => member().prop_map(Op::Attach),
         8 => (0..8u64).prop_map(Op::Join),
         2 => (0..8u64).prop_map(Op::Detach),
-        4 => (0..8u64).prop_map(Op::HangUp),
+        4 => (0..8u64).prop_map(Op::Disconnect),
         4 => (0..8u32, success).prop_map(|(process, success)| Op::Exit(process, success)),
-        1 => member().prop_map(Op::Lie),
-        6 => (member(), 0..2u64, 0..2u64).prop_map(|(member, sum, backlog)| Op::Observe(member, sum, backlog)),
-        4 => (0..4u64).prop_map(Op::Obey),
+        1 => member().prop_map(Op::ImpossibleIndex),
+        6 => (member(), 0..2u64, 0..2u64)
+            .prop_map(|(member, sum, backlog)| Op::Observe(member, sum, backlog)),
+        4 => (0..4u64).prop_map(Op::Acknowledge),
         3 => Just(Op::Open),
-        3 => (member(), purpose).prop_map(|(member, purpose)| Op::Order(member, purpose)),
+        3 => (member(), order).prop_map(|(member, order)| Op::Order(member, order)),
         2 => member().prop_map(Op::Add),
         6 => (0..3000u64).prop_map(Op::Pass),
         1 => member().prop_map(Op::Stray),
@@ -338,7 +339,8 @@ fn op() -> impl Strategy<Value = Op> {
 
 impl World {
     fn run(&mut self, op: Op) {
-        // Counted from the newest: most are of something that is there, some of something gone.
+        // Numbers count back from the newest: most refer to something that exists, some to
+        // something that no longer does.
         let connection = |back: u64| (self.connections + 1).saturating_sub(back);
         match op {
             Op::Start(member) => {
@@ -358,25 +360,25 @@ impl World {
             Op::Attach(member) => self.attach(member),
             Op::Join(back) => self.joined(connection(back)),
             Op::Detach(back) => self.step(Event::Detach(connection(back))).unwrap(),
-            Op::HangUp(back) => self.hang_up(connection(back)),
+            Op::Disconnect(back) => self.disconnect(connection(back)),
             Op::Exit(back, success) => {
                 self.exit(ProcessId((self.processes + 1).saturating_sub(back)), success);
             }
-            Op::Lie(member) => self.step(Event::Lied(member)).unwrap(),
+            Op::ImpossibleIndex(member) => self.step(Event::ImpossibleIndex(member)).unwrap(),
             Op::Observe(member, sum, backlog) => {
-                let reading = Reading { committed: sum, heartbeat: 0, backlog };
-                self.step(Event::Observed(member, reading)).unwrap();
+                let progress = Progress { committed: sum, heartbeat: 0, backlog };
+                self.step(Event::Observed(member, progress)).unwrap();
             }
-            Op::Obey(back) => {
+            Op::Acknowledge(back) => {
                 let ticket = Ticket(self.last.0.saturating_sub(back));
-                self.obeyed = self.obeyed.max(ticket);
-                self.step(Event::Obeyed(ticket)).unwrap();
+                self.acknowledged = self.acknowledged.max(ticket);
+                self.step(Event::Acknowledged(ticket)).unwrap();
             }
             Op::Open => {
                 let _ = self.step(Event::Opened);
             }
-            Op::Order(member, purpose) => {
-                let _ = self.step(Event::Order(member, purpose));
+            Op::Order(member, order) => {
+                let _ = self.step(Event::Order(member, order));
             }
             Op::Add(member) => {
                 let _ = self.step(Event::Add(member));
@@ -388,9 +390,9 @@ impl World {
                     assert!(self.step(Event::Spawned(member, ProcessId(u32::MAX))).is_err());
                     assert!(self.step(Event::SpawnFailed(member)).is_err());
                 }
-                assert_eq!(self.step(Event::Lied(MemberId(MEMBERS))), Err(Refused::Unknown));
+                assert_eq!(self.step(Event::ImpossibleIndex(MemberId(MEMBERS))), Err(Refused::Unknown));
                 self.step(Event::Exited(ProcessId(u32::MAX), None)).unwrap();
-                self.step(Event::HungUp(u64::MAX)).unwrap();
+                self.step(Event::Disconnected(u64::MAX)).unwrap();
                 assert_eq!(self.step(Event::Joined(u64::MAX)), Err(Refused::NoWorker));
             }
         }
@@ -401,17 +403,17 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn any_events_keep_the_invariants_and_every_stop_ends(
+    fn any_events_keep_the_invariants_and_every_stop_completes(
         (hold, always) in any::<(bool, bool)>(),
         starts in prop::collection::vec(op(), 0..20),
         later in prop::collection::vec(op(), 0..100),
-        (obey, dead) in any::<(bool, bool)>(),
+        (acknowledge, die_when_killed) in any::<(bool, bool)>(),
     ) {
         let mut world = World::new(policy(hold, always));
         for op in starts {
             world.run(op);
         }
-        // Most runs go beyond the start.
+        // Complete the start, so that most runs go beyond it.
         while !world.spawning.is_empty() {
             world.spawned(true);
         }
@@ -420,15 +422,15 @@ proptest! {
             world.joined(world.connections);
         }
         world.run(Op::Open);
-        world.run(Op::Obey(0));
+        world.run(Op::Acknowledge(0));
         for op in later {
             world.run(op);
         }
-        world.stop(obey, dead);
+        world.stop(acknowledge, die_when_killed);
     }
 
     #[test]
-    fn events_during_a_stop_do_not_keep_it_from_ending(
+    fn events_during_a_stop_do_not_prevent_its_completion(
         hold in any::<bool>(),
         before in prop::collection::vec(op(), 0..40),
         during in prop::collection::vec(op(), 0..40),
@@ -441,7 +443,7 @@ proptest! {
         for (number, op) in during.into_iter().enumerate() {
             match number {
                 10 => world.step(Event::Finish).unwrap(),
-                30 => world.step(Event::Hurry).unwrap(),
+                30 => world.step(Event::ForceStop).unwrap(),
                 _ => {}
             }
             world.run(op);

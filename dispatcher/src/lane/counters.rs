@@ -56,7 +56,7 @@ pub struct LaneCounters {
     pub sleeps: Counter,
     /// Times the RX ring was found empty.
     pub emptied: Counter,
-    /// Commands obeyed.
+    /// Commands carried out.
     pub commands: Counter,
     /// Raised when a lane that was told to drain has found its RX ring empty.
     pub drained: AtomicBool,

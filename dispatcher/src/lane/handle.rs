@@ -34,7 +34,7 @@ pub struct LaneHandle {
     issued: u64,
     /// Commands that the queue had no room for, in order.
     pending: VecDeque<Command>,
-    /// It was told to end.
+    /// It got [`Command::Stop`].
     stopping: bool,
     /// Frames that the lane keeps posted to the kernel.
     posted: u32,
@@ -45,12 +45,13 @@ pub struct LaneHandle {
     /// How often the kernel had found the FILL ring empty before packets could arrive: when the
     /// socket was bound.
     fill_ring_empty_before: u64,
-    cut: Told,
+    cut: CutReports,
 }
 
-/// The reports of packets that arrived cut.
+/// The state of the reports about packets that arrived cut.
 #[derive(Debug)]
-struct Told {
+struct CutReports {
+    /// The number of packets reported so far.
     count: u64,
     /// When the next report is allowed, and the pause after it.
     next: Instant,
@@ -90,7 +91,7 @@ impl LaneHandle {
             socket,
             kernel: report::Kernel::default(),
             fill_ring_empty_before: 0,
-            cut: Told { count: 0, next: Instant::now(), pause: Duration::from_secs(1) },
+            cut: CutReports { count: 0, next: Instant::now(), pause: Duration::from_secs(1) },
         })
     }
 
@@ -118,36 +119,37 @@ impl LaneHandle {
         self.issued
     }
 
-    /// Wakes it, so that it settles its accounts.
+    /// Wakes the lane: it takes back committed frames, and runs its commands.
     pub fn wake(&self) {
         // Even if the counter is full, the doorbell is readable.
         let _ = nix::unistd::write(&self.shared.doorbell, &1u64.to_ne_bytes());
     }
 
-    /// Commands obeyed so far; a lane that has ended obeys no more, and keeps nobody waiting.
-    pub fn obeyed(&self) -> u64 {
+    /// The number of commands that the lane has acknowledged. A lane that has ended counts as
+    /// having acknowledged all.
+    pub fn acknowledged(&self) -> u64 {
         if self.ended() { u64::MAX } else { self.shared.counters.commands.get() }
     }
 
-    /// A descriptor that is readable once the lane has obeyed commands: an eventfd.
+    /// An eventfd that is readable once the lane has acknowledged commands.
     ///
     /// # Errors
     /// If there are no descriptors left.
     pub fn watch(&self) -> io::Result<OwnedFd> {
-        self.shared.obeyed.try_clone()
+        self.shared.acknowledged.try_clone()
     }
 
-    /// Whether the lane, told to [`Command::Drain`], has found its RX ring empty since.
+    /// Whether the lane has found its RX ring empty since [`Command::Drain`].
     pub fn drained(&self) -> bool {
         self.shared.counters.drained.load(Ordering::Acquire) || self.ended()
     }
 
-    /// Whether its thread has ended; a lane that was not told to [`Command::Stop`] has a bug then.
+    /// Whether its thread has ended. Before [`Command::Stop`], that is a bug.
     pub fn ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Tells the lane to end.
+    /// Sends [`Command::Stop`].
     pub fn begin_stop(&mut self) {
         if !std::mem::replace(&mut self.stopping, true) {
             self.refresh_kernel();
@@ -176,10 +178,10 @@ impl LaneHandle {
         if count == self.cut.count || now < self.cut.next {
             return None;
         }
-        let told = std::mem::replace(&mut self.cut.count, count);
+        let reported = std::mem::replace(&mut self.cut.count, count);
         self.cut.next = now + self.cut.pause;
         self.cut.pause = (self.cut.pause * 2).min(Duration::from_secs(60));
-        Some(count - told)
+        Some(count - reported)
     }
 
     fn refresh_kernel(&mut self) {
@@ -194,8 +196,8 @@ impl LaneHandle {
         };
     }
 
-    /// Packets arrive from now on. Empty FILL rings before do not count.
-    pub fn packets_come(&mut self) {
+    /// Ignores how often the FILL ring was empty so far: packets can arrive only from now on.
+    pub fn begin_receiving(&mut self) {
         self.refresh_kernel();
         self.fill_ring_empty_before += self.kernel.fill_ring_empty;
     }
@@ -218,7 +220,7 @@ impl LaneHandle {
         }
     }
 
-    /// What it counted of all its packets.
+    /// The report of the lane: counters of all its packets.
     pub fn report(&mut self, xdp: report::Xdp) -> report::Lane {
         self.refresh_kernel();
         let counters = &self.shared.counters;
@@ -242,7 +244,7 @@ impl LaneHandle {
         }
     }
 
-    /// What it counted of a group, as a lane of the port of this name.
+    /// The report of the lane about one group. `port`: the name of its port.
     pub fn report_of(&self, group: GroupId, port: &str) -> report::GroupLane {
         let mut report =
             report::GroupLane { port: port.to_owned(), queue: self.queue, ..report::GroupLane::default() };
@@ -258,7 +260,7 @@ impl LaneHandle {
 }
 
 impl Drop for LaneHandle {
-    /// No lane outlives the control thread's interest in it, also when starting the others failed.
+    /// Stops the lane, also if starting the other lanes failed.
     fn drop(&mut self) {
         self.stop();
     }

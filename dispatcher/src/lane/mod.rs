@@ -65,7 +65,7 @@ use idle::{Idle, Turn};
 /// Most packets handled in one turn.
 pub const MAX_BATCH: usize = 64;
 
-/// Most commands in a lane's queue. The lane obeys between two batches, so it rarely holds more
+/// Most commands in a lane's queue. The lane runs them between two batches, so it rarely holds more
 /// than a few.
 const COMMANDS: usize = 256;
 
@@ -119,8 +119,8 @@ pub(crate) struct Shared {
     pub(crate) commands: ArrayQueue<Command>,
     /// Wakes the lane.
     pub(crate) doorbell: OwnedFd,
-    /// Readable once the lane has obeyed commands.
-    pub(crate) obeyed: OwnedFd,
+    /// An eventfd that is readable once the lane has acknowledged commands.
+    pub(crate) acknowledged: OwnedFd,
 }
 
 /// A lane, before and while it runs.
@@ -164,7 +164,7 @@ impl<S: PacketSource> Lane<S> {
                 groups,
                 commands: ArrayQueue::new(COMMANDS),
                 doorbell: eventfd()?.into(),
-                obeyed: eventfd()?.into(),
+                acknowledged: eventfd()?.into(),
             }),
             meter: BusyMeter::new(),
             draining: false,
@@ -188,7 +188,7 @@ impl<S: PacketSource> Lane<S> {
         let mut clock = CoarseClock::new();
         let mut now = ticks();
         loop {
-            if !self.shared.commands.is_empty() && self.obey() {
+            if !self.shared.commands.is_empty() && self.run_commands() {
                 self.settle();
                 return self.frames;
             }
@@ -300,7 +300,7 @@ impl<S: PacketSource> Lane<S> {
 
     /// Carries out all commands; `true`: end.
     #[cold]
-    fn obey(&mut self) -> bool {
+    fn run_commands(&mut self) -> bool {
         while let Some(command) = self.shared.commands.pop() {
             let stop = matches!(command, Command::Stop);
             self.carry_out(command);
@@ -311,7 +311,7 @@ impl<S: PacketSource> Lane<S> {
             }
         }
         // Its counter cannot overflow: the control thread reads it.
-        let _ = nix::unistd::write(&self.shared.obeyed, &1u64.to_ne_bytes());
+        let _ = nix::unistd::write(&self.shared.acknowledged, &1u64.to_ne_bytes());
         false
     }
 

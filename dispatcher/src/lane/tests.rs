@@ -136,7 +136,7 @@ fn table(members: &[u8]) -> BucketTable {
 impl Bench {
     fn command(&mut self, command: Command) -> bool {
         self.shared.commands.push(command).unwrap();
-        self.lane.obey()
+        self.lane.run_commands()
     }
 
     fn join(&mut self, member: u8) -> Peer {

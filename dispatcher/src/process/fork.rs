@@ -22,13 +22,14 @@ use nix::unistd::{Pid, pipe2};
 
 use crate::host::sys;
 
-/// How long a new process may take until it runs its program.
+/// How long a new process may take until it runs its program. It needs milliseconds, or longer if
+/// the file system of the program is slow.
 pub const LIMIT: Duration = Duration::from_secs(5);
 
-/// Milliseconds from one check whether the process is stopped to the next.
+/// The time between two checks whether the process is stopped, in milliseconds.
 const STEP: u8 = 10;
 
-/// How long a killed process may take to end. Later, only the orphan reaper can reap it.
+/// How long to wait until a killed process has exited. Later, only the orphan reaper can reap it.
 const END: Duration = Duration::from_secs(1);
 
 /// What a new process executes.

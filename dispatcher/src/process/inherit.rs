@@ -1,9 +1,9 @@
 //! Attributes that a worker process must not inherit from the primary or from what started it:
 //! scheduling, resource limits, signal settings, keyring.
 //!
-//! exec(2) preserves them. [`shed`] therefore runs between fork and exec, and gives each attribute
-//! the value that a new login would have. The worker keeps the working directory, the namespaces
-//! and the core-dump limit of the primary.
+//! exec(2) preserves them. [`reset_attributes`] therefore runs between fork and exec, and gives
+//! each attribute the value that a new login would have. The worker keeps the working directory,
+//! the namespaces and the core-dump limit of the primary.
 
 #![allow(unsafe_code, reason = "raw system calls between fork and exec")]
 
@@ -25,7 +25,7 @@ const OOM_PRIMARY: i32 = -900;
 const OOM_WORKER: &[u8] = b"300";
 
 /// Saves the resource limits of this process for its workers. Call it before anything changes them.
-pub fn note_limits() {
+pub fn save_limits() {
     AT_START.get_or_init(read_limits);
 }
 
@@ -39,13 +39,13 @@ fn read_limits() -> [libc::rlimit; LIMITS] {
     limits
 }
 
-/// Values that [`shed`] needs and cannot compute between fork and exec.
+/// The resource limits of a worker process. The primary computes them before fork(2).
 #[derive(Clone, Copy, Debug)]
-pub struct Fresh {
+pub struct Rlimits {
     limits: [libc::rlimit; LIMITS],
 }
 
-impl Fresh {
+impl Rlimits {
     /// Takes the saved limits, but allows no real-time priority, no raised priority, and at most
     /// `data` bytes of private memory.
     pub fn new(data: Option<u64>) -> Self {
@@ -60,7 +60,7 @@ impl Fresh {
         if let Some(bytes) = data {
             set(libc::RLIMIT_DATA, bytes);
         }
-        Fresh { limits }
+        Rlimits { limits }
     }
 }
 
@@ -90,7 +90,7 @@ fn check_if_able(result: libc::c_long) -> io::Result<()> {
 /// # Errors
 /// The errors of sched_setscheduler(2), setpriority(2), setrlimit(2) and rt_sigaction(2), among
 /// others.
-pub fn shed(fresh: &Fresh) -> io::Result<()> {
+pub fn reset_attributes(rlimits: &Rlimits) -> io::Result<()> {
     /// A mask of 8,192 CPUs: the most for which Linux can be built.
     const ALL_CPUS: [u8; 1024] = [0xff; 1024];
     /// The kernel's default.
@@ -116,7 +116,7 @@ pub fn shed(fresh: &Fresh) -> io::Result<()> {
         libc::umask(0o022);
     }
     // The caller sets the limit of open files later: descriptors above it must first be marked.
-    let limits = fresh.limits.iter().zip(0..).filter(|(_, number)| *number != libc::RLIMIT_NOFILE);
+    let limits = rlimits.limits.iter().zip(0..).filter(|(_, number)| *number != libc::RLIMIT_NOFILE);
     for (limit, number) in limits {
         // SAFETY: `limit` outlives the call.
         check_if_able(unsafe { libc::setrlimit(number, limit) }.into())?;
@@ -195,7 +195,7 @@ pub fn protect_from_oom() -> io::Result<()> {
 ///
 /// # Errors
 /// The errors of write(2) to `coredump_filter`.
-pub fn dump_no_packets() -> io::Result<()> {
+pub fn exclude_packets_from_core_dumps() -> io::Result<()> {
     // The default of core(5) without anonymous shared mappings: anonymous private mappings, ELF
     // headers, private huge pages.
     std::fs::write("/proc/self/coredump_filter", "0x31")
@@ -207,15 +207,15 @@ mod tests {
 
     #[test]
     fn workers_get_the_limits_of_the_start() {
-        note_limits();
-        let (now, fresh) = (read_limits(), Fresh::new(Some(4096)));
+        save_limits();
+        let (now, rlimits) = (read_limits(), Rlimits::new(Some(4096)));
         let get = |limits: &[libc::rlimit; LIMITS], resource: libc::__rlimit_resource_t| {
             let limit = limits[resource as usize];
             (limit.rlim_cur, limit.rlim_max)
         };
-        assert_eq!(get(&fresh.limits, libc::RLIMIT_RTPRIO), (0, 0));
-        assert_eq!(get(&fresh.limits, libc::RLIMIT_NICE), (0, 0));
-        assert_eq!(get(&fresh.limits, libc::RLIMIT_DATA), (4096, 4096));
-        assert_eq!(get(&fresh.limits, libc::RLIMIT_NOFILE), get(&now, libc::RLIMIT_NOFILE));
+        assert_eq!(get(&rlimits.limits, libc::RLIMIT_RTPRIO), (0, 0));
+        assert_eq!(get(&rlimits.limits, libc::RLIMIT_NICE), (0, 0));
+        assert_eq!(get(&rlimits.limits, libc::RLIMIT_DATA), (4096, 4096));
+        assert_eq!(get(&rlimits.limits, libc::RLIMIT_NOFILE), get(&now, libc::RLIMIT_NOFILE));
     }
 }

@@ -18,20 +18,20 @@ use procfs::process::all_processes;
 
 use crate::host::sys;
 
-/// The most rounds of one call that kills orphans, each of which may leave new ones. They take some
-/// 10 ms; the next call continues.
-const ROUNDS: usize = 256;
+/// The most rounds in one call of [`kill_all`]: each round may leave new orphans. All rounds take
+/// some 10 ms; the next call continues.
+const MAX_ROUNDS: usize = 256;
 
 /// Makes the kernel reparent orphaned descendants to this process.
 ///
 /// # Errors
 /// The errors of prctl(2).
-pub fn adopt_orphans() -> std::io::Result<()> {
+pub fn become_subreaper() -> std::io::Result<()> {
     Ok(nix::sys::prctl::set_child_subreaper(true)?)
 }
 
 /// Whether the kernel reparents orphaned descendants to this process.
-pub fn are_adopted() -> bool {
+pub fn is_subreaper() -> bool {
     nix::sys::prctl::get_child_subreaper().unwrap_or(false)
 }
 
@@ -76,8 +76,8 @@ fn has_ended(child: Pid) -> bool {
 
 /// Kills orphans and their descendants, except orphans in the process group of a running worker,
 /// which that worker manages itself. Returns the number of orphans left.
-pub fn end(workers: &HashSet<u32>) -> usize {
-    for _ in 0..ROUNDS {
+pub fn kill_all(workers: &HashSet<u32>) -> usize {
+    for _ in 0..MAX_ROUNDS {
         let mut orphans = reap(workers);
         orphans.retain(|&pid| getpgid(Some(pid)).is_ok_and(|group| !is_among(workers, group)));
         if orphans.is_empty() {

@@ -22,7 +22,7 @@ use crate::host::privileges;
 use crate::host::sys;
 use crate::process::cgroup::{Cgroup, Limits};
 use crate::process::fork::{self, Program, StartError};
-use crate::process::inherit::{self, Fresh};
+use crate::process::inherit::{self, Rlimits};
 use crate::process::output::{self, Output, OutputError, Tap};
 use crate::process::seccomp::Filter;
 
@@ -165,7 +165,7 @@ impl Process {
         token: &str,
         control: &OwnedFd,
         cgroup: Option<Cgroup>,
-        fresh: Fresh,
+        rlimits: Rlimits,
     ) -> Result<Self, SpawnError> {
         let program = command.command.first().cloned().unwrap_or_default();
         let other = |source| SpawnError::Other { program: program.clone(), source };
@@ -200,9 +200,9 @@ impl Process {
             } else {
                 nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
             }
-            // First the steps that need the primary's capabilities and quotas. `shed` comes before
-            // the cgroup, since some cgroups refuse real-time processes.
-            inherit::shed(&fresh)?;
+            // First the steps that need the primary's capabilities and quotas. `reset_attributes`
+            // comes before the cgroup, since some cgroups refuse real-time processes.
+            inherit::reset_attributes(&rlimits)?;
             inherit::leave_keyring()?;
             if let Some(procs) = &procs {
                 sys::enter_cgroup(procs.as_fd())?;

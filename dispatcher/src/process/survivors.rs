@@ -42,7 +42,7 @@ impl Survivor {
         Some(Survivor {
             member: member.to_owned(),
             pid: process.pid(),
-            began: facts(process.pid())?.began,
+            began: identity(process.pid())?.began,
             token: token.to_owned(),
             command: command.command.clone(),
         })
@@ -52,19 +52,19 @@ impl Survivor {
     pub fn find(&self, command: &WorkerCommand) -> Option<OwnedFd> {
         // The pidfd comes first: it keeps referring to the same process, even if the pid is reused.
         let pidfd = sys::pidfd_open(self.pid).ok()?;
-        let facts = facts(self.pid)?;
-        let is_ours = facts.began == self.began && facts.uid == command.user.uid.as_raw();
+        let identity = identity(self.pid)?;
+        let is_ours = identity.began == self.began && identity.uid == command.user.uid.as_raw();
         is_ours.then_some(pidfd)
     }
 }
 
-/// What the kernel reports about a process.
-struct Facts {
+/// The identity of a process, according to the kernel.
+struct Identity {
     began: u64,
     uid: u32,
 }
 
-fn facts(pid: u32) -> Option<Facts> {
+fn identity(pid: u32) -> Option<Identity> {
     let process = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?;
     // The file also contains the name of the process, which may not be UTF-8.
     let status = fs::read(format!("/proc/{pid}/status")).ok()?;
@@ -72,7 +72,7 @@ fn facts(pid: u32) -> Option<Facts> {
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     // Real, effective, …
     let uid = uids.split_whitespace().nth(1)?.parse().ok()?;
-    Some(Facts { began: process.stat().ok()?.starttime, uid })
+    Some(Identity { began: process.stat().ok()?.starttime, uid })
 }
 
 /// The note beside a control socket.
@@ -137,16 +137,16 @@ impl Note {
 
     /// Removes the note, and an unfinished one.
     pub fn remove(&self) {
-        self.forget(&self.name);
+        self.remove_file(&self.name);
         self.remove_unfinished();
     }
 
     /// Removes the unfinished note of a primary that was killed while it wrote.
     pub fn remove_unfinished(&self) {
-        self.forget(&self.new);
+        self.remove_file(&self.new);
     }
 
-    fn forget(&self, name: &OsStr) {
+    fn remove_file(&self, name: &OsStr) {
         if let Err(error) = self.folder.remove(name) {
             tracing::warn!(file = %name.display(), "the note about workers cannot be removed: {error}");
         }
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn only_the_same_process_is_found() {
         let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        let began = facts(child.id()).unwrap().began;
+        let began = identity(child.id()).unwrap().began;
         let command = |uid| {
             let mut user = crate::config::WorkerUser::find(Some("root")).unwrap();
             user.uid = uid;

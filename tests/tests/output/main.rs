@@ -77,7 +77,7 @@ impl<'a> Bare<'a> {
         let events = self.launch.socket();
         self.report_when(|_| {
             let asked = xfan::control::client::ask(&events, &xfan_shm::protocol::Request::Events(0));
-            matches!(asked, Ok(xfan_shm::protocol::Reply::Events(page)) if page.to_string().contains("packets come"))
+            matches!(asked, Ok(xfan_shm::protocol::Reply::Events(page)) if page.to_string().contains("packets are redirected"))
         })
     }
 

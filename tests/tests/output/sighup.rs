@@ -38,7 +38,7 @@ fn sighup_reopens_the_files_and_ends_nothing() {
     kill(primary.process.pid(), Signal::SIGHUP).unwrap();
     let text = text_when(&path("xfan.log"), "SIGHUP");
     // Both workers catch the signal; they have no files of their own to reopen.
-    assert!(text.contains("SIGHUP: files are opened anew workers_told=2"), "{text}");
+    assert!(text.contains("SIGHUP: files are reopened workers_signalled=2"), "{text}");
     send_synthetic(&namespace, 6);
     let report = primary.report_after(PACKETS, true);
     assert_balanced(&report, PACKETS);
@@ -66,7 +66,7 @@ fn sighup_reaches_the_workers_that_catch_it() {
     write_script(&script, &format!("trap 'echo opened anew' HUP\n{} &\nwait; wait", count.display()));
     let primary = launch.worker(script.to_str().unwrap(), "").unwrap().start().unwrap();
     kill(primary.process.pid(), Signal::SIGHUP).unwrap();
-    primary.process.wait_for_line("SIGHUP: files are opened anew workers_told=1").unwrap();
+    primary.process.wait_for_line("SIGHUP: files are reopened workers_signalled=1").unwrap();
     primary.process.wait_for_line("default/0 stdout: opened anew").unwrap();
     assert_eq!(primary.stop().0.code, Some(0));
 }
@@ -87,7 +87,7 @@ fn sighup_while_starting_and_stopping_ends_nothing() {
     while !blocks() && ask_for_report(&primary.socket()).is_err() {}
     kill(pid, Signal::SIGHUP).unwrap();
     primary.process.wait_for_line(" running ").unwrap();
-    primary.process.wait_for_line("SIGHUP: files are opened anew").unwrap();
+    primary.process.wait_for_line("SIGHUP: files are reopened").unwrap();
     // A stopped worker delays the end.
     let report = primary.report();
     signal(pid_of(&report, 0), Signal::SIGSTOP);
@@ -95,7 +95,7 @@ fn sighup_while_starting_and_stopping_ends_nothing() {
     primary.report_when(|report| member(report, 1).state != "running");
     kill(pid, Signal::SIGHUP).unwrap();
     let told =
-        |lines: &[String]| lines.iter().filter(|line| line.contains("SIGHUP: files are opened anew")).count();
+        |lines: &[String]| lines.iter().filter(|line| line.contains("SIGHUP: files are reopened")).count();
     while told(&primary.process.stderr()) < 2 {
         std::thread::yield_now();
     }

@@ -1,28 +1,29 @@
 //! The state of a member, as reports and errors show it.
 
-/// The state of a member, as the report shows it.
+/// The state of a member, as reports and errors show it. It has fewer details than the state
+/// machine's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shown {
+pub enum DisplayState {
     /// Any worker that may attach can take the member.
     Vacant,
-    /// Its process runs, and has not attached yet.
+    /// The member's process runs, and has not attached yet.
     Starting,
-    /// Its worker gets packets.
+    /// The worker gets packets.
     Running,
-    /// Its worker gets packets, and has committed none for half of `hang_timeout`.
+    /// The worker gets packets, and has committed none for half of `hang_timeout`.
     Unhealthy,
-    /// Its worker gets no new packets, and finishes those it has.
+    /// The worker gets no new packets, and finishes those it has.
     Draining,
-    /// Its worker left in good order.
+    /// The worker left in good order.
     Stopped,
-    /// Its worker disconnected unexpectedly, lied, or hung. It may be started again.
+    /// The worker disconnected unexpectedly, failed, or was evicted. It may be started again.
     Crashed,
-    /// Its worker was started too often, and stays down.
+    /// The worker was started too often, or could not be started, and stays down.
     Failed,
 }
 
-impl Shown {
-    /// Its name in the report.
+impl DisplayState {
+    /// The name of the state in the report.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {

@@ -1,22 +1,22 @@
-//! Questions and their answers.
+//! Requests and their replies.
 
 use std::time::Instant;
 
 use xfan_shm::protocol::{Reply, Request};
 
-use crate::control::inbox::{Answer, Question};
+use crate::control::inbox::{ClientRequest, Response};
 use crate::control::primary::{Primary, TICK};
 use crate::group::Event;
 
 impl Primary {
-    /// Answers one question.
-    pub(super) fn answer(&mut self, question: Question) {
-        let Question { connection, peer, request, answer } = question;
-        let reply = match request {
+    /// Handles one request.
+    pub(super) fn handle_request(&mut self, request: ClientRequest) {
+        let ClientRequest { connection, peer, request, reply_to } = request;
+        let response = match request {
             Request::Stats | Request::Events(_) if peer.uid() != 0 => {
-                self.waiting.push((request, answer));
-                if self.told.is_none_or(|told| told.elapsed() >= TICK) {
-                    self.tell_those_who_wait();
+                self.waiting.push((request, reply_to));
+                if self.last_answered.is_none_or(|last| last.elapsed() >= TICK) {
+                    self.answer_waiting();
                 }
                 return;
             }
@@ -27,47 +27,47 @@ impl Primary {
                 if let Some(key) = self.member_of(connection.id) {
                     self.apply(key.group, Event::Detach(connection.id));
                 }
-                Answer::default()
+                Response::default()
             }
             Request::Events(after) => self.events_after(after),
             Request::Workers(order) => self.order(&peer, &order).into(),
-            // Made where connections are served.
-            Request::Connect => Answer::default(),
+            // The thread of the control socket handles it.
+            Request::Connect => Response::default(),
         };
-        // Whoever asked may be gone.
-        let _ = answer.send(reply);
+        // The client may have disconnected.
+        let _ = reply_to.send(response);
     }
 
-    /// Answers users other than root: at once if none was answered for a while, else with the next
-    /// tick. One report is made for all that want one, so whoever asks without a pause costs one
-    /// report per tick.
-    pub(super) fn tell_those_who_wait(&mut self) {
-        /// Most pages of the event history at a time.
-        const PAGES: usize = 16;
+    /// Answers the waiting requests for reports and events. All clients get the same report, and
+    /// this runs at most once per tick, so clients that ask without a pause cost one report per
+    /// tick.
+    pub(super) fn answer_waiting(&mut self) {
+        /// The most pages of the event history in one call. Each is made for one client.
+        const MAX_PAGES: usize = 16;
         if self.waiting.is_empty() {
             return;
         }
         let (mut report, mut pages) = (None, 0);
-        for (request, answer) in std::mem::take(&mut self.waiting) {
+        for (request, reply_to) in std::mem::take(&mut self.waiting) {
             let reply = match request {
-                Request::Events(after) if pages < PAGES => {
+                Request::Events(after) if pages < MAX_PAGES => {
                     pages += 1;
                     self.events_after(after).reply
                 }
                 Request::Events(_) => {
-                    self.waiting.push((request, answer));
+                    self.waiting.push((request, reply_to));
                     continue;
                 }
                 _ => report.get_or_insert_with(|| self.stats().reply).clone(),
             };
-            // Whoever asked may be gone.
-            let _ = answer.send(Answer { reply, fds: Vec::new() });
+            // The client may have disconnected.
+            let _ = reply_to.send(Response { reply, fds: Vec::new() });
         }
-        self.told = Some(Instant::now());
+        self.last_answered = Some(Instant::now());
     }
 
-    /// Tells of refusals that were too many to be told one by one.
-    pub(super) fn tell_suppressed(&mut self, now: Instant) {
+    /// Reports the number of refusals that were too many to be reported one by one.
+    pub(super) fn report_suppressed(&mut self, now: Instant) {
         for (uid, refusals) in self.limit.suppressed(now) {
             let who = uid.map_or("several users".into(), |uid| format!("user id {uid}"));
             tracing::warn!("refused: {refusals} more requests of {who}");
@@ -75,17 +75,17 @@ impl Primary {
         }
     }
 
-    fn stats(&mut self) -> Answer {
+    fn stats(&mut self) -> Response {
         match serde_json::to_value(self.report()) {
             Ok(report) => Reply::Stats(report).into(),
-            Err(_) => Answer::default(),
+            Err(_) => Response::default(),
         }
     }
 
-    fn events_after(&self, number: u64) -> Answer {
+    fn events_after(&self, number: u64) -> Response {
         match serde_json::to_value(self.history.page(number)) {
             Ok(page) => Reply::Events(page).into(),
-            Err(_) => Answer::default(),
+            Err(_) => Response::default(),
         }
     }
 }
