@@ -159,11 +159,11 @@ pub fn run(config: &Config) -> Result<Outcome, RunError> {
     outcome
 }
 
-/// The number of descriptors that a primary needs: some 30 of its own, 6 for each lane, 7 for each
+/// The number of descriptors that a primary needs: some 30 of its own, 6 for each lane, 9 for each
 /// worker (3 of them for its output), and some more while it starts a worker or answers an
 /// operator.
 fn descriptors_needed(lanes: usize, workers: usize) -> u64 {
-    48 + 6 * lanes as u64 + 7 * workers as u64
+    48 + 6 * lanes as u64 + 9 * workers as u64
 }
 
 /// Applies the restrictions that depend on neither the interface nor the configuration, to this

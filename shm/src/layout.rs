@@ -19,7 +19,7 @@
 //! written as a relaxed load followed by an Acquire fence.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -253,6 +253,14 @@ impl Down {
         self.0.mapping.lock()
     }
 
+    /// Keeps the segment in its pages. See [`Mapping::pin`].
+    ///
+    /// # Errors
+    /// As [`Mapping::pin`].
+    pub fn pin(&self) -> io::Result<OwnedFd> {
+        self.0.mapping.pin()
+    }
+
     /// For the dispatcher: sets the phase. A worker that sees it also sees everything that the
     /// caller published before.
     pub fn set_phase(&self, phase: Phase) {
@@ -339,6 +347,14 @@ impl Up {
     /// As [`Mapping::lock`].
     pub fn lock(&self) -> io::Result<()> {
         self.0.mapping.lock()
+    }
+
+    /// Keeps the segment in its pages. See [`Mapping::pin`].
+    ///
+    /// # Errors
+    /// As [`Mapping::pin`].
+    pub fn pin(&self) -> io::Result<OwnedFd> {
+        self.0.mapping.pin()
     }
 
     /// The worker's sleep epoch, see [`doorbell`](crate::doorbell).

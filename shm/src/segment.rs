@@ -11,11 +11,11 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, munmap};
 use nix::sys::stat::{Mode, fchmod, fstat};
-use nix::unistd::ftruncate;
+use nix::unistd::{ftruncate, pipe2};
 
 /// Size of the smallest page of any supported machine, in bytes.
 const PAGE: usize = 4096;
@@ -86,6 +86,32 @@ impl Mapping {
             unsafe { self.address.add(offset).read_volatile() };
         }
         Ok(locked?)
+    }
+
+    /// Keeps the memory in its pages until what this returns is dropped. Otherwise a process that
+    /// maps the segment, even read-only, can have the kernel move it to a huge page
+    /// (`MADV_COLLAPSE`, see madvise(2)): locked or not, accesses through this mapping then wait.
+    ///
+    /// The kernel moves no page that something beside mappings refers to, and checks all pages of a
+    /// huge page before it moves one. So one page of each is enough: a pipe refers to it.
+    ///
+    /// # Errors
+    /// The errors of pipe(2) and vmsplice(2); EAGAIN if the mapping is longer than a pipe can hold
+    /// pages for: 32 MiB by default.
+    pub fn pin(&self) -> io::Result<OwnedFd> {
+        /// Length of a huge page of the smallest kind that holds file pages, in bytes.
+        const HUGE_PAGE: usize = 2 << 20;
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        for offset in (0..self.length).step_by(HUGE_PAGE) {
+            // SAFETY: `add` requires an address within the mapping: `offset` is less than `length`.
+            let first = unsafe { self.address.add(offset) };
+            let page = libc::iovec { iov_base: first.as_ptr().cast(), iov_len: 1 };
+            // SAFETY: `vmsplice` reads one `iovec`, and refers to the page of mapped memory in it.
+            if unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const page, 1, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(reader)
     }
 
     /// Address of the first byte, aligned to a page. The memory may change at any time, and it may
@@ -197,6 +223,37 @@ mod tests {
         assert_eq!(ftruncate(&reader_fd, 0), Err(Errno::EINVAL));
         assert_eq!(ftruncate(&fd, 4096), Err(Errno::EPERM));
         assert_eq!(ftruncate(&fd, 16384), Err(Errno::EPERM));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "memfd")]
+    fn pinned_pages_are_not_collapsed() {
+        const HUGE: usize = 2 << 20;
+        let collapse = |pinned: bool| {
+            let fd = create("xfan-test", 2 * HUGE).unwrap();
+            let writer = Mapping::read_write(&fd, 2 * HUGE).unwrap();
+            let reader = Mapping::read_only(reopen_read_only(&fd).unwrap(), 2 * HUGE).unwrap();
+            reader.lock().unwrap_or_default();
+            let _pin = pinned.then(|| writer.pin().unwrap());
+            let space = NonZeroUsize::new(3 * HUGE).unwrap();
+            // SAFETY: nothing refers to the address space that the kernel chooses, and the second
+            // mapping replaces a part of it. Both live as long as the process.
+            unsafe {
+                let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS;
+                let chosen =
+                    nix::sys::mman::mmap_anonymous(None, space, ProtFlags::PROT_NONE, flags).unwrap();
+                let aligned = NonZeroUsize::new((chosen.as_ptr() as usize).next_multiple_of(HUGE));
+                let length = NonZeroUsize::new(2 * HUGE).unwrap();
+                let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+                let view = mmap(aligned, length, ProtFlags::PROT_READ, flags, &fd, 0).unwrap();
+                view.cast::<u8>().read_volatile();
+                (0..2).map(|part| libc::madvise(view.add(part * HUGE).as_ptr(), HUGE, 25) == 0).collect()
+            }
+        };
+        let unpinned: Vec<bool> = collapse(false);
+        // A kernel before 6.1, or without huge pages in shared memory, collapses nothing.
+        println!("collapsed without a pin: {unpinned:?}");
+        assert_eq!(collapse(true), [false, false]);
     }
 
     #[test]

@@ -32,7 +32,7 @@ fn hidden_processes_of_a_worker_die_with_its_cgroup() {
         assert_eq!(subfolders(&folder), ["default-0", "default-1"]);
         for folder in [folder.clone(), folder.join("default-0")] {
             let mode = fs::metadata(&folder).unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o711, "others cannot list it");
+            assert_eq!(mode & 0o777, 0o700, "others cannot open files in it");
         }
         let daemons = daemons(&primary, count);
         // However its processes hide, the cgroup holds more than the worker.

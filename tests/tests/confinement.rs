@@ -449,6 +449,9 @@ fn unneeded_system_calls_are_refused() {
             ("key", "EPERM"),
             ("keyring", "EPERM"),
             ("userfaultfd", "EPERM"),
+            ("child of the parent", "EPERM"),
+            ("collapse", "EPERM"),
+            ("collapse by pidfd", "EPERM"),
             ("socket of Unix", "done"),
         ] {
             assert_eq!(answers.remove(name).as_deref(), Some(answer), "{name}");

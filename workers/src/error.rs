@@ -40,7 +40,7 @@ pub enum AttachError {
     /// The environment names an inherited descriptor that is not a connection to a dispatcher.
     #[error(
         "{ENV_CONTROL_FD} names descriptor {number} as the connection to the dispatcher, but {reason}: the program that starts \
-         this worker for `xfan run` must leave that descriptor open. Without {ENV_CONTROL_FD}, the worker connects to {ENV_SOCKET}"
+         this worker for `xfan run` must leave that descriptor open"
     )]
     Inherited {
         /// The value of the environment variable.

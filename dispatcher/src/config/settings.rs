@@ -254,7 +254,7 @@ section! {
     allow_groups: Vec<String> = names("names of groups, such as [\"adm\"]"), default("[]");
 
     /// The owner of the socket's file.
-    socket_owner: Option<Owner> = optional(owner()), chosen("the user of the workers", "\":adm\"");
+    socket_owner: Option<Owner> = optional(owner()), chosen("the workers' user; xfan's if all may write", "\":adm\"");
 
     /// The permissions of the socket's file.
     ///

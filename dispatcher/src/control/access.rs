@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt};
-use nix::unistd::{Gid, Group, Uid, User};
+use nix::unistd::{Gid, Group, Uid, User, geteuid};
 
 use crate::config::{ControlAccess, UserError, WorkerUser};
 use crate::host::sys;
@@ -48,10 +48,14 @@ impl Access {
         let groups = config.allow_groups.iter().map(|name| group(name)).collect::<Result<Vec<_>, _>>()?;
         let owner = config.socket_owner.as_ref();
         let mode = if users.is_empty() && groups.is_empty() { 0o600 } else { 0o666 };
+        let mode = config.socket_mode.unwrap_or(mode);
+        // The owner of a file can change its permissions. Where every user may connect, the workers'
+        // user need not be the owner, and must not be able to lock the others out.
+        let usual = if mode & 0o002 == 0 { workers.uid } else { geteuid() };
         Ok(Access {
-            owner: owner.and_then(|owner| owner.user.as_deref()).map_or(Ok(workers.uid), user)?,
+            owner: owner.and_then(|owner| owner.user.as_deref()).map_or(Ok(usual), user)?,
             group: owner.and_then(|owner| owner.group.as_deref()).map(group).transpose()?,
-            mode: config.socket_mode.unwrap_or(mode),
+            mode,
             worker: workers.uid,
             users: users.into_iter().chain([Uid::from_raw(0)]).collect(),
             groups,
@@ -134,6 +138,9 @@ mod tests {
         assert_eq!((access.owner.as_raw(), access.group, access.mode), (4711, None, 0o600));
         assert_eq!((access.users, access.worker), (vec![Uid::from_raw(0)], Uid::from_raw(4711)));
         let owner = Owner { user: Some("root".into()), group: Some("root".into()) };
+        let config = ControlAccess { allow_groups: vec!["root".into()], ..Default::default() };
+        let access = Access::find(&config, &workers()).unwrap();
+        assert_eq!((access.owner, access.mode), (geteuid(), 0o666), "no worker can change it");
         let config = ControlAccess {
             allow_groups: vec!["root".into()],
             socket_owner: Some(owner),

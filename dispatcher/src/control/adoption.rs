@@ -64,7 +64,7 @@ impl Primary {
             let is_free =
                 |key: &MemberKey| self.resources(*key).id == id && self.member(*key).process().is_none();
             let key = self.group(group).initial().find(is_free).filter(|_| wanted);
-            let child = Child { group, process, connection: None, token: Some(survivor.token) };
+            let child = Child { group, process, born: None, connection: None, token: Some(survivor.token) };
             if let Some(key) = key {
                 tracing::info!(member = id, pid, "adopting a worker of the previous primary");
                 self.resources_mut(key).program = program;

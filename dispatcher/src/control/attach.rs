@@ -207,7 +207,7 @@ impl Primary {
             let token = child.and_then(|child| child.token.as_ref());
             Proof {
                 token: token.is_some() && token == attach.token.as_ref(),
-                descends: child.is_some_and(|child| descends(pid, child.process.pid())),
+                is_process: child.is_some_and(|child| child.has_made(connection.id, pid)),
             }
         };
         let id = |member| self.resources(MemberKey { group, member }).id.as_str();
@@ -247,10 +247,9 @@ impl Primary {
                     NotAdmitted::Occupied(member) => {
                         (RefusalCode::Occupied, format!("member {} has a worker", id(member)))
                     }
-                    NotAdmitted::NotDescendant(member, ProcessId(process)) => (
-                        RefusalCode::Forbidden,
-                        format!("member {} is for process {process} and its children", id(member)),
-                    ),
+                    NotAdmitted::NotProcess(member, ProcessId(process)) => {
+                        (RefusalCode::Forbidden, format!("member {} is for process {process}", id(member)))
+                    }
                     NotAdmitted::InState(member, displayed) => {
                         (RefusalCode::Occupied, format!("member {} is {}", id(member), displayed.name()))
                     }
@@ -258,32 +257,5 @@ impl Primary {
                 Err(refusal(code, message))
             }
         }
-    }
-}
-
-/// Whether a process is `ancestor` or a descendant of it.
-fn descends(pid: u32, ancestor: u32) -> bool {
-    /// The most generations to check: more than any wrapper script needs, and a bound for a chain
-    /// of processes that changes while it is read.
-    const GENERATIONS: usize = 32;
-    let parent = |pid: &u32| {
-        let process = procfs::process::Process::new(i32::try_from(*pid).ok()?).ok()?;
-        u32::try_from(process.stat().ok()?.ppid).ok().filter(|parent| *parent > 1)
-    };
-    std::iter::successors(Some(pid), parent).take(GENERATIONS).any(|pid| pid == ancestor)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn children_descend_from_their_parents_and_not_the_other_way_round() {
-        let own = std::process::id();
-        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
-        assert!(descends(own, own) && descends(child.id(), own));
-        assert!(!descends(own, child.id()) && !descends(1, own) && !descends(0, own));
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }

@@ -118,6 +118,11 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Connections {
+    /// A number that no connection has. Those that are accepted from now on have greater ones.
+    pub fn next_id(&self) -> ConnectionId {
+        self.shared.next_id()
+    }
+
     /// Serves the primary's end of a connection that the worker process `peer` has inherited.
     pub fn hand_over(&self, ours: OwnedFd, peer: UnixCredentials) -> InheritedConnection {
         let (alive, end) = watch::channel(());

@@ -8,8 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::printable;
 
-/// The number of entries kept. It bounds the memory and the size of a reply.
+/// The number of entries kept. It bounds the memory, and with the length of details the size of a
+/// reply.
 pub const LIMIT: usize = 1024;
+/// The most characters of a detail. Only a text that an operator or a worker chose is as long: the
+/// path of a program, say.
+const DETAIL: usize = 512;
 
 /// An event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +83,7 @@ impl History {
             member: member.map(printable),
             pid,
             event: event.to_owned(),
-            detail: printable(&detail.into()),
+            detail: printable(&detail.into()).chars().take(DETAIL).collect(),
         });
     }
 
@@ -114,6 +118,18 @@ mod tests {
         let last = history.page(LIMIT as u64 + 9);
         assert_eq!((last.entries.len(), last.missed, last.entries[0].number), (1, 0, LIMIT as u64 + 10));
         assert_eq!(history.page(u64::MAX), empty);
+    }
+
+    #[test]
+    fn the_longest_history_fits_into_a_reply() {
+        let mut history = History::default();
+        for character in ["\"", "\u{10ffff}"].into_iter().cycle().take(LIMIT) {
+            let text = character.repeat(2 * DETAIL);
+            history.write(Some(&character.repeat(64)), u32::MAX, "uncommitted", text);
+        }
+        let page = serde_json::to_value(history.page(0)).unwrap();
+        let reply = serde_json::to_vec(&xfan_shm::protocol::Reply::Events(page)).unwrap();
+        assert!(reply.len() < xfan_shm::protocol::MAX_REPLY, "{} bytes", reply.len());
     }
 
     #[test]

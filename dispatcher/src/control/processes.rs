@@ -20,12 +20,13 @@ impl Primary {
         };
         let token = random_token()?;
         let id = &self.resources(key).id;
-        let (process, connection) = spawner.spawn(workers, self.cgroups.as_ref(), id, &token)?;
+        let (born, process, connection) = spawner.spawn(workers, self.cgroups.as_ref(), id, &token)?;
         let program = workers.command.command.first().cloned().unwrap_or_default();
         self.resources_mut(key).program = program;
         self.watch_process(Child {
             group: key.group,
             process,
+            born: Some(born),
             connection: Some(connection),
             token: Some(token),
         })

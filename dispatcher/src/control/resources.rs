@@ -83,6 +83,8 @@ pub struct Session {
     doorbell: Arc<OwnedFd>,
     /// The violations that each lane has found, by lane.
     evidence: Vec<Arc<Evidence>>,
+    /// Keep the segments in their pages.
+    _pins: [OwnedFd; 2],
 }
 
 impl Session {
@@ -223,7 +225,8 @@ impl Resources {
         // Locking maps all pages, including those that the worker removed before it sealed the
         // segment.
         let locked = [up.lock(), down.lock()].into_iter().collect();
-        self.session = Some(Session { connection, pid, links, down, up, doorbell, evidence });
+        let pins = [up.pin()?, down.pin()?];
+        self.session = Some(Session { connection, pid, links, down, up, doorbell, evidence, _pins: pins });
         self.program = program;
         self.used = true;
         Ok(locked)

@@ -35,9 +35,9 @@ pub enum Inherited {
 pub struct Proof {
     /// It has the token of the process.
     pub token: bool,
-    /// It is the process or a descendant of it. A token alone is weak evidence, since processes of
-    /// one user can read each other's environment.
-    pub descends: bool,
+    /// The process made its connection. A token alone is weak evidence, since processes of one user
+    /// can read each other's environment.
+    pub is_process: bool,
 }
 
 /// Why a worker may not attach.
@@ -58,8 +58,8 @@ pub enum NotAdmitted {
     NotAllowed,
     /// The member has a worker.
     Occupied(MemberId),
-    /// The worker does not descend from the member's process.
-    NotDescendant(MemberId, ProcessId),
+    /// Another process than the member's made the connection.
+    NotProcess(MemberId, ProcessId),
     /// No worker may attach to a member in this state.
     InState(MemberId, DisplayState),
 }
@@ -106,9 +106,9 @@ impl Group {
             return Err(NotAdmitted::Occupied(id));
         }
         if let Some(process) = process
-            && !proof.is_some_and(|proof| proof.descends)
+            && !proof.is_some_and(|proof| proof.is_process)
         {
-            return Err(NotAdmitted::NotDescendant(id, process));
+            return Err(NotAdmitted::NotProcess(id, process));
         }
         match member.may_attach() {
             Ok(()) => Ok(id),
@@ -126,7 +126,7 @@ mod tests {
     use crate::group::Event;
     use crate::group::policy::Policy;
 
-    const GOOD: Proof = Proof { token: true, descends: true };
+    const GOOD: Proof = Proof { token: true, is_process: true };
     const M0: MemberId = MemberId(0);
     const M1: MemberId = MemberId(1);
 
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn an_inherited_connection_is_for_one_member() {
-        let (group, nothing) = (group(), Proof { token: false, descends: false });
+        let (group, nothing) = (group(), Proof { token: false, is_process: false });
         let own = Candidate { inherited: Inherited::From(M0), is_workers_user: true, ..stranger() };
         assert_eq!(admit(&group, own, nothing), Ok(M0));
         assert_eq!(admit(&group, Candidate { named: Some(M0), ..own }, nothing), Ok(M0));
@@ -174,11 +174,11 @@ mod tests {
     fn a_supervised_member_accepts_only_its_process() {
         let group = group();
         let named = Candidate { named: Some(M0), is_workers_user: true, ..stranger() };
-        assert_eq!(admit(&group, named, GOOD), Ok(M0));
         let guessed = Proof { token: false, ..GOOD };
+        assert_eq!(admit(&group, named, GOOD), Ok(M0));
         assert_eq!(admit(&group, named, guessed), Err(NotAdmitted::WrongToken(M0)));
-        let read = Proof { descends: false, ..GOOD };
-        assert_eq!(admit(&group, named, read), Err(NotAdmitted::NotDescendant(M0, ProcessId(100))));
+        let read = Proof { is_process: false, ..GOOD };
+        assert_eq!(admit(&group, named, read), Err(NotAdmitted::NotProcess(M0, ProcessId(100))));
     }
 
     #[test]

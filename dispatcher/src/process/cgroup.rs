@@ -127,7 +127,7 @@ fn words(folder: &Path, file: &str) -> Vec<String> {
 
 /// The mode of a cgroup's directory. Nobody else may list it: who lists a directory can hold its
 /// lock for as long as it likes, and the primary needs the lock to create and remove cgroups.
-const MODE: u32 = 0o711;
+const MODE: u32 = 0o700;
 
 /// Creates a directory, unless it exists.
 fn make(folder: &Path) -> io::Result<()> {

@@ -141,8 +141,14 @@ impl Filter {
             let flag = u64::from(libc::c_int::unsigned_abs(flag));
             when(0, SeccompCmpOp::MaskedEq(flag), flag)
         };
-        let namespaces: Vec<_> = NAMESPACES.iter().map(of_clone).collect::<Result<_, _>>()?;
-        refuse(&mut rules, libc::SYS_clone, &namespaces);
+        // A worker that cloned with CLONE_PARENT would make a child of the primary.
+        let flags = NAMESPACES.iter().chain([&libc::CLONE_PARENT]);
+        refuse(&mut rules, libc::SYS_clone, &flags.map(of_clone).collect::<Result<Vec<_>, _>>()?);
+        // To move shared pages to a huge page, the kernel takes them from the primary as well, which
+        // waits for them.
+        let collapse = u64::from(libc::c_int::unsigned_abs(libc::MADV_COLLAPSE));
+        refuse(&mut rules, libc::SYS_madvise, &[when(2, SeccompCmpOp::Eq, collapse)?]);
+        refuse(&mut rules, libc::SYS_process_madvise, &[when(3, SeccompCmpOp::Eq, collapse)?]);
         let join = u64::from(libc::KEYCTL_JOIN_SESSION_KEYRING);
         refuse(&mut rules, libc::SYS_keyctl, &[when(0, SeccompCmpOp::Ne, join)?]);
         // A process that joins the process group of another could make the kernel send SIGHUP to

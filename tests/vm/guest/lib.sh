@@ -192,7 +192,7 @@ send() {
 }
 # Whether the driver no longer receives anything, and xfan reports it. vmxnet3 was seen to do so
 # after the link was down or the MTU changed; no counter has the packets then.
-deaf() { [ "$vm_model" = vmxnet3 ] && grep -q 'ERROR packets come in on .* the XDP program sees none' /tmp/log; }
+deaf() { [ "$vm_model" = vmxnet3 ] && grep -q 'ERROR .* receives packets, but the XDP program sees none' /tmp/log; }
 # check NAME [--losses] CAPTURE[xN]...: compares records and counters with what was sent.
 check() {
     name=$1 options=

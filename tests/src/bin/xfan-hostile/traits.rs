@@ -70,6 +70,10 @@ pub fn sandbox() -> BTreeMap<String, String> {
         tell("keyring", call(libc::SYS_keyctl, libc::KEYCTL_GET_KEYRING_ID.into()));
         tell("another keyring", call(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING.into()));
         tell("userfaultfd", call(libc::SYS_userfaultfd, 1));
+        tell("child of the parent", call(libc::SYS_clone, (libc::CLONE_PARENT | libc::SIGCHLD).into()));
+        let collapse = libc::MADV_COLLAPSE;
+        tell("collapse", libc::madvise(std::ptr::null_mut(), 0, collapse).into());
+        tell("collapse by pidfd", libc::syscall(libc::SYS_process_madvise, -1, 0, 0, collapse, 0));
         tell("bpf", call(libc::SYS_bpf, 0));
         tell("perf_event_open", call(libc::SYS_perf_event_open, 0));
         tell("io_uring", call(libc::SYS_io_uring_setup, 0));
