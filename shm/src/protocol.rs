@@ -79,7 +79,8 @@ pub enum Request {
     Detach,
     /// Asks for the report.
     Stats,
-    /// Asks for the entries of the event history after the one with this number; 0 for all that are kept.
+    /// Asks for the entries of the event history after the one with this number; 0 for all that are
+    /// kept.
     Events(u64),
     /// Starts, drains, restarts or removes workers. For root only.
     Workers(WorkersOrder),

@@ -96,18 +96,22 @@ impl Mapping {
     /// huge page before it moves one. So one page of each is enough: a pipe refers to it.
     ///
     /// # Errors
-    /// The errors of pipe(2) and vmsplice(2); EAGAIN if the mapping is longer than a pipe can hold
-    /// pages for: 32 MiB by default.
+    /// The errors of pipe(2) and vmsplice(2); EAGAIN if a pipe cannot be large enough: for 32 MiB it
+    /// always is, and without CAP_SYS_RESOURCE up to `fs.pipe-max-size` (see pipe(7)).
     pub fn pin(&self) -> io::Result<OwnedFd> {
         /// Length of a huge page of the smallest kind that holds file pages, in bytes.
         const HUGE_PAGE: usize = 2 << 20;
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+        let pages = self.length.div_ceil(HUGE_PAGE);
+        // If it fails, the size that the pipe has may do.
+        let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(i32::try_from(pages * PAGE).unwrap_or(i32::MAX)));
         for offset in (0..self.length).step_by(HUGE_PAGE) {
             // SAFETY: `add` requires an address within the mapping: `offset` is less than `length`.
             let first = unsafe { self.address.add(offset) };
             let page = libc::iovec { iov_base: first.as_ptr().cast(), iov_len: 1 };
             // SAFETY: `vmsplice` reads one `iovec`, and refers to the page of mapped memory in it.
-            if unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const page, 1, 0) } < 0 {
+            if unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const page, 1, libc::SPLICE_F_NONBLOCK) } < 0
+            {
                 return Err(io::Error::last_os_error());
             }
         }
@@ -250,6 +254,9 @@ mod tests {
                 (0..2).map(|part| libc::madvise(view.add(part * HUGE).as_ptr(), HUGE, 25) == 0).collect()
             }
         };
+        // More pages than a pipe holds by default.
+        let long = create("xfan-test", 20 * HUGE).unwrap();
+        Mapping::read_only(&long, 20 * HUGE).unwrap().pin().unwrap();
         let unpinned: Vec<bool> = collapse(false);
         // A kernel before 6.1, or without huge pages in shared memory, collapses nothing.
         println!("collapsed without a pin: {unpinned:?}");

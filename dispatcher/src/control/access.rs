@@ -49,8 +49,8 @@ impl Access {
         let owner = config.socket_owner.as_ref();
         let mode = if users.is_empty() && groups.is_empty() { 0o600 } else { 0o666 };
         let mode = config.socket_mode.unwrap_or(mode);
-        // The owner of a file can change its permissions. Where every user may connect, the workers'
-        // user need not be the owner, and must not be able to lock the others out.
+        // The owner of a file can change its permissions. Where every user may connect, the
+        // workers' user need not be the owner, and must not be able to lock the others out.
         let usual = if mode & 0o002 == 0 { workers.uid } else { geteuid() };
         Ok(Access {
             owner: owner.and_then(|owner| owner.user.as_deref()).map_or(Ok(usual), user)?,

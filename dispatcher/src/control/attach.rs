@@ -152,7 +152,7 @@ impl Primary {
             return Err((None, Refusal { code: RefusalCode::Malformed, message: message.into() }));
         };
         let refused = |code, message: String| (Some(key), Refusal { code, message });
-        let locked = self
+        let held = self
             .resources_mut(key)
             .begin_session(joining)
             .map_err(|error| refused(RefusalCode::Impossible, error.to_string()))?;
@@ -160,12 +160,12 @@ impl Primary {
             self.resources_mut(key).session = None;
             return Err(refused(RefusalCode::Occupied, error.to_string()));
         }
-        if let Err(error) = locked
+        if let Err(error) = held
             && !std::mem::replace(&mut self.mlock_warned, true)
         {
             tracing::warn!(
-                "cannot lock the workers' segments in memory: {error}. If the kernel swaps them out, lanes wait for it: \
-                 give xfan CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK"
+                "cannot lock the workers' segments in memory: {error}. If the kernel swaps them out or moves them, lanes \
+                 wait for it: give xfan CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK"
             );
         }
         Ok(())
@@ -178,13 +178,12 @@ impl Primary {
         pid: u32,
         attach: &Attach,
     ) -> Result<MemberKey, Refusal> {
-        let refusal = |code, message: String| Refusal { code, message };
         let group = self.group_named(attach.group.as_deref())?;
         let state = self.group(group);
         let named = attach.member.as_deref().map(|id| self.find(id)).transpose()?;
         if let Some(named) = named.filter(|named| named.group != group) {
             let message = format!("member {} is not one of group {}", self.resources(named).id, state.name);
-            return Err(refusal(RefusalCode::UnknownMember, message));
+            return Err(Refusal { code: RefusalCode::UnknownMember, message });
         }
         let inherited = match connection.inherited {
             None => Inherited::No,
@@ -210,52 +209,54 @@ impl Primary {
                 is_process: child.is_some_and(|child| child.has_made(connection.id, pid)),
             }
         };
-        let id = |member| self.resources(MemberKey { group, member }).id.as_str();
         match state.machine.admit(&candidate, state.workers.is_some(), proof) {
             Ok(member) => Ok(MemberKey { group, member }),
-            Err(why) => {
-                let members = state.members.len();
-                let (code, message) = match why {
-                    NotAdmitted::HasAttached => {
-                        (RefusalCode::Malformed, "this connection has a worker already".to_owned())
-                    }
-                    NotAdmitted::Stale => (
-                        RefusalCode::Forbidden,
-                        "this connection is for a process that has ended, or that may not attach again"
-                            .into(),
-                    ),
-                    NotAdmitted::NoneVacant => (
-                        RefusalCode::Occupied,
-                        format!(
-                            "all {members} members have a worker: remove one (`xfan workers remove`), or start the \
-                             primary with a higher max_workers"
-                        ),
-                    ),
-                    NotAdmitted::ForMember(own) => {
-                        (RefusalCode::Forbidden, format!("this connection is for member {}", id(own)))
-                    }
-                    NotAdmitted::WrongToken(member) => (
-                        RefusalCode::Forbidden,
-                        format!("member {} is for the process that the primary started for it", id(member)),
-                    ),
-                    NotAdmitted::NotAllowed => (
-                        RefusalCode::Forbidden,
-                        "this primary starts its own workers: only root and the users in allow_users and \
-                         allow_groups in [control] of its configuration may attach others"
-                            .into(),
-                    ),
-                    NotAdmitted::Occupied(member) => {
-                        (RefusalCode::Occupied, format!("member {} has a worker", id(member)))
-                    }
-                    NotAdmitted::NotProcess(member, ProcessId(process)) => {
-                        (RefusalCode::Forbidden, format!("member {} is for process {process}", id(member)))
-                    }
-                    NotAdmitted::InState(member, displayed) => {
-                        (RefusalCode::Occupied, format!("member {} is {}", id(member), displayed.name()))
-                    }
-                };
-                Err(refusal(code, message))
-            }
+            Err(why) => Err(self.refusal(group, why)),
         }
+    }
+
+    /// Says why a worker may not attach.
+    fn refusal(&self, group: GroupId, why: NotAdmitted) -> Refusal {
+        let id = |member| self.resources(MemberKey { group, member }).id.as_str();
+        let members = self.group(group).members.len();
+        let (code, message) = match why {
+            NotAdmitted::HasAttached => {
+                (RefusalCode::Malformed, "this connection has a worker already".to_owned())
+            }
+            NotAdmitted::Stale => (
+                RefusalCode::Forbidden,
+                "this connection is for a process that has ended, or that may not attach again".into(),
+            ),
+            NotAdmitted::NoneVacant => (
+                RefusalCode::Occupied,
+                format!(
+                    "all {members} members have a worker: remove one (`xfan workers remove`), or start the \
+                             primary with a higher max_workers"
+                ),
+            ),
+            NotAdmitted::ForMember(own) => {
+                (RefusalCode::Forbidden, format!("this connection is for member {}", id(own)))
+            }
+            NotAdmitted::WrongToken(member) => (
+                RefusalCode::Forbidden,
+                format!("member {} is for the process that the primary started for it", id(member)),
+            ),
+            NotAdmitted::NotAllowed => (
+                RefusalCode::Forbidden,
+                "this primary starts its own workers: only root and the users in allow_users and \
+                         allow_groups in [control] of its configuration may attach others"
+                    .into(),
+            ),
+            NotAdmitted::Occupied(member) => {
+                (RefusalCode::Occupied, format!("member {} has a worker", id(member)))
+            }
+            NotAdmitted::NotProcess(member, ProcessId(process)) => {
+                (RefusalCode::Forbidden, format!("member {} is for process {process}", id(member)))
+            }
+            NotAdmitted::InState(member, displayed) => {
+                (RefusalCode::Occupied, format!("member {} is {}", id(member), displayed.name()))
+            }
+        };
+        Refusal { code, message }
     }
 }

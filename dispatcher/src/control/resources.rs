@@ -84,7 +84,7 @@ pub struct Session {
     /// The violations that each lane has found, by lane.
     evidence: Vec<Arc<Evidence>>,
     /// Keep the segments in their pages.
-    _pins: [OwnedFd; 2],
+    _pins: Vec<OwnedFd>,
 }
 
 impl Session {
@@ -197,7 +197,7 @@ impl Resources {
 
     /// Begins the session of a worker that has mapped its segments and sealed its up segment, so
     /// that it cannot take pages away from the lanes. Returns whether the segments could be locked
-    /// in memory.
+    /// in memory, in pages that stay theirs.
     ///
     /// The worker seals the segment before the primary maps it. So nothing here takes a lock that
     /// the worker can hold.
@@ -224,12 +224,21 @@ impl Resources {
             .collect();
         // Locking maps all pages, including those that the worker removed before it sealed the
         // segment.
-        let locked = [up.lock(), down.lock()].into_iter().collect();
-        let pins = [up.pin()?, down.pin()?];
+        let mut held: io::Result<()> = [up.lock(), down.lock()].into_iter().collect();
+        let mut pins = Vec::new();
+        for pin in [up.pin(), down.pin()] {
+            match pin {
+                Ok(pin) => pins.push(pin),
+                Err(error) => {
+                    let error = format!("no pipe can refer to their pages ({error}; see fs.pipe-max-size)");
+                    held = held.and(Err(io::Error::other(error)));
+                }
+            }
+        }
         self.session = Some(Session { connection, pid, links, down, up, doorbell, evidence, _pins: pins });
         self.program = program;
         self.used = true;
-        Ok(locked)
+        Ok(held)
     }
 
     /// The connection of the member's worker, joined or not.

@@ -63,8 +63,8 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Whether the process has made this connection. `pid`: the connection's, as the kernel noted it
-    /// then. An older connection with that pid is another process's, which has exited since.
+    /// Whether the process has made this connection. `pid`: the connection's, as the kernel noted
+    /// it then. An older connection with that pid is another process's, which has exited since.
     pub(super) fn has_made(&self, connection: ConnectionId, pid: u32) -> bool {
         self.process.pid() == pid && self.born.is_none_or(|born| connection > born)
     }

@@ -144,8 +144,8 @@ impl Filter {
         // A worker that cloned with CLONE_PARENT would make a child of the primary.
         let flags = NAMESPACES.iter().chain([&libc::CLONE_PARENT]);
         refuse(&mut rules, libc::SYS_clone, &flags.map(of_clone).collect::<Result<Vec<_>, _>>()?);
-        // To move shared pages to a huge page, the kernel takes them from the primary as well, which
-        // waits for them.
+        // To move shared pages to a huge page, the kernel takes them from the primary as well,
+        // which waits for them.
         let collapse = u64::from(libc::c_int::unsigned_abs(libc::MADV_COLLAPSE));
         refuse(&mut rules, libc::SYS_madvise, &[when(2, SeccompCmpOp::Eq, collapse)?]);
         refuse(&mut rules, libc::SYS_process_madvise, &[when(3, SeccompCmpOp::Eq, collapse)?]);
